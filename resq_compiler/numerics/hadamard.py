@@ -35,8 +35,8 @@ _PASS_COST = 50
 class HadamardPlan:
     """How a transform of width n is built: `blocks` copies of kron(factors) along the diagonal.
 
-    n: width. orders: the order of each factor, first factor slowest; their product is `block`. blocks: n / block, 1 when
-    the transform spans the full width. reason: why this shape, and for a block transform why not the full width.
+    n: width. orders: the order of each factor, first factor slowest; their product is `block`. blocks: n / block, 1
+    when the transform spans the full width. reason: why this shape, and for a block transform why not the full width.
     """
 
     n: int
@@ -83,7 +83,7 @@ def hadamard_transform(
     """x H / sqrt(block) over the last dimension, or x Hᵀ / sqrt(block) (the inverse) when `transpose`.
 
     Args:    x: [..., n] float; leading dimensions may be symbolic. plan: from `hadamard_plan(n)`.
-             factors: constants from `scaled_factors`, when the caller keeps its own; default: cached by dtype and device.
+             factors: constants from `scaled_factors` kept by the caller; default: a cache per dtype and device.
     Returns: [..., n], dtype of x. float64 is computed in float64, everything else in float32 and rounded once.
     Raises:  QuantError: the last dimension of x is not plan.n, or x is not floating point.
     """

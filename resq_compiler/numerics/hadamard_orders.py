@@ -15,7 +15,7 @@ from torch import Tensor
 LARGEST_ORDER = 2048
 """Above this a dense factor costs more than the transform is worth, so no matrix is built."""
 
-# p: (class size, four masks). Z_p* is cut into the cosets of its subgroup of `class size` elements, which contains -1, so
+# p: (class size, four masks). Z_p* is cut into the cosets of its subgroup of `class size` elements, which contains -1:
 # every sequence is symmetric. Entry 0 is +1; coset i, that of the i-th of `_powers_of_primitive_element(p, 1)`, is +1
 # where bit i of the mask is set. Found by our own exhaustive search for four sequences whose power spectra add to 4p;
 # that they exist is classical (23: Baumert, Golomb, Hall 1962; 43: Williamson 1944).
