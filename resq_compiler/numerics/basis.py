@@ -1,0 +1,167 @@
+"""Second moments of activations and the bases taken from them (P, and U = P R).
+
+The moment is the uncentred sum of xᵀx over tokens, so moments of batches, files and processes merge by adding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resq_compiler.errors import DataError, QuantError
+from resq_compiler.numerics.rotation import part_rotation
+
+_ROWS_PER_CHUNK = 4096
+"""Rows multiplied in float32 before their product joins the float64 sum: bounds the rounding of long batches."""
+
+
+class SecondMoment:
+    """Running sum of xᵀx at one site, over tokens: products in x's precision (float32 at least), the sum in float64.
+
+    site: name used in messages. dim: d. groups: G when every token has G vectors with a moment each (heads), else None.
+    total: float64 [d, d], or [G, d, d]. tokens: how many tokens were added.
+    """
+
+    def __init__(self, site: str, dim: int, groups: int | None = None, device: torch.device | str = "cpu") -> None:
+        self.site, self.dim, self.groups, self.tokens = site, dim, groups, 0
+        shape = (dim, dim) if groups is None else (groups, dim, dim)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of x: [..., d], or [..., G, d] with groups.
+
+        Raises: DataError: a NaN or infinity in x (the sum is left as it was). QuantError: x has another shape.
+        """
+        tail = (self.dim,) if self.groups is None else (self.groups, self.dim)
+        if tuple(x.shape[-len(tail) :]) != tail or not x.is_floating_point():
+            raise QuantError(
+                f"second moment of {self.site}: expected floating-point activations ending in {tail}, "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
+        rows = x.detach().reshape(-1, *tail)
+        addition = torch.zeros_like(self.total)  # apart from the total, which a rejected batch must not touch
+        for chunk in rows.split(_ROWS_PER_CHUNK):
+            addition += _gram(chunk).to(addition)
+        self._require_finite(addition, rows)
+        self.total += addition
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add another accumulator of the same site shape. Raises: QuantError: dim or groups differ."""
+        if (self.dim, self.groups) != (other.dim, other.groups):
+            raise QuantError(
+                f"second moment of {self.site}: cannot merge {other.site}: expected (dim, groups) "
+                f"{(self.dim, self.groups)}, got {(other.dim, other.groups)}"
+            )
+        self.total += other.total.to(self.total.device)
+        self.tokens += other.tokens
+
+    def mean(self) -> Tensor:
+        """total / tokens, float64. Raises: DataError: no token was added."""
+        if self.tokens == 0:
+            raise DataError(f"second moment of {self.site}: no tokens were seen; give calibration data that reaches it")
+        return self.total / self.tokens
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` needs: {"site", "dim", "groups", "tokens", "total"}; the tensor is a copy."""
+        fields = {"site": self.site, "dim": self.dim, "groups": self.groups, "tokens": self.tokens}
+        return {**fields, "total": self.total.clone()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> SecondMoment:
+        """Rebuild what `state` returned. Raises: QuantError: the total's shape does not fit dim and groups."""
+        moment = cls(state["site"], state["dim"], state["groups"], state["total"].device)
+        if state["total"].shape != moment.total.shape:
+            raise QuantError(
+                f"second moment of {moment.site}: expected a saved total {tuple(moment.total.shape)}, "
+                f"got {tuple(state['total'].shape)}; the file belongs to another model or is damaged"
+            )
+        moment.total += state["total"]
+        moment.tokens = int(state["tokens"])
+        return moment
+
+    def _require_finite(self, addition: Tensor, rows: Tensor) -> None:
+        # A NaN or infinity anywhere in a column reaches that column's square sum: d values to look at, not tokens x d.
+        if torch.isfinite(addition.diagonal(dim1=-2, dim2=-1)).all():
+            return
+        bad = ~torch.isfinite(rows)
+        if bad.any():
+            first = int(bad.flatten(1).any(1).int().argmax())
+            cause = f"{int(bad.sum())} NaN or infinite activations, first in token {first} of the batch"
+        else:
+            cause = f"activations up to {float(rows.abs().max()):.3g}, whose squares overflow {_wide(rows).dtype}"
+        raise DataError(f"second moment of {self.site}: {cause}; run in float32 and check the calibration data")
+
+
+@torch.no_grad()
+def principal_basis(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of a second moment, as columns by ASCENDING eigenvalue: the last columns carry the most energy.
+
+    Each column's sign makes its entry of largest magnitude positive (the first of equals).
+
+    Args:    moment: [..., d, d], symmetric up to rounding; computed in float64 on its own device.
+    Returns: (P [..., d, d] float64, eigenvalues [..., d] float64).
+    Raises:  DataError: NaN or infinity in the moment. QuantError: not square.
+    """
+    if moment.dim() < 2 or moment.shape[-1] != moment.shape[-2]:
+        raise QuantError(f"principal_basis: expected a moment [..., d, d], got {tuple(moment.shape)}")
+    if not torch.isfinite(moment).all():
+        raise DataError("principal_basis: the second moment holds NaN or infinity; check the calibration activations")
+    wide = moment.double()
+    eigenvalues, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+    return vectors * _canonical_signs(vectors), eigenvalues
+
+
+def resq_basis(moment: Tensor, sizes: Sequence[int], kind: str, generator: torch.Generator) -> Tensor:
+    """U = P · blockdiag(R_low, R_high): columns [low | high], rotated within each part. Groups share one R.
+
+    Args:    moment: [..., d, d]. sizes: columns per part, ascending bits, sum d. kind: see `random_rotation`.
+    Returns: [..., d, d] float64, orthogonal, on the moment's device.
+    Raises:  QuantError: sizes do not sum to d. DataError, ConfigError: as principal_basis and part_rotation.
+    Source:  ResQ (arXiv 2412.14363), eq. 2-5; differs: R may be a randomized Hadamard matrix.
+    """
+    if sum(sizes) != moment.shape[-1]:
+        raise QuantError(f"resq_basis: parts {list(sizes)} sum to {sum(sizes)}, expected the width {moment.shape[-1]}")
+    basis, _ = principal_basis(moment)
+    return basis @ part_rotation(sizes, kind, generator).to(basis.device)
+
+
+def energy_fraction(eigenvalues: Tensor, rank: int) -> Tensor:
+    """Share of the energy in the `rank` largest of ascending eigenvalues [..., d]: a scalar (or [...]) in [0, 1].
+
+    Eigenvalues below zero are rounding and count as zero; without any energy the share is 0.
+
+    Raises: QuantError: rank not in [0, d].
+    """
+    d = eigenvalues.shape[-1]
+    if not 0 <= rank <= d:
+        raise QuantError(f"energy_fraction: expected a rank in [0, {d}], got {rank}")
+    energy = eigenvalues.double().clamp_min(0)
+    total = energy.sum(-1)
+    return energy[..., d - rank :].sum(-1) / torch.where(total > 0, total, 1.0)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """xᵀx of rows [T, d] -> [d, d], or of [T, G, d] -> [G, d, d]."""
+    wide = _wide(rows)
+    if wide.dim() == 3:
+        wide = wide.transpose(0, 1)
+    return wide.mT @ wide
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _canonical_signs(vectors: Tensor) -> Tensor:
+    """±1 per column [..., 1, d]; argmax alone may return any of several equal maxima."""
+    magnitude = vectors.abs()
+    d = vectors.shape[-2]
+    row = torch.arange(d, device=vectors.device)[:, None]
+    is_largest = magnitude == magnitude.amax(-2, keepdim=True)
+    first = torch.where(is_largest, row, d).amin(-2, keepdim=True)
+    return torch.where(vectors.gather(-2, first) < 0, -1.0, 1.0).to(vectors.dtype)

@@ -1,0 +1,168 @@
+"""Moments against NumPy's float64 sums; bases by their definition: orthogonal, diagonalizing, ascending, canonical."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resq_compiler.errors import DataError, QuantError
+from resq_compiler.numerics.basis import SecondMoment, energy_fraction, principal_basis, resq_basis
+from resq_compiler.numerics.seeds import generator
+
+
+def activations(*shape: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(*shape, generator=generator(seed, "activations"))
+    return x * torch.linspace(0.1, 3.0, shape[-1])
+
+
+def random_moment(*shape: int, seed: int = 0) -> torch.Tensor:
+    x = activations(*shape[:-2], 2 * shape[-1], shape[-1], seed=seed).double()
+    return x.mT @ x
+
+
+def test_moment_equals_numpy():
+    x = activations(3, 5000, 24)
+    moment = SecondMoment("layers.0.input", 24)
+    moment.update(x[:2])
+    moment.update(x[2:])
+    flat = x.numpy().astype(np.float64).reshape(-1, 24)
+    expected = torch.from_numpy(flat.T @ flat)
+    assert moment.tokens == 15000 and moment.total.dtype == torch.float64
+    scale = float(expected.diagonal().max())
+    torch.testing.assert_close(moment.total, expected, rtol=0, atol=1e-6 * scale)  # float32 products
+    torch.testing.assert_close(moment.mean(), expected / 15000, rtol=0, atol=1e-6 * scale / 15000)  # the same
+
+
+def test_float64_inputs_stay_float64():
+    x = activations(100, 6).double()
+    moment = SecondMoment("site", 6)
+    moment.update(x)
+    torch.testing.assert_close(moment.total, x.T @ x, rtol=1e-14, atol=1e-12)  # float64 rounding
+
+
+def test_groups_have_their_own_moments():
+    x = activations(7, 11, 3, 8)
+    moment = SecondMoment("v_proj", 8, groups=3)
+    moment.update(x)
+    assert moment.total.shape == (3, 8, 8) and moment.tokens == 77
+    for head in range(3):
+        rows = x[:, :, head].reshape(-1, 8).double()
+        torch.testing.assert_close(moment.total[head], rows.T @ rows, rtol=1e-5, atol=1e-3)  # float32 products
+
+
+def test_low_precision_inputs_are_widened():
+    x = activations(50, 6).bfloat16()
+    moment = SecondMoment("site", 6)
+    moment.update(x)
+    torch.testing.assert_close(moment.total, x.double().T @ x.double(), rtol=1e-5, atol=1e-4)  # float32 products
+
+
+def test_merge_and_state():
+    x = activations(40, 6)
+    whole, left, right = (SecondMoment("site", 6) for _ in range(3))
+    whole.update(x)
+    left.update(x[:10])
+    right.update(x[10:])
+    restored = SecondMoment.from_state(left.state())
+    restored.merge(right)
+    assert restored.tokens == 40
+    torch.testing.assert_close(restored.total, whole.total, rtol=1e-5, atol=1e-4)  # float32 products, other grouping
+    assert torch.equal(SecondMoment.from_state(whole.state()).total, whole.total)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_activations_name_the_site(bad):
+    moment = SecondMoment("layers.3.mlp", 6)
+    moment.update(activations(4, 6))
+    before = moment.total.clone()
+    x = activations(9, 6)
+    x[5, 2] = bad
+    with pytest.raises(DataError, match=r"layers\.3\.mlp.*1 NaN or infinite.*token 5"):
+        moment.update(x)
+    assert torch.equal(moment.total, before) and moment.tokens == 4
+
+
+def test_overflow_is_told_from_nan():
+    with pytest.raises(DataError, match="overflow"):
+        SecondMoment("site", 2).update(torch.full((3, 2), 1e30))
+
+
+def test_moment_misuse():
+    with pytest.raises(QuantError, match="expected floating-point"):
+        SecondMoment("site", 6).update(torch.zeros(3, 5))
+    with pytest.raises(QuantError, match="cannot merge"):
+        SecondMoment("site", 6).merge(SecondMoment("other", 6, groups=2))
+    with pytest.raises(DataError, match="no tokens"):
+        SecondMoment("site", 6).mean()
+
+
+@given(d=st.integers(1, 40), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_basis_diagonalizes(d, seed):
+    moment = random_moment(d, d, seed=seed)
+    basis, eigenvalues = principal_basis(moment)
+    scale = float(eigenvalues[-1])
+    identity = torch.eye(d, dtype=torch.float64)
+    torch.testing.assert_close(basis.T @ basis, identity, rtol=0, atol=1e-12)  # float64 eigensolver
+    diagonal = basis.T @ moment @ basis
+    torch.testing.assert_close(diagonal, torch.diag(eigenvalues), rtol=0, atol=1e-12 * scale)  # the same, scaled
+    assert (eigenvalues.diff() >= 0).all()
+
+
+def test_eigenvalues_equal_numpy():
+    moment = random_moment(3, 16, 16)
+    expected = torch.from_numpy(np.linalg.svd(moment.numpy(), compute_uv=False)[:, ::-1].copy())
+    torch.testing.assert_close(principal_basis(moment)[1], expected, rtol=1e-10, atol=0)  # another algorithm, float64
+
+
+def test_signs_are_canonical():
+    basis, _ = principal_basis(random_moment(2, 12, 12))
+    largest = basis.gather(-2, basis.abs().argmax(-2, keepdim=True))
+    assert (largest > 0).all()
+    tied, _ = principal_basis(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))  # eigenvectors (1, -1) and (1, 1) over sqrt(2)
+    assert (tied[0] > 0).all()
+
+
+def test_batches_equal_single_bases():
+    moment = random_moment(3, 10, 10)
+    batched, _ = principal_basis(moment)
+    for group in range(3):
+        assert torch.equal(batched[group], principal_basis(moment[group])[0])
+
+
+def test_bad_moments():
+    with pytest.raises(DataError, match="NaN"):
+        principal_basis(torch.full((2, 2), float("nan")))
+    with pytest.raises(QuantError, match=r"\(2, 3\)"):
+        principal_basis(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "none"])
+def test_resq_basis_keeps_the_subspaces(kind):
+    moment = random_moment(2, 64, 64)
+    basis, _ = principal_basis(moment)
+    u = resq_basis(moment, (56, 8), kind, generator(0, "rotation"))
+    identity = torch.eye(64, dtype=torch.float64).expand(2, 64, 64)
+    torch.testing.assert_close(u.mT @ u, identity, rtol=0, atol=1e-12)  # float64 rounding
+    for columns in (slice(0, 56), slice(56, 64)):  # the projector onto each part does not depend on R
+        projector = u[..., columns] @ u[..., columns].mT
+        expected = basis[..., columns] @ basis[..., columns].mT
+        torch.testing.assert_close(projector, expected, rtol=0, atol=1e-12)  # float64 rounding
+    assert torch.equal(u, resq_basis(moment, (56, 8), kind, generator(0, "rotation")))
+
+
+def test_resq_basis_checks_sizes():
+    with pytest.raises(QuantError, match="sum to 60"):
+        resq_basis(random_moment(64, 64), (52, 8), "none", generator(0, "rotation"))
+
+
+def test_energy_fraction():
+    eigenvalues = torch.tensor([[-1e-20, 1.0, 3.0], [0.0, 0.0, 0.0]])
+    assert energy_fraction(eigenvalues, 1).tolist() == [0.75, 0.0]
+    assert energy_fraction(eigenvalues[0], 0).item() == 0.0
+    assert energy_fraction(eigenvalues[0], 3).item() == 1.0
+    with pytest.raises(QuantError, match="rank"):
+        energy_fraction(eigenvalues, 4)
