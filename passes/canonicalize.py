@@ -1,0 +1,242 @@
+"""canonicalize: drop what torch.export leaves behind and name the composites rms_norm and rope.
+
+    mul(weight, mul(x, rsqrt(add(mean(pow(x, 2), -1), eps))))            -> rms_norm(x, weight, eps)
+    add(mul(x, cos), mul(cat(neg(x[h:]), x[:h]), sin))                   -> rope(x, cos, sin)
+    cat(rope(x[:r], cos, sin), x[r:])   (partial rotary)                 -> rope(x, cos, sin) with cos narrower than x
+Values computed from one-dimensional weights alone, such as Gemma's 1 + w, become tensors of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler import graph_tools, ops
+from resq_compiler.graph_tools import aten, emit, is_call
+from resq_compiler.pipeline import Pass, PassContext
+
+IDENTITY = {
+    aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default, aten.alias.default, aten.contiguous.default,
+    aten.clone.default, aten.dropout.default,
+}  # fmt: skip
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten._to_copy.default}
+WHOLE = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Drop export noise; name rms_norm and rope."""
+
+    name: ClassVar[str] = "canonicalize"
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        done = drop_noise(gm)
+        done += keep_token_dimensions(gm)
+        done += fold_constants(gm)
+        for match in (match_rms_norm, match_rope, match_partial_rope):
+            for node in list(gm.graph.find_nodes(op="call_function", target=ROOTS[match])):
+                done += match(gm, node)
+        gm.graph.eliminate_dead_code()
+        return done + merge_equal(gm)
+
+
+def drop_noise(gm: GraphModule) -> int:
+    """Remove nodes that return their input unchanged, and assertions."""
+    done = 0
+    for node in list(gm.graph.nodes):
+        if is_call(node, aten._assert_tensor_metadata.default):
+            gm.graph.erase_node(node)
+            done += 1
+        elif _returns_its_input(gm, node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+            done += 1
+    return done
+
+
+def _returns_its_input(gm: GraphModule, node: Node) -> bool:
+    if is_call(node, *IDENTITY):
+        return True
+    if is_call(node, aten.mul.Tensor) and node.args[1] == 1.0 and isinstance(node.args[1], float):
+        return True
+    if is_call(node, *CASTS):
+        before, after = value_of(gm, node.args[0]), node.meta.get("val")
+        return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+    if is_call(node, aten.slice.Tensor):
+        start, stop = (*node.args, 0, WHOLE)[2:4] if len(node.args) > 2 else (0, WHOLE)
+        return start in (0, None) and (stop is None or stop == WHOLE) and (len(node.args) < 5 or node.args[4] == 1)
+    return False
+
+
+def merge_equal(gm: GraphModule) -> int:
+    """Compute equal calls once (rotary tables are made again for every layer)."""
+    seen: dict[str, Node] = {}
+    done = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        first = seen.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            gm.graph.erase_node(node)
+            done += 1
+    return done
+
+
+def value_of(gm: GraphModule, node: object) -> object:
+    """The (fake) value of a node."""
+    if isinstance(node, Node) and node.op == "get_attr":
+        return graph_tools.get_tensor(gm, node)
+    return node.meta.get("val") if isinstance(node, Node) else node
+
+
+ROW_WISE = {
+    aten.linear.default, aten.layer_norm.default, aten.relu.default, aten.gelu.default, aten.silu.default, aten.add.Tensor,
+    aten.mul.Tensor, aten.tanh.default, aten.sigmoid.default, aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default,
+}  # fmt: skip
+
+
+def keep_token_dimensions(gm: GraphModule) -> int:
+    """Undo reshape([B, S, d] -> [B·S, d]) and back where all operators between work on the last dimension alone."""
+    flat = [n for n in gm.graph.nodes if _reshapes(n, 3, 2)]
+    region, pending, ends = set(), list(flat), []
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if _reshapes(user, 2, 3):
+                ends.append(user)
+            elif not is_call(user, *ROW_WISE):
+                return 0
+            elif user not in region:
+                region.add(user)
+                pending.append(user)
+    for node in {*flat, *ends}:
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+    for node in gm.graph.nodes:
+        if node in region and ends:
+            node.meta["val"] = node.meta["val"].unflatten(0, ends[0].meta["val"].shape[:2])
+    return len(flat)
+
+
+def _reshapes(node: Node, before: int, after: int) -> bool:
+    if not is_call(node, aten.view.default, aten.reshape.default):
+        return False
+    old, new = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    return len(old) == before and len(new) == after and old[-1] == new[-1]
+
+
+def fold_constants(gm: GraphModule) -> int:
+    """Replace arithmetic on one-dimensional weights alone by a new tensor."""
+    done = 0
+    for node in list(gm.graph.nodes):
+        inputs = node.all_input_nodes
+        if node.op != "call_function" or not inputs or any(n.op != "get_attr" for n in inputs):
+            continue
+        tensors = [graph_tools.get_tensor(gm, n) for n in inputs]
+        if any(not isinstance(t, Tensor) or t.dim() > 1 for t in tensors) or is_call(node, aten.embedding.default):
+            continue
+        value = graph_tools.run_node(gm, node, dict(zip(inputs, tensors, strict=True)))
+        folded = graph_tools.add_tensor(gm, f"{inputs[0].target}_{node.name}", value, Canonicalize.name)
+        folded.meta["val"] = value
+        node.replace_all_uses_with(folded)
+        gm.graph.erase_node(node)
+        done += 1
+    return done
+
+
+def other_operand(node: Node, operand: Node) -> object:
+    """The operand of a two-operand node that is not the given one."""
+    return node.args[1] if node.args[0] is operand else node.args[0]
+
+
+def operand_called(node: Node, *targets: object) -> Node | None:
+    """The operand of a two-operand node that calls one of the targets."""
+    return next((a for a in node.args[:2] if is_call(a, *targets)), None)  # type: ignore[misc]
+
+
+def only_user(node: Node) -> Node | None:
+    """The single user of a node, or None."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
+    """Root at rsqrt: it must see mean(x²) + eps and be multiplied with the same x."""
+    shifted = rsqrt.args[0]
+    if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):
+        return 0
+    mean, eps = shifted.args[0], shifted.args[1]
+    if not is_call(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
+        return 0
+    x, exponent = mean.args[0].args[:2]
+    normed = only_user(rsqrt)
+    if exponent != 2 or not is_call(normed, aten.mul.Tensor) or other_operand(normed, rsqrt) is not x:
+        return 0
+    scaled, weight = only_user(normed), None
+    if is_call(scaled, aten.mul.Tensor):
+        candidate = other_operand(scaled, normed)
+        if isinstance(candidate, Node) and candidate.op == "get_attr" and graph_tools.get_tensor(gm, candidate).dim() == 1:
+            weight = candidate
+    last = scaled if weight is not None else normed
+    with gm.graph.inserting_after(last):
+        new = emit(gm.graph, ops.rms_norm, (x, weight, eps), normed, Canonicalize.name)
+    new.meta["val"] = last.meta["val"]
+    last.replace_all_uses_with(new)
+    return 1
+
+
+def _last_dim_slice(node: object, x: object) -> tuple[int, int] | None:
+    if not is_call(node, aten.slice.Tensor) or node.args[0] is not x:  # type: ignore[union-attr]
+        return None
+    dim, start, stop = node.args[1:4]  # type: ignore[union-attr]
+    rank = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    return (start, stop) if dim in (-1, rank - 1) else None
+
+
+def match_rope(gm: GraphModule, node: Node) -> int:
+    """Root at the add of x·cos and rotate_half(x)·sin, in either order."""
+    for straight, turned in (node.args[:2], node.args[1::-1]):
+        if not is_call(straight, aten.mul.Tensor) or not is_call(turned, aten.mul.Tensor):
+            continue
+        rotated = operand_called(turned, aten.cat.default)
+        if rotated is None or len(rotated.args[0]) != 2 or not is_call(rotated.args[0][0], aten.neg.default):
+            continue
+        upper, lower = rotated.args[0][0].args[0], rotated.args[0][1]
+        x = lower.args[0] if is_call(lower, aten.slice.Tensor) else None
+        if x is None or x not in straight.args:
+            continue
+        half = x.meta["val"].shape[-1] // 2
+        if _last_dim_slice(lower, x) != (0, half) or _last_dim_slice(upper, x) != (half, WHOLE):
+            continue
+        cos, sin = other_operand(straight, x), other_operand(turned, rotated)
+        with gm.graph.inserting_after(node):
+            new = emit(gm.graph, ops.rope, (x, cos, sin), node, Canonicalize.name)
+        new.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(new)
+        return 1
+    return 0
+
+
+def match_partial_rope(gm: GraphModule, node: Node) -> int:
+    """Root at cat(rope(x[..., :r]), x[..., r:]); x[..., :r] is x itself where r is the whole width."""
+    pieces = node.args[0]
+    if len(pieces) != 2 or not is_call(pieces[0], ops.rope) or not is_call(pieces[1], aten.slice.Tensor):
+        return 0
+    head, tail = pieces[0].args[0], pieces[1]
+    x, width = tail.args[0], head.meta["val"].shape[-1]
+    if head is not x and _last_dim_slice(head, x) != (0, width):
+        return 0
+    if _last_dim_slice(tail, x) != (width, WHOLE):
+        return 0
+    with gm.graph.inserting_after(node):
+        new = emit(gm.graph, ops.rope, (x, *pieces[0].args[1:]), node, Canonicalize.name)
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    return 1
+
+
+ROOTS = {match_rms_norm: aten.rsqrt.default, match_rope: aten.add.Tensor, match_partial_rope: aten.cat.default}

@@ -1,0 +1,194 @@
+"""name-attention: the cache, the attention operator, its mask, and grouped heads, each as one node.
+
+    cat(past, new)                                              -> append_cache(past, new)
+    scaled_dot_product_attention(q, repeat(k), repeat(v), mask) -> attention(q, k, v, mask, scale)
+    matmul(softmax(cap·tanh(q kᵀ scale / cap) + mask), v)       -> attention(q, k, v, mask, scale, softcap)
+    the operators that build a mask                             -> causal_mask(attention_mask, input_ids, window)
+
+Repeats of heads and masks are recognized by what they compute, not by how: they are run on index tensors and on padded,
+empty-past and longer-than-window inputs, and must agree exactly. A mask that agrees with no causal or sliding-window mask stays.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler import graph_tools, ops
+from resq_compiler.capture import concrete_example
+from resq_compiler.errors import TopologyError
+from resq_compiler.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
+from resq_compiler.pipeline import Pass, PassContext
+
+SDPA = aten.scaled_dot_product_attention.default
+MAX_NEW, MAX_PAST = 2048, 2**20  # windows up to these are probed with as many new tokens, as long a past
+
+
+@dataclass(frozen=True)
+class AttentionArguments:
+    """What an attention core was given, before heads are un-repeated."""
+
+    q: Node
+    k: Node
+    v: Node
+    mask: Node | None
+    scale: float
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class NameAttention(Pass):
+    """Name caches, attention and masks."""
+
+    name: ClassVar[str] = "name-attention"
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        done = name_caches(gm)
+        env = dict(zip(graph_tools.placeholders(gm.graph), ctx.example_inputs, strict=True))
+        for node in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
+            done += replace_core(gm, node, sdpa_arguments(node), env)
+        for node in list(gm.graph.find_nodes(op="call_function", target=aten.softmax.int)):
+            core = aten_core(node)
+            if core is not None:
+                done += replace_core(gm, *core, env)
+        gm.graph.eliminate_dead_code()
+        return done + name_masks(gm, ctx)
+
+
+def name_caches(gm: GraphModule) -> int:
+    """cat(past, new) along tokens, where past is a graph input."""
+    done = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.cat.default)):
+        pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        if len(pieces) == 2 and pieces[0].op == "placeholder" and dim in (-2, 2):
+            with gm.graph.inserting_after(node):
+                new = emit(gm.graph, ops.append_cache, tuple(pieces), node, NameAttention.name)
+            new.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+            done += 1
+    return done
+
+
+def sdpa_arguments(node: Node) -> AttentionArguments:
+    """Arguments of aten.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=)."""
+    q, k, v, mask, _, is_causal = (*node.args, None, 0.0, False)[:6] if len(node.args) < 6 else node.args[:6]
+    if is_causal:
+        raise TopologyError(f"node {node.name}: attention with is_causal=True has no mask for padding; expected an explicit mask")
+    scale = node.kwargs.get("scale")
+    return AttentionArguments(q, k, v, mask, 1 / math.sqrt(q.meta["val"].shape[-1]) if scale is None else scale)
+
+
+def aten_core(softmax: Node) -> tuple[Node, AttentionArguments] | None:
+    """Attention written out: softmax(scores [+ mask]) v, scores = q kᵀ · scale, soft-capped or not."""
+    (product,) = softmax.users if len(softmax.users) == 1 else (None,)
+    if not is_call(product, aten.matmul.default):
+        return None
+    scores, mask = softmax.args[0], None
+    if is_call(scores, aten.add.Tensor):
+        scores, mask = scores.args
+    softcap = None
+    if is_call(scores, aten.mul.Tensor) and is_call(scores.args[0], aten.tanh.default):
+        softcap = scores.args[1]
+        scores = scores.args[0].args[0].args[0]
+    scale = 1.0
+    if is_call(scores, aten.mul.Tensor) and isinstance(scores.args[1], float):
+        scores, scale = scores.args
+    if not is_call(scores, aten.matmul.default) or not is_call(scores.args[1], aten.transpose.int):
+        return None
+    return product, AttentionArguments(scores.args[0], scores.args[1].args[0], product.args[1], mask, scale, softcap)
+
+
+def replace_core(gm: GraphModule, node: Node, found: AttentionArguments, env: dict[Node, Tensor]) -> int:
+    """Replace an attention core by ops.attention on the un-repeated keys and values."""
+    heads = found.q.meta["val"].shape[1]
+    k, v = (unrepeated(gm, value, heads, env) for value in (found.k, found.v))
+    with gm.graph.inserting_after(node):
+        args = (found.q, k, v, found.mask, found.scale, found.softcap)
+        new = emit(gm.graph, ops.attention, args, node, NameAttention.name)
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return 1
+
+
+def unrepeated(gm: GraphModule, value: Node, heads: int, env: dict[Node, Tensor]) -> Node:
+    """The cache entry [B, G, T, D] that `value` [B, H, T, D] repeats for grouped heads."""
+    root = value
+    while is_call(root, *VIEW_OPS):
+        root = root.args[0]
+    if not is_call(root, ops.append_cache):
+        raise TopologyError(
+            f"node {value.name}: attention keys and values should come from append_cache(past, new), got {root.format_node()}"
+        )
+    shape = root.meta["val"].shape
+    index = torch.arange(math.prod(shape)).reshape(shape)
+    result = evaluate(gm, value, {**env, root: index})
+    if heads % shape[1] or not torch.equal(result, index.repeat_interleave(heads // shape[1], 1)):
+        raise TopologyError(f"node {value.name}: expected the {shape[1]} cached heads repeated to {heads}; it computes something else")
+    return root
+
+
+def name_masks(gm: GraphModule, ctx: PassContext) -> int:
+    """Replace each mask by causal_mask when it computes the same on every probe."""
+    inputs = graph_tools.placeholders(gm.graph)
+    users: dict[Node, list[Node]] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=ops.attention):
+        if isinstance(node.args[3], Node):
+            users.setdefault(node.args[3], []).append(node)
+    named: dict[int | None, Node] = {}
+    for mask, readers in users.items():
+        window = recognized_window(gm, mask, inputs, ctx)
+        if window == "unknown":
+            ctx.note(f"mask {mask.name} is neither causal nor a sliding window: kept as its own operators")
+            continue
+        if window not in named:
+            first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
+            with gm.graph.inserting_before(first):
+                named[window] = emit(gm.graph, ops.causal_mask, (inputs[1], inputs[0], window), mask, NameAttention.name)
+        for reader in readers:
+            reader.update_arg(3, named[window])
+    gm.graph.eliminate_dead_code()
+    return len(named)
+
+
+def recognized_window(gm: GraphModule, mask: Node, inputs: list[Node], ctx: PassContext) -> int | None | str:
+    """The window of the causal mask that `mask` computes; None = no window, "unknown" = another mask."""
+    constants = {a for n in graph_tools.ancestors([mask]) for a in n.args if type(a) is int and 1 < a < 2**31}
+    longest = max((c for c in constants if c < MAX_PAST), default=0)
+    for window in (None, *sorted(constants)):
+        if all(_agrees(gm, mask, inputs, ctx, window, new, past) for new, past in _probes(longest)):
+            return window
+    return "unknown"
+
+
+def _probes(longest: int) -> list[tuple[int, int]]:
+    """(new tokens, past length) pairs: usual, empty past, and beyond the longest window the mask could have."""
+    sizes = [(5, 7), (2, 9), (6, 0), (3, longest + 2)]
+    return sizes + ([(longest + 3, 0)] if longest <= MAX_NEW else [])
+
+
+def _agrees(
+    gm: GraphModule, mask: Node, inputs: list[Node], ctx: PassContext, window: int | None, new: int, past: int
+) -> bool:  # fmt: skip
+    ids, attention_mask, positions = concrete_example(2, (), new=new, past=past)
+    entries = [torch.zeros(1).expand(2, t.shape[1], past, t.shape[3]) for t in ctx.example_inputs[3:]]
+    env = dict(zip(inputs, (ids, attention_mask, positions, *entries), strict=True))
+    try:
+        value = evaluate(gm, mask, env)
+    except RuntimeError:
+        return False
+    expected = ops.causal_mask(attention_mask, ids, window)
+    if value.dtype != torch.bool:
+        if not bool(((value == 0) | (value <= -1e4)).all()):
+            return False
+        value = value == 0
+    value = value.expand_as(expected) if value.dim() == 4 else value
+    seen = expected.any(-1, keepdim=True)  # rows of padding see nothing; what a mask says there does not matter
+    return value.shape == expected.shape and torch.equal(value & seen, expected)
+

@@ -1,0 +1,189 @@
+"""split-fused: one linear per purpose, and one form for splitting and merging heads.
+
+    view(linear(x, W)), transpose                      -> split_heads(linear(x, W))
+    chunk / slice / view of a fused linear (qkv, gate_up) -> one linear per piece, with the rows that the piece reads
+    transpose, reshape of an attention's output         -> merge_heads(attention)
+
+Which rows a piece reads is found by running the view operators on row numbers, so any layout of fused rows is understood,
+interleaved ones too. Rows are copied, never changed: the pass is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler import graph_tools, ops
+from resq_compiler.errors import TopologyError
+from resq_compiler.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
+from resq_compiler.pipeline import Pass, PassContext
+
+LINEAR = aten.linear.default
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A value made of some rows of a linear: rows [H, D] for `heads` (of layout "bhsd" or "bshd"), or [n] without."""
+
+    node: Node
+    rows: Tensor
+    layout: str
+
+
+@dataclass(frozen=True)
+class SplitFused(Pass):
+    """Split fused linears; name split_heads and merge_heads."""
+
+    name: ClassVar[str] = "split-fused"
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        env = dict(zip(graph_tools.placeholders(gm.graph), ctx.example_inputs, strict=True))
+        done = 0
+        for node in list(gm.graph.nodes):
+            if is_root(node):
+                done += split_root(gm, node, env)
+            elif is_call(node, ops.attention):
+                done += merge(gm, node, env)
+        gm.graph.eliminate_dead_code()
+        done += move_transposes(gm)
+        graph_tools.delete_unused_tensors(gm)
+        return done
+
+
+def is_root(node: Node) -> bool:
+    """What heads are split from: a linear, a full-width norm of one, or a scaled one; only linears may be fused."""
+    if is_call(node, LINEAR):
+        return True
+    scaled = is_call(node, aten.mul.Tensor) and is_call(node.args[0], LINEAR)
+    return (scaled or is_call(node, ops.rms_norm, aten.layer_norm.default)) and node.meta["val"].dim() == 3
+
+
+def frontier(root: Node) -> list[Node]:
+    """The values that view operators make of root and that something else consumes."""
+    found, pending, seen = [], [root], {root}
+    while pending:
+        node = pending.pop(0)
+        consumed = False
+        for user in node.users:
+            if is_call(user, *VIEW_OPS) and user.args[0] is node:
+                if user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+            else:
+                consumed = True
+        if consumed and not isinstance(node.meta["val"], (tuple, list)):
+            found.append(node)
+    return found
+
+
+def numbered(shape: torch.Size) -> Tensor:
+    """Integers that number every element of a tensor."""
+    return torch.arange(math.prod(shape)).reshape(shape)
+
+
+def piece_of(gm: GraphModule, node: Node, root: Node, env: dict[Node, Tensor]) -> Piece | None:
+    """The rows that `node` reads of root [B, S, N], or None if it does not keep batch and tokens apart."""
+    batch, tokens, width = root.meta["val"].shape
+    value = evaluate(gm, node, {**env, root: numbered(root.meta["val"].shape)})
+    rows = value % width
+    position = value // width
+    expected = torch.arange(batch * tokens).reshape(batch, tokens)
+    if value.dim() == 3 and value.shape[:2] == (batch, tokens):
+        ok = torch.equal(position, expected[:, :, None].expand_as(value))
+        return Piece(node, rows[0, 0], "bsn") if ok else None
+    if value.dim() != 4 or value.shape[0] != batch:
+        return None
+    if value.shape[2] == tokens and torch.equal(position, expected[:, None, :, None].expand_as(value)):
+        return Piece(node, rows[0, :, 0], "bhsd")
+    if value.shape[1] == tokens and torch.equal(position, expected[:, :, None, None].expand_as(value)):
+        return Piece(node, rows[0, 0], "bshd")
+    return None
+
+
+def split_root(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
+    """Rewrite the pieces of one linear (or full-width norm) into linears of their own and split_heads."""
+    nodes = [n for n in frontier(root) if n is not root]
+    if not nodes:
+        return 0
+    pieces = [piece_of(gm, n, root, env) for n in nodes]
+    width = root.meta["val"].shape[-1]
+    whole = [p is not None and torch.equal(p.rows.flatten(), torch.arange(width)) for p in pieces]
+    if not is_call(root, LINEAR) and not all(whole):
+        return 0
+    if any(p is None for p in pieces):
+        raise TopologyError(
+            f"node {nodes[0].name}: expected heads or slices of the output features of {root.name}; the views between mix tokens or rows"
+        )
+    for i, piece in enumerate(pieces):
+        assert piece is not None
+        source = root if whole[i] else part_linear(gm, root, piece.rows.flatten(), i)
+        replace_piece(gm, piece, source)
+    return len(pieces)
+
+
+def part_linear(gm: GraphModule, root: Node, rows: Tensor, index: int) -> Node:
+    """A linear with some rows of a fused one."""
+    tensors = []
+    for label, arg in zip(("weight", "bias"), root.args[1:], strict=False):
+        if arg is None:
+            continue
+        value = graph_tools.get_tensor(gm, arg)[rows.to("cpu")]
+        base = str(arg.target).removesuffix(f".{label}")  # type: ignore[union-attr]
+        tensors.append(graph_tools.add_tensor(gm, f"{base}.part{index}.{label}", value, SplitFused.name))
+    with gm.graph.inserting_after(root):
+        new = emit(gm.graph, LINEAR, (root.args[0], *tensors), root, SplitFused.name)
+    new.meta["val"] = root.meta["val"][..., : len(rows)]
+    return new
+
+
+def replace_piece(gm: GraphModule, piece: Piece, source: Node) -> None:
+    graph, new = gm.graph, source
+    anchor = source
+    if piece.layout != "bsn":
+        with graph.inserting_after(anchor):
+            new = emit(graph, ops.split_heads, (source, piece.rows.shape[0]), piece.node, SplitFused.name)
+        new.meta["val"] = ops.split_heads(source.meta["val"], piece.rows.shape[0])
+    if piece.layout == "bshd":
+        with graph.inserting_after(new):
+            back = emit(graph, aten.transpose.int, (new, 1, 2), piece.node, SplitFused.name)
+        back.meta["val"] = new.meta["val"].transpose(1, 2)
+        new = back
+    piece.node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def merge(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
+    """The views from an attention's output [B, H, S, D] to the next linear are merge_heads."""
+    done = 0
+    index = numbered(root.meta["val"].shape)
+    for node in frontier(root):
+        if not torch.equal(evaluate(gm, node, {**env, root: index}), ops.merge_heads(index)):
+            raise TopologyError(f"node {node.name}: expected the heads of {root.name} merged to [B, S, H·D]; it computes something else")
+        with gm.graph.inserting_after(root):
+            new = emit(gm.graph, ops.merge_heads, (root,), node, SplitFused.name)
+        new.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(new)
+        done += 1
+    return done
+
+
+def move_transposes(gm: GraphModule) -> int:
+    """transpose(norm(transpose(x))) -> norm(x): a per-head norm does not care for the order of the other dimensions."""
+    done = 0
+    for norm in list(gm.graph.find_nodes(op="call_function", target=ops.rms_norm)):
+        inner = norm.args[0]
+        if not is_call(inner, aten.transpose.int) or inner.args[1:] != (1, 2):
+            continue
+        if not all(is_call(user, aten.transpose.int) and user.args[1:] == (1, 2) for user in norm.users):
+            continue
+        norm.update_arg(0, inner.args[0])
+        norm.meta["val"] = inner.args[0].meta["val"]
+        for user in list(norm.users):
+            user.replace_all_uses_with(norm)
+        done += 1
+    gm.graph.eliminate_dead_code()
+    return done

@@ -1,0 +1,103 @@
+"""All options of a compile, with their defaults and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from resq_compiler.errors import ConfigError
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    "weight_bits": (2, 3, 4, 5, 6, 7, 8, 16),
+    "activation_bits": (2, 3, 4, 5, 6, 7, 8, 16),
+    "kv_bits": (2, 3, 4, 5, 6, 7, 8, 16),
+    "high_bits": (2, 3, 4, 5, 6, 7, 8),
+    "low_bits": (2, 3, 4, 5, 6, 7, 8),
+    "basis": ("pca", "hadamard", "outliers", "none"),
+    "rotation": ("hadamard", "orthogonal", "none"),
+    "down_proj": ("hadamard", "energy-split", "outliers", "none"),
+    "weight_method": ("rtn", "gptq"),
+    "weight_clip": ("mse", "hessian", "max"),
+    "o_proj_granularity": ("head", "token"),
+    "lm_head_bits": (None, 8),
+}
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """How a model is quantized. Bits of 16 mean: stays in float.
+
+    The main bits hold for the columns outside the high part (`high_fraction` of them, at `high_bits`) and the low part
+    (`low_fraction`, at `low_bits`). Source of the method: ResQ, arXiv 2412.14363.
+    """
+
+    recipe: str = "resq"
+    weight_bits: int = 4
+    activation_bits: int = 4
+    kv_bits: int = 4
+    high_bits: int = 8
+    high_fraction: float = 1 / 8
+    low_bits: int = 2
+    low_fraction: float = 0.0
+    rank_multiple: int = 1
+    basis: str = "pca"
+    rotation: str = "hadamard"
+    down_proj: str = "hadamard"
+    weight_method: str = "gptq"
+    weight_clip: str = "mse"
+    gptq_damping: float = 0.01
+    gptq_act_order: bool = False
+    gptq_on_quantized_activations: bool = False
+    activation_clip: float = 1.0
+    kv_clip: float = 1.0
+    o_proj_granularity: str = "head"
+    lm_head_bits: int | None = None
+    calibration_samples: int = 64
+    calibration_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"option {name}: expected one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
+        self._check_range("high_fraction", 0, 0.5)
+        self._check_range("low_fraction", 0, 0.5)
+        self._check_range("activation_clip", 0.1, 1)
+        self._check_range("kv_clip", 0.1, 1)
+        self._check_range("gptq_damping", 0, 1)
+        for name in ("rank_multiple", "calibration_samples", "calibration_length"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"option {name}: expected a whole number of at least 1; got {getattr(self, name)!r}")
+
+    def _check_range(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ConfigError(f"option {name}: expected a number from {low} to {high}; got {value!r}")
+
+    @property
+    def scheme(self) -> str:
+        """The short name users know, such as W4A4KV4."""
+        return f"W{self.weight_bits}A{self.activation_bits}KV{self.kv_bits}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CompileConfig:
+        """Inverse of `to_dict`; an option that does not exist is a ConfigError that names the nearest one."""
+        check_names(values)
+        return cls(**values)
+
+
+def check_names(values: dict[str, Any]) -> None:
+    """Raise ConfigError for an option that does not exist."""
+    import difflib
+
+    known = [f.name for f in dataclasses.fields(CompileConfig)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "options: " + ", ".join(known)
+            raise ConfigError(f"unknown option {name!r}; {hint}")

@@ -1,0 +1,81 @@
+"""Facts attached to graph nodes. The only file that spells the keys of `node.meta`.
+
+Values are frozen dataclasses: copies of a graph share them, so they must not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node came from: the module that made it in the original model, and the pass that made this node."""
+
+    key: ClassVar[str] = "resq.origin"
+    module: str = ""
+    made_by: str = "capture"
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear of the original model. `role` is q, k, v, o, up, gate, down or head; found by dataflow."""
+
+    key: ClassVar[str] = "resq.linear"
+    name: str
+    role: str
+    block: int | None
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """One of the same-precision pieces of linear `site`: input columns start:stop at `bits`."""
+
+    key: ClassVar[str] = "resq.part"
+    site: LinearSite
+    index: int
+    bits: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Projection:
+    """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one."""
+
+    key: ClassVar[str] = "resq.projection"
+    basis: str
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizerSite:
+    """A place where values become integers: the input of linears, or a cache entry. `name` is stable across compiles."""
+
+    key: ClassVar[str] = "resq.quantizer"
+    name: str
+    kind: str  # "activation" or "kv"
+    block: int | None
+    bits: int
+
+
+Fact = TypeVar("Fact")
+
+
+def get(node: Node, fact: type[Fact]) -> Fact | None:
+    """The fact of that type on the node, or None."""
+    return node.meta.get(fact.key)  # type: ignore[attr-defined]
+
+
+def put(node: Node, value: object) -> Node:
+    """Attach a fact; returns the node."""
+    node.meta[value.key] = value  # type: ignore[attr-defined]
+    return node
+
+
+def facts(node: Node) -> list[object]:
+    """All facts on the node, for dumps."""
+    return [value for key, value in sorted(node.meta.items()) if key.startswith("resq.")]

@@ -1,0 +1,154 @@
+"""The operators of a compiled graph, as plain functions: what they compute is written here and nowhere else.
+
+A graph node calls one of these (or an ``aten`` operator) by reference, so a dump reads as a program. `OPS` maps names to functions
+for saved graphs. B batch, S new tokens, T all tokens, H query heads, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resq_compiler.numerics import quantized
+from resq_compiler.numerics.quantized import QuantizedActivation
+
+OPS: dict[str, Callable] = {}
+
+
+def op(function: Callable) -> Callable:
+    OPS[function.__name__] = function
+    return function
+
+
+@op
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps), times weight; over the last dimension, in float32 at least."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+@op
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, rotate-half form: x [B, H, S, D], cos and sin [B, 1, S, R]; columns from R on pass through."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rope(x[..., :width], cos, sin), x[..., width:]), -1)
+    half = width // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x * cos + rotated * sin
+
+
+@op
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, S, H·D] -> [B, H, S, D]."""
+    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
+
+
+@op
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, S, D] -> [B, S, H·D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+@op
+def append_cache(past: Tensor, new: Tensor) -> Tensor:
+    """Keys or values of all tokens: past [B, G, P, D] then new [B, G, S, D]."""
+    return torch.cat((past, new), -2)
+
+
+@op
+def causal_mask(attention_mask: Tensor, input_ids: Tensor, window: int | None = None) -> Tensor:
+    """Which keys a query may see: bool [B, 1, S, T], True = attend; at most `window` keys back when given.
+
+    attention_mask [B, T] (0 = padding), input_ids [B, S]; the S queries are the last of the T positions.
+    """
+    total, new = attention_mask.shape[1], input_ids.shape[1]
+    keys = torch.arange(total, device=attention_mask.device)
+    queries = torch.arange(new, device=attention_mask.device)[:, None] + (total - new)
+    visible = keys <= queries
+    if window is not None:
+        visible = visible & (keys > queries - window)
+    return visible[None, None] & attention_mask[:, None, None, :].bool()
+
+
+@op
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v with grouped key/value heads; with softcap c the scores become c·tanh(scores / c).
+
+    q [B, H, S, D]; k, v [B, G, T, D]; mask bool (True = attend) or additive float, [B or 1, 1, S, T].
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    if grouped:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1) @ v
+
+
+@op
+def project(x: Tensor, u: Tensor) -> Tensor:
+    """x U over the last dimension: x [..., d], u [d, d] with orthonormal columns (U_A, U_C)."""
+    return x @ u
+
+
+@op
+def project_heads(x: Tensor, u: Tensor) -> Tensor:
+    """x U with a basis for each key/value head: x [B, H, S, D], u [G, D, D]; head h uses u[h // (H / G)] (U_B)."""
+    return x @ u.repeat_interleave(x.shape[1] // u.shape[0], 0)
+
+
+@op
+def hadamard(x: Tensor, transpose: bool = False) -> Tensor:
+    """x H / sqrt(n) (or x Hᵀ / sqrt(n)) over the last dimension as a fast transform (U_D)."""
+    from resq_compiler.numerics.hadamard import hadamard_plan, hadamard_transform
+
+    return hadamard_transform(x, hadamard_plan(int(x.shape[-1])), transpose=transpose)
+
+
+@op
+def take_columns(x: Tensor, index: Tensor) -> Tensor:
+    """Reorder the last dimension: x[..., index]."""
+    return x.index_select(-1, index)
+
+
+@op
+def columns(x: Tensor, start: int, stop: int) -> Tensor:
+    """x[..., start:stop]: the part of the columns that shares a precision."""
+    return x[..., start:stop]
+
+
+@op
+def quantize(x: Tensor, bits: int, groups: int = 1, clip: float = 1.0) -> QuantizedActivation:
+    """Dynamic asymmetric codes of x [..., K], per token and group of K / groups columns."""
+    return quantized.quantize_activation(x, bits, groups, clip)
+
+
+@op
+def dequantize(x: QuantizedActivation) -> Tensor:
+    """The float image (codes - zero point) · scale of quantized activations."""
+    return quantized.dequantize(x)
+
+
+@op
+def quantized_linear(x: QuantizedActivation, qdata: Tensor, scale: Tensor) -> Tensor:
+    """Integer product of x [..., K] with weight codes qdata [N, K] int8, scaled: float32 [..., N]."""
+    return quantized.integer_linear(x, qdata, scale)
+
+
+@op
+def weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+    """Float activations [..., K] times the float image of weight codes qdata [N, K] int8, scale [N]."""
+    return F.linear(x, qdata.to(x.dtype)) * scale.to(x.dtype)
+
+
+@op
+def quantize_dequantize(x: Tensor, parts: Sequence[tuple[int, int, int]], clip: float = 1.0) -> Tensor:
+    """Float image of cache codes: every part (bits, start, stop) of the last dimension quantized per token and head."""
+    return quantized.quantize_dequantize(x, [quantized.Part(*p) for p in parts], clip)

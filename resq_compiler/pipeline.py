@@ -1,0 +1,162 @@
+"""What a pass is, and how a list of passes runs over a graph: check, run, record, verify, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from resq_compiler import verify
+from resq_compiler.config import CompileConfig
+from resq_compiler.errors import PassError, ResqError, VerifyError
+
+log = logging.getLogger("resq_compiler")
+
+EXACT_TOLERANCE = 1e-4  # relative float32 error of the logits that an exact pass may add: rounding, not a change of function
+
+
+@dataclass
+class PassContext:
+    """What passes share: options, example inputs, calibration windows, and the facts that earlier passes found."""
+
+    config: CompileConfig
+    example_inputs: tuple[Tensor, ...]
+    calibration: Tensor | None = None  # token ids [n, length], int64
+    topology: Any = None  # resq_compiler.topology.Topology, set by the topology analysis
+    bases: Any = None  # resq_compiler.calibration.Bases
+    notes: list[str] = field(default_factory=list)  # what a user should know: approximations, projections that stay online
+    statistics: dict[str, Any] = field(default_factory=dict)  # per-site numbers for reports
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+    def note(self, message: str) -> None:
+        """Tell the user something, once."""
+        if message not in self.notes:
+            self.notes.append(message)
+            log.info(message)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One rewrite of the graph. Options are the dataclass fields; the file is the snake_case of `name`."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True  # the same function up to rounding; quantizers are not
+
+    @abstractmethod
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        """Rewrite in place; returns the number of rewrites, 0 = unchanged."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The graph after a pass, without weights, and what the pass did. `max_error` is relative; None where not compared."""
+
+    index: int
+    name: str
+    options: str
+    graph: Graph
+    rewrites: int
+    seconds: float
+    max_error: float | None
+    exact: bool = True
+    failed: str | None = None
+
+    @property
+    def label(self) -> str:
+        """File-name form, such as 03-fold-norms."""
+        return f"{self.index:02d}-{self.name}"
+
+
+class Pipeline:
+    """Runs passes in order and keeps a `Stage` for each. `on_stage` sees every stage, also that of a failing pass."""
+
+    def __init__(self, ctx: PassContext, on_stage: Callable[[Stage], None] = lambda stage: None):
+        self.ctx = ctx
+        self.stages: list[Stage] = []
+        self.on_stage = on_stage
+        self.reference: tuple[Tensor, ...] | None = None
+
+    def start(self, gm: GraphModule, name: str = "capture", seconds: float = 0.0) -> None:
+        """Record the graph that passes start from and its outputs on the example inputs."""
+        verify.propagate_shapes(gm, self.ctx.example_inputs)
+        self.reference = self._outputs(gm)
+        self._record(Stage(len(self.stages), name, "", copy_graph(gm.graph), 0, seconds, None))
+
+    def run(self, gm: GraphModule, passes: Sequence[Pass]) -> None:
+        """Run passes in order. A failure is a PassError that names the pass; the stage that failed is still recorded."""
+        for i, item in enumerate(passes):
+            self.ctx.progress(item.name, i, len(passes))
+            self._run_one(gm, item)
+        self.ctx.progress("done", len(passes), len(passes))
+
+    def _run_one(self, gm: GraphModule, item: Pass) -> None:
+        start = time.perf_counter()
+        index, options = len(self.stages), option_text(item)
+        rewrites = 0
+        try:
+            rewrites = item.run(gm, self.ctx)
+            gm.graph.eliminate_dead_code()
+            gm.recompile()
+            verify.check_graph(gm)
+            verify.propagate_shapes(gm, self.ctx.example_inputs)
+            error = self._compare(gm, item)
+        except Exception as error:
+            seconds = time.perf_counter() - start
+            self._record(Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, None, item.exact, str(error)))
+            kind = type(error) if isinstance(error, ResqError) else PassError
+            raise kind(f"pass {index} {item.name}: {error}") from error
+        seconds = time.perf_counter() - start
+        log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, error)
+        self._record(Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact))
+
+    def _compare(self, gm: GraphModule, item: Pass) -> float | None:
+        if self.reference is None:
+            return None
+        logits = self._outputs(gm)
+        error = relative_error(logits[0], self.reference[0])
+        if item.exact and not error <= EXACT_TOLERANCE:
+            raise VerifyError(
+                f"the outputs changed by {error:.2e} relative to those before the pass; an exact pass may change them by "
+                f"{EXACT_TOLERANCE:g}: this is a bug in the pass, or the model is not finite on its example inputs"
+            )
+        self.reference = logits
+        return error
+
+    def _outputs(self, gm: GraphModule) -> tuple[Tensor, ...] | None:
+        if any(t.is_meta for t in gm.state_dict().values()):
+            return None
+        with torch.no_grad():
+            return (gm(*self.ctx.example_inputs)[0],)
+
+    def _record(self, stage: Stage) -> None:
+        self.stages.append(stage)
+        self.on_stage(stage)
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Frobenius norm of the difference over that of the reference."""
+    return float((value.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-300))
+
+
+def option_text(item: Pass) -> str:
+    """The options of a pass that differ from their defaults, as `name=value` pairs."""
+    values = ((f, getattr(item, f.name)) for f in dataclasses.fields(item))
+    return ", ".join(f"{f.name}={value!r}" for f, value in values if value != f.default)
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy of the nodes and their metadata that holds no weights."""
+    copy = Graph()
+    table: dict[Node, Node] = {}
+    output = copy.graph_copy(graph, table, return_output_node=True)
+    assert output is not None
+    copy.output(output[0])
+    return copy
