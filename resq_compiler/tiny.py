@@ -1,7 +1,7 @@
 """Tiny random decoders, one per architecture family: made in milliseconds, for tests and documentation.
 
-Every width differs from the others (hidden 64, intermediate 160, vocabulary 131, keys 32 or 48), so a mix-up of dimensions
-fails. Norm gains and biases are random, so a gain that is dropped or folded twice shows in the output.
+Every width differs from the others (hidden 64, intermediate 160, vocabulary 131, keys 32 or 48), so a mix-up of
+dimensions fails. Norm gains and biases are random, so a gain that is dropped or folded twice shows in the output.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from resq_compiler.numerics import seeds
 
 SLIDING_WINDOW = 6  # shorter than any sequence worth testing
 _COMMON = {
-    "vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _GATED = {**_COMMON, "intermediate_size": 160, "num_key_value_heads": 2}
 _WIDE_HEADS = {**_GATED, "head_dim": 24}  # 4 heads x 24 = 96, not the hidden size
@@ -49,10 +49,10 @@ TINY_FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Make a random two- or three-layer decoder, float32, in evaluation mode, on the CPU.
 
-    Weights have the variance 1/fan_in, so every block changes its input by about as much as the input itself and the logits
-    are far from flat. The global random state is left as it was.
+    Weights have the variance 1/fan_in, so every block changes its input by about as much as the input itself and the
+    logits are far from flat. The global random state is left as it was.
 
-    Args:    family: one of TINY_FAMILIES. seed: of the weights. overrides: configuration values, by transformers' names.
+    Args:    family: one of TINY_FAMILIES. seed: of the weights. overrides: of the transformers config.
     Returns: the model; equal arguments give equal weights.
     Raises:  ModelError: no such family.
     """

