@@ -108,7 +108,7 @@ def check_finite(model: nn.Module) -> None:
             bad = int((~tensor.isfinite()).sum())
             raise ModelError(
                 f"model weights: {name} {list(tensor.shape)} has {bad} values that are NaN or infinite; "
-    """Raise ModelError naming the first parameter or buffer with a NaN or an infinity; meta tensors are skipped."""
+                "the checkpoint is damaged or overflowed its dtype: load it again, or in float32 or bfloat16"
             )
 
 
