@@ -1,7 +1,8 @@
 """Packing of small signed codes into bytes, in memory and on disk.
 
-Along the last dimension (in_features): 4-bit codes two per byte, even index in the low nibble; 2-bit codes four per byte,
-first index in the two lowest bits; both two's complement, the tail padded with zeros. Other widths stay one int8 per code.
+Along the last dimension (in_features): 4-bit codes two per byte, even index in the low nibble; 2-bit codes four per
+byte, first index in the two lowest bits; both two's complement, the tail padded with zeros. Other widths stay one int8
+per code.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
     limit = 2 ** (bits - 1)
     if q.numel() and (int(q.min()) < -limit or int(q.max()) >= limit):
         raise QuantError(
-            f"packing.pack: codes span [{int(q.min())}, {int(q.max())}], expected [{-limit}, {limit - 1}] for {bits} bits; "
-            "quantize with the same width that packs"
+            f"packing.pack: codes span [{int(q.min())}, {int(q.max())}], expected [{-limit}, {limit - 1}] for {bits} "
+            "bits; quantize with the same width that packs"
         )
     fields = F.pad(q, (0, -q.shape[-1] % count)).view(torch.uint8) & (2**bits - 1)
     fields = fields.unflatten(-1, (-1, count))
@@ -48,7 +49,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
 def unpack(p: Tensor, bits: int, length: int) -> Tensor:
     """Inverse of `pack`.
 
-    Args:    p: uint8 [..., packed_length(length, bits)] for 2 and 4 bits, else int8 [..., length].    length: K before packing.
+    Args:    p: uint8 [..., packed_length(length, bits)] for 2 and 4 bits, else int8 [..., length].
+             length: K before packing.
     Returns: int8 [..., length], sign-extended.
     Raises:  QuantError: wrong dtype, unsupported bits, or a last dimension that does not hold `length` codes.
     """
@@ -56,8 +58,8 @@ def unpack(p: Tensor, bits: int, length: int) -> Tensor:
     _check(p, bits, torch.int8 if count is None else torch.uint8, "unpack")
     if p.shape[-1] != packed_length(length, bits):
         raise QuantError(
-            f"packing.unpack: {length} codes of {bits} bits take {packed_length(length, bits)} bytes, got {p.shape[-1]}; "
-            "pass the in_features the tensor was packed from"
+            f"packing.unpack: {length} codes of {bits} bits take {packed_length(length, bits)} bytes, got "
+            f"{p.shape[-1]}; pass the in_features the tensor was packed from"
         )
     if count is None:
         return p
@@ -69,4 +71,4 @@ def _check(t: Tensor, bits: int, dtype: torch.dtype, where: str) -> None:
     if bits not in range(2, 9):
         raise QuantError(f"packing.{where}: bits must be an integer in 2..8, got {bits!r}")
     if t.dtype != dtype or t.dim() == 0:
-        raise QuantError(f"packing.{where}: expected a {dtype} tensor of at least one dimension, got {t.dtype} {tuple(t.shape)}")
+        raise QuantError(f"packing.{where}: expected a {dtype} tensor [..., K], got {t.dtype} {tuple(t.shape)}")

@@ -145,7 +145,7 @@ def test_grouped_integer_linear_follows_the_sum_over_groups() -> None:
     qw = torch.randint(-8, 8, (20, 72), generator=rng(1), dtype=torch.int8)
     sw = torch.rand(20, generator=rng(2))
     xq = quantize_activation(x, 8, groups=9)
-    centred = (xq.qdata.numpy().reshape(2, 7, 9, 8).astype(np.int64) - xq.zero_point.numpy()[..., None]).astype(np.int64)
+    centred = xq.qdata.numpy().reshape(2, 7, 9, 8).astype(np.int64) - xq.zero_point.numpy()[..., None]
     acc = np.einsum("btgk,ngk->btgn", centred, qw.numpy().reshape(20, 9, 8).astype(np.int64))
     exact = (acc * xq.scale.double().numpy()[..., None]).sum(2) * sw.double().numpy()
     # float32 sums of 72 terms: a few ulp of the row's magnitude
@@ -165,7 +165,8 @@ def test_fake_tensors_and_export_see_the_codes() -> None:
         def forward(self, x: torch.Tensor) -> tuple[QuantizedActivation, torch.Tensor]:
             xq = quantize_activation(x, 4, groups=1)
             qw, sw = torch.ones(6, 16, dtype=torch.int8), torch.ones(6)
-            return xq, integer_linear(xq, qw, sw) + quantize_dequantize(x, [(4, 0, 10), (8, 10, 16)]).sum(-1, keepdim=True)
+            image = quantize_dequantize(x, [(4, 0, 10), (8, 10, 16)])
+            return xq, integer_linear(xq, qw, sw) + image.sum(-1, keepdim=True)
 
     with FakeTensorMode():
         xq, y = Linear()(torch.randn(2, 3, 16))
