@@ -1,0 +1,212 @@
+"""GPTQ on one weight (or several stacked ones that share an input): tensor mathematics only.
+
+With H = sum x^T x + damping and U upper triangular, U^T U = H^-1, columns are rounded in order and each rounding error
+is spread over the columns still to come:
+
+    q_j = round(w_j)        e_j = (w_j - q_j) / U_jj        w_i -= e_j U_ji   for i > j
+
+sum_j e_j^2 is then the row's output error, diag(dW H dW^T). Where the quantized model's input x~ (H is its moment) is
+not the original x, D = sum (x - x~)^T x~ lets the weight make up for the difference, min ||Q x~ - W x||:
+
+    triangular (GPTAQ)      w_i += w_j P_ji as column j is rounded,        P = alpha triu(D U^T, 1) U
+    full                    W + alpha W D H^-1 is quantized instead of W;  alpha = 1 is the exact least-squares target
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from resq_compiler.errors import QuantError
+from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts
+from resq_compiler.numerics.weights import Clip, QuantizedWeight, check_weight, search_scale
+
+Correction = Literal["triangular", "full"]
+
+_DAMPING_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """parts: codes and scales, in the order asked.    row_loss: float64 [N], sum_j e_j^2 (see the module docstring).
+    damping: fraction of mean(diag H) really used; larger than asked if the factorization needed it.
+    dead_columns: inputs that were zero in all calibration tokens (rounded to nearest, nothing to learn from).
+    """
+
+    parts: list[QuantizedWeight]
+    row_loss: Tensor
+    damping: float
+    dead_columns: int
+
+
+def gptq(
+    w: Tensor,
+    hessian: Tensor,
+    parts: Sequence[Part],
+    *,
+    block_size: int = 32,
+    damping: float = 0.01,
+    act_order: bool = False,
+    clip: Clip = "mse",
+    norm: float = 2.4,
+    weighted_clip: bool = False,
+    cross: Tensor | None = None,
+    alpha: float = 0.25,
+    correction: Correction = "triangular",
+) -> GptqResult:
+    """Quantize a weight, compensating each column's rounding in the columns after it.
+
+    Columns go in part order (low first, 8-bit last, so the accurate columns absorb the error). Scales are searched on
+    the weight before the loop ("full": on the corrected one) and stay fixed. Rows are independent: stack linears that
+    share an input, then `weights.split_rows`.
+
+    Args:    w: [N, K] floating point.    hessian: [K, K] sum x^T x at any scale.    parts: cover K, ascending bits.
+             block_size: columns handled one by one before errors move on as a matrix product; the result depends on it
+             by rounding only.    damping: fraction of mean(diag H).    act_order: within each part, columns by
+             descending diag H.    clip, norm: see search_scale; weighted_clip weighs its errors by diag H.
+             cross: [K, K] D above, same scale as hessian.    alpha, correction: how much and how D is used.
+    Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N].
+    Raises:  QuantError: shapes, options or values not usable; H not positive definite even with 100x the damping.
+    Source:  GPTQ (arXiv 2210.17323) algorithm 1; GPTAQ (arXiv 2504.02692). Differs: errors move on by recursive
+             halving; dead columns are rounded, not zeroed; P multiplies the unrounded w_j also beyond a block; "full".
+    """
+    _check(w, hessian, cross, parts, block_size, damping)
+    if correction not in ("triangular", "full"):
+        raise QuantError(f"gptq: correction must be 'triangular' or 'full', got {correction!r}")
+    w = w.detach().float()
+    moment = hessian.to(torch.float64)
+    diagonal = moment.diagonal()
+    order = _column_order(diagonal, parts, act_order)
+    dead = diagonal[order] == 0
+    upper, used = _inverse_factor(moment[order][:, order], dead, damping)
+    feedback = None
+    if cross is not None:
+        towards = cross.to(upper)[order][:, order] @ upper.t()
+        if correction == "triangular":
+            feedback = alpha * torch.triu(towards, 1) @ upper
+        else:
+            w = w.index_add(1, order, (w[:, order].to(upper) @ towards @ upper).float(), alpha=alpha)
+    weighting = diagonal if weighted_clip else None
+    scales = [_part_scale(w, p, clip, norm, weighting) for p in parts]
+    loop = _Loop(w.t()[order].contiguous(), upper, feedback, parts, scales, block_size)
+    loop.run(0, w.shape[1])
+    codes = torch.empty_like(loop.codes)
+    codes[order] = loop.codes
+    quantized = [
+        QuantizedWeight(codes[p.start : p.stop].t().contiguous(), scale, p.bits)
+        for p, scale in zip(parts, scales, strict=True)
+    ]
+    return GptqResult(quantized, loop.errors.double().square_().sum(0), used, int(dead.sum()))
+
+
+def hessian_error(w: Tensor, image: Tensor, hessian: Tensor) -> Tensor:
+    """Output error of each row, diag(dW H dW^T) with dW = w - image; its sum is the trace. Returns float64 [N]."""
+    delta = w.double() - image.double()
+    return ((delta @ hessian.double()) * delta).sum(1)
+
+
+class _Loop:
+    """State of one run, columns as contiguous rows: weights, errors and codes are [K, N]."""
+
+    def __init__(
+        self,
+        weights: Tensor,
+        upper: Tensor,
+        feedback: Tensor | None,
+        parts: Sequence[Part],
+        scales: Sequence[Tensor],
+        block_size: int,
+    ) -> None:
+        self.weights = weights
+        self.errors = torch.empty_like(weights)
+        self.codes = torch.empty_like(weights, dtype=torch.int8)
+        self.block_size = block_size
+        self.columns = [(s, QuantSpec(p.bits)) for p, s in zip(parts, scales, strict=True) for _ in range(p.width)]
+        self.inverse_diagonal = (1 / upper.diagonal()).tolist()
+        # transposed, so that what column j receives from the earlier ones is the contiguous row [j, :j]
+        self.spread = upper.t().float().contiguous()
+        self.feedback = None if feedback is None else feedback.t().float().contiguous()
+
+    def run(self, start: int, stop: int) -> None:
+        """Quantize columns [start, stop); errors of earlier columns are already in their weights."""
+        if stop - start <= self.block_size:
+            for j in range(start, stop):
+                self._column(start, j)
+            return
+        middle = (start + stop) // 2
+        self.run(start, middle)
+        rest, done = slice(middle, stop), slice(start, middle)
+        self.weights[rest].addmm_(self.spread[rest, done], self.errors[done], alpha=-1)
+        if self.feedback is not None:
+            self.weights[rest].addmm_(self.feedback[rest, done], self.weights[done])
+        self.run(middle, stop)
+
+    def _column(self, start: int, j: int) -> None:
+        column = self.weights[j]
+        if j > start:
+            column.addmv_(self.errors[start:j].t(), self.spread[j, start:j], alpha=-1)
+            if self.feedback is not None:
+                column.addmv_(self.weights[start:j].t(), self.feedback[j, start:j])
+        scale, spec = self.columns[j]
+        code = (column / scale).round_().clamp_(spec.qmin, spec.qmax)
+        self.codes[j] = code
+        torch.addcmul(column, code, scale, value=-1, out=self.errors[j]).mul_(self.inverse_diagonal[j])
+
+
+def _part_scale(w: Tensor, part: Part, clip: Clip, norm: float, weighting: Tensor | None) -> Tensor:
+    columns = slice(part.start, part.stop)
+    column_weight = None if weighting is None else weighting[columns]
+    return search_scale(w[:, columns], part.bits, clip=clip, norm=norm, column_weight=column_weight)
+
+
+def _column_order(diagonal: Tensor, parts: Sequence[Part], act_order: bool) -> Tensor:
+    if not act_order:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    pieces = [diagonal[p.start : p.stop].argsort(descending=True, stable=True) + p.start for p in parts]
+    return torch.cat(pieces)
+
+
+def _inverse_factor(moment: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U upper triangular with U^T U = (H + damping)^-1, and the damping used.
+
+    Factoring H with rows and columns reversed gives H = M M^T, M upper triangular; U = M^-1. One Cholesky factorization
+    and one triangular inverse: H^-1 itself is never formed.
+    """
+    moment = moment + torch.diag(dead.to(moment))
+    mean = moment.diagonal().mean()
+    for retry in range(_DAMPING_RETRIES):
+        used = damping * 10**retry
+        damped = (moment + torch.eye(len(moment), dtype=moment.dtype, device=moment.device) * (used * mean)).flip(0, 1)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+            return inverse.flip(0, 1), used
+    raise QuantError(
+        f"gptq: the [{len(moment)}, {len(moment)}] second moment is not positive definite with damping {used:g} * "
+        f"mean(diag) (diagonal from {float(moment.diagonal().min()):g}, mean {float(mean):g}); check that it is "
+        "sum x^T x, or raise damping"
+    )
+
+
+def _check(
+    w: Tensor, hessian: Tensor, cross: Tensor | None, parts: Sequence[Part], block_size: int, damping: float
+) -> None:
+    check_weight(w, "gptq")
+    check_parts(parts, w.shape[1])
+    k = w.shape[1]
+    for name, matrix in (("hessian", hessian), ("cross", cross)):
+        if matrix is None:
+            continue
+        if matrix.shape != (k, k):
+            raise QuantError(f"gptq: {name} must be [{k}, {k}] for a weight [N, {k}], got {tuple(matrix.shape)}")
+        if not bool(matrix.isfinite().all()):
+            bad = int((~matrix.isfinite()).sum())
+            raise QuantError(f"gptq: {name} holds {bad} NaN or infinite entries; check the calibration data")
+    if bool((hessian.diagonal() < 0).any()):
+        raise QuantError("gptq: hessian has a negative diagonal entry; expected sum x^T x of the layer's input")
+    if block_size < 1 or not damping > 0:
+        raise QuantError(f"gptq: need block_size >= 1 and damping > 0, got {block_size} and {damping}")
