@@ -1,1 +1,28 @@
 """resq_compiler: compile a Hugging Face decoder LLM to 4 bits (ResQ, W4A4KV4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resq_compiler.checkpoint import load
+    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.compiler import compile
+    from resq_compiler.config import CompileConfig
+    from resq_compiler.errors import ResqError
+
+__version__ = "0.1.0"
+__all__ = ["CompileConfig", "CompiledModel", "ResqError", "__version__", "compile", "load"]
+
+_HOMES = {
+    "compile": "compiler", "load": "checkpoint", "CompiledModel": "compiled_model", "CompileConfig": "config", "ResqError": "errors",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import resq_compiler` stays fast and needs no torch."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'resq_compiler' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"resq_compiler.{_HOMES[name]}"), name)

@@ -32,14 +32,16 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class LinearPart:
-    """One of the same-precision pieces of linear `site`: input columns start:stop at `bits`."""
+    """One of the same-precision pieces of linear `site`: columns start:stop (of each of `heads` heads for o); 16 bits = float."""
 
     key: ClassVar[str] = "resq.part"
     site: LinearSite
     index: int
-    bits: int
     start: int
     stop: int
+    weight_bits: int
+    activation_bits: int
+    heads: int = 1
 
 
 @dataclass(frozen=True)

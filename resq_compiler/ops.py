@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resq_compiler.numerics import quantized
+from resq_compiler.numerics.hadamard import hadamard_plan, hadamard_transform
 from resq_compiler.numerics.quantized import QuantizedActivation
 
 OPS: dict[str, Callable] = {}
@@ -93,23 +94,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 @op
-def project(x: Tensor, u: Tensor) -> Tensor:
-    """x U over the last dimension: x [..., d], u [d, d] with orthonormal columns (U_A, U_C)."""
-    return x @ u
+def project(x: Tensor, u: Tensor, inverse: bool = False) -> Tensor:
+    """x U (inverse: x Uᵀ) over the last dimension: x [..., d], u [d, d] orthogonal (U_A, U_C)."""
+    return x @ (u.mT if inverse else u)
 
 
 @op
-def project_heads(x: Tensor, u: Tensor) -> Tensor:
-    """x U with a basis for each key/value head: x [B, H, S, D], u [G, D, D]; head h uses u[h // (H / G)] (U_B)."""
-    return x @ u.repeat_interleave(x.shape[1] // u.shape[0], 0)
+def project_heads(x: Tensor, u: Tensor, inverse: bool = False) -> Tensor:
+    """x U (inverse: x Uᵀ), a basis for each key/value head: x [B, H, S, D], u [G, D, D]; head h uses u[h // (H / G)] (U_B)."""
+    return x @ (u.mT if inverse else u).repeat_interleave(x.shape[1] // u.shape[0], 0)
 
 
 @op
-def hadamard(x: Tensor, transpose: bool = False) -> Tensor:
-    """x H / sqrt(n) (or x Hᵀ / sqrt(n)) over the last dimension as a fast transform (U_D)."""
-    from resq_compiler.numerics.hadamard import hadamard_plan, hadamard_transform
-
-    return hadamard_transform(x, hadamard_plan(int(x.shape[-1])), transpose=transpose)
+def hadamard(x: Tensor, transpose: bool = False, sizes: Sequence[int] | None = None) -> Tensor:
+    """x H / sqrt(n) (transpose: x Hᵀ / sqrt(n)) over the last dimension as a fast transform (U_D); `sizes`: one H for each stretch."""
+    if sizes is None:
+        return hadamard_transform(x, hadamard_plan(int(x.shape[-1])), transpose=transpose)
+    return torch.cat([hadamard(piece, transpose) for piece in x.split(list(sizes), -1)], -1)
 
 
 @op
@@ -137,9 +138,9 @@ def dequantize(x: QuantizedActivation) -> Tensor:
 
 
 @op
-def quantized_linear(x: QuantizedActivation, qdata: Tensor, scale: Tensor) -> Tensor:
-    """Integer product of x [..., K] with weight codes qdata [N, K] int8, scaled: float32 [..., N]."""
-    return quantized.integer_linear(x, qdata, scale)
+def quantized_linear(x: QuantizedActivation, qdata: Tensor, scale: Tensor, row_sum: Tensor | None = None) -> Tensor:
+    """Integer product of x [..., K] with weight codes qdata [N, K] int8, scaled: float32 [..., N]. row_sum: saved sums of qdata rows."""
+    return quantized.integer_linear(x, qdata, scale, row_sum)
 
 
 @op

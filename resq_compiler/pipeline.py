@@ -31,7 +31,8 @@ class PassContext:
     example_inputs: tuple[Tensor, ...]
     calibration: Tensor | None = None  # token ids [n, length], int64
     topology: Any = None  # resq_compiler.topology.Topology, set by the topology analysis
-    bases: Any = None  # resq_compiler.calibration.Bases
+    moments: Any = None  # resq_compiler.calibration.Moments, set by compute-bases where a recipe needs them
+    bases: Any = None  # resq_compiler.calibration.Bases, set by compute-bases
     notes: list[str] = field(default_factory=list)  # what a user should know: approximations, projections that stay online
     statistics: dict[str, Any] = field(default_factory=dict)  # per-site numbers for reports
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
@@ -82,7 +83,7 @@ class Pipeline:
         self.ctx = ctx
         self.stages: list[Stage] = []
         self.on_stage = on_stage
-        self.reference: tuple[Tensor, ...] | None = None
+        self.reference: Tensor | None = None
 
     def start(self, gm: GraphModule, name: str = "capture", seconds: float = 0.0) -> None:
         """Record the graph that passes start from and its outputs on the example inputs."""
@@ -121,7 +122,8 @@ class Pipeline:
         if self.reference is None:
             return None
         logits = self._outputs(gm)
-        error = relative_error(logits[0], self.reference[0])
+        assert logits is not None
+        error = relative_error(logits, self.reference)
         if item.exact and not error <= EXACT_TOLERANCE:
             raise VerifyError(
                 f"the outputs changed by {error:.2e} relative to those before the pass; an exact pass may change them by "
@@ -130,15 +132,30 @@ class Pipeline:
         self.reference = logits
         return error
 
-    def _outputs(self, gm: GraphModule) -> tuple[Tensor, ...] | None:
+    def _outputs(self, gm: GraphModule) -> Tensor | None:
         if any(t.is_meta for t in gm.state_dict().values()):
             return None
-        with torch.no_grad():
-            return (gm(*self.ctx.example_inputs)[0],)
+        return prefill_and_decode(gm, self.ctx.example_inputs)
 
     def _record(self, stage: Stage) -> None:
         self.stages.append(stage)
         self.on_stage(stage)
+
+
+@torch.no_grad()
+def prefill_and_decode(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Tensor:
+    """Logits of a left-padded prefill and of a decode that reads the cache it wrote: [tokens that are not padding, vocabulary].
+
+    The cache is not compared: passes may change its basis.
+    """
+    new_ids, mask, new_positions, *past = example_inputs
+    length = past[0].shape[2]
+    old_ids = new_ids.repeat(1, -(-length // new_ids.shape[1]))[:, :length]
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    empty = [t[:, :, :0] for t in past]
+    prefill, *cache = gm(old_ids, mask[:, :length], positions[:, :length].contiguous(), *empty)
+    decode, *_ = gm(new_ids, mask, new_positions, *cache)
+    return torch.cat((prefill, decode), 1)[mask.bool()]
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

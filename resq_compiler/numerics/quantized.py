@@ -152,11 +152,11 @@ def _rank(width: int, fraction: float, multiple: int, name: str) -> int:
 
 
 def check_parts(parts: Sequence[Part], width: int) -> None:
-    """Raise QuantError unless `parts` cover columns 0..width without gaps, in strictly ascending bits."""
+    """Raise QuantError unless `parts` cover columns 0..width without gaps, in bits that do not descend."""
     stops = [0, *(p.stop for p in parts)]
     contiguous = all(p.start == stop for p, stop in zip(parts, stops, strict=False))
     bits = [p.bits for p in parts]
-    if not parts or not contiguous or stops[-1] != width or bits != sorted(set(bits)):
+    if not parts or not contiguous or stops[-1] != width or bits != sorted(bits):
         shown = [(p.bits, p.start, p.stop) for p in parts]
         raise QuantError(
             f"parts {shown} (bits, start, stop) must cover 0..{width} without gaps, in strictly ascending bits; "

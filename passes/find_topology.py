@@ -1,0 +1,22 @@
+"""find-topology: find the residual stream, blocks, attention and feed-forward, and label the linears. Changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from resq_compiler import topology
+from resq_compiler.pipeline import Pass, PassContext
+
+
+@dataclass(frozen=True)
+class FindTopology(Pass):
+    """Set ctx.topology."""
+
+    name: ClassVar[str] = "find-topology"
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        ctx.topology = topology.analyze(gm)
+        return 0

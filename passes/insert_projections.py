@@ -1,0 +1,119 @@
+"""insert-projections: the four changes of basis of ResQ, as explicit nodes; U and its inverse, so the model stays the same.
+
+    U_A  residual stream:  project after every writer, inverse before every reader.  Where norms with a gain write into the
+         stream (post-norm models) U_A cannot pass them: project and inverse then stand together before the reading linears,
+         and the projection stays an operator of its own.
+    U_B  values: project_heads before the cache, inverse after attention.
+    U_C  queries and keys, after RoPE: project both; the product q kᵀ does not change.
+    U_D  input of down projections: Hadamard transform and its inverse; inside each part where channels are split by energy.
+
+Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler import graph_tools, meta, ops
+from resq_compiler.calibration import Bases
+from resq_compiler.graph_tools import emit
+from resq_compiler.numerics.hadamard import hadamard_plan
+from resq_compiler.partition import sizes
+from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.topology import Attention, Topology
+
+
+@dataclass(frozen=True)
+class InsertProjections(Pass):
+    """Insert U_A, U_B, U_C and U_D with their inverses."""
+
+    name: ClassVar[str] = "insert-projections"
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        topology: Topology = ctx.topology
+        done = 0
+        bases = ctx.bases or Bases()
+        if bases.residual is not None:
+            done += insert_residual(gm, topology, ctx)
+        for block in topology.blocks:
+            if bases.value is not None:
+                done += insert_value(gm, block.attention, bases.value[block.index], block.index)
+            if bases.key is not None and ctx.config.kv_bits < 16:
+                done += insert_key(gm, block.attention, bases.key[block.index], block.index)
+            for feed_forward in block.feed_forwards:
+                if ctx.config.down_proj in ("hadamard", "energy-split"):
+                    done += insert_hadamard(gm, feed_forward.down, ctx)
+        return done
+
+
+def insert_after(gm: GraphModule, value: Node, users: list[Node], target: object, args: tuple, fact: meta.Projection) -> Node:
+    """target(value, *args) between a value and some of its users."""
+    with gm.graph.inserting_after(value):
+        node = emit(gm.graph, target, (value, *args), value, InsertProjections.name)  # type: ignore[arg-type]
+    node.meta["val"] = value.meta["val"]
+    for user in users:
+        user.replace_input_with(value, node)
+    return meta.put(node, fact)
+
+
+def basis_node(gm: GraphModule, name: str, value: Tensor, like: Tensor) -> Node:
+    """A tensor node for a basis, in the model's dtype."""
+    return graph_tools.add_tensor(gm, f"resq.{name}", value.to(like.dtype).to(like.device), InsertProjections.name)
+
+
+def insert_residual(gm: GraphModule, topology: Topology, ctx: PassContext) -> int:
+    """U_A around the residual stream, or before each reading linear where the stream itself cannot change basis."""
+    weight = graph_tools.get_tensor(gm, topology.head.args[1])  # type: ignore[arg-type]
+    u = basis_node(gm, "U_A", ctx.bases.residual, weight)
+    forward, inverse = meta.Projection("U_A"), meta.Projection("U_A", inverse=True)
+    residual, done = topology.residual, 0
+    if residual.fusable:
+        for writer in residual.writers:
+            insert_after(gm, writer, list(writer.users), ops.project, (u,), forward)
+        for group in residual.readers:
+            insert_after(gm, group.value, group.linears, ops.project, (u, True), inverse)
+        return len(residual.writers) + len(residual.readers)
+    names = ", ".join(sorted({graph_tools.module_of(n) for n in residual.gained_writers})[:2])
+    ctx.note(f"U_A stays online before attention and feed-forward: norms with a gain write into the residual stream ({names}, ...)")
+    for group in residual.readers:
+        if topology.head in group.linears:
+            continue
+        projected = insert_after(gm, group.value, group.linears, ops.project, (u,), forward)
+        insert_after(gm, projected, group.linears, ops.project, (u, True), inverse)
+        done += 2
+    return done
+
+
+def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:
+    """U_B between the value projection and the cache; its inverse after attention."""
+    value, core = attention.value_cache.args[1], attention.core
+    u = basis_node(gm, f"U_B.{index}", basis, graph_tools.get_tensor(gm, attention.v.args[1]))  # type: ignore[arg-type]
+    insert_after(gm, value, [attention.value_cache], ops.project_heads, (u,), meta.Projection("U_B"))  # type: ignore[arg-type]
+    insert_after(gm, core, list(core.users), ops.project_heads, (u, True), meta.Projection("U_B", inverse=True))
+    return 2
+
+
+def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:
+    """U_C on queries and new keys after RoPE."""
+    key, query = attention.key_cache.args[1], attention.core.args[0]
+    u = basis_node(gm, f"U_C.{index}", basis, graph_tools.get_tensor(gm, attention.k.args[1]))  # type: ignore[arg-type]
+    insert_after(gm, key, [attention.key_cache], ops.project, (u,), meta.Projection("U_C"))  # type: ignore[arg-type]
+    insert_after(gm, query, [attention.core], ops.project, (u,), meta.Projection("U_C"))  # type: ignore[arg-type]
+    return 2
+
+
+def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext) -> int:
+    """U_D and its inverse before a down projection."""
+    x = down.args[0]
+    width = x.meta["val"].shape[-1]  # type: ignore[union-attr]
+    stretches = tuple(sizes(width, ctx.config)) if ctx.config.down_proj == "energy-split" else None
+    for plan in map(hadamard_plan, stretches or (width,)):
+        if not plan.full_width:
+            ctx.note(f"U_D on {plan.n} channels is a block transform of width {plan.block}: {plan.reason}")
+    turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D"))  # type: ignore[arg-type]
+    insert_after(gm, turned, [down], ops.hadamard, (True, stretches), meta.Projection("U_D", inverse=True))
+    return 2

@@ -1,0 +1,107 @@
+"""partition-linears: every linear becomes one linear for each precision, on its own columns of the input.
+
+    linear(x, W, b) -> add(add(linear(columns(x, 0, r), W[:, :r]), linear(columns(x, r, K), W[:, r:])), b)
+
+Columns are [low | high]. The input of an output projection is split inside every head, because U_B acts on heads: its columns
+become [low of all heads | high of all heads]. Nothing is quantized yet: the sum of the parts is the linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler import graph_tools, meta, ops
+from resq_compiler.graph_tools import aten, emit, is_call
+from resq_compiler.partition import ColumnPart, linear_parts
+from resq_compiler.passes.fold_norms import linear_weight
+from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.topology import Topology
+
+LINEAR = aten.linear.default
+SPLIT_DOWN = ("energy-split", "outliers")
+
+
+@dataclass(frozen=True)
+class PartitionLinears(Pass):
+    """Split every linear of the blocks (and lm_head if it is quantized) by precision."""
+
+    name: ClassVar[str] = "partition-linears"
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        topology: Topology = ctx.topology
+        pieces: dict[tuple, Node] = {}
+        done = 0
+        for linear in topology.linears:
+            site = meta.get(linear, meta.LinearSite)
+            assert site is not None
+            done += self._partition(gm, linear, site, ctx, pieces)
+        if ctx.config.lm_head_bits is not None:
+            site = meta.get(topology.head, meta.LinearSite)
+            bits = ctx.config.lm_head_bits
+            whole = ColumnPart(0, topology.hidden_size, bits, bits)
+            done += split(gm, topology.head, site, (whole,), 1, pieces)  # type: ignore[arg-type]
+        graph_tools.delete_unused_tensors(gm)
+        return done
+
+    def _partition(self, gm: GraphModule, linear: Node, site: meta.LinearSite, ctx: PassContext, pieces: dict) -> int:
+        topology: Topology = ctx.topology
+        if site.role == "o":
+            assert site.block is not None
+            attention = topology.blocks[site.block].attention
+            parts = linear_parts(attention.value_dim, ctx.config)
+            return split(gm, linear, site, parts, attention.num_heads, pieces)
+        width = linear_weight(gm, linear).shape[1]
+        parts = linear_parts(width, ctx.config, split=site.role != "down" or ctx.config.down_proj in SPLIT_DOWN)
+        return split(gm, linear, site, parts, 1, pieces)
+
+
+def split(
+    gm: GraphModule, linear: Node, site: meta.LinearSite, parts: tuple[ColumnPart, ...], heads: int, pieces: dict[tuple, Node]
+) -> int:  # fmt: skip
+    """Replace a linear by its parts; pieces of inputs that several linears read are shared."""
+    x, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
+    weight = linear_weight(gm, linear)
+    total: Node | None = None
+    for i, part in enumerate(parts):
+        piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)  # type: ignore[arg-type]
+        value = take(weight, part, heads)
+        tensor = graph_tools.add_tensor(gm, f"{site.name}.part{i}.weight", value, PartitionLinears.name)
+        with gm.graph.inserting_before(linear):
+            y = emit(gm.graph, LINEAR, (piece, tensor), linear, PartitionLinears.name)
+            fact = meta.LinearPart(site, i, part.start, part.stop, part.weight_bits, part.activation_bits, heads)
+            meta.put(y, fact)
+            total = y if total is None else emit(gm.graph, aten.add.Tensor, (total, y), linear, PartitionLinears.name)
+    assert total is not None
+    if bias is not None:
+        with gm.graph.inserting_before(linear):
+            total = emit(gm.graph, aten.add.Tensor, (total, bias), linear, PartitionLinears.name)
+    linear.replace_all_uses_with(total)
+    gm.graph.erase_node(linear)
+    return 1
+
+
+def input_piece(gm: GraphModule, x: Node, part: ColumnPart, heads: int, whole: bool, pieces: dict[tuple, Node]) -> Node:
+    """The columns of x that a part reads, made once."""
+    if whole:
+        return x
+    key = (x, part.start, part.stop)
+    if key not in pieces:
+        source = x.args[0] if is_call(x, ops.merge_heads) and heads > 1 else x
+        with gm.graph.inserting_after(x):
+            piece = emit(gm.graph, ops.columns, (source, part.start, part.stop), x, PartitionLinears.name)
+        if source is not x:
+            with gm.graph.inserting_after(piece):
+                piece = emit(gm.graph, ops.merge_heads, (piece,), x, PartitionLinears.name)
+        pieces[key] = piece
+    return pieces[key]
+
+
+def take(weight: Tensor, part: ColumnPart, heads: int) -> Tensor:
+    """The input columns of a part, of every head."""
+    grouped = weight.unflatten(1, (heads, weight.shape[1] // heads))
+    return grouped[:, :, part.start : part.stop].flatten(1).clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,40 @@
+"""quantize-kv-cache: keys and values are quantized per token and head before they enter the cache.
+
+    append_cache(past, new) -> append_cache(past, quantize_dequantize(new, parts))
+
+Only new tokens are quantized; the past already is. The graph carries the float image of the codes; backends that store the codes
+themselves read the parts from this node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from resq_compiler import meta, ops
+from resq_compiler.graph_tools import emit
+from resq_compiler.partition import FLOAT_BITS, cache_parts
+from resq_compiler.pipeline import Pass, PassContext
+
+
+@dataclass(frozen=True)
+class QuantizeKvCache(Pass):
+    """Insert cache quantizers."""
+
+    name: ClassVar[str] = "quantize-kv-cache"
+    exact: ClassVar[bool] = False
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        if ctx.config.kv_bits == FLOAT_BITS:
+            return 0
+        for block in ctx.topology.blocks:
+            for kind, cache in (("key", block.attention.key_cache), ("value", block.attention.value_cache)):
+                new = cache.args[1]
+                parts = tuple((p.bits, p.start, p.stop) for p in cache_parts(new.meta["val"].shape[-1], ctx.config))
+                with gm.graph.inserting_after(new):
+                    image = emit(gm.graph, ops.quantize_dequantize, (new, parts, ctx.config.kv_clip), new, self.name)
+                site = meta.QuantizerSite(f"blocks.{block.index}.{kind}", "kv", block.index, parts[0][0])
+                cache.update_arg(1, meta.put(image, site))
+        return 2 * len(ctx.topology.blocks)

@@ -1,0 +1,134 @@
+"""CompiledModel: a quantized graph that behaves like the Hugging Face model it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from resq_compiler.capture import CacheSpec
+from resq_compiler.config import CompileConfig
+from resq_compiler.errors import BackendError
+from resq_compiler.pipeline import Stage
+
+
+class CompiledModel(PreTrainedModel, GenerationMixin):
+    """A compiled decoder: `forward`, `generate`, `save_pretrained` as in transformers, and what the compiler did to it.
+
+    config: the HF configuration. options: the CompileConfig. graph_module: the quantized graph. stages: the graph after every
+    pass (empty after `load`). notes: what a user should know. tokenizer: the one the model came with, or None.
+
+    The cache holds the float image of 4/8-bit codes: values are those of a packed cache, its memory is not (ONNX and Triton
+    backends store the codes).
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _is_stateful = False
+
+    def __init__(
+        self, config: PreTrainedConfig, graph_module: GraphModule, options: CompileConfig, cache: Sequence[CacheSpec], *,
+        generation_config: GenerationConfig | None = None, tokenizer: Any = None, stages: Sequence[Stage] = (),
+        notes: Sequence[str] = (), topology: Any = None, source: str = "",
+    ):  # fmt: skip
+        super().__init__(config)
+        self.graph_module = graph_module
+        self.options = options
+        self.cache_specs = tuple(cache)
+        self.tokenizer = tokenizer
+        self.stages = list(stages)
+        self.notes = list(notes)
+        self.topology = topology
+        self.source = source
+        if generation_config is not None:
+            self.generation_config = generation_config
+        self.eval()
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.graph_module.buffers()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32: codes are integers, everything between them is float32."""
+        return torch.float32
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is tied in a compiled graph."""
+
+    @torch.no_grad()
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None, use_cache: bool | None = None, labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0, return_dict: bool | None = None, **unused: Any,
+    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
+        """Logits [B, S, vocabulary] float32 for new tokens input_ids [B, S], as the original model's forward.
+
+        attention_mask [B, P + S] (0 = padding), position_ids [B, S]; past_key_values: the cache a former call returned.
+        Raises BackendError for inputs a compiled graph cannot take (inputs_embeds, attention outputs, other caches).
+        """
+        self._refuse(unused)
+        cache, past = self._past(past_key_values, input_ids)
+        length = past[0].shape[2] if past else 0
+        batch, new = input_ids.shape
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(batch, length + new)
+        if position_ids is None:
+            position_ids = torch.arange(length, length + new, device=input_ids.device).expand(batch, new)
+        logits, *present = self._execute(input_ids, attention_mask.long(), position_ids.expand(batch, new), past)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep]
+        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        returned = self._filled(cache, present) if use_cache is not False else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=returned)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _execute(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run the graph; backends replace this."""
+        return self.graph_module(ids, mask, positions, *past)
+
+    @staticmethod
+    def _refuse(unused: dict[str, Any]) -> None:
+        harmless = {"output_attentions", "output_hidden_states", "token_type_ids", "cache_position", "num_items_in_batch"}
+        bad = [k for k, v in unused.items() if v is not None and v is not False and (k not in harmless or k.startswith("output_"))]
+        if bad:
+            raise BackendError(f"forward: a compiled graph cannot take {', '.join(bad)}; it takes input_ids, attention_mask, position_ids, past_key_values")
+
+    def _past(self, cache: Cache | None, input_ids: Tensor) -> tuple[DynamicCache, list[Tensor]]:
+        """Cache tensors in graph order. A fresh cache of another class is replaced by a plain DynamicCache: masks do windows."""
+        filled = cache is not None and cache.get_seq_length() > 0
+        if filled and not (isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)):
+            raise BackendError(f"past_key_values: expected the DynamicCache that forward returned, got a filled {type(cache).__name__}")
+        if not filled:
+            plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+            cache = cache if plain else DynamicCache()
+            batch = input_ids.shape[0]
+            shapes = [(batch, s.num_heads, 0, w) for s in self.cache_specs for w in (s.key_dim, s.value_dim)]
+            return cache, [torch.zeros(shape, device=input_ids.device) for shape in shapes]  # type: ignore[return-value]
+        return cache, [t for layer in cache.layers for t in (layer.keys, layer.values)]  # type: ignore[union-attr,return-value]
+
+    @staticmethod
+    def _filled(cache: DynamicCache, present: list[Tensor]) -> DynamicCache:
+        while len(cache.layers) < len(present) // 2:
+            cache.layers.append(DynamicLayer())
+        for layer, key, value in zip(cache.layers, present[::2], present[1::2], strict=True):
+            layer.keys, layer.values = key, value
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+        return cache
+
+    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:  # type: ignore[override]
+        """Write safetensors and JSON to a directory; see checkpoint.save."""
+        from resq_compiler import checkpoint
+
+        checkpoint.save(self, Path(save_directory))

@@ -1,0 +1,110 @@
+"""compile(): from a float decoder and some text to a CompiledModel."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from resq_compiler import recipes
+from resq_compiler.capture import Captured, capture
+from resq_compiler.compiled_model import CompiledModel
+from resq_compiler.config import CompileConfig
+from resq_compiler.data import calibration_windows
+from resq_compiler.models import LoadedModel, load_model
+from resq_compiler.pipeline import PassContext, Pipeline, Stage
+
+log = logging.getLogger("resq_compiler")
+
+Progress = Callable[[str, int, int], None]
+
+
+def compile(  # noqa: A001  (the name users know from torch.compile)
+    model: PreTrainedModel | str | Path,
+    calib_data: Any = None,
+    *,
+    recipe: str | CompileConfig = "resq",
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    on_stage: Callable[[Stage], None] | None = None,
+    **options: Any,
+) -> CompiledModel:
+    """Quantize a decoder.
+
+    Args:    model: a PreTrainedModel (left as it is), a local directory, a hub id, or a GGUF file.
+             calib_data: list of texts, token-id tensors, dict batches, a DataLoader or Dataset, a path to .txt or .jsonl;
+             None: the model writes its own calibration text, seeded.
+             recipe: "resq", "quarot", "quik", "gptq", "rtn", or a CompileConfig. options: any field of CompileConfig.
+             tokenizer: for texts, when `model` does not come with one.
+             progress: called with (step, done, total). on_stage: called with each pipeline.Stage as it is made.
+    Returns: CompiledModel on the reference backend, float32.
+    Raises:  ConfigError, ModelError, DataError, CaptureError, TopologyError, PassError: each says what to do.
+    """
+    config = recipes.resolve(recipe, **options)
+    loaded = load_model(model)
+    tokenizer = tokenizer or loaded.tokenizer
+    report = progress or (lambda step, done, total: None)
+    windows = _calibration(loaded, tokenizer, calib_data, config, report)
+    own = not isinstance(model, PreTrainedModel)
+    source, hf_config = loaded.source, copy.deepcopy(loaded.model.config)
+    generation_config = copy.deepcopy(loaded.model.generation_config)
+    start = time.perf_counter()
+    captured = _capture_float32(loaded.model, own, report)
+    del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
+    ctx = PassContext(config, captured.example_inputs, windows, progress=report)
+    pipeline = Pipeline(ctx, on_stage or (lambda stage: None))
+    pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
+    with torch.no_grad():
+        pipeline.run(captured.graph_module, recipes.passes_for(config))
+    return CompiledModel(
+        hf_config, captured.graph_module, config, captured.cache, generation_config=generation_config, tokenizer=tokenizer,
+        stages=pipeline.stages, notes=ctx.notes, topology=ctx.topology, source=source,
+    )  # fmt: skip
+
+
+def needs_calibration(config: CompileConfig) -> bool:
+    """True when a recipe looks at activations at all."""
+    from resq_compiler.calibration import needs_moments
+
+    return needs_moments(config) or (config.weight_method == "gptq" and config.weight_bits < 16)
+
+
+def _calibration(loaded: LoadedModel, tokenizer: Any, calib_data: Any, config: CompileConfig, report: Progress) -> Tensor | None:
+    if not needs_calibration(config):
+        return None
+    return calibration_windows(
+        calib_data, model=loaded.model, tokenizer=tokenizer, samples=config.calibration_samples,
+        sequence_length=config.calibration_length, seed=config.seed,
+        vocab_size=loaded.model.config.get_text_config().vocab_size, progress=lambda done, total: report("write calibration text", done, total),
+    )  # fmt: skip
+
+
+def _capture_float32(model: PreTrainedModel, own: bool, report: Progress) -> Captured:
+    """Capture in float32; a model of another dtype is converted (a copy of it, if it is the user's)."""
+    report("capture", 0, 1)
+    if model.dtype != torch.float32:
+        log.info("the model is %s; it is compiled in float32", model.dtype)
+        model = (model if own else copy.deepcopy(model)).float()
+    captured = capture(model)
+    report("capture", 1, 1)
+    return captured
+
+
+def trace(model: PreTrainedModel) -> tuple[GraphModule, PassContext]:
+    """The named float graph of a model and its topology, nothing quantized. Works on meta weights."""
+    from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
+
+    captured = capture(model)
+    ctx = PassContext(CompileConfig(), captured.example_inputs)
+    pipeline = Pipeline(ctx)
+    pipeline.start(captured.graph_module)
+    pipeline.run(captured.graph_module, [Canonicalize(), NameAttention(), SplitFused(), FindTopology()])
+    return captured.graph_module, ctx

@@ -1,0 +1,58 @@
+"""Which columns of a width get how many bits: the parts [low | main | high] of linears, bases and the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from resq_compiler.config import CompileConfig
+from resq_compiler.numerics.quantized import Part, parts_for
+
+FLOAT_BITS = 16  # what the options call "not quantized"
+
+
+@dataclass(frozen=True)
+class ColumnPart:
+    """Columns start:stop of a linear's input with the bits of its weights and of its activations (16 = float)."""
+
+    start: int
+    stop: int
+    weight_bits: int
+    activation_bits: int
+
+
+def column_parts(width: int, config: CompileConfig) -> tuple[Part, ...]:
+    """The split of a width by the fractions alone. The bits in it only name the parts: 4, 8 (and 2)."""
+    return parts_for(
+        width, config.high_fraction, low_bits=4, high_bits=8, lowest_fraction=config.low_fraction, lowest_bits=2,
+        rank_multiple=config.rank_multiple,
+    )  # fmt: skip
+
+
+def sizes(width: int, config: CompileConfig) -> list[int]:
+    """Columns of each part, ascending in precision."""
+    return [p.width for p in column_parts(width, config)]
+
+
+def linear_parts(width: int, config: CompileConfig, split: bool = True) -> tuple[ColumnPart, ...]:
+    """Parts of a linear's input. One part where `split` is off or the main bits already reach the high ones."""
+    weight, activation = config.weight_bits, config.activation_bits
+    if not split or min(weight, activation) >= config.high_bits:
+        return (ColumnPart(0, width, weight, activation),)
+    bits = {2: config.low_bits, 8: config.high_bits}
+    return tuple(
+        ColumnPart(p.start, p.stop, _bits(weight, bits.get(p.bits)), _bits(activation, bits.get(p.bits)))
+        for p in column_parts(width, config)
+    )
+
+
+def _bits(main: int, special: int | None) -> int:
+    return main if special is None or main == FLOAT_BITS else special
+
+
+def cache_parts(width: int, config: CompileConfig) -> tuple[Part, ...]:
+    """Parts of a cached key or value of one head."""
+    main = config.kv_bits
+    if main >= config.high_bits:
+        return (Part(main, 0, width),)
+    bits = {2: config.low_bits, 4: main, 8: config.high_bits}
+    return tuple(Part(bits[p.bits], p.start, p.stop) for p in column_parts(width, config))

@@ -1,0 +1,50 @@
+"""Recipes: named options, and the list of passes that options stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resq_compiler.config import CompileConfig, check_names
+from resq_compiler.errors import ConfigError
+from resq_compiler.pipeline import Pass
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "resq": {},
+    "quarot": {"basis": "hadamard", "high_fraction": 0.0},
+    "quik": {"basis": "outliers", "rotation": "none", "down_proj": "outliers"},
+    "gptq": {"basis": "none", "down_proj": "none", "high_fraction": 0.0},
+    "rtn": {"basis": "none", "down_proj": "none", "high_fraction": 0.0, "weight_method": "rtn"},
+}
+"""Options of each recipe that differ from the defaults of CompileConfig."""
+
+
+def resolve(recipe: str | CompileConfig = "resq", **options: Any) -> CompileConfig:
+    """Options of a recipe with the user's on top. Raises ConfigError for unknown recipes, options and values."""
+    if isinstance(recipe, CompileConfig):
+        check_names(options)
+        return CompileConfig.from_dict({**recipe.to_dict(), **options})
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe: expected one of {', '.join(RECIPES)}; got {recipe!r}")
+    check_names(options)
+    return CompileConfig.from_dict({**RECIPES[recipe], **options, "recipe": recipe})
+
+
+def passes_for(config: CompileConfig) -> list[Pass]:
+    """The whole pipeline, in order. Passes before quantize-* are exact."""
+    from resq_compiler.passes import (
+        Canonicalize, ComputeBases, FindTopology, FoldNorms, FuseProjections, InsertProjections, NameAttention, PartitionLinears,
+        QuantizeActivations, QuantizeKvCache, QuantizeWeights, ReorderChannels, SplitFused, UntieEmbeddings,
+    )  # fmt: skip
+
+    exact: list[Pass] = [Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology(), FoldNorms()]
+    reorder = config.down_proj in ("energy-split", "outliers")
+    if config.basis != "none" or reorder:
+        exact.append(ComputeBases())
+    if reorder:
+        exact.append(ReorderChannels())
+    if config.basis != "none" or config.down_proj != "none":
+        exact += [InsertProjections(), FuseProjections()]
+    exact.append(PartitionLinears())
+    weights: list[Pass] = [QuantizeWeights()] if config.weight_bits < 16 or config.lm_head_bits else []
+    activations: list[Pass] = [QuantizeActivations(), QuantizeKvCache()]
+    return exact + (activations + weights if config.gptq_on_quantized_activations else weights + activations)
