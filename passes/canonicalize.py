@@ -126,7 +126,7 @@ def keep_token_dimensions(gm: GraphModule) -> int:
 def _reshapes(node: Node, before: int, after: int) -> bool:
     if not is_call(node, aten.view.default, aten.reshape.default):
         return False
-    old, new = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    old, new = node.args[0].meta["val"].shape, node.meta["val"].shape
     return len(old) == before and len(new) == after and old[-1] == new[-1]
 
 
@@ -156,7 +156,7 @@ def other_operand(node: Node, operand: Node) -> object:
 
 def operand_called(node: Node, *targets: object) -> Node | None:
     """The operand of a two-operand node that calls one of the targets."""
-    return next((a for a in node.args[:2] if is_call(a, *targets)), None)  # type: ignore[misc]
+    return next((a for a in node.args[:2] if is_call(a, *targets)), None)
 
 
 def only_user(node: Node) -> Node | None:
@@ -170,7 +170,11 @@ def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
     if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):
         return 0
     mean, eps = shifted.args[0], shifted.args[1]
-    if not is_call(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or not is_call(mean.args[0], aten.pow.Tensor_Scalar):
+    if (
+        not is_call(mean, aten.mean.dim)
+        or list(mean.args[1]) != [-1]
+        or not is_call(mean.args[0], aten.pow.Tensor_Scalar)
+    ):
         return 0
     x, exponent = mean.args[0].args[:2]
     normed = only_user(rsqrt)
@@ -179,7 +183,11 @@ def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
     scaled, weight = only_user(normed), None
     if is_call(scaled, aten.mul.Tensor):
         candidate = other_operand(scaled, normed)
-        if isinstance(candidate, Node) and candidate.op == "get_attr" and graph_tools.get_tensor(gm, candidate).dim() == 1:
+        if (
+            isinstance(candidate, Node)
+            and candidate.op == "get_attr"
+            and graph_tools.get_tensor(gm, candidate).dim() == 1
+        ):
             weight = candidate
     last = scaled if weight is not None else normed
     with gm.graph.inserting_after(last):
@@ -190,10 +198,10 @@ def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
 
 
 def _last_dim_slice(node: object, x: object) -> tuple[int, int] | None:
-    if not is_call(node, aten.slice.Tensor) or node.args[0] is not x:  # type: ignore[union-attr]
+    if not is_call(node, aten.slice.Tensor) or node.args[0] is not x:
         return None
-    dim, start, stop = node.args[1:4]  # type: ignore[union-attr]
-    rank = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    dim, start, stop = node.args[1:4]
+    rank = len(node.args[0].meta["val"].shape)
     return (start, stop) if dim in (-1, rank - 1) else None
 
 

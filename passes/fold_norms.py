@@ -51,9 +51,9 @@ class FoldNorms(Pass):
 def norm_weights(norm: Node) -> tuple[Node | None, Node | None]:
     """(gain, bias) of a norm."""
     if is_call(norm, ops.rms_norm):
-        return norm.args[1], None  # type: ignore[return-value]
+        return norm.args[1], None
     padded = (*norm.args, None, None)
-    return padded[2], padded[3]  # type: ignore[return-value]
+    return padded[2], padded[3]
 
 
 def fold_gain(gm: GraphModule, norm: Node, linears: list[Node]) -> bool:
@@ -80,13 +80,17 @@ def center(gm: GraphModule, writer: Node) -> None:
     """Remove the mean over the hidden dimension from what a linear or embedding writes."""
     if is_call(writer, aten.embedding.default):
         node = writer.args[0]
-        graph_tools.set_tensor(gm, str(node.target), by_row_chunks(graph_tools.get_tensor(gm, node), lambda w: w - w.mean(-1, keepdim=True)))  # type: ignore[union-attr,arg-type]
+        graph_tools.set_tensor(
+            gm,
+            str(node.target),
+            by_row_chunks(graph_tools.get_tensor(gm, node), lambda w: w - w.mean(-1, keepdim=True)),
+        )
         return
     weight = linear_weight(gm, writer)
     replace_weight(gm, writer, (weight.double() - weight.double().mean(0)).to(weight.dtype))
     if len(writer.args) > 2 and writer.args[2] is not None:
-        bias = graph_tools.get_tensor(gm, writer.args[2])  # type: ignore[arg-type]
-        graph_tools.set_tensor(gm, str(writer.args[2].target), (bias.double() - bias.double().mean()).to(bias.dtype))  # type: ignore[union-attr]
+        bias = graph_tools.get_tensor(gm, writer.args[2])
+        graph_tools.set_tensor(gm, str(writer.args[2].target), (bias.double() - bias.double().mean()).to(bias.dtype))
 
 
 def to_rms_norm(gm: GraphModule, norm: Node) -> Node:
@@ -102,12 +106,12 @@ def to_rms_norm(gm: GraphModule, norm: Node) -> Node:
 
 def linear_weight(gm: GraphModule, linear: Node) -> Tensor:
     """Weight [out, in] of a linear node."""
-    return graph_tools.get_tensor(gm, linear.args[1])  # type: ignore[arg-type]
+    return graph_tools.get_tensor(gm, linear.args[1])
 
 
 def replace_weight(gm: GraphModule, linear: Node, value: Tensor) -> None:
     """Bind a new weight under the same name."""
-    graph_tools.set_tensor(gm, str(linear.args[1].target), value)  # type: ignore[union-attr]
+    graph_tools.set_tensor(gm, str(linear.args[1].target), value)
 
 
 def add_to_bias(gm: GraphModule, linear: Node, value: Tensor) -> None:
@@ -115,10 +119,10 @@ def add_to_bias(gm: GraphModule, linear: Node, value: Tensor) -> None:
     old = linear.args[2] if len(linear.args) > 2 else None
     dtype = linear_weight(gm, linear).dtype
     if old is not None:
-        total = graph_tools.get_tensor(gm, old).double() + value  # type: ignore[arg-type]
-        graph_tools.set_tensor(gm, str(old.target), total.to(dtype))  # type: ignore[union-attr]
+        total = graph_tools.get_tensor(gm, old).double() + value
+        graph_tools.set_tensor(gm, str(old.target), total.to(dtype))
         return
-    base = str(linear.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
+    base = str(linear.args[1].target).removesuffix(".weight")
     linear.args = (*linear.args[:2], graph_tools.add_tensor(gm, f"{base}.bias", value.to(dtype), FoldNorms.name))
 
 
@@ -126,5 +130,5 @@ def by_row_chunks(weight: Tensor, change: object, rows: int = 4096) -> Tensor:
     """Apply a float64 function to a weight a few thousand rows at a time: vocabularies are large."""
     result = torch.empty_like(weight)
     for start in range(0, weight.shape[0], rows):
-        result[start : start + rows] = change(weight[start : start + rows].double())  # type: ignore[operator]
+        result[start : start + rows] = change(weight[start : start + rows].double())
     return result

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from resq_compiler.passes.fold_norms import by_row_chunks, linear_weight, replace_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler import graph_tools, meta, ops
 from resq_compiler.calibration import Bases
 from resq_compiler.graph_tools import aten, is_call
-from resq_compiler.passes.fold_norms import by_row_chunks, linear_weight, replace_weight
 from resq_compiler.pipeline import Pass, PassContext
 
 LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
@@ -69,19 +69,19 @@ def fuse_forward(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> bool:
     """Into the linear or embedding that makes the value, if nothing else reads it."""
     if is_call(node, ops.hadamard):
         return False
-    u = bases[str(node.args[1].target)]  # type: ignore[union-attr]
+    u = bases[str(node.args[1].target)]
     source = node.args[0]
     if is_call(node, ops.project_heads):
-        if not is_call(source, ops.split_heads) or len(source.users) != 1:  # type: ignore[union-attr]
+        if not is_call(source, ops.split_heads) or len(source.users) != 1:
             return False
-        source = source.args[0]  # type: ignore[union-attr]
-    if len(source.users) != 1 or not is_call(source, LINEAR, EMBEDDING):  # type: ignore[union-attr]
+        source = source.args[0]
+    if len(source.users) != 1 or not is_call(source, LINEAR, EMBEDDING):
         return False
     if is_call(source, EMBEDDING):
-        table = source.args[0]  # type: ignore[union-attr]
-        graph_tools.set_tensor(gm, str(table.target), by_row_chunks(graph_tools.get_tensor(gm, table), lambda w: w @ u))  # type: ignore[union-attr,arg-type]
+        table = source.args[0]
+        graph_tools.set_tensor(gm, str(table.target), by_row_chunks(graph_tools.get_tensor(gm, table), lambda w: w @ u))
         return True
-    rotate_outputs(gm, source, u if is_call(node, ops.project) else _repeat(u, u.shape[0]))  # type: ignore[arg-type]
+    rotate_outputs(gm, source, u if is_call(node, ops.project) else _repeat(u, u.shape[0]))
     return True
 
 
@@ -101,8 +101,8 @@ def fuse_inverse(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> bool:
 def _column_change(node: Node, weight: Tensor, bases: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """The map W -> W U for the input columns of a weight."""
     if is_call(node, ops.hadamard):
-        return lambda w: ops.hadamard(w, False, node.args[2])  # type: ignore[arg-type]
-    u = bases[str(node.args[1].target)]  # type: ignore[union-attr]
+        return lambda w: ops.hadamard(w, False, node.args[2])
+    u = bases[str(node.args[1].target)]
     if is_call(node, ops.project):
         return lambda w: w @ u
     heads = _repeat(u, weight.shape[1] // u.shape[-1])
@@ -116,6 +116,7 @@ def _repeat(u: Tensor, heads: int) -> Tensor:
 
 def rotate_outputs(gm: GraphModule, linear: Node, u: Tensor) -> None:
     """W <- Uᵀ W and b <- Uᵀ b; u is [N, N], or [G, D, D] for N = G·D outputs."""
+
     def turn(value: Tensor) -> Tensor:
         wide = value.double()
         if u.dim() == 2:
@@ -126,4 +127,4 @@ def rotate_outputs(gm: GraphModule, linear: Node, u: Tensor) -> None:
     replace_weight(gm, linear, turn(linear_weight(gm, linear)))
     bias = linear.args[2] if len(linear.args) > 2 else None
     if bias is not None:
-        graph_tools.set_tensor(gm, str(bias.target), turn(graph_tools.get_tensor(gm, bias)))  # type: ignore[union-attr,arg-type]
+        graph_tools.set_tensor(gm, str(bias.target), turn(graph_tools.get_tensor(gm, bias)))

@@ -50,10 +50,12 @@ class InsertProjections(Pass):
         return done
 
 
-def insert_after(gm: GraphModule, value: Node, users: list[Node], target: object, args: tuple, fact: meta.Projection) -> Node:
+def insert_after(
+    gm: GraphModule, value: Node, users: list[Node], target: object, args: tuple, fact: meta.Projection
+) -> Node:
     """target(value, *args) between a value and some of its users."""
     with gm.graph.inserting_after(value):
-        node = emit(gm.graph, target, (value, *args), value, InsertProjections.name)  # type: ignore[arg-type]
+        node = emit(gm.graph, target, (value, *args), value, InsertProjections.name)
     node.meta["val"] = value.meta["val"]
     for user in users:
         user.replace_input_with(value, node)
@@ -67,7 +69,7 @@ def basis_node(gm: GraphModule, name: str, value: Tensor, like: Tensor) -> Node:
 
 def insert_residual(gm: GraphModule, topology: Topology, ctx: PassContext) -> int:
     """U_A around the residual stream, or before each reading linear where the stream itself cannot change basis."""
-    weight = graph_tools.get_tensor(gm, topology.head.args[1])  # type: ignore[arg-type]
+    weight = graph_tools.get_tensor(gm, topology.head.args[1])
     u = basis_node(gm, "U_A", ctx.bases.residual, weight)
     forward, inverse = meta.Projection("U_A"), meta.Projection("U_A", inverse=True)
     residual, done = topology.residual, 0
@@ -78,7 +80,9 @@ def insert_residual(gm: GraphModule, topology: Topology, ctx: PassContext) -> in
             insert_after(gm, group.value, group.linears, ops.project, (u, True), inverse)
         return len(residual.writers) + len(residual.readers)
     names = ", ".join(sorted({graph_tools.module_of(n) for n in residual.gained_writers})[:2])
-    ctx.note(f"U_A stays online before attention and feed-forward: norms with a gain write into the residual stream ({names}, ...)")
+    ctx.note(
+        f"U_A stays online before attention and feed-forward: norms with a gain write into the residual stream ({names}, ...)"
+    )
     for group in residual.readers:
         if topology.head in group.linears:
             continue
@@ -91,8 +95,8 @@ def insert_residual(gm: GraphModule, topology: Topology, ctx: PassContext) -> in
 def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:
     """U_B between the value projection and the cache; its inverse after attention."""
     value, core = attention.value_cache.args[1], attention.core
-    u = basis_node(gm, f"U_B.{index}", basis, graph_tools.get_tensor(gm, attention.v.args[1]))  # type: ignore[arg-type]
-    insert_after(gm, value, [attention.value_cache], ops.project_heads, (u,), meta.Projection("U_B"))  # type: ignore[arg-type]
+    u = basis_node(gm, f"U_B.{index}", basis, graph_tools.get_tensor(gm, attention.v.args[1]))
+    insert_after(gm, value, [attention.value_cache], ops.project_heads, (u,), meta.Projection("U_B"))
     insert_after(gm, core, list(core.users), ops.project_heads, (u, True), meta.Projection("U_B", inverse=True))
     return 2
 
@@ -100,20 +104,20 @@ def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: in
 def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:
     """U_C on queries and new keys after RoPE."""
     key, query = attention.key_cache.args[1], attention.core.args[0]
-    u = basis_node(gm, f"U_C.{index}", basis, graph_tools.get_tensor(gm, attention.k.args[1]))  # type: ignore[arg-type]
-    insert_after(gm, key, [attention.key_cache], ops.project, (u,), meta.Projection("U_C"))  # type: ignore[arg-type]
-    insert_after(gm, query, [attention.core], ops.project, (u,), meta.Projection("U_C"))  # type: ignore[arg-type]
+    u = basis_node(gm, f"U_C.{index}", basis, graph_tools.get_tensor(gm, attention.k.args[1]))
+    insert_after(gm, key, [attention.key_cache], ops.project, (u,), meta.Projection("U_C"))
+    insert_after(gm, query, [attention.core], ops.project, (u,), meta.Projection("U_C"))
     return 2
 
 
 def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext) -> int:
     """U_D and its inverse before a down projection."""
     x = down.args[0]
-    width = x.meta["val"].shape[-1]  # type: ignore[union-attr]
+    width = x.meta["val"].shape[-1]
     stretches = tuple(sizes(width, ctx.config)) if ctx.config.down_proj == "energy-split" else None
     for plan in map(hadamard_plan, stretches or (width,)):
         if not plan.full_width:
             ctx.note(f"U_D on {plan.n} channels is a block transform of width {plan.block}: {plan.reason}")
-    turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D"))  # type: ignore[arg-type]
+    turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D"))
     insert_after(gm, turned, [down], ops.hadamard, (True, stretches), meta.Projection("U_D", inverse=True))
     return 2

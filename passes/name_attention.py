@@ -79,7 +79,9 @@ def sdpa_arguments(node: Node) -> AttentionArguments:
     """Arguments of aten.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=)."""
     q, k, v, mask, _, is_causal = (*node.args, None, 0.0, False)[:6] if len(node.args) < 6 else node.args[:6]
     if is_causal:
-        raise TopologyError(f"node {node.name}: attention with is_causal=True has no mask for padding; expected an explicit mask")
+        raise TopologyError(
+            f"node {node.name}: attention with is_causal=True has no mask for padding; expected an explicit mask"
+        )
     scale = node.kwargs.get("scale")
     return AttentionArguments(q, k, v, mask, 1 / math.sqrt(q.meta["val"].shape[-1]) if scale is None else scale)
 
@@ -130,7 +132,9 @@ def unrepeated(gm: GraphModule, value: Node, heads: int, env: dict[Node, Tensor]
     index = torch.arange(math.prod(shape)).reshape(shape)
     result = evaluate(gm, value, {**env, root: index})
     if heads % shape[1] or not torch.equal(result, index.repeat_interleave(heads // shape[1], 1)):
-        raise TopologyError(f"node {value.name}: expected the {shape[1]} cached heads repeated to {heads}; it computes something else")
+        raise TopologyError(
+            f"node {value.name}: expected the {shape[1]} cached heads repeated to {heads}; it computes something else"
+        )
     return root
 
 
@@ -150,7 +154,9 @@ def name_masks(gm: GraphModule, ctx: PassContext) -> int:
         if window not in named:
             first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
             with gm.graph.inserting_before(first):
-                named[window] = emit(gm.graph, ops.causal_mask, (inputs[1], inputs[0], window), mask, NameAttention.name)
+                named[window] = emit(
+                    gm.graph, ops.causal_mask, (inputs[1], inputs[0], window), mask, NameAttention.name
+                )
         for reader in readers:
             reader.update_arg(3, named[window])
     gm.graph.eliminate_dead_code()
@@ -191,4 +197,3 @@ def _agrees(
     value = value.expand_as(expected) if value.dim() == 4 else value
     seen = expected.any(-1, keepdim=True)  # rows of padding see nothing; what a mask says there does not matter
     return value.shape == expected.shape and torch.equal(value & seen, expected)
-

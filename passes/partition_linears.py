@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from resq_compiler.passes.fold_norms import linear_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler import graph_tools, meta, ops
 from resq_compiler.graph_tools import aten, emit, is_call
 from resq_compiler.partition import ColumnPart, linear_parts
-from resq_compiler.passes.fold_norms import linear_weight
 from resq_compiler.pipeline import Pass, PassContext
 from resq_compiler.topology import Topology
 
@@ -44,7 +44,7 @@ class PartitionLinears(Pass):
             site = meta.get(topology.head, meta.LinearSite)
             bits = ctx.config.lm_head_bits
             whole = ColumnPart(0, topology.hidden_size, bits, bits)
-            done += split(gm, topology.head, site, (whole,), 1, pieces)  # type: ignore[arg-type]
+            done += split(gm, topology.head, site, (whole,), 1, pieces)
         graph_tools.delete_unused_tensors(gm)
         return done
 
@@ -68,7 +68,7 @@ def split(
     weight = linear_weight(gm, linear)
     total: Node | None = None
     for i, part in enumerate(parts):
-        piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)  # type: ignore[arg-type]
+        piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)
         value = take(weight, part, heads)
         tensor = graph_tools.add_tensor(gm, f"{site.name}.part{i}.weight", value, PartitionLinears.name)
         with gm.graph.inserting_before(linear):

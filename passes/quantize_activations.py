@@ -42,9 +42,11 @@ class QuantizeActivations(Pass):
         return done
 
 
-def quantize_input(gm: GraphModule, node: Node, part: meta.LinearPart, ctx: PassContext, shared: dict[tuple, Node]) -> int:
+def quantize_input(
+    gm: GraphModule, node: Node, part: meta.LinearPart, ctx: PassContext, shared: dict[tuple, Node]
+) -> int:
     """Put a quantizer before one part of a linear."""
-    x: Node = node.args[0]  # type: ignore[assignment]
+    x: Node = node.args[0]
     groups = part.heads if ctx.config.o_proj_granularity == "head" else 1
     clip = ctx.config.activation_clip if part.heads == 1 else 1.0
     key = (x, part.activation_bits, groups)

@@ -43,7 +43,7 @@ class Site:
     @property
     def inputs(self) -> tuple[Node, ...]:
         """The values its parts read."""
-        return tuple(n.args[0] for n in self.nodes)  # type: ignore[misc]
+        return tuple(n.args[0] for n in self.nodes)
 
     def parts(self) -> list[Part]:
         """Weight bits and columns of each part, in the order that the parts' inputs have side by side."""
@@ -59,7 +59,7 @@ class Site:
 
 def graph_columns(node: Node) -> int:
     """in_features of a part."""
-    return node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    return node.args[0].meta["val"].shape[-1]
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def by_input(sites: list[Site]) -> list[list[Site]]:
 
 def source_of(site: Site) -> tuple[Node, ...]:
     """The values behind a site's inputs: the codes where inputs are images of codes."""
-    return tuple(n.args[0] if is_call(n, ops.dequantize) else n for n in site.inputs)  # type: ignore[misc]
+    return tuple(n.args[0] if is_call(n, ops.dequantize) else n for n in site.inputs)
 
 
 def stacked_weight(gm: GraphModule, group: list[Site]) -> Tensor:
     """All weights of a group: rows of all sites, columns of all parts."""
-    rows = [torch.cat([graph_tools.get_tensor(gm, n.args[1]) for n in site.nodes], 1) for site in group]  # type: ignore[arg-type]
+    rows = [torch.cat([graph_tools.get_tensor(gm, n.args[1]) for n in site.nodes], 1) for site in group]
     return torch.cat(rows)
 
 
@@ -121,7 +121,7 @@ def round_to_nearest(gm: GraphModule, group: list[Site], config: CompileConfig) 
 
 def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight]) -> None:
     """Replace the linears of a group by linears on codes and release the float weights."""
-    rows = [graph_tools.get_tensor(gm, site.nodes[0].args[1]).shape[0] for site in group]  # type: ignore[arg-type]
+    rows = [graph_tools.get_tensor(gm, site.nodes[0].args[1]).shape[0] for site in group]
     for site, pieces in zip(group, weight_core.split_rows(codes, rows), strict=True):
         for node, piece in zip(site.nodes, pieces, strict=True):
             replace_by_codes(gm, node, piece)
@@ -129,12 +129,12 @@ def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedW
 
 def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWeight) -> None:
     weight = node.args[1]
-    base = str(weight.target).removesuffix(".weight")  # type: ignore[union-attr]
+    base = str(weight.target).removesuffix(".weight")
     tensors = [
         graph_tools.add_tensor(gm, f"{base}.{label}", value.contiguous(), QuantizeWeights.name)
         for label, value in (("qdata", piece.qdata), ("scale", piece.scale))
     ]
-    x: Node = node.args[0]  # type: ignore[assignment]
+    x: Node = node.args[0]
     coded = is_call(x, ops.dequantize)
     target, source = (ops.quantized_linear, x.args[0]) if coded else (ops.weight_only_linear, x)
     with gm.graph.inserting_before(node):
@@ -145,8 +145,8 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
     gm.graph.erase_node(node)
     if coded and not x.users:
         gm.graph.erase_node(x)
-    module, name = graph_tools.owner_and_name(gm, str(weight.target))  # type: ignore[union-attr]
-    gm.graph.erase_node(weight)  # type: ignore[arg-type]
+    module, name = graph_tools.owner_and_name(gm, str(weight.target))
+    gm.graph.erase_node(weight)
     delattr(module, name)
 
 
@@ -174,7 +174,9 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
     ctx.progress("quantize weights", len(topology.blocks), len(topology.blocks))
 
 
-def quantize_group(gm: GraphModule, group: list[Site], moment: SecondMoment, ctx: PassContext) -> list[weight_core.QuantizedWeight]:
+def quantize_group(
+    gm: GraphModule, group: list[Site], moment: SecondMoment, ctx: PassContext
+) -> list[weight_core.QuantizedWeight]:
     """GPTQ on the stacked weights of a group."""
     config = ctx.config
     result = gptq_core.gptq(
@@ -183,7 +185,9 @@ def quantize_group(gm: GraphModule, group: list[Site], moment: SecondMoment, ctx
     )  # fmt: skip
     where = f"{group[0].fact.name} and linears of the same input"
     if result.damping != config.gptq_damping:
-        ctx.note(f"GPTQ on {where}: damping raised to {result.damping:g}, the calibration moment was not positive definite")
+        ctx.note(
+            f"GPTQ on {where}: damping raised to {result.damping:g}, the calibration moment was not positive definite"
+        )
     return result.parts
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from resq_compiler.passes.fold_norms import linear_weight, replace_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler import graph_tools
 from resq_compiler.errors import TopologyError
-from resq_compiler.passes.fold_norms import linear_weight, replace_weight
 from resq_compiler.pipeline import Pass, PassContext
 
 
@@ -47,4 +47,4 @@ def reorder_rows(gm: GraphModule, linear: Node, order: Tensor) -> None:
     replace_weight(gm, linear, linear_weight(gm, linear)[order].contiguous())
     bias = linear.args[2] if len(linear.args) > 2 else None
     if bias is not None:
-        graph_tools.set_tensor(gm, str(bias.target), graph_tools.get_tensor(gm, bias)[order])  # type: ignore[union-attr,arg-type]
+        graph_tools.set_tensor(gm, str(bias.target), graph_tools.get_tensor(gm, bias)[order])

@@ -133,7 +133,7 @@ def part_linear(gm: GraphModule, root: Node, rows: Tensor, index: int) -> Node:
         if arg is None:
             continue
         value = graph_tools.get_tensor(gm, arg)[rows.to("cpu")]
-        base = str(arg.target).removesuffix(f".{label}")  # type: ignore[union-attr]
+        base = str(arg.target).removesuffix(f".{label}")
         tensors.append(graph_tools.add_tensor(gm, f"{base}.part{index}.{label}", value, SplitFused.name))
     with gm.graph.inserting_after(root):
         new = emit(gm.graph, LINEAR, (root.args[0], *tensors), root, SplitFused.name)
@@ -162,7 +162,9 @@ def merge(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
     index = numbered(root.meta["val"].shape)
     for node in frontier(root):
         if not torch.equal(evaluate(gm, node, {**env, root: index}), ops.merge_heads(index)):
-            raise TopologyError(f"node {node.name}: expected the heads of {root.name} merged to [B, S, H·D]; it computes something else")
+            raise TopologyError(
+                f"node {node.name}: expected the heads of {root.name} merged to [B, S, H·D]; it computes something else"
+            )
         with gm.graph.inserting_after(root):
             new = emit(gm.graph, ops.merge_heads, (root,), node, SplitFused.name)
         new.meta["val"] = node.meta["val"]

@@ -29,6 +29,11 @@ class UntieEmbeddings(Pass):
             if not any(is_call(user, aten.embedding.default) for n in shared for user in n.users):
                 continue
             value = graph_tools.get_tensor(gm, weight)
-            linear.update_arg(1, graph_tools.add_tensor(gm, f"{graph_tools.module_of(linear) or 'lm_head'}.untied.weight", value.clone(), self.name))
+            linear.update_arg(
+                1,
+                graph_tools.add_tensor(
+                    gm, f"{graph_tools.module_of(linear) or 'lm_head'}.untied.weight", value.clone(), self.name
+                ),
+            )
             done += 1
         return done

@@ -94,7 +94,7 @@ def _taps(topology: Topology, moments: Moments) -> dict:
 
 def _add(taps: dict, node: Node, tap: object) -> None:
     before = taps.get(node)
-    taps[node] = tap if before is None else (lambda x: (before(x), tap(x)))  # type: ignore[operator]
+    taps[node] = tap if before is None else (lambda x: (before(x), tap(x)))
 
 
 def _residual(moments: Moments, x: Tensor) -> None:
@@ -126,14 +126,17 @@ def make_bases(moments: Moments | None, topology: Topology, config: CompileConfi
     for block in topology.blocks:
         a, i = block.attention, block.index
         if moments:
-            u = [_basis(m, a.value_dim, config, f"value.{i}.{g}", bases.spectra) for g, m in enumerate(moments.value[i].mean())]
+            u = [
+                _basis(m, a.value_dim, config, f"value.{i}.{g}", bases.spectra)
+                for g, m in enumerate(moments.value[i].mean())
+            ]
             key = _basis(moments.key[i].mean(), a.head_dim, config, f"key.{i}", bases.spectra)
         else:
             shared = _basis(None, a.value_dim, config, "head", bases.spectra)
             u = [shared] * a.num_kv_heads
             key = _basis(None, a.head_dim, config, "key", bases.spectra)
-        bases.value.append(torch.stack(u))  # type: ignore[union-attr]
-        bases.key.append(key)  # type: ignore[union-attr]
+        bases.value.append(torch.stack(u))
+        bases.key.append(key)
     return bases
 
 

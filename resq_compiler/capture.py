@@ -51,11 +51,17 @@ class _PlainCacheModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> Any:
         cache = DynamicCache()
         cache.layers = [_filled_layer(key, value) for key, value in past]
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
         )
         return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -79,7 +85,9 @@ def capture(model: PreTrainedModel) -> Captured:
         with _export_settings(model), torch.no_grad():
             cache = _probe_cache(model)
             example = _example_arguments(model, cache)
-            exported = torch.export.export(_PlainCacheModel(model), example, dynamic_shapes=_dynamic(cache), strict=False)
+            exported = torch.export.export(
+                _PlainCacheModel(model), example, dynamic_shapes=_dynamic(cache), strict=False
+            )
             traced = exported.module(check_guards=False)
     except Exception as error:
         raise CaptureError(
@@ -89,7 +97,9 @@ def capture(model: PreTrainedModel) -> Captured:
         ) from error
     finally:
         model.train(was_training)
-    return Captured(_clean(traced, len(cache)), cache, concrete_example(model.config.get_text_config().vocab_size, cache))
+    return Captured(
+        _clean(traced, len(cache)), cache, concrete_example(model.config.get_text_config().vocab_size, cache)
+    )
 
 
 @contextlib.contextmanager
@@ -97,7 +107,9 @@ def _export_settings(model: PreTrainedModel) -> Iterator[None]:
     """One attention operator in the graph (SDPA), or the eager form where a soft-cap rules SDPA out."""
     before = model.config._attn_implementation
     text = model.config.get_text_config()
-    eager = getattr(text, "attn_logit_softcapping", None) is not None or not getattr(type(model), "_supports_sdpa", True)
+    eager = getattr(text, "attn_logit_softcapping", None) is not None or not getattr(
+        type(model), "_supports_sdpa", True
+    )
     model.set_attn_implementation("eager" if eager else "sdpa")
     try:
         yield

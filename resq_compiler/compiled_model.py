@@ -68,7 +68,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         """Nothing is tied in a compiled graph."""
 
     @torch.no_grad()
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: Cache | None = None, use_cache: bool | None = None, labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0, return_dict: bool | None = None, **unused: Any,
@@ -100,23 +100,39 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _refuse(unused: dict[str, Any]) -> None:
-        harmless = {"output_attentions", "output_hidden_states", "token_type_ids", "cache_position", "num_items_in_batch"}
-        bad = [k for k, v in unused.items() if v is not None and v is not False and (k not in harmless or k.startswith("output_"))]
+        harmless = {
+            "output_attentions",
+            "output_hidden_states",
+            "token_type_ids",
+            "cache_position",
+            "num_items_in_batch",
+        }
+        bad = [
+            k
+            for k, v in unused.items()
+            if v is not None and v is not False and (k not in harmless or k.startswith("output_"))
+        ]
         if bad:
-            raise BackendError(f"forward: a compiled graph cannot take {', '.join(bad)}; it takes input_ids, attention_mask, position_ids, past_key_values")
+            raise BackendError(
+                f"forward: a compiled graph cannot take {', '.join(bad)}; it takes input_ids, attention_mask, position_ids, past_key_values"
+            )
 
     def _past(self, cache: Cache | None, input_ids: Tensor) -> tuple[DynamicCache, list[Tensor]]:
         """Cache tensors in graph order. A fresh cache of another class is replaced by a plain DynamicCache: masks do windows."""
         filled = cache is not None and cache.get_seq_length() > 0
-        if filled and not (isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)):
-            raise BackendError(f"past_key_values: expected the DynamicCache that forward returned, got a filled {type(cache).__name__}")
+        if filled and not (
+            isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+        ):
+            raise BackendError(
+                f"past_key_values: expected the DynamicCache that forward returned, got a filled {type(cache).__name__}"
+            )
         if not filled:
             plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
             cache = cache if plain else DynamicCache()
             batch = input_ids.shape[0]
             shapes = [(batch, s.num_heads, 0, w) for s in self.cache_specs for w in (s.key_dim, s.value_dim)]
-            return cache, [torch.zeros(shape, device=input_ids.device) for shape in shapes]  # type: ignore[return-value]
-        return cache, [t for layer in cache.layers for t in (layer.keys, layer.values)]  # type: ignore[union-attr,return-value]
+            return cache, [torch.zeros(shape, device=input_ids.device) for shape in shapes]
+        return cache, [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
     @staticmethod
     def _filled(cache: DynamicCache, present: list[Tensor]) -> DynamicCache:
@@ -127,7 +143,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
             layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
         return cache
 
-    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
         """Write safetensors and JSON to a directory; see checkpoint.save."""
         from resq_compiler import checkpoint
 

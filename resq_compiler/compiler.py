@@ -27,7 +27,7 @@ log = logging.getLogger("resq_compiler")
 Progress = Callable[[str, int, int], None]
 
 
-def compile(  # noqa: A001  (the name users know from torch.compile)
+def compile(
     model: PreTrainedModel | str | Path,
     calib_data: Any = None,
     *,
@@ -77,13 +77,16 @@ def needs_calibration(config: CompileConfig) -> bool:
     return needs_moments(config) or (config.weight_method == "gptq" and config.weight_bits < 16)
 
 
-def _calibration(loaded: LoadedModel, tokenizer: Any, calib_data: Any, config: CompileConfig, report: Progress) -> Tensor | None:
+def _calibration(
+    loaded: LoadedModel, tokenizer: Any, calib_data: Any, config: CompileConfig, report: Progress
+) -> Tensor | None:
     if not needs_calibration(config):
         return None
+    vocab_size = loaded.model.config.get_text_config().vocab_size
     return calibration_windows(
         calib_data, model=loaded.model, tokenizer=tokenizer, samples=config.calibration_samples,
         sequence_length=config.calibration_length, seed=config.seed,
-        vocab_size=loaded.model.config.get_text_config().vocab_size, progress=lambda done, total: report("write calibration text", done, total),
+        vocab_size=vocab_size, progress=lambda done, total: report("write calibration text", done, total),
     )  # fmt: skip
 
 

@@ -60,7 +60,9 @@ class CompileConfig:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"option {name}: expected one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"option {name}: expected one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}"
+                )
         self._check_range("high_fraction", 0, 0.5)
         self._check_range("low_fraction", 0, 0.5)
         self._check_range("activation_clip", 0.1, 1)

@@ -45,7 +45,12 @@ class Schedule:
 
     def run_keeping(self, env: dict[Node, Any], goal: Node) -> None:
         """Compute the targets, keeping what is still needed on the way to `goal`."""
-        ahead = {n for later in Schedule(self.gm, [goal], env).order if later not in set(self.order) for n in later.all_input_nodes}
+        ahead = {
+            n
+            for later in Schedule(self.gm, [goal], env).order
+            if later not in set(self.order)
+            for n in later.all_input_nodes
+        }
         run_nodes(self.gm, self.order, last_uses(self.order, keep=set(self.targets) | ahead), env, {})
 
 
@@ -106,7 +111,9 @@ def shared_values(gm: GraphModule, ids: Tensor, start: Node) -> dict[Node, Any]:
     env = first_tokens(gm, ids)
     hidden = depends_on(gm, [start])
     inside = hidden - {start}
-    wanted = [n for n in gm.graph.nodes if n not in hidden and n.op == "call_function" and any(u in inside for u in n.users)]
+    wanted = [
+        n for n in gm.graph.nodes if n not in hidden and n.op == "call_function" and any(u in inside for u in n.users)
+    ]
     Schedule(gm, wanted, env).run(env)
     return {n: v for n, v in env.items() if n.op == "placeholder" or n in wanted}
 

@@ -76,7 +76,9 @@ def add_tensor(gm: GraphModule, target: str, value: Tensor, made_by: str) -> Nod
     return meta.put(node, meta.Origin(module=target.rpartition(".")[0], made_by=made_by))
 
 
-def emit(graph: Graph, target: Callable, args: tuple, like: Node, made_by: str, name: str | None = None, **kwargs: Any) -> Node:
+def emit(
+    graph: Graph, target: Callable, args: tuple, like: Node, made_by: str, name: str | None = None, **kwargs: Any
+) -> Node:
     """A new call at the graph's insertion point that inherits the provenance of `like`."""
     node = graph.create_node("call_function", target, args, kwargs, name=name)
     for key in ("nn_module_stack", "stack_trace"):
@@ -124,7 +126,7 @@ def run_node(gm: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
         raise AssertionError(f"no value given for {node.op} node {node.name}")
     args = torch.fx.node.map_arg(node.args, lambda n: env[n])
     kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return node.target(*args, **kwargs)
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:

@@ -6,7 +6,7 @@ Values are frozen dataclasses: copies of a graph share them, so they must not ch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch.fx import Node
 
@@ -69,12 +69,17 @@ Fact = TypeVar("Fact")
 
 def get(node: Node, fact: type[Fact]) -> Fact | None:
     """The fact of that type on the node, or None."""
-    return node.meta.get(fact.key)  # type: ignore[attr-defined]
+    return node.meta.get(key_of(fact))
+
+
+def key_of(fact: Any) -> str:
+    """The key of a kind of fact."""
+    return fact.key
 
 
 def put(node: Node, value: object) -> Node:
     """Attach a fact; returns the node."""
-    node.meta[value.key] = value  # type: ignore[attr-defined]
+    node.meta[key_of(value)] = value
     return node
 
 

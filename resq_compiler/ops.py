@@ -77,7 +77,9 @@ def causal_mask(attention_mask: Tensor, input_ids: Tensor, window: int | None = 
 
 
 @op
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor:
     """softmax(scale · q kᵀ + mask) v with grouped key/value heads; with softcap c the scores become c·tanh(scores / c).
 
     q [B, H, S, D]; k, v [B, G, T, D]; mask bool (True = attend) or additive float, [B or 1, 1, S, T].

@@ -20,7 +20,9 @@ from resq_compiler.errors import PassError, ResqError, VerifyError
 
 log = logging.getLogger("resq_compiler")
 
-EXACT_TOLERANCE = 1e-4  # relative float32 error of the logits that an exact pass may add: rounding, not a change of function
+EXACT_TOLERANCE = (
+    1e-4  # relative float32 error of the logits that an exact pass may add: rounding, not a change of function
+)
 
 
 @dataclass
@@ -33,7 +35,9 @@ class PassContext:
     topology: Any = None  # resq_compiler.topology.Topology, set by the topology analysis
     moments: Any = None  # resq_compiler.calibration.Moments, set by compute-bases where a recipe needs them
     bases: Any = None  # resq_compiler.calibration.Bases, set by compute-bases
-    notes: list[str] = field(default_factory=list)  # what a user should know: approximations, projections that stay online
+    notes: list[str] = field(
+        default_factory=list
+    )  # what a user should know: approximations, projections that stay online
     statistics: dict[str, Any] = field(default_factory=dict)  # per-site numbers for reports
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
@@ -111,7 +115,9 @@ class Pipeline:
             error = self._compare(gm, item)
         except Exception as error:
             seconds = time.perf_counter() - start
-            self._record(Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, None, item.exact, str(error)))
+            self._record(
+                Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, None, item.exact, str(error))
+            )
             kind = type(error) if isinstance(error, ResqError) else PassError
             raise kind(f"pass {index} {item.name}: {error}") from error
         seconds = time.perf_counter() - start

@@ -32,8 +32,20 @@ def resolve(recipe: str | CompileConfig = "resq", **options: Any) -> CompileConf
 def passes_for(config: CompileConfig) -> list[Pass]:
     """The whole pipeline, in order. Passes before quantize-* are exact."""
     from resq_compiler.passes import (
-        Canonicalize, ComputeBases, FindTopology, FoldNorms, FuseProjections, InsertProjections, NameAttention, PartitionLinears,
-        QuantizeActivations, QuantizeKvCache, QuantizeWeights, ReorderChannels, SplitFused, UntieEmbeddings,
+        Canonicalize,
+        ComputeBases,
+        FindTopology,
+        FoldNorms,
+        FuseProjections,
+        InsertProjections,
+        NameAttention,
+        PartitionLinears,
+        QuantizeActivations,
+        QuantizeKvCache,
+        QuantizeWeights,
+        ReorderChannels,
+        SplitFused,
+        UntieEmbeddings,
     )  # fmt: skip
 
     exact: list[Pass] = [Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology(), FoldNorms()]

@@ -66,7 +66,7 @@ class Attention:
     def window(self) -> int | None:
         """Sliding window, or None."""
         mask = self.core.args[3]
-        return mask.args[2] if is_call(mask, ops.causal_mask) else None  # type: ignore[union-attr,return-value]
+        return mask.args[2] if is_call(mask, ops.causal_mask) else None
 
 
 @dataclass
@@ -125,8 +125,10 @@ def find_head(gm: GraphModule) -> Node:
     node = graph_tools.output_args(gm.graph)[0]
     while not is_call(node, LINEAR):
         if not is_call(node, aten.div.Tensor, aten.mul.Tensor, aten.tanh.default):
-            raise TopologyError(f"node {node.name}: expected the logits to come from a linear (lm_head), got {node.format_node()}")
-        node = node.args[0]  # type: ignore[assignment]
+            raise TopologyError(
+                f"node {node.name}: expected the logits to come from a linear (lm_head), got {node.format_node()}"
+            )
+        node = node.args[0]
     return node
 
 
@@ -140,7 +142,7 @@ def _is_scalar(value: object) -> bool:
 def find_residual(head: Node) -> Residual:
     """Close the set of stream values under add and scaling, backwards from the last norm, then collect readers."""
     source = head.args[0]
-    start = source.args[0] if is_call(source, *NORMS) else source  # type: ignore[union-attr]
+    start = source.args[0] if is_call(source, *NORMS) else source
     values: dict[Node, None] = {}
     writers: dict[Node, None] = {}
     gained: dict[Node, None] = {}
@@ -149,18 +151,20 @@ def find_residual(head: Node) -> Residual:
         node = pending.pop()
         if node in values:
             continue
-        values[node] = None  # type: ignore[index]
+        values[node] = None
         if is_call(node, aten.add.Tensor):
-            pending.extend(a for a in node.args[:2])  # type: ignore[union-attr]
-        elif is_call(node, aten.mul.Tensor) and _is_scalar(node.args[1]):  # type: ignore[union-attr]
-            pending.append(node.args[0])  # type: ignore[union-attr]
+            pending.extend(a for a in node.args[:2])
+        elif is_call(node, aten.mul.Tensor) and _is_scalar(node.args[1]):
+            pending.append(node.args[0])
         elif is_call(node, LINEAR, EMBEDDING):
-            writers[node] = None  # type: ignore[index]
+            writers[node] = None
         elif is_call(node, *NORMS):
-            gained[node] = None  # type: ignore[index]
+            gained[node] = None
         else:
             text = node.format_node() if isinstance(node, Node) else repr(node)
-            raise TopologyError(f"residual stream: expected an add, a scaling, a linear, an embedding or a norm; got {text}")
+            raise TopologyError(
+                f"residual stream: expected an add, a scaling, a linear, an embedding or a norm; got {text}"
+            )
     order = {n: i for i, n in enumerate(head.graph.nodes)}
     stream = sorted(values, key=order.__getitem__)
     readers = find_readers(stream, set(gained))
@@ -180,7 +184,9 @@ def find_readers(stream: list[Node], gained: set[Node]) -> list[ReadGroup]:
             elif is_call(user, *NORMS) and user not in gained:
                 groups.append(ReadGroup(user, user, _linear_users(user)))
             else:
-                raise TopologyError(f"node {user.name}: reads the residual stream; expected a norm or a linear, got {user.format_node()}")
+                raise TopologyError(
+                    f"node {user.name}: reads the residual stream; expected a norm or a linear, got {user.format_node()}"
+                )
         if direct:
             groups.append(ReadGroup(value, None, direct))
     return groups
@@ -189,7 +195,9 @@ def find_readers(stream: list[Node], gained: set[Node]) -> list[ReadGroup]:
 def _linear_users(norm: Node) -> list[Node]:
     others = [u for u in norm.users if not is_call(u, LINEAR)]
     if others:
-        raise TopologyError(f"node {others[0].name}: reads {norm.name}; expected only linears after a norm, got {others[0].format_node()}")
+        raise TopologyError(
+            f"node {others[0].name}: reads {norm.name}; expected only linears after a norm, got {others[0].format_node()}"
+        )
     return list(norm.users)
 
 
@@ -218,7 +226,7 @@ def trace_back(node: Node, goal: str, *through: object) -> Node:
     while not is_call(current, LINEAR):
         if not is_call(current, *through):
             raise TopologyError(f"node {node.name}: expected a linear ({goal}) behind it, met {current.format_node()}")
-        current = current.args[0]  # type: ignore[assignment]
+        current = current.args[0]
     return current
 
 
@@ -227,20 +235,24 @@ def trace_attention(core: Node) -> Attention:
     q_value, key_cache, value_cache = core.args[:3]
     for cache in (key_cache, value_cache):
         if not is_call(cache, ops.append_cache):
-            raise TopologyError(f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}")  # type: ignore[union-attr]
+            raise TopologyError(
+                f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}"
+            )
     heads = (ops.split_heads, ops.rope, *NORMS, aten.mul.Tensor)
-    q = trace_back(q_value, "query projection", *heads)  # type: ignore[arg-type]
-    k = trace_back(key_cache.args[1], "key projection", *heads)  # type: ignore[union-attr,arg-type]
-    v = trace_back(value_cache.args[1], "value projection", *heads)  # type: ignore[union-attr,arg-type]
+    q = trace_back(q_value, "query projection", *heads)
+    k = trace_back(key_cache.args[1], "key projection", *heads)
+    v = trace_back(value_cache.args[1], "value projection", *heads)
     merged = [u for u in core.users if is_call(u, ops.merge_heads)]
     outputs = [u for m in merged for u in m.users if is_call(u, LINEAR)]
     if len(outputs) != 1 or len(core.users) != 1 or len(merged[0].users) != 1:
-        raise TopologyError(f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention")
-    key_shape, value_shape = key_cache.meta["val"].shape, value_cache.meta["val"].shape  # type: ignore[union-attr]
-    new_value = value_cache.args[1]  # type: ignore[union-attr]
+        raise TopologyError(
+            f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention"
+        )
+    key_shape, value_shape = key_cache.meta["val"].shape, value_cache.meta["val"].shape
+    new_value = value_cache.args[1]
     return Attention(
-        core, q, k, v, outputs[0], key_cache, value_cache, q_value.meta["val"].shape[1], key_shape[1], key_shape[3], value_shape[3],  # type: ignore
-        value_is_linear=is_call(new_value, ops.split_heads) and new_value.args[0] is v,  # type: ignore[union-attr]
+        core, q, k, v, outputs[0], key_cache, value_cache, q_value.meta["val"].shape[1], key_shape[1], key_shape[3], value_shape[3],
+        value_is_linear=is_call(new_value, ops.split_heads) and new_value.args[0] is v,
     )  # fmt: skip
 
 
@@ -267,7 +279,9 @@ def make_blocks(gm: GraphModule, cuts: list[Node], attentions: list[Attention], 
         known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
         for node in rest:
             if node not in known:
-                raise TopologyError(f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward")
+                raise TopologyError(
+                    f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward"
+                )
     return blocks
 
 
@@ -287,7 +301,9 @@ def trace_feed_forward(down: Node, readers: set[Node]) -> FeedForward:
         seen.add(node)
         if is_call(node, LINEAR):
             if node not in readers:
-                raise TopologyError(f"node {node.name}: expected a linear that reads the residual stream before {down.name}")
+                raise TopologyError(
+                    f"node {node.name}: expected a linear that reads the residual stream before {down.name}"
+                )
             gates.append(node) if any(is_call(u, *ACTIVATIONS) for u in node.users) else ups.append(node)
             continue
         channelwise &= is_call(node, *ELEMENTWISE)
@@ -297,8 +313,9 @@ def trace_feed_forward(down: Node, readers: set[Node]) -> FeedForward:
 
 def label_linears(gm: GraphModule, topology: Topology) -> None:
     """Attach meta.LinearSite to every linear."""
+
     def label(node: Node, role: str, block: int | None) -> None:
-        name = str(node.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
+        name = str(node.args[1].target).removesuffix(".weight")
         meta.put(node, meta.LinearSite(name, role, block))
 
     label(topology.head, "head", None)

@@ -46,7 +46,9 @@ def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Non
             value = graph_tools.get_tensor(gm, node)
             fakes[node] = mode.from_tensor(value) if isinstance(value, Tensor) else value
         interpreter = _ShapeRecorder(gm)
-        inputs = dict(zip(graph_tools.placeholders(gm.graph), (mode.from_tensor(t) for t in example_inputs), strict=True))
+        inputs = dict(
+            zip(graph_tools.placeholders(gm.graph), (mode.from_tensor(t) for t in example_inputs), strict=True)
+        )
         for node in gm.graph.nodes:
             if node in inputs or node in fakes:
                 node.meta["val"] = inputs.get(node, fakes.get(node))
