@@ -103,5 +103,8 @@ def input_piece(gm: GraphModule, x: Node, part: ColumnPart, heads: int, whole: b
 
 def take(weight: Tensor, part: ColumnPart, heads: int) -> Tensor:
     """The input columns of a part, of every head."""
-    grouped = weight.unflatten(1, (heads, weight.shape[1] // heads))
+    width = weight.shape[1] // heads
+    if part.stop - part.start == width:
+        return weight
+    grouped = weight.unflatten(1, (heads, width))
     return grouped[:, :, part.start : part.stop].flatten(1).clone(memory_format=torch.contiguous_format)

@@ -198,13 +198,13 @@ class _Lockstep:
         self.gm, self.states, self.shared = gm, states, shared
 
     def _run(self, targets: list[Node], goal: Node, see: Any) -> None:
+        plan = executor.Stretch(self.gm, targets, {**self.shared[0], **self.states[0]}, goal)
         for state, shared in zip(self.states, self.shared, strict=True):
             env = {**shared, **state}
-            executor.Schedule(self.gm, targets, env).run_keeping(env, goal)
+            plan.run(env)
             see(env)
-            alive = executor.live_values(self.gm, env, goal)
             state.clear()
-            state.update({n: v for n, v in alive.items() if n not in shared})
+            state.update({n: v for n, v in env.items() if n in plan.alive and n not in shared})
 
     def moment(self, inputs: list[Node], goal: Node, name: str) -> SecondMoment:
         """Second moment of the values side by side, over all batches."""

@@ -99,15 +99,16 @@ def _add(taps: dict, node: Node, tap: object) -> None:
 
 def _residual(moments: Moments, x: Tensor) -> None:
     moments.residual.update(x)
-    peak = x.flatten(0, -2).abs().amax(0)
+    rows = x.flatten(0, -2)
+    peak = torch.maximum(rows.amax(0), -rows.amin(0))
     moments.residual_peak = peak if moments.residual_peak is None else torch.maximum(moments.residual_peak, peak)
 
 
 def _channels(moments: Moments, node: Node, x: Tensor) -> None:
     rows = x.flatten(0, -2)
-    if not bool(torch.isfinite(rows.sum())):
+    energy, peak = rows.square().sum(0).double(), torch.maximum(rows.amax(0), -rows.amin(0))
+    if not bool(torch.isfinite(energy).all()):
         raise DataError(f"node {node.name}: the input of this down projection is not finite on the calibration data")
-    energy, peak = rows.square().sum(0, dtype=torch.float64), rows.abs().amax(0)
     if node in moments.down_energy:
         energy, peak = energy + moments.down_energy[node], torch.maximum(peak, moments.down_peak[node])
     moments.down_energy[node], moments.down_peak[node] = energy, peak

@@ -43,23 +43,22 @@ class Schedule:
         """Compute the targets into env; taps see values as they are computed."""
         run_nodes(self.gm, self.order, self.release, env, taps or {})
 
-    def run_keeping(self, env: dict[Node, Any], goal: Node) -> None:
-        """Compute the targets, keeping what is still needed on the way to `goal`."""
-        ahead = {
-            n
-            for later in Schedule(self.gm, [goal], env).order
-            if later not in set(self.order)
-            for n in later.all_input_nodes
-        }
-        run_nodes(self.gm, self.order, last_uses(self.order, keep=set(self.targets) | ahead), env, {})
 
+class Stretch:
+    """A schedule on the way to `goal`: computes `targets` and knows which values (`alive`) the rest of the way needs."""
 
-def live_values(gm: GraphModule, env: dict[Node, Any], goal: Node) -> dict[Node, Any]:
-    """The values of env that are needed to compute `goal`."""
-    if goal in env:
-        return {goal: env[goal]}
-    needed = {source for node in Schedule(gm, [goal], env).order for source in node.all_input_nodes}
-    return {n: v for n, v in env.items() if n in needed}
+    def __init__(self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], goal: Node):
+        whole = Schedule(gm, [goal], given)
+        now = Schedule(gm, targets, given)
+        done = set(now.order)
+        self.gm, self.order = gm, now.order
+        self.alive = {source for node in whole.order if node not in done for source in node.all_input_nodes}
+        self.alive |= {goal} & done
+        self.release = last_uses(now.order, keep=set(now.targets) | self.alive)
+
+    def run(self, env: dict[Node, Any]) -> None:
+        """Compute the targets into env, keeping what is still needed."""
+        run_nodes(self.gm, self.order, self.release, env, {})
 
 
 def last_uses(order: Sequence[Node], keep: set[Node]) -> dict[Node, list[Node]]:

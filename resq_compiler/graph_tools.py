@@ -67,7 +67,8 @@ def delete_unused_tensors(gm: GraphModule) -> None:
 
 def add_tensor(gm: GraphModule, target: str, value: Tensor, made_by: str) -> Node:
     """A new get_attr node for a new tensor, at the top of the graph."""
-    if target in {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}:
+    module, name = owner_and_name(gm, target)
+    if hasattr(module, name):
         raise AssertionError(f"tensor name {target} is taken")
     set_tensor(gm, target, value)
     first = next(iter(gm.graph.nodes))
