@@ -168,11 +168,12 @@ def _load_weights(location: _Location, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(_not_loaded(location, "configuration", error)) from error
     _check_config(config, f"model {location}")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.name, **location.arguments, config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(_not_loaded(location, "weights", error)) from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"model {location}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, the first is "
