@@ -1,0 +1,40 @@
+"""Backends by name. Loaders import on first use: a missing optional package matters only to those who ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from resq_compiler.backends.base import Backend
+from resq_compiler.errors import BackendError
+
+
+def _reference() -> type[Backend]:
+    from resq_compiler.backends.reference import ReferenceBackend
+
+    return ReferenceBackend
+
+
+def _onnx() -> type[Backend]:
+    from resq_compiler.backends.onnx.backend import OnnxBackend
+
+    return OnnxBackend
+
+
+def _triton() -> type[Backend]:
+    from resq_compiler.backends.triton.backend import TritonBackend
+
+    return TritonBackend
+
+
+BACKENDS: dict[str, Callable[[], type[Backend]]] = {"reference": _reference, "onnx": _onnx, "triton": _triton}
+
+
+def load_backend(name: str) -> Backend:
+    """The backend of that name. Raises BackendError if there is none, or if it cannot run here (with what to install)."""
+    if name not in BACKENDS:
+        raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}; got {name!r}")
+    backend = BACKENDS[name]()()
+    missing = backend.unavailable()
+    if missing is not None:
+        raise BackendError(f"backend {name}: {missing}; use backend='reference', which runs everywhere")
+    return backend

@@ -1,0 +1,29 @@
+"""What a backend is: it takes a compiled graph and gives back something that runs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from resq_compiler.compiled_model import CompiledModel
+
+Runner = Callable[..., tuple[Tensor, ...]]
+"""Runs the graph: (input_ids, attention_mask, position_ids, *past) -> (logits, *present), as in resq_compiler.capture."""
+
+
+class Backend(ABC):
+    """Lowers the quantized graph of a CompiledModel. `reference` defines the results; others say how close they come."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """None if the backend can run here, else what is missing and what to install. Never raises."""
+
+    @abstractmethod
+    def prepare(self, model: CompiledModel) -> Runner:
+        """Lower the model's graph. Raises BackendError that lists every node it cannot take, with the reason."""
