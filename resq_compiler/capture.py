@@ -121,7 +121,8 @@ def _probe_cache(model: PreTrainedModel) -> tuple[CacheSpec, ...]:
     """Cache shapes, read from what the model itself writes for one token."""
     cache = DynamicCache()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, past_key_values=cache, use_cache=True)
+    mask = None if ids.is_meta else torch.ones_like(ids)  # transformers looks into a mask, and a meta tensor has no values
+    model(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
     if not cache.layers or any(getattr(layer, "keys", None) is None for layer in cache.layers):
         raise ValueError("the model wrote no key/value cache; a decoder with a DynamicCache was expected")
     return tuple(CacheSpec(la.keys.shape[1], la.keys.shape[3], la.values.shape[3]) for la in cache.layers)
@@ -172,6 +173,8 @@ def _clean(traced: GraphModule, layers: int) -> GraphModule:
         node.target = str(node.target).removeprefix("model.")
         node._rename(node.target.replace(".", "_"))
         tensors[node.target] = value.detach() if isinstance(value, Tensor) else value
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)  # checks devices of the time of export; shapes are checked by verify
     for node in graph.nodes:
         node.kwargs = {k: _real_device(v) for k, v in node.kwargs.items()}
         node.args = tuple(_real_device(a) for a in node.args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -30,7 +32,11 @@ class _ShapeRecorder(torch.fx.Interpreter):
     """Runs the graph on meta tensors and keeps each node's value in meta["val"]."""
 
     def run_node(self, n: Node) -> object:
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise VerifyError(f"node {n.name}: its shape cannot be found: {reason}; {n.format_node()}") from error
         n.meta["val"] = value
         return value
 
@@ -44,7 +50,7 @@ def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Non
         fakes = {}
         for node in gm.graph.find_nodes(op="get_attr"):
             value = graph_tools.get_tensor(gm, node)
-            fakes[node] = mode.from_tensor(value) if isinstance(value, Tensor) else value
+            fakes[node] = _fake(value, mode) if isinstance(value, Tensor) else value
         interpreter = _ShapeRecorder(gm)
         inputs = dict(
             zip(graph_tools.placeholders(gm.graph), (mode.from_tensor(t) for t in example_inputs), strict=True)
@@ -55,6 +61,11 @@ def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Non
                 interpreter.env[node] = node.meta["val"]
             elif node.op == "call_function":
                 interpreter.env[node] = interpreter.run_node(node)
+
+
+def _fake(value: Tensor, mode: Any) -> Tensor:
+    """A stand-in without data; meta tensors stand in as tensors of the CPU, where the example inputs are."""
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu") if value.is_meta else mode.from_tensor(value)
 
 
 def shape_of(node: Node) -> tuple[int, ...]:
