@@ -27,7 +27,7 @@ from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
 from resq_compiler.numerics.quantized import Part
 from resq_compiler.partition import FLOAT_BITS
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.pipeline import Pass, PassContext, relative_error
 from resq_compiler.topology import Topology
 
 LINEAR = aten.linear.default
@@ -141,6 +141,7 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
         new = emit(gm.graph, target, (source, *tensors), node, QuantizeWeights.name)
     new.meta["val"] = node.meta["val"]
     meta.put(new, meta.get(node, meta.LinearPart))
+    meta.put(new, meta.WeightNoise(float(f"{relative_error(piece.dequantize(), graph_tools.get_tensor(gm, weight)):.4g}")))
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     if coded and not x.users:

@@ -45,3 +45,7 @@ class CheckpointError(ResqError):
 
 class BackendError(ResqError):
     """A backend cannot lower or run the graph."""
+
+
+class DumpError(ResqError):
+    """A directory is not a dump, is one of another version, or cannot be written."""

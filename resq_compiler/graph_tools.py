@@ -151,3 +151,14 @@ def output_args(graph: Graph) -> tuple[Node, ...]:
     """Graph outputs, in order."""
     (output,) = graph.find_nodes(op="output")
     return tuple(output.args[0])
+
+
+def snapshot(gm: GraphModule) -> GraphModule:
+    """A graph module with its own graph that shares the tensors: passes rebind tensors by name and never write into them."""
+    tensors = {str(node.target): get_tensor(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    graph = Graph()
+    table: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, table, return_output_node=True)
+    assert output is not None
+    graph.output(output[0])
+    return GraphModule(tensors, graph)

@@ -45,6 +45,14 @@ class LinearPart:
 
 
 @dataclass(frozen=True)
+class WeightNoise:
+    """What rounding did to the weight of a linear part: Frobenius norm of the change over that of the weight."""
+
+    key: ClassVar[str] = "resq.weight_noise"
+    relative: float
+
+
+@dataclass(frozen=True)
 class Projection:
     """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -72,7 +73,8 @@ class Stage:
     seconds: float
     max_error: float | None
     exact: bool = True
-    failed: str | None = None
+    failed: str | None = None  # the message of the error
+    failed_node: str | None = None  # the node it names
 
     @property
     def label(self) -> str:
@@ -115,8 +117,9 @@ class Pipeline:
             error = self._compare(gm, item)
         except Exception as error:
             seconds = time.perf_counter() - start
+            where = failing_node(gm.graph, str(error))  # the graph itself: a malformed one cannot be copied
             self._record(
-                Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, None, item.exact, str(error))
+                Stage(index, item.name, options, gm.graph, rewrites, seconds, None, item.exact, str(error), where)
             )
             kind = type(error) if isinstance(error, ResqError) else PassError
             raise kind(f"pass {index} {item.name}: {error}") from error
@@ -167,6 +170,12 @@ def prefill_and_decode(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> T
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Frobenius norm of the difference over that of the reference."""
     return float((value.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-300))
+
+
+def failing_node(graph: Graph, message: str) -> str | None:
+    """The node that an error message names, as all of ours do: `node NAME`."""
+    names = {node.name for node in graph.nodes}
+    return next((name for name in re.findall(r"\bnode (\w+)", message) if name in names), None)
 
 
 def option_text(item: Pass) -> str:
