@@ -23,7 +23,8 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
     """A compiled decoder: `forward`, `generate`, `save_pretrained` as in transformers, and what the compiler did to it.
 
     config: the HF configuration. options: the CompileConfig. graph_module: the quantized graph. stages: the graph after every
-    pass (empty after `load`). notes: what a user should know. tokenizer: the one the model came with, or None.
+    pass (empty after `load`). notes: what a user should know. tokenizer: the one the model came with, or None. sample_ids: a
+    window of the calibration data [1, length], or None.
 
     The cache holds the float image of 4/8-bit codes: values are those of a packed cache, its memory is not (ONNX and Triton
     backends store the codes).
@@ -36,7 +37,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
     def __init__(
         self, config: PreTrainedConfig, graph_module: GraphModule, options: CompileConfig, cache: Sequence[CacheSpec], *,
         generation_config: GenerationConfig | None = None, tokenizer: Any = None, stages: Sequence[Stage] = (),
-        notes: Sequence[str] = (), topology: Any = None, source: str = "",
+        notes: Sequence[str] = (), topology: Any = None, source: str = "", sample_ids: Tensor | None = None,
     ):  # fmt: skip
         super().__init__(config)
         self.graph_module = graph_module
@@ -47,6 +48,9 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self.notes = list(notes)
         self.topology = topology
         self.source = source
+        self.sample_ids = sample_ids
+        self.backend = "reference"
+        self._runner: Any = None
         if generation_config is not None:
             self.generation_config = generation_config
         self.eval()
@@ -95,8 +99,20 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def _execute(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """Run the graph; backends replace this."""
-        return self.graph_module(ids, mask, positions, *past)
+        """Run the graph on the chosen backend."""
+        runner = self.graph_module if self._runner is None else self._runner
+        return runner(ids, mask, positions, *past)
+
+    def use_backend(self, name: str) -> CompiledModel:
+        """Compute with another backend from now on ("reference", "onnx", "triton"); returns the model itself.
+
+        Raises BackendError if there is no such backend, it cannot run here, or it cannot take the graph.
+        """
+        from resq_compiler.backends import load_backend
+
+        self._runner = None if name == "reference" else load_backend(name).prepare(self)
+        self.backend = name
+        return self
 
     @staticmethod
     def _refuse(unused: dict[str, Any]) -> None:
@@ -143,8 +159,30 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
             layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
         return cache
 
-    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, max_shard_size: str | int = "5GB", **unused: Any) -> None:
         """Write safetensors and JSON to a directory; see checkpoint.save."""
         from resq_compiler import checkpoint
 
-        checkpoint.save(self, Path(save_directory))
+        _refuse_options("save_pretrained", unused, {"safe_serialization": True, "is_main_process": True})
+        checkpoint.save(self, save_directory, max_shard_size)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device_map: Any = None, **unused: Any) -> CompiledModel:  # type: ignore[override]
+        """Open a saved compiled model; see checkpoint.load. device_map: one device. Raises BackendError for other options."""
+        from resq_compiler import checkpoint
+
+        harmless = {"dtype": (torch.float32, "float32", "auto"), "trust_remote_code": (True, False)}
+        ignored = {"config", "revision", "adapter_kwargs", "low_cpu_mem_usage"}
+        _refuse_options("from_pretrained", {k: v for k, v in unused.items() if k not in ignored}, harmless)
+        if isinstance(device_map, dict):
+            (device_map,) = set(device_map.values())
+        return checkpoint.load(name, device=None if device_map == "auto" else device_map)
+
+
+def _refuse_options(where: str, options: dict[str, Any], harmless: dict[str, Any]) -> None:
+    """Raise BackendError for an option that would be ignored."""
+    for name, value in options.items():
+        allowed = harmless.get(name, ())
+        allowed = allowed if isinstance(allowed, tuple) else (allowed,)
+        if value is not None and value is not False and value not in allowed:
+            raise BackendError(f"{where}: option {name}={value!r} means nothing for a compiled model; leave it out")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -14,11 +16,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from resq_compiler import recipes
+from resq_compiler import graph_tools, recipes
 from resq_compiler.capture import Captured, capture
 from resq_compiler.compiled_model import CompiledModel
 from resq_compiler.config import CompileConfig
 from resq_compiler.data import calibration_windows
+from resq_compiler.inspection.dump import recording
 from resq_compiler.models import LoadedModel, load_model
 from resq_compiler.pipeline import PassContext, Pipeline, Stage
 
@@ -32,9 +35,12 @@ def compile(
     calib_data: Any = None,
     *,
     recipe: str | CompileConfig = "resq",
+    backend: str = "reference",
     tokenizer: Any = None,
     progress: Progress | None = None,
     on_stage: Callable[[Stage], None] | None = None,
+    on_float: Callable[[GraphModule], None] | None = None,
+    dump_dir: str | Path | None = None,
     **options: Any,
 ) -> CompiledModel:
     """Quantize a decoder.
@@ -43,12 +49,17 @@ def compile(
              calib_data: list of texts, token-id tensors, dict batches, a DataLoader or Dataset, a path to .txt or .jsonl;
              None: the model writes its own calibration text, seeded.
              recipe: "resq", "quarot", "quik", "gptq", "rtn", or a CompileConfig. options: any field of CompileConfig.
+             backend: what computes: "reference" (PyTorch), "onnx" (ONNX Runtime) or "triton".
              tokenizer: for texts, when `model` does not come with one.
              progress: called with (step, done, total). on_stage: called with each pipeline.Stage as it is made.
-    Returns: CompiledModel on the reference backend, float32.
-    Raises:  ConfigError, ModelError, DataError, CaptureError, TopologyError, PassError: each says what to do.
+             on_float: called with the float graph after the last exact pass: projected, partitioned, nothing quantized.
+             dump_dir: write a dump of every pass there (default: the environment variable RESQ_DUMP_DIR, else none).
+    Returns: CompiledModel, float32 between the integers.
+    Raises:  BackendError before any work if the backend cannot run here; ConfigError, ModelError, DataError, CaptureError,
+             TopologyError, PassError: each says what to do.
     """
     config = recipes.resolve(recipe, **options)
+    check_backend(backend)
     loaded = load_model(model)
     tokenizer = tokenizer or loaded.tokenizer
     report = progress or (lambda step, done, total: None)
@@ -59,15 +70,40 @@ def compile(
     start = time.perf_counter()
     captured = _capture_float32(loaded.model, own, report)
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
+    gc.collect()  # torch.export leaves the model in a reference cycle
     ctx = PassContext(config, captured.example_inputs, windows, progress=report)
-    pipeline = Pipeline(ctx, on_stage or (lambda stage: None))
-    pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
-    with torch.no_grad():
-        pipeline.run(captured.graph_module, recipes.passes_for(config))
-    return CompiledModel(
-        hf_config, captured.graph_module, config, captured.cache, generation_config=generation_config, tokenizer=tokenizer,
-        stages=pipeline.stages, notes=ctx.notes, topology=ctx.topology, source=source,
-    )  # fmt: skip
+    with recording(dump_dir, source, config.to_dict(), on_stage) as record:
+        pipeline = Pipeline(ctx, record.add)
+        pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
+        _run_passes(pipeline, captured.graph_module, config, on_float)
+        compiled = CompiledModel(
+            hf_config, captured.graph_module, config, captured.cache, generation_config=generation_config, tokenizer=tokenizer,
+            stages=pipeline.stages, notes=ctx.notes, topology=ctx.topology, source=source,
+            sample_ids=None if windows is None else windows[:1],
+        )  # fmt: skip
+        record.complete(compiled)
+    return compiled.use_backend(backend)
+
+
+@torch.no_grad()
+def _run_passes(
+    pipeline: Pipeline, gm: GraphModule, config: CompileConfig, on_float: Callable[[GraphModule], None] | None
+) -> None:
+    passes = recipes.passes_for(config)
+    exact = list(itertools.takewhile(lambda item: item.exact, passes))
+    if on_float is None:
+        pipeline.run(gm, passes)
+        return
+    pipeline.run(gm, exact)
+    on_float(graph_tools.snapshot(gm))
+    pipeline.run(gm, passes[len(exact) :])
+
+
+def check_backend(name: str) -> None:
+    """Raise BackendError if a backend does not exist or cannot run here."""
+    from resq_compiler.backends import load_backend
+
+    load_backend(name)
 
 
 def needs_calibration(config: CompileConfig) -> bool:

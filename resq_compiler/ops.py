@@ -148,7 +148,7 @@ def quantized_linear(x: QuantizedActivation, qdata: Tensor, scale: Tensor, row_s
 @op
 def weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
     """Float activations [..., K] times the float image of weight codes qdata [N, K] int8, scale [N]."""
-    return F.linear(x, qdata.to(x.dtype)) * scale.to(x.dtype)
+    return F.linear(x, (qdata * scale[:, None]).to(x.dtype))
 
 
 @op
