@@ -1,0 +1,27 @@
+"""Kernels run in Triton's interpreter here: tests/conftest.py sets TRITON_INTERPRET=1 before anything imports triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need the package triton")
+
+SENTINEL = 0x55
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, or 0x55 in integers, so an element that a kernel does not write fails its test."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(torch.nan if t.is_floating_point() else SENTINEL) if t.device.type == "cpu" else t
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,53 @@
+"""Byte layouts: nibble order, padding, round trips, agreement with the disk format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from resq_compiler.backends.triton.formats import PAGE, PartLayout, head_layout, pack_rows, pack_weight, unpack_rows
+
+from resq_compiler.errors import QuantError
+
+
+def test_even_column_is_the_low_nibble_and_rows_are_zero_padded():
+    row = pack_rows(torch.tensor([[1, -2, 7]], dtype=torch.int8), PartLayout(4, 3))
+    assert row.shape == (1, 32)
+    assert row[0, :2].view(torch.uint8).tolist() == [0xE1, 0x07]
+    assert not row[0, 2:].any()
+
+
+@pytest.mark.parametrize(("bits", "width", "groups"), [(4, 504, 1), (8, 72, 1), (4, 71, 1), (3, 13, 3), (4, 56, 9), (6, 9, 4), (2, 5, 1)])
+def test_rows_round_trip(bits, width, groups, generator):
+    layout = PartLayout(bits, width, groups)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, width * groups), generator=generator, dtype=torch.int8)
+    rows = pack_rows(codes, layout)
+    assert rows.shape == (5, layout.row_bytes) and layout.stride % 16 == 0
+    assert torch.equal(unpack_rows(rows, layout), codes)
+
+
+@pytest.mark.parametrize(("width", "stride"), [(504, 256), (3584, 1792), (1022, 512), (3136, 1600), (1, 32)])
+def test_stride_of_one_group(width, stride):
+    assert PartLayout(4, width).stride == stride
+
+
+def test_row_sums_of_a_weight(generator):
+    layouts = (PartLayout(4, 6, 2), PartLayout(8, 3, 2))
+    codes = [torch.randint(-8, 8, (7, la.columns), generator=generator, dtype=torch.int8) for la in layouts]
+    weight = pack_weight([(q, torch.ones(7), la) for q, la in zip(codes, layouts, strict=True)])
+    expected = torch.stack([codes[0][:, :6].sum(1), codes[0][:, 6:].sum(1), codes[1][:, :3].sum(1), codes[1][:, 3:].sum(1)])
+    assert torch.equal(weight.row_sum, expected.int())
+    assert weight.out_features == 7
+
+
+def test_two_parts_of_one_container_are_refused(generator):
+    q, s = torch.zeros(2, 4, dtype=torch.int8), torch.ones(2)
+    with pytest.raises(QuantError, match=r"parts of \[2, 4\] bits"):
+        pack_weight([(q, s, PartLayout(2, 4)), (q, s, PartLayout(4, 4))])
+    with pytest.raises(QuantError, match="cache parts"):
+        head_layout(((2, 0, 4), (4, 4, 16)))
+
+
+def test_bytes_of_a_cached_token():
+    layout = head_layout(((4, 0, 112), (8, 112, 128)))
+    assert (layout.low_bytes, layout.high_bytes, layout.head_dim) == (56, 16, 128)
+    assert layout.page_bytes == PAGE * 82  # against 256 bytes a token in float16

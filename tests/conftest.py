@@ -1,0 +1,116 @@
+"""Shared by the tests: tiny models, their captured graphs and compiles, each made once in a session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run in Python here
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from resq_compiler import compiler, graph_tools, recipes, verify
+from resq_compiler.capture import Captured, capture
+from resq_compiler.compiled_model import CompiledModel
+from resq_compiler.pipeline import PassContext, Pipeline
+from resq_compiler.tiny import tiny_model, tiny_tokens
+
+
+def pytest_runtest_setup(item):
+    """Tiny matrices gain nothing from threads and wait for them: measured, a compile takes 3 s with one thread and 7 to 30 s
+    with two on a busy machine. Slow tests are about real models and use every core."""
+    torch.set_num_threads((os.cpu_count() or 1) if item.get_closest_marker("slow") else 1)
+
+
+@dataclass
+class Built:
+    """A graph on its way through the passes."""
+
+    gm: GraphModule
+    ctx: PassContext
+    pipeline: Pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """family -> its tiny model, the same object every time; do not change it."""
+    models: dict = {}
+    return lambda family: models.setdefault(family, None) or models.update({family: tiny_model(family)}) or models[family]
+
+
+@pytest.fixture(scope="session")
+def captured(tiny):
+    """family -> a fresh graph of it; torch.export, which takes most of a tiny compile, runs once for each family."""
+    made: dict[str, Captured] = {}
+
+    def fresh(family: str) -> Captured:
+        if family not in made:
+            made[family] = capture(tiny(family))
+        first = made[family]
+        return Captured(graph_tools.snapshot(first.graph_module), first.cache, first.example_inputs)
+
+    return fresh
+
+
+@pytest.fixture(scope="session")
+def build(captured):
+    """(family, before=pass name, double=True, **options) -> Built: the passes of these options up to, not with, `before`.
+
+    `double` turns the weights to float64 once composites are named, so that exact passes can be held to 1e-9.
+    """
+
+    def run(family: str, before: str | None = None, *, recipe: str = "resq", double: bool = False, **options) -> Built:
+        source = captured(family)
+        config = recipes.resolve(recipe, **options)
+        ctx = PassContext(config, source.example_inputs, tiny_tokens(4, 32))
+        built = Built(source.graph_module, ctx, Pipeline(ctx))
+        built.pipeline.start(built.gm)
+        with torch.no_grad():
+            for item in recipes.passes_for(config):
+                if item.name == before:
+                    break
+                if double and item.name == "find-topology":
+                    to_float64(built)
+                built.pipeline.run(built.gm, [item])
+        return built
+
+    return run
+
+
+def to_float64(built: Built) -> None:
+    for node in built.gm.graph.find_nodes(op="get_attr"):
+        value = graph_tools.get_tensor(built.gm, node)
+        if value.is_floating_point():
+            graph_tools.set_tensor(built.gm, str(node.target), value.double())
+    built.ctx.example_inputs = tuple(t.double() if t.is_floating_point() else t for t in built.ctx.example_inputs)
+    built.pipeline.start(built.gm, "float64")
+    verify.propagate_shapes(built.gm, built.ctx.example_inputs)
+
+
+@pytest.fixture(scope="session")
+def compile_tiny(tiny, captured):
+    """(family, **options) -> (CompiledModel, the float graph after the exact passes), made once for each set of options."""
+    made: dict = {}
+
+    def run(family: str, **options) -> tuple[CompiledModel, GraphModule]:
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            graphs: list[GraphModule] = []
+            defaults = {"calibration_samples": 4, "calibration_length": 32}
+            with mock.patch.object(compiler, "capture", lambda model: captured(family)):
+                compiled = compiler.compile(
+                    tiny(family), tiny_tokens(4, 32), on_float=graphs.append, **{**defaults, **options}
+                )
+            made[key] = compiled, graphs[0]
+        return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def compiled(compile_tiny):
+    """(family, **options) -> CompiledModel, made once for each set of options; do not change it."""
+    return lambda family, **options: compile_tiny(family, **options)[0]
