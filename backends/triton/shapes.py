@@ -1,0 +1,76 @@
+"""Operands on the meta device for model shapes, to compile kernels ahead of time and to count their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PackedWeight, PartLayout
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A decoder block: widths, and the share of columns at 8 bits (1/8)."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+
+    def parts(self) -> tuple[PartLayout, ...]:
+        """The input of q/k/v and gate/up: 7/8 of the columns at 4 bits, the rest at 8."""
+        return PartLayout(4, self.hidden * 7 // 8), PartLayout(8, self.hidden // 8)
+
+    def head_parts(self) -> tuple[PartLayout, ...]:
+        """The input of o: the same split in every head, a scale for each."""
+        return PartLayout(4, self.head_dim * 7 // 8, self.heads), PartLayout(8, self.head_dim // 8, self.heads)
+
+    def down_parts(self) -> tuple[PartLayout, ...]:
+        """The input of down, behind the Hadamard transform: all at 4 bits."""
+        return (PartLayout(4, self.ffn),)
+
+    def cache(self) -> HeadLayout:
+        return HeadLayout(self.head_dim * 7 // 8, self.head_dim // 8)
+
+    @property
+    def qkv_features(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def attention_features(self) -> int:
+        return self.heads * self.head_dim
+
+
+SMOLLM2_135M = BlockShape("smollm2-135m", 576, 9, 3, 64, 1536)
+LLAMA3_8B = BlockShape("llama-3-8b", 4096, 32, 8, 128, 14336)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """An unallocated tensor."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def meta_weight(features: int, layouts: tuple[PartLayout, ...]) -> PackedWeight:
+    """An unallocated packed weight of `features` stacked outputs."""
+    rows = {la.packed: meta(features, la.row_bytes, dtype=torch.int8) for la in layouts}
+    scale = meta(len(layouts), features, dtype=torch.float32)
+    sums = meta(sum(la.groups for la in layouts), features, dtype=torch.int32)
+    return PackedWeight(rows.get(True), rows.get(False), scale, sums, layouts)
+
+
+def meta_activation(rows: int, layouts: tuple[PartLayout, ...]) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Unallocated packed activations: low, high, scale, zero_point."""
+    codes = {la.packed: meta(rows, la.row_bytes, dtype=torch.int8) for la in layouts}
+    groups = sum(la.groups for la in layouts)
+    scale = meta(rows, groups, dtype=torch.float32)
+    return codes.get(True), codes.get(False), scale, meta(rows, groups, dtype=torch.int32)
+
+
+def meta_cache(shape: BlockShape, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unallocated cache of one layer: key pages, value pages, block table, start."""
+    pages = -(-tokens // PAGE)
+    cache = meta(batch * pages, shape.kv_heads, shape.cache().page_bytes, dtype=torch.int8)
+    return cache, cache, meta(batch, pages, dtype=torch.int32), meta(batch, dtype=torch.int32)
