@@ -1,0 +1,242 @@
+"""Gate x up, Hadamard transform and quantization of the down projection's input, one pass over the row.
+
+    h    = act(gate) * up                     act: "silu", "gelu", "gelu_tanh", "relu" or "none"; up may be absent
+    y    = h H / sqrt(n),  H = f0 (x) f1 (x) f2   Kronecker factors of +-1 from numerics/hadamard.py, any orders
+    code = clamp(rint(y / scale) + zero_point)   one scale a row
+
+The row is a block [A, B, C] padded to powers of two; f0 multiplies from the left, f2 from the right, f1 in a batch, so no
+permutation is written out. Tensor cores take float16, so h is scaled by a power of two, cut into an upper and a lower
+float16 half, and both halves are multiplied (+-1 is exact): relative error 2^-22 of the row's largest value, accumulated in
+float32. Source: ResQ section 5.3 (U_D by a separate fast-hadamard-transform call there).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
+from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two, pack_rows
+from resq_compiler.backends.triton.launch import check_launch, run, tiles
+from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, meta
+from torch import Tensor
+
+from resq_compiler.errors import BackendError
+from resq_compiler.numerics.hadamard import HadamardPlan, hadamard_plan, hadamard_transform
+from resq_compiler.numerics.quantized import quantize_activation
+
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+MAX_PADDED = 16384
+MIN_ORDER = 16
+
+
+def hadamard_quantize_ref(
+    gate, up, layout, activation="silu", transpose=False, clip=1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in torch; same arguments and results as `hadamard_quantize`."""
+    g = gate.float()
+    h = {
+        "none": lambda t: t,
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "relu": F.relu,
+    }[activation](g)
+    h = h if up is None else h * up.float()
+    y = hadamard_transform(h, hadamard_plan(h.shape[-1]), transpose)
+    xq = quantize_activation(y, layout.bits, 1, clip)
+    return pack_rows(xq.qdata, layout), xq.scale, xq.zero_point
+
+
+@triton.jit
+def _activate(g, ACT: tl.constexpr):
+    if ACT == 1:
+        h = g / (1.0 + tl.exp(-g))
+    elif ACT == 2:
+        h = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    elif ACT == 3:
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        h = g * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh z) = sigmoid(2 z)
+    elif ACT == 4:
+        h = tl.maximum(g, 0.0)
+    else:
+        h = g
+    return h
+
+
+@triton.jit
+def _halves(x):
+    """float32 -> two float16 blocks whose sum is x to 2^-22."""
+    upper = x.to(tl.float16)
+    return upper, (x - upper.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _hadamard_rows(x, p_f0, p_f1, p_f2, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    """x [A, B * C] float32 -> the unscaled transform, same shape; a dimension of 1 has no factor."""
+    if C > 1:
+        o_c = tl.arange(0, C)
+        f2 = tl.load(p_f2 + o_c[:, None] * C + o_c[None, :])
+        upper, lower = _halves(tl.reshape(x, (A * B, C)))
+        x = tl.reshape(tl.dot(lower, f2) + tl.dot(upper, f2), (A, B * C))
+    if A > 1:
+        o_a = tl.arange(0, A)
+        f0 = tl.load(p_f0 + o_a[None, :] * A + o_a[:, None])  # transposed: [A', A]
+        upper, lower = _halves(x)
+        x = tl.dot(f0, lower) + tl.dot(f0, upper)
+    if B > 1:
+        o_b = tl.arange(0, B)
+        f1 = tl.load(p_f1 + o_b[None, :] * B + o_b[:, None])  # transposed: [B', B]
+        x = tl.reshape(tl.permute(tl.reshape(x, (A, B, C)), (1, 0, 2)), (B, A * C))
+        upper, lower = _halves(x)
+        x = tl.dot(f1, lower) + tl.dot(f1, upper)
+        x = tl.reshape(tl.permute(tl.reshape(x, (B, A, C)), (1, 0, 2)), (A, B * C))
+    return x
+
+
+@triton.jit
+def _hadamard_quantize_kernel(
+    p_gate, p_up, p_f0, p_f1, p_f2, p_codes, p_scale, p_zp, stride_gate, stride_up, stride_codes, root,
+    ACT: tl.constexpr, HAS_UP: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr, CLIP: tl.constexpr,
+    RA: tl.constexpr, RB: tl.constexpr, RC: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One row a program. RA, RB, RC: orders of the factors; A, B, C: the same padded to powers of two."""
+    i_m = tl.program_id(0).to(tl.int64)
+    o_a = tl.arange(0, A)[:, None]
+    o_bc = tl.arange(0, B * C)[None, :]
+    if RB == B and RC == C:
+        o_x = o_a * (RB * RC) + o_bc  # [A, B * C]
+        m_x = (o_a < RA) & (o_bc < B * C)
+    else:
+        o_x = (o_a * RB + o_bc // C) * RC + o_bc % C
+        m_x = (o_a < RA) & (o_bc // C < RB) & (o_bc % C < RC)
+    h = _activate(tl.load(p_gate + i_m * stride_gate + o_x, mask=m_x, other=0.0).to(tl.float32), ACT)
+    if HAS_UP:
+        h = h * tl.load(p_up + i_m * stride_up + o_x, mask=m_x, other=0.0).to(tl.float32)
+    # the row's largest exponent as a power of two: dividing by it is exact and keeps every sum inside float16
+    largest = tl.max(tl.max(tl.abs(h), 1), 0)
+    power = tl.maximum((largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 1.2e-38)
+    y = _hadamard_rows(h * tl.div_rn(1.0, power), p_f0, p_f1, p_f2, A, B, C) * (power * root)
+    lo = tl.minimum(tl.min(tl.min(y, 1), 0), 0.0)
+    hi = tl.maximum(tl.max(tl.max(y, 1), 0), 0.0)
+    scale, zero_point = quantization_parameters(lo, hi, CLIP, BITS)
+    codes = quantize_block(y, scale, zero_point, BITS)
+    p_codes += i_m * stride_codes
+    if PACKED:
+        even, odd = tl.split(tl.reshape(codes, (A, B * C // 2, 2)))
+        o_half = tl.arange(0, B * C // 2)[None, :]
+        if RB == B and RC == C:
+            o_byte = o_a * (RB * RC // 2) + o_half  # [A, B * C / 2]
+            m_byte = (o_a < RA) & (o_half < B * C // 2)
+        else:
+            HC: tl.constexpr = C // 2
+            o_byte = (o_a * RB + o_half // HC) * (RC // 2) + o_half % HC
+            m_byte = (o_a < RA) & (o_half // HC < RB) & (o_half % HC < RC // 2)
+        tl.store(p_codes + o_byte, pack_pairs(even, odd), mask=m_byte)
+    else:
+        tl.store(p_codes + o_x, codes, mask=m_x)
+    tl.store(p_scale + i_m, scale)
+    tl.store(p_zp + i_m, zero_point.to(tl.int32))
+
+
+def hadamard_quantize(
+    gate: Tensor,
+    up: Tensor | None,
+    layout: PartLayout,
+    activation: str = "silu",
+    transpose: bool = False,
+    clip: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula above, in one launch.
+
+    Args:    gate, up: [M, n] floating point, rows may be strided (two slices of one stacked product).
+             layout: one group of n columns.    transpose: multiply by the transposed factors.
+    Returns: codes [M, row_bytes] int8 (padding bytes are not written: they meet zero weights), scale [M, 1] float32,
+             zero_point [M, 1] int32.
+    Raises:  BackendError: a width `why_not_fused` rejects, or shapes that disagree.
+    """
+    device = check_launch("hadamard_quantize", gate=gate, up=up)
+    rows, n = gate.shape
+    reason = why_not_fused(n)
+    if reason or layout.columns != n or layout.groups != 1 or (up is not None and up.shape != gate.shape):
+        raise BackendError(
+            f"hadamard_quantize: gate {tuple(gate.shape)}, layout {layout}: {reason or 'shapes disagree'}"
+        )
+    codes = torch.empty(rows, layout.row_bytes, dtype=torch.int8, device=device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=device)
+    zero_point = torch.empty(rows, 1, dtype=torch.int32, device=device)
+    if rows == 0:
+        return codes, scale, zero_point
+    shape = transform_shape(n)
+    factors = padded_factors(n, transpose, device)
+    options = tiles("hadamard_quantize", device, (n,), transform_launch(shape))
+    other = gate if up is None else up
+    run(
+        _hadamard_quantize_kernel, (rows,),
+        gate, other, *factors, codes, scale, zero_point, gate.stride(0), other.stride(0), codes.stride(0), n**-0.5,
+        ACT=ACTIVATIONS[activation], HAS_UP=up is not None, BITS=layout.bits, PACKED=layout.packed, CLIP=clip,
+        **shape, **options,
+    )  # fmt: skip
+    return codes, scale, zero_point
+
+
+def why_not_fused(n: int) -> str | None:
+    """None when one program can transform a row of n columns, else the reason."""
+    plan = hadamard_plan(n)
+    if not plan.full_width:
+        return f"the Hadamard transform of {n} columns is block diagonal ({plan.reason})"
+    if len(_orders(plan)) > 3:
+        return f"{n} columns need {len(plan.orders)} Kronecker factors, one program applies at most 3"
+    shape = transform_shape(n)
+    padded = shape["A"] * shape["B"] * shape["C"]
+    if padded > MAX_PADDED:
+        return f"{n} columns pad to {padded}, one program holds at most {MAX_PADDED}"
+    return None
+
+
+def _orders(plan: HadamardPlan) -> tuple[int, ...]:
+    return plan.orders or (1,)
+
+
+def transform_shape(n: int) -> dict[str, int]:
+    """Orders RA, RB, RC of the factors and their padded sizes A, B, C; 1 where there are fewer than three."""
+    orders = _orders(hadamard_plan(n))
+    ra, rb, rc = {1: (1, 1, *orders), 2: (orders[0], 1, orders[-1])}.get(len(orders), orders[:3])
+    padded = [1 if order == 1 else max(MIN_ORDER, next_power_of_two(order)) for order in (ra, rb, rc)]
+    return dict(RA=ra, RB=rb, RC=rc, A=padded[0], B=padded[1], C=padded[2])
+
+
+@lru_cache(maxsize=64)
+def padded_factors(n: int, transpose: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The three factors as float16, zero padded to the sizes of `transform_shape`; [[1]] where there is none."""
+    shape = transform_shape(n)
+    matrices = iter(hadamard_plan(n).factors)
+    padded = []
+    for order, size in zip((shape["RA"], shape["RB"], shape["RC"]), (shape["A"], shape["B"], shape["C"]), strict=True):
+        factor = next(matrices) if order > 1 else torch.ones(1, 1, dtype=torch.float64)
+        factor = factor.T if transpose else factor
+        full = torch.zeros(size, size, dtype=torch.float16)
+        full[:order, :order] = factor
+        padded.append(full.to(device))
+    return padded[0], padded[1], padded[2]
+
+
+def transform_launch(shape: dict[str, int]) -> dict:
+    """Launch options: up to 64 values a thread."""
+    warps = max(4, min(8, shape["A"] * shape["B"] * shape["C"] // 1024))
+    return dict(num_warps=warps, num_stages=1, enable_fp_fusion=False)
+
+
+def _aot(n: int, rows: int) -> object:
+    stacked = meta(rows, 2 * n)
+    return hadamard_quantize(stacked[:, :n], stacked[:, n:], PartLayout(4, n))
+
+
+AOT_SIGNATURES = {
+    "llama3_8b": lambda: _aot(LLAMA3_8B.ffn, 2048),
+    "smollm2": lambda: _aot(SMOLLM2_135M.ffn, 2048),
+    "qwen2_5_1_5b": lambda: _aot(8960, 2048),
+}

@@ -1,0 +1,65 @@
+"""Gate x up + Hadamard + quantization."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from resq_compiler.backends.triton.formats import PartLayout, unpack_rows
+from resq_compiler.backends.triton.hadamard_quantize import hadamard_quantize, hadamard_quantize_ref, why_not_fused
+
+from resq_compiler.errors import BackendError
+from resq_compiler.numerics.hadamard import hadamard_matrix
+
+
+@pytest.mark.parametrize("n", [16, 256, 1024, 4096])
+def test_bit_exact_where_arithmetic_is_exact(n, generator):
+    """Integers, and sqrt(n) a power of two: every sum is exact, so codes must not differ anywhere."""
+    gate, up = (torch.randint(-6, 7, (3, n), generator=generator).float() for _ in range(2))
+    layout = PartLayout(4, n)
+    ours = hadamard_quantize(gate, up, layout, "none")
+    y = (gate * up).double() @ hadamard_matrix(n) / n**0.5
+    reference = hadamard_quantize_ref(y.float(), None, layout, "none", transpose=True)  # transposed twice: only quantizes y
+    assert torch.equal(unpack_rows(hadamard_quantize_ref(gate, up, layout, "none")[0], layout), unpack_rows(ours[0], layout))
+    assert reference[0].shape == ours[0].shape
+
+
+@pytest.mark.parametrize("n", [12, 96, 160, 1536, 4864, 8960, 11008])
+@pytest.mark.parametrize(("activation", "gated", "bits"), [("silu", True, 4), ("gelu_tanh", False, 8), ("gelu", True, 3)])
+def test_any_width(n, activation, gated, bits, generator):
+    stacked = torch.randn(3, 2 * n, generator=generator)
+    gate, up = stacked[:, :n], stacked[:, n:] if gated else None
+    layout = PartLayout(bits, n)
+    ours, reference = (f(gate, up, layout, activation) for f in (hadamard_quantize, hadamard_quantize_ref))
+    # sums of up to 11008 terms in another order, and erf / exp of another library
+    torch.testing.assert_close(ours[1], reference[1], rtol=3e-6, atol=0)
+    assert torch.equal(ours[2], reference[2])
+    difference = (unpack_rows(ours[0], layout).int() - unpack_rows(reference[0], layout).int()).abs()
+    # a value within 1e-6 of a rounding boundary may fall on the other side: one step, rarely
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+
+
+def test_transpose_is_the_inverse(generator):
+    x = torch.randn(2, 1536, generator=generator)
+    layout = PartLayout(8, 1536)
+    y = x.double() @ hadamard_matrix(1536) / 1536**0.5
+    codes, scale, zero_point = hadamard_quantize(y.float(), None, layout, "none", transpose=True)
+    back = (unpack_rows(codes, layout) - zero_point) * scale
+    assert (back - x).abs().max() <= scale.max() * 0.501  # half a step, and float32 rounding
+
+
+def test_huge_and_zero_rows_stay_finite():
+    gate = torch.zeros(2, 192)
+    gate[1] = 1e20
+    codes, scale, zero_point = hadamard_quantize(gate, None, PartLayout(4, 192), "none")
+    reference = hadamard_quantize_ref(gate, None, PartLayout(4, 192), "none")
+    torch.testing.assert_close(scale, reference[1], rtol=3e-6, atol=0)  # as above
+    assert torch.equal(unpack_rows(codes, PartLayout(4, 192))[0], torch.full((192,), -8, dtype=torch.int8))
+    assert zero_point[0] == -8
+
+
+def test_refusals():
+    assert why_not_fused(14336) is None
+    assert "block diagonal" in why_not_fused(46)
+    assert "pad to 32768" in why_not_fused(28672)
+    with pytest.raises(BackendError, match="28672 columns pad to 32768"):
+        hadamard_quantize(torch.zeros(1, 28672), None, PartLayout(4, 28672))
