@@ -1,0 +1,278 @@
+"""Rotary embedding, U_C and quantize-and-append of keys and values to the packed paged cache, one launch for q, k and v.
+
+    x'    = rms_norm(x) * weight           optional, per head (q/k norm)
+    r     = x' * cos + rotate_half(x') * sin      columns beyond the rotary width pass through; values are not rotated
+    q_out = r_q U,  k = r_k U              U [D, D] shared or [Hu, D, D]; absent: identity
+    cache[b, head, start[b] + i] = codes, scales, zero-points of k and v, per token, head and part [low | high]
+
+The cache layout is in `formats`. Source: ResQ sections 4.2 and 5.3 (keys are stored after RoPE, in the basis U_C); differs: U_C in
+float, not int8, as the integer law of this project says.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
+from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, next_power_of_two, pack_rows
+from resq_compiler.backends.triton.launch import check_launch, precision, run, tiles
+from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, BlockShape, meta, meta_cache
+from torch import Tensor
+
+from resq_compiler.errors import BackendError
+from resq_compiler.numerics.quantized import quantize_activation
+
+
+def rope_cache_ref(q, k, v, cos, sin, u, key_pages, value_pages, table, start, key_layout, value_layout,
+                   q_norm=None, k_norm=None, eps=0.0) -> Tensor:  # fmt: skip
+    """The formula in torch, a page row at a time; same arguments and effect as `rope_cache`."""
+    q, k = (_rotate_ref(_norm_ref(x.float(), w, eps), cos, sin) for x, w in ((q, q_norm), (k, k_norm)))
+    if u is not None:
+        q, k = (
+            torch.einsum("bshd,hde->bshe", x, u.float().repeat_interleave(x.shape[2] // u.shape[0], 0)) for x in (q, k)
+        )
+    for x, pages, layout in ((k, key_pages, key_layout), (v.float(), value_pages, value_layout)):
+        for b, i in ((b, i) for b in range(x.shape[0]) for i in range(x.shape[1])):
+            slot = int(start[b]) + i
+            _write_token_ref(pages[int(table[b, slot // PAGE])], slot % PAGE, x[b, i], layout)
+    return q
+
+
+def _norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    r = cos.shape[-1]
+    rotated = torch.cat((-x[..., r // 2 : r], x[..., : r // 2]), -1)
+    return torch.cat((x[..., :r] * cos[:, :, None] + rotated * sin[:, :, None], x[..., r:]), -1)
+
+
+def _write_token_ref(page: Tensor, row: int, x: Tensor, layout: HeadLayout) -> None:
+    """Codes and parameters of one token, x [Hkv, D], into row `row` of page [Hkv, page_bytes]."""
+    base, start = 0, 0
+    params_at = PAGE * (layout.low_bytes + layout.high_bytes)
+    scales = page[:, params_at : params_at + PAGE * 8].view(torch.float32).unflatten(-1, (PAGE, 2))
+    zero_points = page[:, params_at + PAGE * 8 :].unflatten(-1, (PAGE, 2))
+    parts = ((layout.low, layout.low_bits, layout.low_bytes), (layout.high, layout.high_bits, layout.high_bytes))
+    for part, (width, bits, row_bytes) in enumerate(parts):
+        if width:
+            xq = quantize_activation(x[:, start : start + width], bits)
+            codes = pack_rows(xq.qdata, PartLayout(bits, width))[:, :row_bytes]
+            page[:, base + row * row_bytes : base + row * row_bytes + codes.shape[1]] = codes
+            scales[:, row, part], zero_points[:, row, part] = xq.scale[:, 0], xq.zero_point[:, 0].to(torch.int8)
+        base, start = base + PAGE * row_bytes, start + width
+
+
+@triton.jit
+def _load_head(p_x, o_c, m_c, p_norm, eps, D: tl.constexpr, R: tl.constexpr, HAS_NORM: tl.constexpr, ROTATE: tl.constexpr,
+               p_cos, p_sin, m_t):  # fmt: skip
+    """[BT, BD] float32 of one head, normalized and rotated. p_x: row pointers [BT, 1]."""
+    m_x = m_t & m_c
+    y = tl.load(p_x + o_c, mask=m_x, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, 1) / D + eps))[:, None]
+        y = y * inverse * tl.load(p_norm + o_c, mask=m_c, other=0.0).to(tl.float32)
+    if ROTATE:
+        m_r = o_c < R
+        o_partner = tl.where(o_c < R // 2, o_c + R // 2, o_c - R // 2)
+        partner = tl.load(p_x + o_partner, mask=m_t & m_r, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            partner = partner * inverse * tl.load(p_norm + o_partner, mask=m_r, other=0.0).to(tl.float32)
+        cos = tl.load(p_cos + o_c, mask=m_t & m_r, other=1.0).to(tl.float32)
+        sin = tl.load(p_sin + o_c, mask=m_t & m_r, other=0.0).to(tl.float32)
+        y = y * cos + tl.where(o_c < R // 2, -partner, partner) * sin
+    return y
+
+
+@triton.jit
+def _project(y, p_u, o_c, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """y U on tensor cores, in the type of U (the model's): a float16 model rounds keys to float16 anyway."""
+    o_r = tl.arange(0, BLOCK_D)[:, None]
+    u = tl.load(p_u + o_r * D + o_c, mask=(o_r < D) & (o_c < D), other=0.0)
+    return tl.dot(y.to(u.dtype), u, input_precision=PRECISION)
+
+
+@triton.jit
+def _quantize_part(y, m_part, CLIP: tl.constexpr, BITS: tl.constexpr):
+    """Codes of the columns m_part (0 elsewhere), scale and zero-point of each row."""
+    inside = tl.where(m_part, y, 0.0)
+    lo = tl.minimum(tl.min(inside, 1), 0.0)
+    hi = tl.maximum(tl.max(inside, 1), 0.0)
+    scale, zero_point = quantization_parameters(lo, hi, CLIP, BITS)
+    codes = quantize_block(inside, scale[:, None], zero_point[:, None], BITS)
+    return tl.where(m_part, codes, 0).to(tl.int8), scale, zero_point
+
+
+@triton.jit
+def _append(
+    y, p_page, o_row, o_c, m_t, CLIP: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BITS_L: tl.constexpr, BITS_H: tl.constexpr,
+    BYTES_L: tl.constexpr, BYTES_H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Quantize [BT, BD] and write each row to its page (p_page [BT], o_row [BT] the row inside the page)."""
+    p_scale = (p_page + PAGE * (BYTES_L + BYTES_H)).to(tl.pointer_type(tl.float32)) + o_row * 2
+    p_zp = p_page + PAGE * (BYTES_L + BYTES_H + 8) + o_row * 2
+    if LOW > 0:
+        codes, scale, zero_point = _quantize_part(y, o_c < LOW, CLIP, BITS_L)
+        even, odd = tl.split(tl.reshape(codes, (BLOCK_T, BLOCK_D // 2, 2)))
+        o_b = tl.arange(0, BLOCK_D // 2)[None, :]
+        p_low = (p_page + o_row * BYTES_L)[:, None]
+        tl.store(p_low + o_b, pack_pairs(even, odd), mask=m_t & (o_b < BYTES_L))
+        tl.store(p_scale[:, None], scale[:, None], mask=m_t)
+        tl.store(p_zp[:, None], zero_point.to(tl.int8)[:, None], mask=m_t)
+    if HIGH > 0:
+        codes, scale, zero_point = _quantize_part(y, (o_c >= LOW) & (o_c < LOW + HIGH), CLIP, BITS_H)
+        p_high = (p_page + PAGE * BYTES_L + o_row * BYTES_H)[:, None]
+        tl.store(p_high + (o_c - LOW), codes, mask=m_t & (o_c >= LOW) & (o_c < LOW + HIGH))
+        tl.store(p_scale[:, None] + 1, scale[:, None], mask=m_t)
+        tl.store(p_zp[:, None] + 1, zero_point.to(tl.int8)[:, None], mask=m_t)
+
+
+@triton.jit
+def _rope_cache_kernel(
+    p_q, p_k, p_v, p_cos, p_sin, p_u, p_qnorm, p_knorm, p_out, p_keys, p_values, p_table, p_start,
+    T, S, stride_q, stride_k, stride_v, stride_cos_b, stride_cos_s, stride_table, eps,
+    HQ: tl.constexpr, HK: tl.constexpr, HU: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    HAS_NORM: tl.constexpr, CLIP: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    LOW_K: tl.constexpr, HIGH_K: tl.constexpr, BITS_L_K: tl.constexpr, BITS_H_K: tl.constexpr,
+    BYTES_L_K: tl.constexpr, BYTES_H_K: tl.constexpr, PAGE_BYTES_K: tl.constexpr,
+    LOW_V: tl.constexpr, HIGH_V: tl.constexpr, BITS_L_V: tl.constexpr, BITS_H_V: tl.constexpr,
+    BYTES_L_V: tl.constexpr, BYTES_H_V: tl.constexpr, PAGE_BYTES_V: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (token block of the T = B * S rows, head): heads are HQ queries, then HK keys, then HK values."""
+    i_t = tl.program_id(0)
+    i_h = tl.program_id(1)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_row = o_t < T
+    m_t = m_row[:, None]
+    o_c = tl.arange(0, BLOCK_D)[None, :]
+    m_c = o_c < D
+    o_b = o_t // S
+    o_t64 = o_t.to(tl.int64)
+    o_cos = (o_b * stride_cos_b + (o_t % S) * stride_cos_s)[:, None]
+    slot = tl.load(p_start + o_b, mask=m_row, other=0) + o_t % S
+    page = tl.load(p_table + o_b * stride_table + slot // PAGE, mask=m_row, other=0).to(tl.int64)
+    if i_h < HQ:
+        p_x = (p_q + o_t64 * stride_q + i_h * D)[:, None]
+        y = _load_head(p_x, o_c, m_c, p_qnorm, eps, D, R, HAS_NORM, R > 0, p_cos + o_cos, p_sin + o_cos, m_t)
+        if HU > 0:
+            y = _project(y, p_u + (i_h // (HQ // HU)) * D * D, o_c, D, BLOCK_D, PRECISION)
+        tl.store(p_out + (o_t64 * HQ + i_h)[:, None] * D + o_c, y.to(p_out.dtype.element_ty), mask=m_t & m_c)
+    elif i_h < HQ + HK:
+        i_k = i_h - HQ
+        p_x = (p_k + o_t64 * stride_k + i_k * D)[:, None]
+        y = _load_head(p_x, o_c, m_c, p_knorm, eps, D, R, HAS_NORM, R > 0, p_cos + o_cos, p_sin + o_cos, m_t)
+        if HU > 0:
+            y = _project(y, p_u + (i_k // (HK // HU)) * D * D, o_c, D, BLOCK_D, PRECISION)
+        _append(y, p_keys + (page * HK + i_k) * PAGE_BYTES_K, slot % PAGE, o_c, m_t, CLIP,
+                LOW_K, HIGH_K, BITS_L_K, BITS_H_K, BYTES_L_K, BYTES_H_K, BLOCK_T, BLOCK_D, PAGE)  # fmt: skip
+    else:
+        i_v = i_h - HQ - HK
+        p_x = (p_v + o_t64 * stride_v + i_v * D)[:, None]
+        y = _load_head(p_x, o_c, m_c, p_knorm, eps, D, R, False, False, p_cos + o_cos, p_sin + o_cos, m_t)
+        _append(y, p_values + (page * HK + i_v) * PAGE_BYTES_V, slot % PAGE, o_c, m_t, CLIP,
+                LOW_V, HIGH_V, BITS_L_V, BITS_H_V, BYTES_L_V, BYTES_H_V, BLOCK_T, BLOCK_D, PAGE)  # fmt: skip
+
+
+def rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    u: Tensor | None,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    table: Tensor,
+    start: Tensor,
+    key_layout: HeadLayout,
+    value_layout: HeadLayout,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    clip: float = 1.0,
+) -> Tensor:
+    """The formula above, in one launch; writes the cache pages in place.
+
+    Args:    q [B, S, Hq, D], k, v [B, S, Hkv, D]: last two dimensions contiguous, tokens may be strided (slices of one product).
+             cos, sin: [B or 1, S, R] (R = 0: no rotation).    u: [Hu, D, D] or None.
+             key_pages, value_pages: [pages, Hkv, page_bytes] int8.    table: [B, n] int32.    start: [B] int32, tokens before these.
+    Returns: q in the basis of the cached keys, [B, S, Hq, D], dtype of q.
+    Raises:  BackendError: shapes that disagree, or operands that cannot be launched.
+    """
+    u = u if u is None else u.to(q.dtype).contiguous()
+    device = check_launch(
+        "rope_cache", q=q, k=k, v=v, cos=cos, sin=sin, u=u, key_pages=key_pages, table=table, start=start
+    )
+    batch, new, heads, d = q.shape
+    kv_heads = k.shape[2]
+    _check_heads(q, k, v, u, key_pages, value_pages, key_layout, value_layout)
+    out = torch.empty(batch, new, heads, d, dtype=q.dtype, device=device)
+    if out.numel() == 0:
+        return out
+    options = tiles("rope_cache", device, (d, heads), rope_launch(batch * new, d))
+    grid = (triton.cdiv(batch * new, options["BLOCK_T"]), heads + 2 * kv_heads)
+    optional = [q if t is None else t for t in (u, q_norm, k_norm)]
+    run(
+        _rope_cache_kernel, grid, q, k, v, cos, sin, *optional, out, key_pages, value_pages, table, start,
+        batch * new, new, _token_stride(q), _token_stride(k), _token_stride(v), 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1),
+        table.stride(0), eps,
+        HQ=heads, HK=kv_heads, HU=0 if u is None else u.shape[0], D=d, R=cos.shape[-1], HAS_NORM=q_norm is not None,
+        CLIP=clip, PAGE=PAGE, PRECISION=precision(), **key_layout.constants("_K"), **value_layout.constants("_V"), **options,
+    )  # fmt: skip
+    return out
+
+
+def _token_stride(x: Tensor) -> int:
+    """Elements from one token of [B, S, H, D] to the next; the stride of a dimension of size 1 means nothing."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def _check_heads(
+    q: Tensor, k: Tensor, v: Tensor, u, key_pages: Tensor, value_pages: Tensor, key_layout, value_layout
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or x.stride(2) != x.shape[3] or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * _token_stride(x)):
+            raise BackendError(
+                f"rope_cache: {name} {tuple(x.shape)} with strides {x.stride()}; expected [B, S, H, D] whose heads are contiguous "
+                "and whose tokens are evenly spaced"
+            )
+    for name, pages, layout in (("key", key_pages, key_layout), ("value", value_pages, value_layout)):
+        if (
+            layout.head_dim != q.shape[3]
+            or pages.shape[1:] != (k.shape[2], layout.page_bytes)
+            or not pages.is_contiguous()
+        ):
+            raise BackendError(
+                f"rope_cache: {name} pages {tuple(pages.shape)} for {k.shape[2]} heads of {q.shape[3]}, layout {layout}; "
+                f"expected [pages, {k.shape[2]}, {layout.page_bytes}]"
+            )
+    if u is not None and (k.shape[2] % u.shape[0] or u.shape[1:] != (q.shape[3], q.shape[3])):
+        raise BackendError(f"rope_cache: basis {tuple(u.shape)} for {k.shape[2]} key heads of {q.shape[3]}")
+
+
+def rope_launch(tokens: int, head_dim: int) -> dict:
+    """Tile and launch options."""
+    return dict(
+        BLOCK_T=16 if tokens <= 16 else 32, BLOCK_D=max(16, next_power_of_two(head_dim)),
+        num_warps=4 if head_dim <= 64 else 8, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _aot(shape: BlockShape, new: int) -> object:
+    d, tokens = shape.head_dim, 4096
+    stacked = meta(1, new, shape.heads + 2 * shape.kv_heads, d)
+    q, k, v = stacked.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
+    angles = meta(1, new, d, dtype=torch.float32)
+    u = meta(1, d, d, dtype=torch.float32)
+    return rope_cache(q, k, v, angles, angles, u, *meta_cache(shape, 1, tokens), shape.cache(), shape.cache())
+
+
+AOT_SIGNATURES = {
+    "prefill_8b": lambda: _aot(LLAMA3_8B, 2048),
+    "decode_8b": lambda: _aot(LLAMA3_8B, 1),
+    "prefill_smollm2": lambda: _aot(SMOLLM2_135M, 512),
+}
