@@ -1,0 +1,126 @@
+"""A small writer of ONNX graphs: nodes, constants and the model around them. Knows nothing of quantization or of FX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from resq_compiler.errors import BackendError
+
+IR_VERSION = {21: 10, 23: 11}  # the IR that came with each opset: what released runtimes accept together
+SMALL_CONSTANT = 1024  # elements up to which equal constants are stored once
+
+Dims = Sequence[int | str]
+
+
+class GraphBuilder:
+    """Collects the nodes of one ONNX graph. Values are tensor names; `constant` and `op` return the names they make."""
+
+    def __init__(self, opset: int):
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self._scope = ""
+        self._count: dict[str, int] = {}
+        self._constants: dict[tuple[Any, ...], str] = {}
+        self._named: set[str] = set()
+
+    def scope(self, name: str) -> None:
+        """Names of later nodes start with this: the FX node they come from."""
+        self._scope = name
+
+    def fresh(self, label: str) -> str:
+        """A tensor or node name that is not taken."""
+        stem = f"{self._scope}/{label}" if self._scope else label
+        index = self._count.get(stem, 0)
+        self._count[stem] = index + 1
+        return stem if index == 0 else f"{stem}_{index}"
+
+    def op(self, kind: str, *inputs: str, outputs: Sequence[str] | int = 1, **attributes: Any) -> Any:
+        """Append a node. `outputs`: how many, or their names. Returns the name, or a tuple of names for several outputs."""
+        name = self.fresh(kind)
+        names = (
+            [name if i == 0 else f"{name}:{i}" for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        )
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=name, **attributes))
+        return names[0] if len(names) == 1 else tuple(names)
+
+    def constant(self, value: Any, dtype: Any = None, name: str = "") -> str:
+        """An initializer from an array or a number; small equal ones are shared. A name given twice means the same array."""
+        if name and name in self._named:
+            return name
+        array = np.ascontiguousarray(np.asarray(value, dtype=dtype)).reshape(np.shape(value))
+        key = (array.dtype.str, array.shape, array.tobytes()) if array.size <= SMALL_CONSTANT else None
+        if key is not None and key in self._constants:
+            return self._constants[key]
+        label = name or self._constant_name(array)
+        self._named.add(label)
+        self.initializers.append(numpy_helper.from_array(array, label))
+        if key is not None:
+            self._constants[key] = label
+        return label
+
+    def _constant_name(self, array: np.ndarray) -> str:
+        scope, self._scope = self._scope, ""
+        label = self.fresh(f"constant_{array.dtype.name}")
+        self._scope = scope
+        return label
+
+    def ints(self, *values: int) -> str:
+        """A 1-D int64 constant: shapes, axes, split sizes."""
+        return self.constant(np.array(values, np.int64))
+
+    def number(self, value: float) -> str:
+        """A float32 scalar constant."""
+        return self.constant(np.float32(value))
+
+    def int4(self, codes: np.ndarray, name: str) -> str:
+        """Codes in [-8, 7] as an INT4 initializer: two to a byte, first one in the low nibble, row-major."""
+        if name in self._named:
+            return name
+        self._named.add(name)
+        if codes.min(initial=0) < -8 or codes.max(initial=0) > 7:
+            raise BackendError(
+                f"tensor {name}: codes {codes.min()}..{codes.max()} do not fit INT4 (-8..7); this is a bug in the exporter"
+            )
+        flat = codes.reshape(-1).astype(np.uint8) & 15
+        flat = np.append(flat, np.uint8(0)) if flat.size % 2 else flat
+        packed = (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
+        self.initializers.append(helper.make_tensor(name, TensorProto.INT4, codes.shape, packed.tobytes(), raw=True))
+        return name
+
+    def input(self, name: str, element: int, dims: Dims) -> str:
+        """Declare a graph input."""
+        self.inputs.append(helper.make_tensor_value_info(name, element, list(dims)))
+        return name
+
+    def output(self, name: str, element: int, dims: Dims) -> None:
+        """Declare a graph output."""
+        self.outputs.append(helper.make_tensor_value_info(name, element, list(dims)))
+
+    def model(self, name: str, metadata: dict[str, str], version: str) -> onnx.ModelProto:
+        """The finished model with only the nodes that its outputs need."""
+        nodes, used = self._needed()
+        kept = [t for t in self.initializers if t.name in used]
+        graph = helper.make_graph(nodes, name, self.inputs, self.outputs, kept)
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSION[self.opset],
+            producer_name="resq_compiler", producer_version=version,
+        )  # fmt: skip
+        helper.set_model_props(model, metadata)
+        return model
+
+    def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
+        used = {o.name for o in self.outputs}
+        kept = []
+        for node in reversed(self.nodes):
+            if any(o in used for o in node.output):
+                kept.append(node)
+                used.update(node.input)
+        return kept[::-1], used

@@ -1,0 +1,214 @@
+"""Emitters of resq_compiler.ops that do not depend on the profile: norms, heads, rotary embedding, projections, Hadamard."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from resq_compiler.backends.onnx.lowering import Lowering, emits
+from resq_compiler.backends.onnx.values import Cache, Codes, Value
+from torch.fx import Node
+
+from resq_compiler import ops
+from resq_compiler.graph_tools import aten, is_call, placeholders
+from resq_compiler.numerics.hadamard import hadamard_plan
+
+
+@emits(ops.rms_norm)
+def rms_norm(low: Lowering, node: Node) -> Value:
+    """x / sqrt(mean(x²) + eps) · weight, over columns; heads keep their order."""
+    x, weight, eps = node.args
+    value = low.value(x)
+    heads_wise = isinstance(value, Value) and value.heads > 0 and value.split
+    name = low.by_head(value) if heads_wise else low.fx_layout(value)
+    width = int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
+    gain = low.exact(weight) if weight is not None else low.b.constant(np.ones(width, np.float32), name=f"ones_{width}")
+    y = low.form.rms_norm(low, name, gain, float(eps))  # type: ignore[arg-type]
+    return Value(y, value.heads, split=True, by_head=True) if heads_wise else Value(y)
+
+
+@emits(ops.split_heads)
+def split_heads(low: Lowering, node: Node) -> Value:
+    """Nothing to compute: heads stay token-major."""
+    return Value(low.exact(node.args[0]), int(node.args[1]), split=True)  # type: ignore[arg-type]
+
+
+@emits(ops.merge_heads)
+def merge_heads(low: Lowering, node: Node) -> Value:
+    """Nothing to compute for token-major heads."""
+    value = low.token_major(node.args[0])  # type: ignore[arg-type]
+    return Value(value.name, value.heads, split=False, by_head=value.by_head)
+
+
+@emits(ops.columns)
+def columns(low: Lowering, node: Node) -> Value:
+    """A piece of the last dimension."""
+    value = low.value(node.args[0])
+    name = low.piece(node)
+    if isinstance(value, Value) and value.heads and value.split:
+        return Value(name, value.heads, split=True, by_head=True)
+    return Value(name)
+
+
+@emits(ops.take_columns)
+def take_columns(low: Lowering, node: Node) -> Value:
+    return Value(low.b.op("Gather", low.exact(node.args[0]), low.exact(node.args[1]), axis=-1))
+
+
+@emits(ops.rope)
+def rope(low: Lowering, node: Node) -> Value:
+    """Rotary embedding of token-major heads, by the form's operator where cos and sin repeat their first half."""
+    x, cos, sin = node.args
+    value = low.token_major(x)  # type: ignore[arg-type]
+    return low.form.rope(low, value, cos, sin, int(x.meta["val"].shape[-1]))  # type: ignore[arg-type,union-attr]
+
+
+@emits(ops.project)
+def project(low: Lowering, node: Node) -> Value:
+    """x U, U shared by all heads."""
+    x, u, *inverse = node.args
+    matrix = low.tensor(u)  # type: ignore[arg-type]
+    turned = bool(inverse[0]) if inverse else bool(node.kwargs.get("inverse", False))
+    name = low.b.constant(matrix.T if turned else matrix, name=f"{u.target}{'.T' if turned else ''}")  # type: ignore[union-attr]
+    value = low.value(x)
+    if isinstance(value, Value) and value.heads and value.split:
+        return Value(low.b.op("MatMul", low.by_head(value), name), value.heads, split=True, by_head=True)
+    return Value(low.b.op("MatMul", low.fx_layout(value), name))
+
+
+@emits(ops.project_heads)
+def project_heads(low: Lowering, node: Node) -> Value:
+    """x U with a basis for each key/value head; heads go first for the batched product."""
+    x, u, *inverse = node.args
+    matrix = low.tensor(u)  # type: ignore[arg-type]
+    turned = bool(inverse[0]) if inverse else bool(node.kwargs.get("inverse", False))
+    matrix = matrix.swapaxes(1, 2) if turned else matrix
+    heads = int(x.meta["val"].shape[1])  # type: ignore[union-attr]
+    return Value(low.b.op("MatMul", low.exact(x), low.b.constant(np.repeat(matrix, heads // len(matrix), 0))))
+
+
+@emits(ops.hadamard)
+def hadamard(low: Lowering, node: Node) -> Value:
+    """x H / sqrt(n) as one small product for each factor of H, never a large constant."""
+    width = int(node.meta["val"].shape[-1])
+    transpose = bool(argument(node, 1, "transpose", False))
+    sizes = argument(node, 2, "sizes", None)
+    x = low.exact(node.args[0])
+    if sizes is None:
+        return Value(hadamard_factors(low, x, width, transpose))
+    pieces = low.b.op("Split", x, low.b.ints(*sizes), outputs=len(sizes), axis=-1)
+    return Value(
+        low.b.op(
+            "Concat", *(hadamard_factors(low, p, n, transpose) for p, n in zip(pieces, sizes, strict=True)), axis=-1
+        )
+    )
+
+
+def argument(node: Node, index: int, name: str, default: Any) -> Any:
+    """An argument given by position or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def hadamard_factors(low: Lowering, x: str, width: int, transpose: bool) -> str:
+    """One transform, as in numerics/hadamard.py: y[..., j, r] = Σ_i f[i, j] x[..., i, r] for every factor f."""
+    plan = hadamard_plan(width)
+    right = plan.block
+    for index, factor in enumerate(plan.factors):
+        matrix = (factor.mT if transpose else factor).numpy()
+        if index == len(plan.factors) - 1:
+            matrix = matrix / math.sqrt(plan.block)
+        order = matrix.shape[0]
+        right //= order
+        left = width // (order * right)
+        if right == 1:
+            x = low.b.op(
+                "MatMul",
+                low.b.op("Reshape", x, low.b.ints(0, 0, left, order)),
+                low.b.constant(matrix.astype(np.float32)),
+            )
+        else:
+            shape = (0, 0, order, right) if left == 1 else (0, 0, left, order, right)
+            turned = np.ascontiguousarray(matrix.T).astype(np.float32)
+            x = low.b.op("MatMul", low.b.constant(turned), low.b.op("Reshape", x, low.b.ints(*shape)))
+    return low.b.op("Reshape", x, low.b.ints(0, 0, width))
+
+
+@emits(ops.causal_mask)
+def causal_mask(low: Lowering, node: Node) -> Value:
+    """bool [B, 1, S, T], True = attend."""
+    window = argument(node, 2, "window", None)
+    b, total, new = low.b, low.length("total"), low.length("sequence")
+    zero, one = b.constant(np.int64(0)), b.constant(np.int64(1))
+    keys = b.op("Range", zero, total, one)
+    queries = b.op("Unsqueeze", b.op("Range", b.op("Sub", total, new), total, one), b.ints(1))
+    visible = b.op("LessOrEqual", keys, queries)
+    if window is not None:
+        visible = b.op("And", visible, b.op("Greater", keys, b.op("Sub", queries, b.constant(np.int64(window)))))
+    present = b.op("Cast", b.op("Unsqueeze", low.exact(node.args[0]), b.ints(1, 2)), to=9)
+    return Value(b.op("And", visible, present))
+
+
+@emits(ops.append_cache)
+def append_cache(low: Lowering, node: Node) -> Cache:
+    """Left to the attention operator, or to the output, whichever takes it."""
+    past, new = node.args
+    inputs = placeholders(low.gm.graph)
+    index, is_value = divmod(inputs.index(past) - 3, 2)  # type: ignore[arg-type]
+    spec = low.cache[index]
+    width = spec.value_dim if is_value else spec.key_dim
+    present = f"present.{index}.{'value' if is_value else 'key'}"
+    return low.form.append(low, low.value(past), new, present, spec.num_heads, width)  # type: ignore[arg-type]
+
+
+@emits(ops.attention)
+def attention(low: Lowering, node: Node) -> Value:
+    """Grouped-query attention; token-major heads out."""
+    q, k, v, mask, scale = node.args[:5]
+    softcap = argument(node, 5, "softcap", None)
+    return low.form.attention(low, node, q, k, v, mask, float(scale), softcap)  # type: ignore[arg-type]
+
+
+@emits(ops.quantize)
+def quantize(low: Lowering, node: Node) -> Codes:
+    bits, groups, clip = int(node.args[1]), int(argument(node, 2, "groups", 1)), float(argument(node, 3, "clip", 1.0))  # type: ignore[arg-type]
+    value = low.value(node.args[0])
+    width = int(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+    if groups == 1:
+        return low.form.quantize(low, node, low.fx_layout(value), bits, 1, width, clip)
+    grouped = isinstance(value, Value) and value.heads == groups and not value.split
+    name = low.by_head(value) if grouped else low.b.op("Reshape", low.fx_layout(value), low.b.ints(0, 0, groups, -1))
+    return low.form.quantize(low, node, name, bits, groups, width // groups, clip)
+
+
+@emits(ops.dequantize)
+def dequantize(low: Lowering, node: Node) -> Value:
+    codes: Codes = low.value(node.args[0])
+    image = low.form.image(low, codes)
+    return Value(
+        image if codes.groups == 1 else low.b.op("Reshape", image, low.b.ints(0, 0, codes.groups * codes.width))
+    )
+
+
+@emits(ops.quantize_dequantize)
+def quantize_dequantize(low: Lowering, node: Node) -> Any:
+    """The float image of cache codes, per token and head."""
+    value = low.token_major(node.args[0])  # type: ignore[arg-type]
+    parts, clip = node.args[1], float(argument(node, 2, "clip", 1.0))
+    return low.form.cache_codes(low, node, value, tuple(tuple(map(int, p)) for p in parts), clip)  # type: ignore[union-attr]
+
+
+@emits(ops.quantized_linear, ops.weight_only_linear)
+def planned(low: Lowering, node: Node) -> Any:
+    """Linears on codes are emitted by the plan, several nodes at once."""
+    raise AssertionError(f"{node.name} is in no group of the plan")
+
+
+def repeats_half(cos: Node) -> bool:
+    """True when the table is cat(a, a) behind operators that keep that: its second half equals its first."""
+    node: Any = cos
+    while is_call(node, aten.unsqueeze.default, aten.cos.default, aten.sin.default, aten.to.dtype, aten.mul.Tensor):
+        if is_call(node, aten.mul.Tensor) and isinstance(node.args[1], Node):
+            return False
+        node = node.args[0]
+    return is_call(node, aten.cat.default) and len(node.args[0]) == 2 and node.args[0][0] is node.args[0][1]

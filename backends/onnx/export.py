@@ -1,0 +1,180 @@
+"""Write a compiled model as an ONNX directory that runs as it is: model, configuration, tokenizer, onnxruntime-genai settings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resq_compiler.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from resq_compiler.compiled_model import CompiledModel
+
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+EXTERNAL_DATA_ABOVE = 2**30  # bytes; protobuf ends at 2 GiB
+EMBEDDINGS = ("float16", "float32", "int8")
+
+
+def export_onnx(
+    compiled: CompiledModel, directory: str | Path, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float",
+    overwrite: bool = False, tokenizer: Any = None,
+) -> Path:  # fmt: skip
+    """Write `compiled` to a directory.
+
+    Args:    profile: "qdq" (standard INT4/INT8 QuantizeLinear/DequantizeLinear, any runtime), "ort" (integer products, fastest in
+             ONNX Runtime), or "weight-only" (INT4 only in weights); see profiles.py for who can run each.
+             embedding: how the embedding table is stored: "float16", "float32" (bit-equal to the reference) or "int8".
+             kv_cache: "float" (clients understand it: float tensors that hold the image of 4/8-bit codes) or "packed" (uint8
+             codes and scales, about a fifth of the memory; for this package's runtime).
+             overwrite: replace what is in the directory. tokenizer: default, the one the model came with.
+    Returns: the directory, with model.onnx (and model.onnx.data above 1 GB), config.json, generation_config.json,
+             genai_config.json and the tokenizer's files.
+    Raises:  BackendError, before anything is written: an operator without an ONNX form, an unknown choice, onnx missing,
+             onnxruntime too old for the profile, a target that is not empty, not writable or too small.
+    """
+    target = Path(directory)
+    model = build_model(compiled, profile, embedding=embedding, kv_cache=kv_cache)
+    check_target(target, model.ByteSize(), overwrite)
+    with replacing(target) as temporary:
+        save_model(model, temporary)
+        write_settings(compiled, temporary, profile, kv_cache, tokenizer or compiled.tokenizer)
+    return target
+
+
+def build_model(
+    compiled: CompiledModel, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float"
+) -> onnx.ModelProto:
+    """The ONNX model in memory. Raises BackendError as `export_onnx`."""
+    require_onnx()
+    from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions, check_supported
+    from resq_compiler.backends.onnx.profiles import find_profile
+
+    chosen = find_profile(profile)
+    require_runtime(chosen.minimum_onnxruntime, f"profile {profile}", optional=True)
+    check_choice("embedding", embedding, EMBEDDINGS)
+    check_choice("kv_cache", kv_cache, ("float", "packed"))
+    check_supported(compiled.graph_module)
+    form = chosen.form()
+    if kv_cache == "packed":
+        from resq_compiler.backends.onnx.packed_cache import with_packed_cache
+
+        form = with_packed_cache(form)
+    lowering = Lowering(compiled.graph_module, tuple(compiled.cache_specs), form, LoweringOptions(embedding))
+    return lowering.run().model("resq_model", metadata(compiled, profile, embedding, kv_cache), version())
+
+
+def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise BackendError(f"export_onnx: {option} expected one of {', '.join(allowed)}; got {value!r}")
+
+
+def require_onnx() -> None:
+    """BackendError when the onnx package is missing."""
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise BackendError("onnx export needs the onnx package: pip install 'resq_compiler[onnx]'") from error
+
+
+def require_runtime(minimum: str, what: str, *, optional: bool = False) -> None:
+    """BackendError when onnxruntime is older than `minimum`, or missing (unless optional)."""
+    try:
+        installed = importlib.metadata.version("onnxruntime")
+    except importlib.metadata.PackageNotFoundError as error:
+        if optional:
+            return
+        raise BackendError(
+            f"{what} needs onnxruntime {minimum} or newer, which is not installed: pip install 'resq_compiler[onnx]'"
+        ) from error
+    if number(installed) < number(minimum):
+        raise BackendError(
+            f"{what} needs onnxruntime {minimum} or newer, found {installed}: pip install -U onnxruntime"
+        )
+
+
+def number(text: str) -> tuple[int, ...]:
+    """(1, 31) of "1.31.1"."""
+    return tuple(int(p) for p in text.split(".")[:2] if p.isdigit())
+
+
+def check_target(target: Path, size: int, overwrite: bool) -> None:
+    """BackendError when the model cannot be written there."""
+    if target.exists() and not target.is_dir():
+        raise BackendError(f"export_onnx: {target} is a file; expected a directory")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise BackendError(f"export_onnx: {target} is not empty; choose another directory or pass overwrite=True")
+    parent = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise BackendError(f"export_onnx: {parent} is not writable; choose another directory")
+    free = shutil.disk_usage(parent).free
+    if free < size + 2**24:
+        raise BackendError(
+            f"export_onnx: {parent} has {free / 2**20:.0f} MiB free, the model needs {size / 2**20:.0f} MiB"
+        )
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary directory beside the target that takes its place when all was written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.replace(target)
+    except OSError as error:
+        raise BackendError(f"export_onnx: writing to {target} failed: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_model(model: onnx.ModelProto, directory: Path) -> None:
+    """model.onnx, with its tensors beside it above 1 GB."""
+    import onnx
+
+    if model.ByteSize() > EXTERNAL_DATA_ABOVE:
+        onnx.save(model, directory / MODEL_FILE, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
+    else:
+        onnx.save(model, directory / MODEL_FILE)
+
+
+def write_settings(compiled: CompiledModel, directory: Path, profile: str, kv_cache: str, tokenizer: Any) -> None:
+    """config.json, generation_config.json, the tokenizer and genai_config.json."""
+    from resq_compiler.backends.onnx.genai import genai_config
+
+    compiled.config.save_pretrained(directory)
+    compiled.generation_config.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if kv_cache == "float":
+        (directory / "genai_config.json").write_text(json.dumps(genai_config(compiled, profile), indent=2) + "\n")
+
+
+def metadata(compiled: CompiledModel, profile: str, embedding: str, kv_cache: str) -> dict[str, str]:
+    """What was exported and by what: recipe, options, versions, and the session options that go with it."""
+    from resq_compiler.backends.onnx.profiles import PROFILES
+
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx")}
+    return {
+        "resq.version": version(), "resq.profile": profile, "resq.recipe": compiled.options.recipe, "resq.scheme": compiled.options.scheme,
+        "resq.options": json.dumps(compiled.options.to_dict()), "resq.embedding": embedding, "resq.kv_cache": kv_cache,
+        "resq.packages": json.dumps(packages), "resq.source": compiled.source,
+        "resq.session_options": json.dumps(PROFILES[profile].session_options),
+    }  # fmt: skip
+
+
+def version() -> str:
+    import resq_compiler
+
+    return resq_compiler.__version__

@@ -1,0 +1,199 @@
+"""Generate with an exported directory: ONNX Runtime, numpy and the directory's own settings; no PyTorch model is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from resq_compiler.backends.onnx import session as ort
+from resq_compiler.backends.onnx.export import MODEL_FILE
+
+from resq_compiler.errors import BackendError
+
+PREFILL_CHUNK = (
+    256  # tokens of a prompt that run at once: scores of longer stretches leave the caches, and half of them are masked
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. do_sample False: the likeliest one; temperature, top_k and top_p apply otherwise."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class OnnxDecoder:
+    """An exported decoder. Load with `OnnxDecoder(directory)`; `generate` for token ids, `stream` for one token at a time."""
+
+    def __init__(
+        self, directory: str | Path, *, threads: int | None = None, session_options: dict[str, str] | None = None
+    ):
+        """threads: of one operator; default, torch's setting. Raises BackendError: no model there, or onnxruntime cannot load it."""
+        self.directory = Path(directory)
+        path = self.directory / MODEL_FILE
+        if not path.is_file():
+            raise BackendError(f"{path} does not exist; expected a directory written by export_onnx")
+        self.session = ort.open_session(path, threads=threads, extra_options=session_options)
+        self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.settings = self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for name in ("config.json", "generation_config.json"):
+            path = self.directory / name
+            if path.is_file():
+                merged.update({k: v for k, v in json.loads(path.read_text()).items() if v is not None})
+        return merged
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the directory."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.directory)
+
+    def empty_past(self, batch: int) -> dict[str, Any]:
+        """Cache inputs for a batch that has seen no token."""
+        import onnxruntime
+
+        dtypes = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
+        values = {}
+        for entry in self.past_inputs:
+            shape = [batch, entry.shape[1], 0, entry.shape[3]]
+            values[entry.name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtypes[entry.type]))
+        return values
+
+    def forward(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Logits [B, S, vocabulary] (an OrtValue) and the cache with the new tokens, ready to be the next past."""
+        import onnxruntime
+
+        values = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = {
+            k: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v, np.int64)) for k, v in values.items()
+        }
+        outputs = ort.run(self.session, {**inputs, **past})
+        return outputs.pop("logits"), {k.replace("present.", "past_key_values."): v for k, v in outputs.items()}
+
+    def stream(
+        self, input_ids: Sequence[Sequence[int]] | np.ndarray, attention_mask: np.ndarray | None = None, *, max_new_tokens: int = 64,
+        sampling: Sampling | None = None, eos_token_id: int | Sequence[int] | None = None,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
+        """Yield the next tokens [B] one step at a time until every row has ended or max_new_tokens is reached.
+
+        input_ids [B, S], padded on the left where attention_mask is 0. A row that has ended yields the pad token.
+        """
+        ids, mask = self._checked(input_ids, attention_mask)
+        ends = self._ends(eos_token_id)
+        pad = self._pad(ends)
+        choose = Chooser(sampling or Sampling())
+        logits, past = self._prefill(ids, mask)
+        done = np.zeros(len(ids), bool)
+        for _ in range(max_new_tokens):
+            tokens = np.where(done, pad, choose(logits))
+            yield tokens
+            done |= np.isin(tokens, ends)
+            if done.all():
+                return
+            mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], 1)
+            positions = mask.sum(1, keepdims=True) - 1
+            value, past = self.forward(tokens[:, None], mask, positions, past)
+            logits = value.numpy()[:, -1]
+
+    def generate(
+        self, input_ids: Sequence[Sequence[int]] | np.ndarray, attention_mask: np.ndarray | None = None, *,
+        streamer: Callable[[np.ndarray], None] | None = None, **options: Any,
+    ) -> np.ndarray:  # fmt: skip
+        """Prompt and continuation, int64 [B, S + new]; options as `stream`. streamer is called with the tokens [B] of each step."""
+        ids, mask = self._checked(input_ids, attention_mask)
+        pieces = [ids]
+        for tokens in self.stream(ids, mask, **options):
+            pieces.append(tokens[:, None])
+            if streamer is not None:
+                streamer(tokens)
+        return np.concatenate(pieces, 1)
+
+    def generate_text(self, prompt: str, *, chat: bool = False, **options: Any) -> Iterator[str]:
+        """Yield the text that follows a prompt, piece by piece. chat: put the prompt into the tokenizer's chat template."""
+        tokenizer = self.tokenizer
+        if chat:
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+        seen: list[int] = []
+        shown = ""
+        for tokens in self.stream([ids], **options):
+            seen.append(int(tokens[0]))
+            text = tokenizer.decode(seen, skip_special_tokens=True)
+            if not text.endswith("�"):  # a character whose bytes are not complete yet
+                yield text[len(shown) :]
+                shown = text
+
+    def _prefill(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        past = self.empty_past(len(ids))
+        for start in range(0, ids.shape[1], PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, ids.shape[1])
+            value, past = self.forward(ids[:, start:stop], mask[:, :stop], positions[:, start:stop], past)
+        return last_row(value), past
+
+    @staticmethod
+    def _checked(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.asarray(input_ids, np.int64)
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise BackendError(f"input_ids: expected [batch, tokens] with at least one token, got shape {ids.shape}")
+        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int64)
+        if mask.shape != ids.shape or not mask[:, -1].all():
+            raise BackendError(
+                "attention_mask: expected the shape of input_ids and padding on the left (last column all 1)"
+            )
+        return ids, mask
+
+    def _ends(self, given: int | Sequence[int] | None) -> np.ndarray:
+        value = self.settings.get("eos_token_id", []) if given is None else given
+        return np.atleast_1d(np.asarray(value, np.int64))
+
+    def _pad(self, ends: np.ndarray) -> int:
+        pad = self.settings.get("pad_token_id")
+        return int(pad) if pad is not None else int(ends[0]) if ends.size else 0
+
+
+def last_row(logits: Any) -> np.ndarray:
+    """Logits of the last token, [B, vocabulary], without copying the others."""
+    return ort.to_torch(logits)[:, -1].numpy()
+
+
+class Chooser:
+    """Chooses next tokens from logits [B, vocabulary] by greedy search or seeded sampling."""
+
+    def __init__(self, sampling: Sampling):
+        self.sampling = sampling
+        self.random = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        if not self.sampling.do_sample:
+            return logits.argmax(-1)
+        return np.array([self._sample(row.astype(np.float64)) for row in logits])
+
+    def _sample(self, row: np.ndarray) -> int:
+        settings = self.sampling
+        order = np.argsort(-row, kind="stable")
+        if settings.top_k:
+            order = order[: settings.top_k]
+        scores = row[order] / max(settings.temperature, 1e-6)
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        kept = np.searchsorted(weights.cumsum(), min(settings.top_p, 1.0)) + 1
+        weights = weights[:kept] / weights[:kept].sum()
+        return int(self.random.choice(order[:kept], p=weights))

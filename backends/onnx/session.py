@@ -1,0 +1,84 @@
+"""ONNX Runtime sessions of exported models, and running them on torch tensors without copies of the cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from resq_compiler.backends.onnx.export import require_runtime
+from torch import Tensor
+
+from resq_compiler.errors import BackendError
+
+MINIMUM = "1.20"
+
+
+def open_session(
+    model: str | Path | bytes, *, threads: int | None = None, extra_options: dict[str, str] | None = None
+) -> Any:
+    """An InferenceSession on the CPU with the session options that the model's metadata asks for.
+
+    threads: of one operator; default, torch's setting. extra_options: ONNX Runtime configuration entries that win over the model's.
+    """
+    require_runtime(MINIMUM, "running an ONNX model")
+    import onnxruntime
+
+    source = model if isinstance(model, bytes) else str(model)
+    options = session_options({**recommended_options(source), **(extra_options or {})}, threads)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackendError(
+            f"onnxruntime {onnxruntime.__version__} cannot load the model: {text}; see the profiles for who can run each"
+        ) from error
+
+
+def session_options(entries: dict[str, str], threads: int | None) -> Any:
+    """SessionOptions with configuration entries."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def recommended_options(source: str | bytes) -> dict[str, str]:
+    """The session options in the model's metadata; {} for a model of another origin."""
+    import onnx
+
+    model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source, load_external_data=False)
+    for entry in model.metadata_props:
+        if entry.key == "resq.session_options":
+            return dict(json.loads(entry.value))
+    return {}
+
+
+def to_ort(tensor: Tensor) -> Any:
+    """An OrtValue over the memory of a CPU tensor; the tensor must outlive it."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor.detach().numpy()))
+
+
+def to_torch(value: Any) -> Tensor:
+    """A tensor over the memory of an OrtValue where onnxruntime allows it, else a copy."""
+    shape = value.shape()
+    if 0 in shape:  # an empty tensor has no memory to share
+        return torch.from_numpy(value.numpy())
+    try:
+        return torch.from_dlpack(value._ortvalue)
+    except (AttributeError, RuntimeError, TypeError):
+        return torch.from_numpy(value.numpy())
+
+
+def run(session: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Outputs by name, as OrtValues, from inputs given as OrtValues."""
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run_with_ort_values(names, inputs), strict=True))

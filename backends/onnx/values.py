@@ -1,0 +1,46 @@
+"""What an FX value is in the ONNX graph: a tensor name and the order its memory is in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Value:
+    """One tensor. With heads > 0 its memory is token-major, [B, S, heads, D], whatever order FX gives it.
+
+    split: FX means [B, heads, S, D] (after split_heads), else [B, S, heads * D]. by_head: the ONNX tensor has four dimensions,
+    [B, S, heads, D], else three, [B, S, heads * D]. Token-major heads need no transposes between linears and attention.
+    """
+
+    name: str
+    heads: int = 0
+    split: bool = False
+    by_head: bool = False
+
+
+@dataclass(frozen=True)
+class Cache:
+    """append_cache(past, new), not emitted yet: an attention operator that appends by itself may take it."""
+
+    past: str
+    new: Value
+    present: str
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Quantized activations: codes [B, S, K] or [B, S, G, K/G], scale and zero point with last dimension 1 (G groups: one each).
+
+    image: the float image, where a form needs nothing else (groups, or arithmetic quantization); the others are then "".
+    """
+
+    bits: int
+    groups: int
+    width: int
+    codes: str = ""
+    scale: str = ""
+    zero_point: str = ""
+    image: str = ""

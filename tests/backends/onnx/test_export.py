@@ -1,0 +1,242 @@
+"""The exported directory: complete, small, honest about failures; runs in our runtime and in onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+import os
+from unittest import mock
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from resq_compiler.backends.onnx import build_model, export, export_onnx
+from resq_compiler.backends.onnx.runtime import OnnxDecoder, Sampling
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from resq_compiler.errors import BackendError
+from resq_compiler.tiny import tiny_tokens
+
+
+@pytest.fixture(scope="module")
+def compiled(compile_tiny):
+    return compile_tiny("llama", weight_method="rtn", lm_head_bits=8)[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {f"w{i}": i for i in range(131)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(compiled, tokenizer, tmp_path_factory):
+    return export_onnx(
+        compiled, tmp_path_factory.mktemp("exported") / "model", "ort", embedding="float32", tokenizer=tokenizer
+    )
+
+
+@pytest.fixture(scope="module")
+def decoder(directory):
+    return OnnxDecoder(directory, threads=1)
+
+
+def greedy(compiled, ids, mask=None, new=12):
+    """transformers' own greedy search over the reference backend."""
+    ids = torch.as_tensor(ids)
+    mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+    return compiled.generate(
+        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    ).numpy()
+
+
+def test_directory_is_complete(directory):
+    names = {p.name for p in directory.iterdir()}
+    assert {"model.onnx", "config.json", "generation_config.json", "genai_config.json", "tokenizer.json"} <= names
+    properties = {p.key: p.value for p in onnx.load(directory / "model.onnx").metadata_props}
+    assert properties["resq.profile"] == "ort" and json.loads(properties["resq.options"])["weight_bits"] == 4
+    assert oct(directory.stat().st_mode)[-3:] == "755"
+
+
+def test_names_are_those_of_optimum_and_genai(directory):
+    graph = onnx.load(directory / "model.onnx").graph
+    assert [i.name for i in graph.input][:5] == [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]
+    assert [o.name for o in graph.output][:3] == ["logits", "present.0.key", "present.0.value"]
+    assert [d.dim_param or d.dim_value for d in graph.input[3].type.tensor_type.shape.dim] == ["batch", 2, "past", 16]
+
+
+@pytest.mark.parametrize("profile", ["ort", "qdq", "weight-only"])
+def test_four_bits_on_disk(compiled, profile):
+    """Codes, scales, correction rows and biases of the block linears: bits per weight. Tiny widths carry more overhead."""
+    model = build_model(compiled, profile)
+    block = [t for t in model.graph.initializer if "layers" in t.name or "correction" in t.name]
+    stored = sum(len(t.raw_data) for t in block) * 8
+    weights = sum(int(np.prod(t.dims)) for t in block if t.name.endswith(".codes"))
+    codes = sum(len(t.raw_data) for t in block if t.name.endswith(".codes")) * 8
+    assert codes / weights < 4.75  # 7/8 at 4 bits, 1/8 at 8, correction rows of the 8-bit part
+    assert stored / weights < 8
+
+
+def test_generation_matches_reference(compiled, decoder):
+    ids = tiny_tokens(2, 9, seed=3).numpy()
+    assert np.array_equal(decoder.generate(ids, max_new_tokens=12, eos_token_id=[]), greedy(compiled, ids))
+
+
+def test_left_padded_batch_matches_rows_alone(compiled, decoder):
+    ids = tiny_tokens(2, 8, seed=4).numpy()
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    both = decoder.generate(ids, mask, max_new_tokens=8, eos_token_id=[])
+    alone = decoder.generate(ids[:1, 3:], max_new_tokens=8, eos_token_id=[])
+    assert np.array_equal(both[0, 8:], alone[0, 5:])
+    assert np.array_equal(both, greedy(compiled, ids, mask, 8))
+
+
+def test_chunked_prefill_changes_nothing(decoder):
+    ids = tiny_tokens(1, 40, seed=5).numpy()
+    whole = decoder.generate(ids, max_new_tokens=6, eos_token_id=[])
+    with mock.patch("resq_compiler.backends.onnx.runtime.PREFILL_CHUNK", 7):
+        assert np.array_equal(decoder.generate(ids, max_new_tokens=6, eos_token_id=[]), whole)
+
+
+def test_end_of_sequence_stops_a_row(decoder):
+    ids = tiny_tokens(2, 5, seed=6).numpy()
+    free = decoder.generate(ids, max_new_tokens=8, eos_token_id=[])
+    end = int(free[0, 6])
+    got = decoder.generate(ids, max_new_tokens=8, eos_token_id=end)
+    first = np.flatnonzero(free[0, 5:] == end)[0]
+    assert (got[0, 5 + first + 1 :] == 0).all() and np.array_equal(got[0, : 5 + first + 1], free[0, : 5 + first + 1])
+
+
+def test_sampling_is_seeded_and_streams(decoder):
+    ids = tiny_tokens(1, 5, seed=7).numpy()
+    options = {
+        "max_new_tokens": 6,
+        "eos_token_id": [],
+        "sampling": Sampling(True, temperature=2.0, top_k=50, top_p=0.95, seed=1),
+    }
+    seen: list[int] = []
+    first = decoder.generate(ids, streamer=lambda t: seen.append(int(t[0])), **options)
+    assert np.array_equal(first, decoder.generate(ids, **options)) and seen == list(first[0, 5:])
+    other = decoder.generate(ids, **{**options, "sampling": Sampling(True, temperature=2.0, seed=2)})
+    assert not np.array_equal(first, other)
+
+
+def test_text_streaming(decoder):
+    assert "".join(decoder.generate_text("w5 w9 w30", max_new_tokens=4, eos_token_id=[])).split()
+
+
+@pytest.mark.parametrize("profile", ["ort", "qdq"])
+def test_runs_unmodified_in_onnxruntime_genai(compiled, tokenizer, tmp_path, profile):
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    path = export_onnx(compiled, tmp_path / "model", profile, embedding="float32", tokenizer=tokenizer)
+    ids = tiny_tokens(1, 9, seed=8).numpy()
+    model = genai.Model(str(path))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=9 + 12, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids[0].astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    got = np.array(generator.get_sequence(0))
+    expected = greedy(compiled, ids)[0]
+    ends = np.flatnonzero(expected[9:] == 2)
+    assert np.array_equal(got, expected[: 9 + ends[0] + 1] if ends.size else expected)
+
+
+def test_backend_onnx_computes_the_same(compiled):
+    ids = tiny_tokens(2, 9, seed=9)
+    expected_logits, expected = compiled(ids).logits, greedy(compiled, ids)
+    try:
+        compiled.use_backend("onnx")
+        got = compiled(ids).logits
+        assert np.array_equal(greedy(compiled, ids), expected)
+    finally:
+        compiled.use_backend("reference")
+    assert float((got - expected_logits).norm() / expected_logits.norm()) < 1e-5  # float32 sums in another order
+
+
+@pytest.mark.parametrize("embedding", ["float16", "int8"])
+def test_small_embeddings_stay_close(compiled, embedding):
+    """The table rounded to float16 or 8 bits moves activation codes at ties: close, not equal."""
+    sizes = {kind: build_model(compiled, "ort", embedding=kind).ByteSize() for kind in ("float32", embedding)}
+    assert sizes[embedding] < sizes["float32"]
+
+
+class TestRefusals:
+    def test_unknown_profile(self, compiled):
+        with pytest.raises(BackendError, match="expected one of qdq"):
+            build_model(compiled, "int3")
+
+    def test_unknown_choice(self, compiled):
+        with pytest.raises(BackendError, match="embedding expected one of float16"):
+            build_model(compiled, embedding="bfloat16")
+
+    def test_operator_without_onnx_form(self, compile_tiny, tmp_path):
+        compiled, _ = compile_tiny("llama", weight_method="rtn", lm_head_bits=8)
+        node = next(n for n in compiled.graph_module.graph.nodes if n.target is torch.ops.aten.silu.default)
+        node.target = torch.ops.aten.erfinv.default
+        try:
+            with pytest.raises(BackendError, match=f"{node.name}.*erfinv"):
+                export_onnx(compiled, tmp_path / "model")
+        finally:
+            node.target = torch.ops.aten.silu.default
+        assert not (tmp_path / "model").exists()
+
+    def test_target_not_empty(self, compiled, tmp_path):
+        (tmp_path / "mine.txt").write_text("keep")
+        with pytest.raises(BackendError, match="not empty"):
+            export_onnx(compiled, tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+    def test_target_is_a_file(self, compiled, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(BackendError, match="is a file"):
+            export_onnx(compiled, tmp_path / "file")
+
+    def test_target_read_only(self, compiled, tmp_path):
+        with mock.patch.object(os, "access", return_value=False), pytest.raises(BackendError, match="not writable"):
+            export_onnx(compiled, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    def test_target_full(self, compiled, tmp_path):
+        with (
+            mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)),
+            pytest.raises(BackendError, match="MiB free"),
+        ):
+            export_onnx(compiled, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    def test_write_failure_leaves_nothing(self, compiled, tmp_path):
+        with (
+            mock.patch.object(export, "save_model", side_effect=OSError("disk error")),
+            pytest.raises(BackendError, match="disk error"),
+        ):
+            export_onnx(compiled, tmp_path / "model")
+        assert not list(tmp_path.iterdir())
+
+    def test_onnxruntime_too_old(self, compiled):
+        with (
+            mock.patch("importlib.metadata.version", return_value="1.17.0"),
+            pytest.raises(BackendError, match="1.23 or newer, found 1.17.0"),
+        ):
+            build_model(compiled, "ort")
+
+    def test_onnx_missing(self, compiled):
+        with mock.patch.dict("sys.modules", {"onnx": None}), pytest.raises(BackendError, match="pip install"):
+            build_model(compiled)
+
+    def test_no_model_in_directory(self, tmp_path):
+        with pytest.raises(BackendError, match="does not exist"):
+            OnnxDecoder(tmp_path)
