@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from resq_compiler.errors import ModelError
 from resq_compiler.numerics import seeds
@@ -84,3 +84,16 @@ def _fill(model: nn.Module, seed: int) -> None:
 def tiny_tokens(batch: int, length: int, *, vocab_size: int = 131, seed: int = 0) -> Tensor:
     """Random token ids [batch, length] int64, for the tiny models by default."""
     return torch.randint(0, vocab_size, (batch, length), generator=seeds.generator(seed, "tiny-tokens"))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every ASCII character, 131 in all as the tiny models have; other characters become "?"."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ("<pad>", "<s>", "</s>")
+    tokens = [*special, *map(chr, range(128))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", **names)
