@@ -1,0 +1,10 @@
+"""`python -m resq_compiler` is `resq`."""
+
+from __future__ import annotations
+
+import sys
+
+from resq_compiler.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""resq compile: quantize a model and write it to a directory."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from resq_compiler.commands import common
+from resq_compiler.commands.options import add_option_flags, chosen_config
+from resq_compiler.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `resq compile`."""
+    parser.add_argument("model", metavar="MODEL", help=common.MODEL_HELP)
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where the compiled model goes")
+    parser.add_argument(
+        "--calibration", metavar="FILE",
+        help=f".txt, .jsonl, `{common.DEMO}` (built-in English text), or `self` (default): the model writes its own, slowly",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
+    add_option_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compile and write, or print the plan."""
+    config = chosen_config(arguments)
+    if arguments.dry_run:
+        from resq_compiler.commands import plan
+
+        result = plan.make_plan(arguments.model, config, arguments.calibration)
+        common.show(arguments, result, plan.plan_text(result))
+        return 0
+    if arguments.output is None:
+        raise ConfigError("resq compile: --output DIR is missing; name the directory the compiled model goes to")
+    output = arguments.output.expanduser()
+    common.check_output(output, arguments.overwrite)
+    compiled, seconds = _compile(arguments, config)
+    compiled.save_pretrained(output)
+    record = common.run_record(compiled, shlex.join(sys.argv), seconds)
+    common.write_text(output / common.RECORD_FILE, common.to_json(record) + "\n")
+    common.show(arguments, {"output": str(output), **record}, _text(record, output))
+    return 0
+
+
+def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
+    from resq_compiler.compiler import compile
+    from resq_compiler.progress import Progress
+
+    common.quiet_libraries()
+    began = time.perf_counter()
+    with Progress(arguments.quiet) as progress:
+        compiled = compile(
+            common.model_source(arguments.model), common.calibration_data(arguments.calibration), recipe=config,
+            progress=progress,
+        )  # fmt: skip
+    return compiled, time.perf_counter() - began
+
+
+def _text(record: dict[str, Any], output: Path) -> str:
+    from resq_compiler.tables import megabytes, number
+
+    bits, size = record["average_bits"], record["memory_bytes"]
+    lines = [
+        f"wrote {output}: {record['recipe']} {record['scheme']} of {record['source']}",
+        f"  average bits: weights {number(bits['weights'], 2)}, activations {number(bits['activations'], 2)}, "
+        f"KV cache {number(bits['kv'], 2)} (scales not counted)",
+        f"  size: {megabytes(size['total'])}, of it codes {megabytes(size['weight_codes'])}, scales "
+        f"{megabytes(size['weight_scales'])}, embeddings {megabytes(size['embeddings'])}, lm_head {megabytes(size['head'])}",
+        f"  {record['seconds']:.1f} s, peak memory {megabytes(record['peak_memory_bytes'])}",
+        *(f"  note: {note}" for note in record["notes"]),
+    ]
+    return "\n".join(lines)
