@@ -15,55 +15,65 @@ from resq_compiler import executor, graph_tools, meta, ops
 LARGEST = 200.0  # dB; stands for "no noise at all", which JSON cannot say
 
 
-@torch.no_grad()
 def site_noise(gm: GraphModule, ids: Tensor) -> dict[str, dict[str, Any]]:
-    """Noise of each quantizer of a compiled graph on token ids [n, length].
+    """Noise of each quantizer and of each weight of a compiled graph, on token ids [n, length].
 
-    Returns: site name -> kind, block, bits, sqnr_db (all values of the site), largest (greatest magnitude before), in execution
-             order. Linear parts: name.partN -> kind "weight" and its sqnr_db; absent in models compiled before it was recorded.
+    Returns: name -> kind ("activation", "kv" or "weight"), block, bits, sqnr_db, in execution order. Weights are named
+             linear.partN, and absent in models compiled before their noise was recorded.
     """
-    taps: dict[Node, Callable[[Any], None]] = {}
+    energies = site_energies(gm, ids)
+    weights = weight_noise(gm)
     found: dict[str, dict[str, Any]] = {}
     for node in gm.graph.nodes:
-        site, weight = meta.get(node, meta.QuantizerSite), meta.get(node, meta.WeightNoise)
+        site, part = meta.get(node, meta.QuantizerSite), meta.get(node, meta.LinearPart)
         if site is not None:
-            found[site.name] = {"kind": site.kind, "block": site.block, "bits": site.bits}
-            taps[node.args[0]] = _both(taps.get(node.args[0]), _measure(gm, node, found[site.name]))
-        part = meta.get(node, meta.LinearPart)
-        if weight is not None and part is not None:
-            db = LARGEST if weight.relative == 0 else round(-20 * math.log10(weight.relative), 2)
-            entry = {"kind": "weight", "block": part.site.block, "bits": part.weight_bits, "sqnr_db": db}
-            found[f"{part.site.name}.part{part.index}"] = entry
-    outputs = graph_tools.output_args(gm.graph)
-    executor.Schedule(gm, outputs[:1], graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
+            entry = {"kind": site.kind, "block": site.block, "bits": site.bits}
+            found[site.name] = {**entry, "sqnr_db": ratio_db(*energies[site.name])}
+        name = part_name(part) if part is not None else ""
+        if part is not None and name in weights:
+            entry = {"kind": "weight", "block": part.site.block, "bits": part.weight_bits}
+            found[name] = {**entry, "sqnr_db": weights[name]}
     return found
 
 
-def _measure(gm: GraphModule, node: Node, entry: dict[str, Any]) -> Callable[[Tensor], None]:
-    def tap(x: Tensor) -> None:
+@torch.no_grad()
+def site_energies(gm: GraphModule, ids: Tensor) -> dict[str, tuple[float, float]]:
+    """(sum of x², sum of (image - x)²) of each quantizer, by its name."""
+    taps: dict[Node, list[Callable[[Any], None]]] = {}
+    found: dict[str, tuple[float, float]] = {}
+    for node in gm.graph.nodes:
+        site = meta.get(node, meta.QuantizerSite)
+        if site is not None:
+            taps.setdefault(node.args[0], []).append(lambda x, node=node, site=site: see(node, site.name, x))
+
+    def see(node: Node, name: str, x: Tensor) -> None:
         image = graph_tools.run_node(gm, node, {node.args[0]: x})
         image = ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image
-        entry["sqnr_db"] = decibels(x, image)
-        entry["largest"] = float(f"{x.abs().max():.4g}")
+        found[name] = (float(x.double().square().sum()), float((image.double() - x.double()).square().sum()))
 
-    return tap
-
-
-def _both(first: Callable[[Any], None] | None, second: Callable[[Any], None]) -> Callable[[Any], None]:
-    if first is None:
-        return second
-
-    def run(x: Any) -> None:
-        first(x)
-        second(x)
-
-    return run
+    outputs = graph_tools.output_args(gm.graph)
+    schedule = executor.Schedule(gm, outputs, graph_tools.placeholders(gm.graph))
+    schedule.run(executor.first_tokens(gm, ids), {n: lambda x, fs=fs: [f(x) for f in fs] for n, fs in taps.items()})
+    return found
 
 
-def decibels(signal: Tensor, image: Tensor) -> float:
-    """10 log10(|signal|² / |image - signal|²), rounded to 0.01; LARGEST where they are equal."""
-    power = float(signal.double().square().sum())
-    noise = float((image.double() - signal.double()).square().sum())
-    if noise == 0 or power == 0:
+def weight_noise(gm: GraphModule) -> dict[str, float]:
+    """Decibels of each quantized weight, by linear.partN."""
+    result = {}
+    for node in gm.graph.nodes:
+        fact, part = meta.get(node, meta.WeightNoise), meta.get(node, meta.LinearPart)
+        if fact is not None and part is not None:
+            result[part_name(part)] = ratio_db(1.0, fact.relative**2)
+    return result
+
+
+def part_name(part: meta.LinearPart) -> str:
+    """The name of a part of a linear: linear.partN."""
+    return f"{part.site.name}.part{part.index}"
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise), rounded to 0.01 and kept within ±LARGEST."""
+    if noise == 0 or signal == 0:
         return LARGEST if noise == 0 else -LARGEST
-    return round(min(LARGEST, 10 * math.log10(power / noise)), 2)
+    return round(min(LARGEST, 10 * math.log10(signal / noise)), 2)

@@ -103,7 +103,7 @@ function details(stage, name) {
   if (weight) rows.push(["weight noise", `${number(weight.relative)} of its norm`]);
   const noise = site && data.manifest.noise[site.name];
   if (site) rows.push(["quantizer", `${esc(site.name)} (${esc(site.kind)})`]);
-  if (noise) rows.push(["signal to noise", `${noise.sqnr_db} dB`], ["largest value", noise.largest]);
+  if (noise) rows.push(["signal to noise", `${noise.sqnr_db} dB`]);
   const stages = data.stages.filter((s) => data.stage(s.index).byName.has(name)).map((s) => s.info.label);
   const users = stage.users.get(name) || [];
   $("details").innerHTML = `<h2>%${esc(name)}</h2><dl>${rows.map(([k, v]) => `<dt>${k}</dt><dd>${v}</dd>`).join("")}</dl>` +

@@ -1,0 +1,259 @@
+"""Diagnostics of activations, before and after the compile: what makes a model hard to quantize, and what the bases do about it.
+
+Before: the original model. After: the projected graph with float weights (compile's on_float); noise: the quantized graph.
+All three see the same tokens in one batch. Sites: the inputs of linears (attention_input, o_input, mlp_input, down_input),
+new keys and values, and the residual stream after each block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler import executor, graph_tools, meta, ops
+from resq_compiler.inspection import statistics
+from resq_compiler.inspection.noise import ratio_db, site_energies, weight_noise
+from resq_compiler.inspection.statistics import SiteStatistics
+from resq_compiler.topology import Topology
+
+SITE_OF_ROLE = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
+                "up": "mlp_input", "down": "down_input"}  # fmt: skip
+RESIDUAL_READERS = ("attention_input", "mlp_input")
+Taps = dict[Node, Callable[[Any], None]]
+
+
+@dataclass
+class Diagnostics:
+    """Everything that was measured; names of sites are blocks.N.KIND.
+
+    before, after: statistics by site. high_energy: share of the energy in the high part, by site. noise_db: of each site after
+    quantization; raw_noise_db: of the original values quantized whole, at the main bits. weight_db: by linear. spectra:
+    ascending eigenvalues of second moments, by name. channels: size of each channel raw, after P and after U, by site.
+    """
+
+    before: dict[str, SiteStatistics] = field(default_factory=dict)
+    after: dict[str, SiteStatistics] = field(default_factory=dict)
+    high_energy: dict[str, float] = field(default_factory=dict)
+    noise_db: dict[str, float] = field(default_factory=dict)
+    raw_noise_db: dict[str, float] = field(default_factory=dict)
+    weight_db: dict[str, float] = field(default_factory=dict)
+    bits: dict[str, float] = field(default_factory=dict)
+    massive: list[dict[str, Any]] = field(default_factory=list)
+    super_weights: list[dict[str, Any]] = field(default_factory=list)
+    spectra: dict[str, Tensor] = field(default_factory=dict)
+    channels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def outliers(self, when: str) -> list[dict[str, Any]]:
+        """Outlier channels by LLM.int8()'s definition, at the inputs that read the residual stream; when: before or after."""
+        sites = getattr(self, when)
+        rows = []
+        for kind in RESIDUAL_READERS:
+            layers = [s.outlier_tokens for name, s in sites.items() if name.endswith(kind)]
+            rows += [{"when": when, "site": kind, **row} for row in statistics.outlier_channels(layers)] if layers else []
+        return rows
+
+
+@torch.no_grad()
+def diagnose(
+    original: GraphModule, topology: Topology, projected: GraphModule, quantized: GraphModule, ids: Tensor,
+    main_bits: int = 4, token_text: Callable[[int], str] = str,
+) -> Diagnostics:  # fmt: skip
+    """Measure one model on token ids [n, length].
+
+    Args:    original, topology: from compiler.trace. projected: from compile(on_float=...). quantized: the compiled graph.
+             main_bits: of the raw values' noise. token_text: text of a token id, for massive activations.
+    """
+    result = Diagnostics()
+    kept: dict[str, Tensor] = {}
+    middle = topology.blocks[len(topology.blocks) // 2].index
+    shown = (f"blocks.{middle}.attention_input", f"blocks.{middle}.key")
+    measure_before(result, original, topology, ids, min(main_bits, 8), token_text, shown, kept)
+    measure_after(result, projected, high_starts(quantized), ids, shown, kept)
+    measure_noise(result, quantized, ids)
+    for name in shown:
+        if f"{name} raw" in kept and f"{name} U" in kept:
+            result.channels[name] = _three_views(kept[f"{name} raw"], kept[f"{name} U"])
+    return result
+
+
+def original_sites(topology: Topology) -> dict[str, Node]:
+    """The nodes of all sites of the original graph."""
+    sites: dict[str, Node] = {}
+    for block in topology.blocks:
+        where, a = f"blocks.{block.index}", block.attention
+        sites |= {f"{where}.attention_input": a.q.args[0], f"{where}.key": a.key_cache.args[1]}
+        sites |= {f"{where}.value": a.value_cache.args[1], f"{where}.o_input": a.o.args[0]}
+        for feed_forward in block.feed_forwards:
+            first = [*feed_forward.gates, *feed_forward.ups][0]
+            sites |= {f"{where}.mlp_input": first.args[0], f"{where}.down_input": feed_forward.down.args[0]}
+        sites[f"{where}.residual"] = block.end
+    return sites
+
+
+def measure_before(
+    result: Diagnostics, gm: GraphModule, topology: Topology, ids: Tensor, bits: int, token_text: Callable[[int], str],
+    shown: tuple[str, ...], kept: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """Statistics of the original model, massive activations and super weights."""
+    taps: Taps = {}
+    flat = ids.flatten()
+
+    def see(name: str, x: Tensor) -> None:
+        x = _by_token(name, x)
+        found = SiteStatistics.of(x)
+        result.before[name] = found
+        if name.endswith("residual"):
+            rows = statistics.massive_values(x, found.median)
+            result.massive += [
+                {"site": name, "position": t % ids.shape[1], "token": token_text(int(flat[t])), "channel": c, "value": v}
+                for t, c, v in rows
+            ]
+        else:
+            image = ops.quantize_dequantize(x, ((bits, 0, x.shape[-1]),))
+            result.raw_noise_db[name] = _decibels(x, image)
+        if name in shown:
+            kept[f"{name} raw"] = x.flatten(0, -2)
+
+    for name, node in original_sites(topology).items():
+        _add(taps, node, lambda x, name=name: see(name, x))
+    _tap_super_weights(result, gm, topology, taps, ids, token_text)
+    executor.Schedule(gm, [topology.blocks[-1].end], graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
+
+
+def _tap_super_weights(
+    result: Diagnostics, gm: GraphModule, topology: Topology, taps: Taps, ids: Tensor, token_text: Callable[[int], str]
+) -> None:
+    inputs: dict[Node, Tensor] = {}
+
+    def see(down: Node, block: int, y: Tensor) -> None:
+        found = statistics.super_weight(inputs.pop(down), y, graph_tools.get_tensor(gm, down.args[1]))
+        if found is not None:
+            token = int(ids.flatten()[int(found.pop("token"))])
+            name = str(down.args[1].target).removesuffix(".weight")
+            result.super_weights.append({"linear": name, "block": block, **found, "token": token_text(token)})
+
+    for block in topology.blocks:
+        for feed_forward in block.feed_forwards:
+            down = feed_forward.down
+            _add(taps, down.args[0], lambda x, down=down: inputs.update({down: x}))
+            _add(taps, down, lambda y, down=down, i=block.index: see(down, i, y))
+
+
+def projected_sites(gm: GraphModule) -> dict[str, list[Node]]:
+    """The inputs of each site's parts in the projected graph, in the order [low | high]; keys and values have one node."""
+    sites: dict[str, dict[int, Node]] = {}
+    for node in gm.graph.nodes:
+        part = meta.get(node, meta.LinearPart)
+        if part is not None and part.site.block is not None:
+            sites.setdefault(f"blocks.{part.site.block}.{SITE_OF_ROLE[part.site.role]}", {})[part.index] = node.args[0]
+    found = {name: [nodes[i] for i in sorted(nodes)] for name, nodes in sites.items()}
+    for node in gm.graph.find_nodes(op="call_function", target=ops.append_cache):
+        match = re.fullmatch(r"past_(key|value)_(\d+)", str(node.args[0].target))
+        if match:
+            found[f"blocks.{match[2]}.{match[1]}"] = [node.args[1]]
+    return found
+
+
+def high_starts(quantized: GraphModule) -> dict[str, int]:
+    """Where the high part of each cache entry begins, by site; entries of one part are left out."""
+    found = {}
+    for node in quantized.graph.find_nodes(op="call_function", target=ops.quantize_dequantize):
+        site, parts = meta.get(node, meta.QuantizerSite), node.args[1]
+        if site is not None and len(parts) > 1:
+            found[site.name] = parts[-1][1]
+    return found
+
+
+def measure_after(
+    result: Diagnostics, gm: GraphModule, starts: dict[str, int], ids: Tensor, shown: tuple[str, ...], kept: dict[str, Tensor]
+) -> None:
+    """Statistics of the projected model, spectra, and the energy in the high part; starts: from `high_starts`."""
+    taps: Taps = {}
+    moments: dict[str, Tensor] = {}
+
+    def see(name: str, pieces: list[Tensor]) -> None:
+        x = _by_token(name, torch.cat(pieces, -1))
+        result.after[name] = SiteStatistics.of(x)
+        high = x[..., starts[name] :] if name in starts else pieces[-1] if len(pieces) > 1 else None
+        if high is not None:
+            result.high_energy[name] = float(high.double().square().sum() / x.double().square().sum())
+        kind = name.rpartition(".")[2]
+        pool = "residual stream" if kind in RESIDUAL_READERS else kind
+        if pool in ("residual stream", "key", "value"):
+            rows = x.flatten(0, -2).float()
+            moments[pool] = moments.get(pool, 0) + rows.T @ rows / rows.shape[0]
+        if name in shown:
+            kept[f"{name} U"] = x.flatten(0, -2)
+
+    for name, nodes in projected_sites(gm).items():
+        _tap_together(taps, nodes, lambda pieces, name=name: see(name, pieces))
+    wanted = graph_tools.output_args(gm.graph)[:1]
+    executor.Schedule(gm, wanted, graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
+    for pool, moment in moments.items():
+        result.spectra[pool] = torch.linalg.eigvalsh(moment.double()).clamp_min(0)
+
+
+def measure_noise(result: Diagnostics, gm: GraphModule, ids: Tensor) -> None:
+    """Noise of every site with its parts together, of weights, and mean bits of each block's activations."""
+    sums: dict[str, list[float]] = {}
+    for name, (signal, noise) in site_energies(gm, ids).items():
+        total = sums.setdefault(re.sub(r"\.part\d+$", "", name), [0.0, 0.0])
+        total[0] += signal
+        total[1] += noise
+    result.noise_db = {name: ratio_db(*pair) for name, pair in sums.items()}
+    result.weight_db = weight_noise(gm)
+    counts: dict[str, list[int]] = {}
+    for node in gm.graph.nodes:
+        part = meta.get(node, meta.LinearPart)
+        if part is not None and part.site.block is not None:
+            columns = (part.stop - part.start) * part.heads
+            for kind, bits in (("weights", part.weight_bits), ("activations", part.activation_bits)):
+                pair = counts.setdefault(f"blocks.{part.site.block}.{kind}", [0, 0])
+                pair[0] += bits * columns
+                pair[1] += columns
+    result.bits = {name: total / columns for name, (total, columns) in counts.items()}
+
+
+def _three_views(raw: Tensor, turned: Tensor) -> dict[str, Tensor]:
+    """Size of each channel raw, along the principal directions (P, ascending) and after U = P R, [3 kinds of channels].
+
+    The directions are those of these very values: turned = x P R, so its eigenvectors give x P up to sign.
+    """
+    directions = torch.linalg.eigh(turned.double().T @ turned.double())[1].float()
+    views = {"raw": raw, "P": turned.float() @ directions, "U": turned.float()}
+    return {name: x.abs().amax(0) for name, x in views.items()}
+
+
+def _by_token(name: str, x: Tensor) -> Tensor:
+    """Keys and values [B, G, S, D] with one row for each token and head; others as they are."""
+    return x.transpose(1, 2) if name.endswith((".key", ".value")) and x.dim() == 4 else x
+
+
+def _add(taps: Taps, node: Node, tap: Callable[[Any], None]) -> None:
+    before = taps.get(node)
+    taps[node] = tap if before is None else (lambda x: (before(x), tap(x)))  # type: ignore[assignment, return-value]
+
+
+def _tap_together(taps: Taps, nodes: list[Node], see: Callable[[list[Tensor]], None]) -> None:
+    """Call `see` with the values of all nodes once the last of them is there."""
+    values: dict[Node, Tensor] = {}
+
+    def tap(node: Node, x: Tensor) -> None:
+        values[node] = x
+        if len(values) == len(nodes):
+            see([values[n] for n in nodes])
+            values.clear()
+
+    for node in nodes:
+        _add(taps, node, lambda x, node=node: tap(node, x))
+
+
+def _decibels(x: Tensor, image: Tensor) -> float:
+    return ratio_db(float(x.double().square().sum()), float((image.double() - x.double()).square().sum()))
+

@@ -1,0 +1,155 @@
+"""What differs between two dumps: options, stages, graphs, bits, noise."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resq_compiler.inspection import dump
+
+COMPARED = ("target", "text", "values", "module", "pass", "block", "bits", "facts")
+STAGE_FIELDS = ("options", "nodes", "rewrites", "relative_error", "failed", "failed_node")
+Change = tuple[Any, Any]
+
+
+@dataclass
+class StageDifference:
+    """Nodes by what happened to them from A to B, and changed fields of the stage itself."""
+
+    label: str
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    changed: dict[str, dict[str, Change]] = field(default_factory=dict)
+    fields: dict[str, Change] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """True when the stage is the same in both."""
+        return not (self.added or self.removed or self.changed or self.fields)
+
+
+@dataclass
+class Difference:
+    """Two dumps compared. only_a, only_b: labels of stages that the other has not."""
+
+    options: dict[str, Change]
+    only_a: list[str]
+    only_b: list[str]
+    stages: list[StageDifference]
+    bits: dict[str, Change]
+    noise: dict[str, Change]
+
+    @property
+    def empty(self) -> bool:
+        """True when nothing differs (times are never compared)."""
+        rest = self.options or self.only_a or self.only_b or self.bits or self.noise
+        return not rest and all(s.empty for s in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; stages that do not differ are left out."""
+        stages = {
+            s.label: {"added": s.added, "removed": s.removed, "changed": s.changed, "fields": s.fields}
+            for s in self.stages if not s.empty
+        }  # fmt: skip
+        return {
+            "equal": self.empty, "options": self.options, "only_a": self.only_a, "only_b": self.only_b, "stages": stages,
+            "bits": self.bits, "noise": self.noise,
+        }  # fmt: skip
+
+
+def compare(directory_a: Path | str, directory_b: Path | str) -> Difference:
+    """Compare two dumps. Stages meet by the name of their pass. Raises DumpError: not a dump, another version, damaged."""
+    a, b = dump.read_manifest(directory_a), dump.read_manifest(directory_b)
+    stages_a, stages_b = ({s["name"]: s for s in m["stages"]} for m in (a, b))
+    common = [name for name in stages_a if name in stages_b]
+    stages = [_compare_stage(Path(directory_a), Path(directory_b), stages_a[n], stages_b[n]) for n in common]
+    noise_a, noise_b = ({k: v.get("sqnr_db") for k, v in m["noise"].items()} for m in (a, b))
+    return Difference(
+        _changes(a["options"], b["options"]),
+        [s["label"] for n, s in stages_a.items() if n not in stages_b],
+        [s["label"] for n, s in stages_b.items() if n not in stages_a],
+        stages,
+        _changes(_site_bits(directory_a, a), _site_bits(directory_b, b)),
+        _changes(noise_a, noise_b),
+    )
+
+
+def _compare_stage(a: Path, b: Path, info_a: dict[str, Any], info_b: dict[str, Any]) -> StageDifference:
+    result = StageDifference(info_b["label"])
+    result.fields = _changes({f: info_a[f] for f in STAGE_FIELDS}, {f: info_b[f] for f in STAGE_FIELDS})
+    before = {r["name"]: r for r in dump.read_stage(a, info_a["label"])}
+    after = {r["name"]: r for r in dump.read_stage(b, info_b["label"])}
+    result.removed = [n for n in before if n not in after]
+    result.added = [n for n in after if n not in before]
+    for name in before.keys() & after.keys():
+        changes = _changes({f: before[name][f] for f in COMPARED}, {f: after[name][f] for f in COMPARED})
+        if changes:
+            result.changed[name] = changes
+    result.changed = {n: result.changed[n] for n in after if n in result.changed}
+    return result
+
+
+def _changes(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Change]:
+    return {k: (a.get(k), b.get(k)) for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)}
+
+
+def _site_bits(directory: Path | str, manifest: dict[str, Any]) -> dict[str, str]:
+    """Bits of every part of a linear and of every quantizer, in the last stage."""
+    if not manifest["stages"]:
+        return {}
+    found = {}
+    for record in dump.read_stage(directory, manifest["stages"][-1]["label"]):
+        part, site = record["facts"].get("LinearPart"), record["facts"].get("QuantizerSite")
+        if part is not None:
+            columns = f"{record['bits'] or 'float'}, columns {part['start']}:{part['stop']}"
+            found[f"{part['site']['name']}.part{part['index']}"] = columns
+        elif site is not None:
+            found[site["name"]] = record["bits"]
+    return found
+
+
+def difference_text(found: Difference, limit: int = 20) -> str:
+    """For the terminal: each section with at most `limit` lines."""
+    if found.empty:
+        return "equal: options, graphs, bits and noise"
+    lines: list[str] = []
+    _section(lines, "options", [f"{k}: {a!r} -> {b!r}" for k, (a, b) in found.options.items()], limit)
+    only = [f"only in A: {label}" for label in found.only_a] + [f"only in B: {label}" for label in found.only_b]
+    _section(lines, "passes", only, limit)
+    for stage in found.stages:
+        if not stage.empty:
+            _section(lines, f"stage {stage.label}", _stage_lines(stage), limit)
+    _section(lines, "bits", [f"{k}: {a or '-'} -> {b or '-'}" for k, (a, b) in found.bits.items()], limit)
+    _section(lines, "noise, dB (largest change first)", _noise_lines(found.noise), limit)
+    return "\n".join(lines)
+
+
+def _section(lines: list[str], title: str, content: list[str], limit: int) -> None:
+    if content:
+        hidden = len(content) - limit
+        lines += [title, *(f"  {line}" for line in content[:limit]), *([f"  ... and {hidden} more"] if hidden > 0 else [])]
+
+
+def _stage_lines(stage: StageDifference) -> list[str]:
+    lines = [f"{k}: {a} -> {b}" for k, (a, b) in stage.fields.items()]
+    lines += [f"+ %{name}" for name in stage.added] + [f"- %{name}" for name in stage.removed]
+    same = Counter(repr({k: v for k, v in c.items() if k != "text"}) for c in stage.changed.values())
+    shown = set()
+    for name, changes in stage.changed.items():
+        key = repr({k: v for k, v in changes.items() if k != "text"})
+        if key in shown:
+            continue
+        shown.add(key)
+        more = f" (and {same[key] - 1} alike)" if same[key] > 1 else ""
+        lines.append(f"~ %{name}: " + "; ".join(f"{k}: {a} -> {b}" for k, (a, b) in changes.items()) + more)
+    return lines
+
+
+def _noise_lines(noise: dict[str, Change]) -> list[str]:
+    def size(pair: Change) -> float:
+        return abs(pair[1] - pair[0]) if None not in pair else float("inf")
+
+    ranked = sorted(noise.items(), key=lambda item: -size(item[1]))
+    return [f"{k}: {a} -> {b}" + (f" ({b - a:+.2f})" if None not in (a, b) else "") for k, (a, b) in ranked]

@@ -1,0 +1,174 @@
+"""The topology of a float model as a tree, with what cannot be fused into weights and why."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from resq_compiler import graph_tools, meta
+from resq_compiler.numerics.hadamard import hadamard_plan
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from resq_compiler.topology import Attention, Block, Residual, Topology
+
+
+def topology_dict(topology: Topology) -> dict[str, Any]:
+    """Plain values: the residual stream, every block, and what stays an operator of its own."""
+    stream = topology.residual
+    return {
+        "hidden_size": topology.hidden_size,
+        "residual": {
+            "values": len(stream.values), "writers": [_writer(n) for n in stream.writers],
+            "gained_writers": [graph_tools.module_of(n) or n.name for n in stream.gained_writers],
+            "readers": len(stream.readers), "fusable": stream.fusable,
+        },
+        "blocks": [_block_dict(block) for block in topology.blocks],
+        "head": _linear(topology.head),
+        "not_fused": not_fused(topology),
+    }  # fmt: skip
+
+
+def not_fused(topology: Topology) -> list[dict[str, str]]:
+    """What the default recipe cannot fuse: basis, where, and why."""
+    rows = [*_stream_rows(topology.residual)]
+    for block in topology.blocks:
+        rows += _attention_rows(block.attention, f"block {block.index}")
+        for feed_forward in block.feed_forwards:
+            rows += _feed_forward_rows(feed_forward, f"block {block.index}")
+    return rows
+
+
+def _stream_rows(stream: Residual) -> list[dict[str, str]]:
+    if stream.fusable:
+        return []
+    first = graph_tools.module_of(stream.gained_writers[0]) or stream.gained_writers[0].name
+    why = (
+        f"{len(stream.gained_writers)} norms with a gain write into the stream ({first}, ...); a rotation does not commute with a "
+        "gain, so U_A is multiplied in before each group of reading linears at run time"
+    )
+    return [{"basis": "U_A", "where": "residual stream", "why": why}]
+
+
+def _attention_rows(attention: Attention, where: str) -> list[dict[str, str]]:
+    rows = [{"basis": "U_C", "where": where, "why": "position embedding stands between the q and k projections and the cache"}]
+    if not attention.value_is_linear:
+        node = attention.value_cache.args[1]
+        rows.append({"basis": "U_B", "where": where, "why": f"{node.name} stands between the v projection and the cache"})
+    return rows
+
+
+def _feed_forward_rows(feed_forward: Any, where: str) -> list[dict[str, str]]:
+    width = feed_forward.down.args[0].meta["val"].shape[-1]
+    plan = hadamard_plan(width)
+    why = "the activation function stands before down; its inverse is fused"
+    if not plan.full_width:
+        why += f"; a block transform of width {plan.block} on {width} channels: {plan.reason}"
+    rows = [{"basis": "U_D", "where": where, "why": why}]
+    if not feed_forward.channelwise:
+        mixes = "operators before down mix channels, so down_proj=energy-split and outliers are not possible"
+        rows.append({"basis": "channel order", "where": where, "why": mixes})
+    return rows
+
+
+def _writer(node: Node) -> str:
+    site = meta.get(node, meta.LinearSite)
+    return site.name if site else str(node.args[0].target).removesuffix(".weight")
+
+
+def _block_dict(block: Block) -> dict[str, Any]:
+    attention = block.attention
+    return {
+        "index": block.index,
+        "attention": {
+            "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
+            "value_dim": attention.value_dim, "window": attention.window, "values_fusable": attention.value_is_linear,
+            **{role: _linear(getattr(attention, role)) for role in ("q", "k", "v", "o")},
+        },
+        "feed_forward": [
+            {
+                "gate": [_linear(n) for n in item.gates], "up": [_linear(n) for n in item.ups], "down": _linear(item.down),
+                "channelwise": item.channelwise,
+            }
+            for item in block.feed_forwards
+        ],
+    }  # fmt: skip
+
+
+def _linear(node: Any) -> dict[str, Any]:
+    site = meta.get(node, meta.LinearSite)
+    inputs, outputs = node.args[0].meta["val"].shape[-1], node.meta["val"].shape[-1]
+    return {"name": site.name if site else node.name, "in": inputs, "out": outputs, "bias": len(node.args) > 2}
+
+
+def topology_text(name: str, found: dict[str, Any]) -> str:
+    """A tree; neighbouring blocks of one shape are shown once."""
+    stream, embedding = found["residual"], found["residual"]["writers"][0]
+    fused = "U_A fuses into every writer and reader" if stream["fusable"] else "U_A cannot pass the norms that write, see below"
+    lines = [
+        f"{name}",
+        f"├─ residual stream: {found['hidden_size']} channels, starts at {embedding}; {fused}",
+        f"│    {len(stream['writers'])} linears and embeddings write, {len(stream['gained_writers'])} norms write, {stream['readers']} groups read",
+    ]
+    for run in _runs(found["blocks"]):
+        lines += _block_lines(run)
+    lines.append(f"├─ head: {_linear_text(found['head'])}")
+    lines.append("└─ not fused, operators at run time")
+    return "\n".join(lines + _reason_lines(found["not_fused"]))
+
+
+def _reason_lines(rows: list[dict[str, str]]) -> list[str]:
+    """Equal reasons of several blocks in one line."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        places.setdefault((row["basis"], row["why"]), []).append(row["where"])
+    lines = []
+    for (basis, why), where in places.items():
+        span = where[0] if len(where) == 1 else f"{where[0]} to {where[-1].removeprefix('block ')}"
+        lines.append(f"     {basis} ({span}): {why}")
+    return lines
+
+
+def _runs(blocks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    runs: list[list[dict[str, Any]]] = []
+    for block in blocks:
+        if runs and _shape(runs[-1][0]) == _shape(block):
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs
+
+
+def _shape(block: dict[str, Any]) -> str:
+    """The block without its index and names."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in ("name", "index")}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return json.dumps(strip(block))
+
+
+def _block_lines(blocks: list[dict[str, Any]]) -> list[str]:
+    first, last = blocks[0], blocks[-1]
+    title = f"block {first['index']}" if first is last else f"blocks {first['index']} to {last['index']}, all as the first"
+    a = first["attention"]
+    window = f", window of {a['window']}" if a["window"] else ""
+    basis = "U_B fuses into v and o" if a["values_fusable"] else "U_B stays online"
+    lines = [
+        f"├─ {title}",
+        f"│  ├─ attention: {a['heads']} heads of {a['head_dim']}, {a['kv_heads']} for keys and values{window}; {basis}",
+        *(f"│  │    {role:<4} {_linear_text(a[role])}" for role in ("q", "k", "v", "o")),
+    ]
+    for i, item in enumerate(first["feed_forward"]):
+        branch, stem = ("└─", "  ") if i == len(first["feed_forward"]) - 1 else ("├─", "│ ")
+        lines.append(f"│  {branch} feed-forward: " + ("elementwise between up and down" if item["channelwise"] else "channels mix"))
+        lines += [f"│  {stem}   {role:<4} {_linear_text(n)}" for role in ("gate", "up") for n in item[role]]
+        lines.append(f"│  {stem}   down {_linear_text(item['down'])}")
+    return lines
+
+
+def _linear_text(linear: dict[str, Any]) -> str:
+    return f"{linear['name']}  {linear['in']} → {linear['out']}" + (" + bias" if linear["bias"] else "")
