@@ -22,10 +22,10 @@ def activation_tables(found: Diagnostics) -> list[Table]:
     sites = site_rows(found)
     return [
         table("Kinds of sites: medians over blocks (SQNR in dB)", SITE_COLUMNS, _medians(sites)),
-        table("Outlier channels, |x| ≥ 6 in ≥ 25 % of layers and at ≥ 6 % of tokens (LLM.int8)", ("when", "site", "channel", "layers", "tokens"),
-              found.outliers("before") + found.outliers("after")),
-        table("Massive activations of the residual stream, |x| > 100 and > 1000 × median", ("site", "position", "token", "channel", "value"),
-              found.massive),
+        table("Outlier channels, |x| ≥ 6 in ≥ 25 % of layers and at ≥ 6 % of tokens (LLM.int8)",
+              ("when", "site", "channel", "layers", "tokens"), found.outliers("before") + found.outliers("after")),
+        table("Massive activations of the residual stream, |x| > 100 and > 1000 × median",
+              ("site", "position", "token", "channel", "value"), found.massive),
         table("Super weights: spikes through the input and the output of a down projection",
               ("linear", "row", "column", "weight", "input", "output", "share", "token"), found.super_weights),
         table("Sites before and after the compile", SITE_COLUMNS, sites),
@@ -43,8 +43,9 @@ def site_rows(found: Diagnostics) -> list[dict[str, Any]]:
     for name, before in found.before.items():
         after = found.after.get(name)
         row: dict[str, Any] = {
-            "site": name, "min": _short(before.low), "max": _short(before.high), "kurtosis": _short(before.kurtosis), "QSUR": _short(before.qsur),
-            "SQNR raw": found.raw_noise_db.get(name), "energy in high part": _short(found.high_energy.get(name)), "SQNR": found.noise_db.get(name),
+            "site": name, "min": _short(before.low), "max": _short(before.high), "kurtosis": _short(before.kurtosis),
+            "QSUR": _short(before.qsur), "SQNR raw": found.raw_noise_db.get(name),
+            "energy in high part": _short(found.high_energy.get(name)), "SQNR": found.noise_db.get(name),
         }  # fmt: skip
         if after is not None:
             peak = max(after.high, -after.low)

@@ -11,8 +11,8 @@ from resq_compiler.inspection.attribution import Cost
 from resq_compiler.inspection.dump import unwritable
 
 COLOURS = {
-    "attention_input": "#2b6cb0", "mlp_input": "#c05621", "o_input": "#2f855a", "down_input": "#b83280", "key": "#6b46c1", "value": "#718096",
-    "weights": "#2b6cb0", "activations": "#c05621",
+    "attention_input": "#2b6cb0", "mlp_input": "#c05621", "o_input": "#2f855a", "down_input": "#b83280",
+    "key": "#6b46c1", "value": "#718096", "weights": "#2b6cb0", "activations": "#c05621",
 }  # fmt: skip
 DPI = 110
 

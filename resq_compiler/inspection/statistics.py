@@ -112,4 +112,6 @@ def super_weight(x: Tensor, y: Tensor, weight: Tensor) -> dict[str, float] | Non
     share = float(x[t, k] * weight[n, k] / y[t, n])
     if min(spikes) < SPIKE_RATIO or share < SPIKE_SHARE:
         return None
-    return {"row": n, "column": k, "weight": float(weight[n, k]), "input": float(x[t, k]), "output": float(y[t, n]), "share": share, "token": t}
+    return {
+        "row": n, "column": k, "weight": float(weight[n, k]), "input": float(x[t, k]), "output": float(y[t, n]), "share": share, "token": t,
+    }  # fmt: skip

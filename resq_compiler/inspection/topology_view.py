@@ -109,7 +109,8 @@ def topology_text(name: str, found: dict[str, Any]) -> str:
     lines = [
         f"{name}",
         f"├─ residual stream: {found['hidden_size']} channels, starts at {embedding}; {fused}",
-        f"│    {len(stream['writers'])} linears and embeddings write, {len(stream['gained_writers'])} norms write, {stream['readers']} groups read",
+        f"│    {len(stream['writers'])} linears and embeddings write, {len(stream['gained_writers'])} norms write, "
+        f"{stream['readers']} groups read",
     ]
     for run in _runs(found["blocks"]):
         lines += _block_lines(run)
