@@ -59,18 +59,25 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"option {name}: expected one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, (bool, float)):  # 4.0 equals 4, but is no number of bits
+                raise ConfigError(f"option {name}: expected one of {', '.join(map(str, allowed))}; got {value!r}")
         self._check_range("high_fraction", 0, 0.5)
         self._check_range("low_fraction", 0, 0.5)
         self._check_range("activation_clip", 0.1, 1)
         self._check_range("kv_clip", 0.1, 1)
         self._check_range("gptq_damping", 0, 1)
-        for name in ("rank_multiple", "calibration_samples", "calibration_length"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"option {name}: expected a whole number of at least 1; got {getattr(self, name)!r}")
+        for name, least in (("rank_multiple", 1), ("calibration_samples", 1), ("calibration_length", 1), ("seed", None)):
+            self._check_whole(name, least)
+        for name in ("gptq_act_order", "gptq_on_quantized_activations"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
+
+    def _check_whole(self, name: str, least: int | None) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or (least is not None and value < least):
+            what = "a whole number" if least is None else f"a whole number of at least {least}"
+            raise ConfigError(f"option {name}: expected {what}; got {value!r}")
 
     def _check_range(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
