@@ -89,7 +89,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, length + new)
         if position_ids is None:
-            position_ids = torch.arange(length, length + new, device=input_ids.device).expand(batch, new)
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, length:]  # padding takes no position
         logits, *present = self._execute(input_ids, attention_mask.long(), position_ids.expand(batch, new), past)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep]
@@ -113,6 +113,12 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self._runner = None if name == "reference" else load_backend(name).prepare(self)
         self.backend = name
         return self
+
+    def export_onnx(self, directory: str | Path, profile: str = "qdq", **options: Any) -> Path:
+        """Write an ONNX directory that runs as it is: profile "qdq", "ort" or "weight-only"; see backends.onnx.export_onnx."""
+        from resq_compiler.backends.onnx import export_onnx
+
+        return export_onnx(self, directory, profile, **options)
 
     @staticmethod
     def _refuse(unused: dict[str, Any]) -> None:
@@ -177,6 +183,18 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         if isinstance(device_map, dict):
             (device_map,) = set(device_map.values())
         return checkpoint.load(name, device=None if device_map == "auto" else device_map)
+
+    def dump(self, directory: str | Path, tokens: Tensor | None = None) -> Path:
+        """Write what every pass did: text, JSON and Graphviz of each stage, and index.html. See inspection/dump.py.
+
+        Args:    directory: made if absent. tokens: ids [n, length] to measure the noise of every quantizer on (default:
+                 a window of the calibration data, if the model was compiled with one).
+        Returns: the directory.
+        Raises:  DumpError: the directory cannot be written.
+        """
+        from resq_compiler.inspection.dump import dump_compiled
+
+        return dump_compiled(self, directory, tokens)
 
 
 def _refuse_options(where: str, options: dict[str, Any], harmless: dict[str, Any]) -> None:

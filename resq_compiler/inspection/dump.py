@@ -118,12 +118,25 @@ class Recording:
             self.writer.finish(compiled.notes, measured_noise(compiled, None))
 
 
+def target_directory(directory: Path | str | None) -> Path | None:
+    """Where to dump: `directory`, else RESQ_DUMP_DIR, else nowhere. Made, so that a wrong one is an error before any work."""
+    named = directory or os.environ.get(VARIABLE)
+    if not named:
+        return None
+    path = Path(named)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return path
+
+
 @contextmanager
 def recording(
     directory: Path | str | None, model: str, options: dict[str, Any], listener: Callable[[Stage], None] | None
 ) -> Iterator[Recording]:
     """Record a compile into `directory` (default: RESQ_DUMP_DIR, else nowhere); complete also when the compile fails."""
-    target = directory or os.environ.get(VARIABLE)
+    target = target_directory(directory)
     record = Recording(DumpWriter(target, model, options) if target else None, listener)
     try:
         yield record
