@@ -1,0 +1,163 @@
+"""CompiledModel behaves as the transformers model it came from: an exact compile against eager transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
+
+from resq_compiler.errors import BackendError
+from resq_compiler.tiny import tiny_tokens
+
+EXACT = {"weight_bits": 16, "activation_bits": 16, "kv_bits": 16}
+TOLERANCE = 1e-4  # relative, float32: what the pipeline allows an exact pass; measured near 1e-6
+FAMILIES = ["llama", "mistral", "gemma2", "opt", pytest.param("qwen3", marks=pytest.mark.slow)]
+IDS = tiny_tokens(3, 11, seed=5)
+MASK = torch.ones(3, 11, dtype=torch.long)
+MASK[0, :4] = 0  # left padding
+MASK[1, :1] = 0
+POSITIONS = (MASK.cumsum(-1) - 1).clamp_min(0)
+
+
+@pytest.fixture(scope="module")
+def exact(compiled):
+    return compiled("llama", **EXACT)
+
+
+def assert_close(ours, theirs, mask=MASK):
+    """Only at real tokens: what a model writes at padding means nothing."""
+    ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+    assert (ours - theirs).norm() <= TOLERANCE * theirs.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_eager(compiled, tiny, family):
+    model, eager = compiled(family, **EXACT), tiny(family)
+    with torch.no_grad():
+        assert_close(model(IDS).logits, eager(IDS).logits, torch.ones_like(MASK))
+        padded = eager(IDS, attention_mask=MASK, position_ids=POSITIONS).logits
+    assert_close(model(input_ids=IDS, attention_mask=MASK, position_ids=POSITIONS).logits, padded)
+    assert_close(model(IDS, MASK).logits, padded)  # positions follow from the mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generated_tokens_equal_eager(compiled, tiny, family, options):
+    model, eager = compiled(family, **EXACT), tiny(family)
+    arguments = {"attention_mask": MASK, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
+    assert torch.equal(model.generate(IDS, **arguments), eager.generate(IDS, **arguments))
+
+
+def test_past_continues_as_the_whole(exact):
+    whole = exact(IDS, MASK).logits
+    first = exact(IDS[:, :6], MASK[:, :6])
+    second = exact(IDS[:, 6:9], MASK[:, :9], past_key_values=first.past_key_values)
+    third = exact(IDS[:, 9:], MASK, past_key_values=second.past_key_values)
+    assert third.past_key_values.get_seq_length() == 11
+    assert_close(torch.cat((first.logits, second.logits, third.logits), 1), whole)
+
+
+def test_quantized_cache_continues_as_the_whole(compiled):
+    """Codes of a token do not depend on what comes later, so a cache in two steps holds the same codes."""
+    model = compiled("llama")
+    whole = model(IDS, MASK)
+    first = model(IDS[:, :6], MASK[:, :6])
+    second = model(IDS[:, 6:], MASK, past_key_values=first.past_key_values)
+    # 0.1: rounding of float sums moves single activations to the next code; a wrong position or mask changes everything
+    ours, theirs = torch.cat((first.logits, second.logits), 1)[MASK.bool()], whole.logits[MASK.bool()]
+    assert (ours - theirs).norm() <= 0.1 * theirs.norm()
+
+
+def test_sampling_follows_the_seed(exact):
+    def sample(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # transformers samples from the global generator
+            return exact.generate(IDS, attention_mask=MASK, max_new_tokens=12, do_sample=True, pad_token_id=0)
+
+    assert torch.equal(sample(1), sample(1)) and not torch.equal(sample(1), sample(2))
+
+
+def test_forward_leaves_the_global_generator_alone(compiled):
+    before = torch.get_rng_state()
+    compiled("llama")(IDS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_generation_config_comes_along(exact, tiny):
+    assert exact.generation_config == tiny("llama").generation_config
+    assert exact.can_generate() and exact.config.vocab_size == 131 and exact.dtype == torch.float32
+
+
+def test_loss_equals_eager(exact, tiny):
+    labels = IDS.masked_fill(MASK == 0, -100)
+    with torch.no_grad():
+        theirs = tiny("llama")(IDS, attention_mask=MASK, position_ids=POSITIONS, labels=labels).loss
+    assert exact(IDS, MASK, labels=labels).loss.item() == pytest.approx(theirs.item(), rel=TOLERANCE)
+
+
+def test_logits_to_keep(exact):
+    whole = exact(IDS).logits
+    assert torch.equal(exact(IDS, logits_to_keep=1).logits, whole[:, -1:])
+    assert torch.equal(exact(IDS, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]])
+
+
+def test_output_forms(exact):
+    output = exact(IDS, use_cache=False)
+    assert output.past_key_values is None and output.loss is None
+    logits, cache = exact(IDS, return_dict=False)
+    assert torch.equal(logits, output.logits) and isinstance(cache, DynamicCache)
+
+
+@pytest.mark.parametrize("refused", [
+    {"inputs_embeds": torch.zeros(3, 11, 64)}, {"output_attentions": True}, {"output_hidden_states": True}, {"colour": 1},
+])  # fmt: skip
+def test_what_a_graph_cannot_take_is_refused(exact, refused):
+    with pytest.raises(BackendError, match=next(iter(refused))):
+        exact(IDS, **refused)
+
+
+def test_filled_caches_of_other_kinds_are_refused(exact, tiny):
+    cache = StaticCache(config=tiny("llama").config, max_cache_len=32)
+    with torch.no_grad():
+        tiny("llama")(IDS, past_key_values=cache)
+    with pytest.raises(BackendError, match="StaticCache"):
+        exact(IDS, past_key_values=cache)
+
+
+@pytest.fixture(scope="module")
+def harness(compiled):
+    """The quantized model inside lm-eval, with a tokenizer of 131 words."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(128))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return huggingface.HFLM(pretrained=compiled("llama"), tokenizer=fast, batch_size=2, device="cpu", max_length=64)
+
+
+def requests(kind, arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, pair, i) for i, pair in enumerate(arguments)]
+
+
+def test_lm_eval_loglikelihood(harness, compiled):
+    pairs = [("w1 w2 w3", " w4 w5"), ("w7", " w8")]
+    results = harness.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    for (context, continuation), (score, _) in zip(pairs, results, strict=True):
+        ids = harness.tokenizer(context + continuation, return_tensors="pt", add_special_tokens=False).input_ids
+        start = len(context.split())
+        logits = compiled("llama")(ids).logits.log_softmax(-1)[0, start - 1 : -1]
+        expected = logits.gather(1, ids[0, start:, None]).sum().item()
+        # 2%: a batch pads rows to one length, and rounding moves single activations to the next code
+        assert score == pytest.approx(expected, rel=0.02)
+
+
+def test_lm_eval_generate_until(harness, compiled):
+    texts = harness.generate_until(
+        requests("generate_until", [("w1 w2 w3", {"until": ["</s>"], "max_gen_toks": 4})]), disable_tqdm=True
+    )
+    ids = harness.tokenizer("w1 w2 w3", return_tensors="pt").input_ids
+    expected = compiled("llama").generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, 3:]
+    assert texts == [harness.tokenizer.decode(expected, skip_special_tokens=True)]
