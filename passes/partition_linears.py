@@ -16,7 +16,7 @@ from resq_compiler.passes.fold_norms import linear_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, meta, ops
+from resq_compiler import graph_tools, memory, meta, ops
 from resq_compiler.graph_tools import aten, emit, is_call
 from resq_compiler.partition import ColumnPart, linear_parts
 from resq_compiler.pipeline import Pass, PassContext
@@ -40,6 +40,7 @@ class PartitionLinears(Pass):
             site = meta.get(linear, meta.LinearSite)
             assert site is not None
             done += self._partition(gm, linear, site, ctx, pieces)
+            memory.trim()
         if ctx.config.lm_head_bits is not None:
             site = meta.get(topology.head, meta.LinearSite)
             bits = ctx.config.lm_head_bits
@@ -65,7 +66,7 @@ def split(
 ) -> int:  # fmt: skip
     """Replace a linear by its parts; pieces of inputs that several linears read are shared."""
     x, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
-    weight = linear_weight(gm, linear)
+    weight, weight_node = linear_weight(gm, linear), linear.args[1]
     total: Node | None = None
     for i, part in enumerate(parts):
         piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)
@@ -82,6 +83,7 @@ def split(
             total = emit(gm.graph, aten.add.Tensor, (total, bias), linear, PartitionLinears.name)
     linear.replace_all_uses_with(total)
     gm.graph.erase_node(linear)
+    graph_tools.erase_tensor(gm, weight_node)
     return 1
 
 

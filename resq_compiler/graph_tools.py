@@ -65,6 +65,15 @@ def delete_unused_tensors(gm: GraphModule) -> None:
             module._parameters.pop(name, None)
 
 
+def erase_tensor(gm: GraphModule, node: Node) -> None:
+    """Erase a get_attr node that nothing reads, and release its tensor if no other node refers to it."""
+    target = str(node.target)
+    gm.graph.erase_node(node)
+    if not any(str(n.target) == target for n in gm.graph.find_nodes(op="get_attr")):
+        module, name = owner_and_name(gm, target)
+        delattr(module, name)
+
+
 def add_tensor(gm: GraphModule, target: str, value: Tensor, made_by: str) -> Node:
     """A new get_attr node for a new tensor, at the top of the graph."""
     module, name = owner_and_name(gm, target)

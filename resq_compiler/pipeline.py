@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from resq_compiler import verify
+from resq_compiler import memory, verify
 from resq_compiler.config import CompileConfig
 from resq_compiler.errors import PassError, ResqError, VerifyError
 
@@ -36,6 +36,7 @@ class PassContext:
     topology: Any = None  # resq_compiler.topology.Topology, set by the topology analysis
     moments: Any = None  # resq_compiler.calibration.Moments, set by compute-bases where a recipe needs them
     bases: Any = None  # resq_compiler.calibration.Bases, set by compute-bases
+    work: Any = None  # resq_compiler.resume.WorkDirectory, where finished work of an interrupted compile is kept
     notes: list[str] = field(
         default_factory=list
     )  # what a user should know: approximations, projections that stay online
@@ -107,6 +108,7 @@ class Pipeline:
     def _run_one(self, gm: GraphModule, item: Pass) -> None:
         start = time.perf_counter()
         index, options = len(self.stages), option_text(item)
+        memory.release()
         rewrites = 0
         try:
             rewrites = item.run(gm, self.ctx)

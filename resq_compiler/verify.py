@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -50,7 +48,7 @@ def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Non
         fakes = {}
         for node in gm.graph.find_nodes(op="get_attr"):
             value = graph_tools.get_tensor(gm, node)
-            fakes[node] = _fake(value, mode) if isinstance(value, Tensor) else value
+            fakes[node] = _fake(value) if isinstance(value, Tensor) else value
         interpreter = _ShapeRecorder(gm)
         inputs = dict(
             zip(graph_tools.placeholders(gm.graph), (mode.from_tensor(t) for t in example_inputs), strict=True)
@@ -63,9 +61,9 @@ def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Non
                 interpreter.env[node] = interpreter.run_node(node)
 
 
-def _fake(value: Tensor, mode: Any) -> Tensor:
-    """A stand-in without data; meta tensors stand in as tensors of the CPU, where the example inputs are."""
-    return torch.empty(value.shape, dtype=value.dtype, device="cpu") if value.is_meta else mode.from_tensor(value)
+def _fake(value: Tensor) -> Tensor:
+    """A stand-in that keeps no hold of the weight; meta tensors stand in as tensors of the CPU, where the inputs are."""
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu" if value.is_meta else value.device)
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

@@ -1,0 +1,43 @@
+"""Give freed memory back to the operating system: weights are replaced many times during a compile.
+
+glibc keeps what is freed below a threshold that it raises up to 32 MB by itself; activations of calibration batches then scatter
+over the heap and hold hundreds of megabytes. Elsewhere these functions only collect reference cycles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import sys
+from typing import Any
+
+LARGE_BLOCK = 8 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+
+
+@functools.cache
+def _glibc() -> Any:
+    """The C library if it is glibc, else None."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
+
+
+def map_large_blocks() -> None:
+    """From now on blocks of LARGE_BLOCK bytes go back to the system as soon as they are freed."""
+    if _glibc() is not None:
+        _glibc().mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+def trim() -> None:
+    """Return the free pages of the heap."""
+    if _glibc() is not None:
+        _glibc().malloc_trim(0)
+
+
+def release() -> None:
+    """Collect reference cycles, then trim."""
+    gc.collect()
+    trim()
