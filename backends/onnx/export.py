@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -153,7 +154,10 @@ def write_settings(compiled: CompiledModel, directory: Path, profile: str, kv_ca
     """config.json, generation_config.json, the tokenizer and genai_config.json."""
     from resq_compiler.backends.onnx.genai import genai_config
 
-    compiled.config.save_pretrained(directory)
+    config = copy.deepcopy(compiled.config)
+    if hasattr(config, "quantization_config"):  # it describes safetensors, which are not here
+        del config.quantization_config
+    config.save_pretrained(directory)
     compiled.generation_config.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

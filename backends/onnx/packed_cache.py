@@ -1,0 +1,160 @@
+"""The packed KV cache: its tensors are the codes themselves, 4 and 8 bits, about a fifth of float32.
+
+Of each cache entry, key or value, with parts (bits, start, stop) of D columns:
+
+    past_key_values.i.key        uint8 [B, G, P, bytes]    codes of all parts side by side, then one zero point for each part
+    past_key_values.i.key_scale  float32 [B, G, P, parts]
+
+Codes are stored as the law's q + 2^(b-1), so 0 .. 2^b - 1; so are zero points. Codes of 4 bits or fewer: column j of the part's first
+half in the low nibble of byte j, column j of its second half in the high one (halves, not neighbours: packing and unpacking
+are slices and a shift). Wider codes, and a middle column of an odd width, take a byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from onnx import TensorProto
+from resq_compiler.backends.onnx.forms import CacheParts, Form, low_and_scale
+from resq_compiler.backends.onnx.values import Value
+from torch.fx import Node
+
+from resq_compiler import ops
+from resq_compiler.errors import BackendError
+from resq_compiler.graph_tools import is_call
+
+if TYPE_CHECKING:
+    from resq_compiler.backends.onnx.lowering import Lowering
+
+
+@dataclass(frozen=True)
+class PackedValue:
+    """New tokens of one entry: bytes [B, S, G, n], scales [B, S, G, parts]."""
+
+    data: str
+    scale: str
+
+
+@dataclass(frozen=True)
+class PackedPast:
+    """The two inputs of one entry."""
+
+    data: str
+    scale: str
+
+
+def with_packed_cache(form: Form) -> Form:
+    """The same form with packed cache tensors."""
+    base = type(form)
+    return type(f"Packed{base.__name__}", (PackedCache, base), {})()
+
+
+class PackedCache(Form):
+    """Overrides what a form does with cache entries."""
+
+    def start(self, low: Lowering) -> None:
+        """Find the parts of every entry."""
+        super().start(low)
+        self.parts: dict[str, CacheParts] = {}
+        for node in low.gm.graph.find_nodes(op="call_function", target=ops.append_cache):
+            past, new = node.args
+            if not is_call(new, ops.quantize_dequantize):
+                raise BackendError(
+                    f"onnx: kv_cache='packed' needs a quantized cache; {past} is float: compile with kv_bits below 16"
+                )
+            self.parts[str(past)] = tuple(tuple(map(int, p)) for p in new.args[1])  # type: ignore[misc,union-attr]
+
+    def cache_input(self, low: Lowering, name: str, heads: int, width: int) -> PackedPast:
+        parts = self._parts_of_input(name)
+        data = low.b.input(name, TensorProto.UINT8, ("batch", heads, "past", packed_bytes(parts)))
+        return PackedPast(data, low.b.input(f"{name}_scale", TensorProto.FLOAT, ("batch", heads, "past", len(parts))))
+
+    def _parts_of_input(self, name: str) -> CacheParts:
+        _, index, kind = name.split(".")
+        return self.parts[f"past_{kind}_{index}"]
+
+    def cache_codes(self, low: Lowering, node: Node, value: Value, parts: CacheParts, clip: float) -> Any:
+        """Codes of the new tokens, packed."""
+        b, name = low.b, low.by_head(value)
+        sizes = [stop - start for _, start, stop in parts]
+        pieces = [name] if len(parts) == 1 else b.op("Split", name, b.ints(*sizes), outputs=len(parts), axis=-1)
+        data, zero_points, scales = [], [], []
+        for piece, (bits, start, stop) in zip(pieces, parts, strict=True):
+            bottom, scale = low_and_scale(low, piece, bits, clip)
+            zero_point = b.op("Round", b.op("Div", b.op("Neg", bottom), scale))
+            shifted = b.op("Add", b.op("Round", b.op("Div", piece, scale)), zero_point)
+            codes = b.op("Clip", shifted, b.number(0.0), b.number(2.0**bits - 1))
+            data += pack(low, b.op("Cast", codes, to=TensorProto.UINT8), bits, stop - start)
+            zero_points.append(b.op("Cast", zero_point, to=TensorProto.UINT8))
+            scales.append(scale)
+        return PackedValue(b.op("Concat", *data, *zero_points, axis=-1), b.op("Concat", *scales, axis=-1))
+
+    def append(self, low: Lowering, past: Any, new: Node, present: str, heads: int, width: int) -> Value:
+        """The float image of the whole entry, [B, G, T, D]; the packed one goes to the outputs."""
+        value: PackedValue = low.value(new)
+        turned = [low.b.op("Transpose", name, perm=[0, 2, 1, 3]) for name in (value.data, value.scale)]
+        data = low.b.op("Concat", past.data, turned[0], outputs=[present], axis=2)
+        scale = low.b.op("Concat", past.scale, turned[1], outputs=[f"{present}_scale"], axis=2)
+        _, index, kind = present.split(".")
+        return Value(unpacked(low, data, scale, self.parts[f"past_{kind}_{index}"]))
+
+    def cache_output(self, low: Lowering, node: Node, name: str, heads: int, width: int) -> None:
+        _, index, kind = name.split(".")
+        parts = self.parts[f"past_{kind}_{index}"]
+        low.b.output(name, TensorProto.UINT8, ("batch", heads, "total", packed_bytes(parts)))
+        low.b.output(f"{name}_scale", TensorProto.FLOAT, ("batch", heads, "total", len(parts)))
+
+
+def code_bytes(bits: int, width: int) -> int:
+    """Bytes of one part of one token."""
+    return (width + 1) // 2 if bits <= 4 else width
+
+
+def packed_bytes(parts: CacheParts) -> int:
+    """Bytes of one token and head: codes, then zero points."""
+    return sum(code_bytes(bits, stop - start) for bits, start, stop in parts) + len(parts)
+
+
+def pack(low: Lowering, codes: str, bits: int, width: int) -> list[str]:
+    """uint8 codes [..., width] as packed pieces."""
+    b, half = low.b, width // 2
+    if bits > 4 or width == 1:
+        return [codes]
+    sizes = [half, half, width % 2] if width % 2 else [half, half]
+    first, second, *rest = b.op("Split", codes, b.ints(*sizes), outputs=len(sizes), axis=-1)
+    high = b.op("BitShift", second, b.constant(np.uint8(4)), direction="LEFT")
+    return [b.op("BitwiseOr", first, high), *rest]
+
+
+def unpacked(low: Lowering, data: str, scale: str, parts: CacheParts) -> str:
+    """The float image (u - z) scale of packed entries [..., bytes] with scales [..., parts]."""
+    b = low.b
+    sizes = [code_bytes(bits, stop - start) for bits, start, stop in parts] + [1] * len(parts)
+    pieces = b.op("Split", data, b.ints(*sizes), outputs=len(sizes), axis=-1)
+    scales = (
+        [scale]
+        if len(parts) == 1
+        else list(b.op("Split", scale, b.ints(*[1] * len(parts)), outputs=len(parts), axis=-1))
+    )
+    images = []
+    for i, (bits, start, stop) in enumerate(parts):
+        codes = unpack(low, pieces[i], bits, stop - start)
+        centred = b.op("Sub", *(b.op("Cast", t, to=TensorProto.FLOAT) for t in (codes, pieces[len(parts) + i])))
+        images.append(b.op("Mul", centred, scales[i]))
+    return images[0] if len(images) == 1 else b.op("Concat", *images, axis=-1)
+
+
+def unpack(low: Lowering, data: str, bits: int, width: int) -> str:
+    """uint8 codes [..., width] of one packed part."""
+    b, half = low.b, width // 2
+    if bits > 4 or width == 1:
+        return data
+    rest: list[str] = []
+    if width % 2:
+        data, tail = b.op("Split", data, b.ints(half, 1), outputs=2, axis=-1)
+        rest = [tail]
+    first = b.op("BitwiseAnd", data, b.constant(np.uint8(15)))
+    second = b.op("BitShift", data, b.constant(np.uint8(4)), direction="RIGHT")
+    return b.op("Concat", first, second, *rest, axis=-1)
