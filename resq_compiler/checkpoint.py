@@ -107,7 +107,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def _config_text(model: CompiledModel, quantization: dict[str, Any]) -> str:
     source = json.loads(model.config.to_json_string(use_diff=False))
-    for private in ("_name_or_path", "transformers_version"):
+    for private in ("_name_or_path", "transformers_version", "quantization_config"):
         source.pop(private, None)
     config = {
         "model_type": hf.MODEL_TYPE,

@@ -209,15 +209,17 @@ def _check_config(config: Any, where: str) -> None:
         raise ModelError(
             f"{where}: {config.model_type} is an encoder-decoder; expected a decoder-only causal language model"
         )
+    for name in config.architectures or ():
+        if name.endswith(_HEADLESS) and name not in _causal_classes():
+            raise ModelError(f"{where}: {_no_head(name)}")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         as_dict = quantization if isinstance(quantization, dict) else quantization.to_dict()
         method = str(getattr(as_dict.get("quant_method"), "value", as_dict.get("quant_method")))
+        if method == "gguf":
+            return  # a note of where the weights came from: transformers dequantizes GGUF files as it reads them
         step = "open it with resq_compiler.load" if method == "resq" else "compile its float original"
         raise ModelError(f"{where}: already quantized (quant_method {method}); expected float weights: {step}")
-    for name in config.architectures or ():
-        if name.endswith(_HEADLESS) and name not in _causal_classes():
-            raise ModelError(f"{where}: {_no_head(name)}")
 
 
 def _no_head(class_name: str) -> str:

@@ -112,6 +112,13 @@ def test_refuses_checkpoints(tmp_path, values, message):
         load_model(tmp_path)
 
 
+def test_takes_an_instance_that_came_from_a_gguf_file():
+    """transformers leaves the file's format in the configuration, though the weights are float."""
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "gguf"}
+    assert load_model(model).model is model
+
+
 def test_refuses_paths_with_nothing_to_load(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="no such file or directory"):
         load_model(tmp_path / "absent")
