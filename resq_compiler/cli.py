@@ -80,6 +80,7 @@ def set_up_messages(arguments: argparse.Namespace) -> None:
     if not arguments.debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; resq's own say disable=False
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _show_warning  # type: ignore[assignment]

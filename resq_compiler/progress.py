@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-LINE_INTERVAL = 15.0  # seconds between lines about the same step
+LINE_INTERVAL = 10.0  # seconds between lines where there is no terminal
 
 
 class Progress:
@@ -19,7 +19,7 @@ class Progress:
         self.terminal = self.stream.isatty()
         self.began = time.monotonic()
         self.step = ""
-        self.last_line = 0.0
+        self.next_line = 0.0
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -52,14 +52,14 @@ class Progress:
             from tqdm import tqdm
 
             self.close()
-            self.bar = tqdm(total=total, desc=step, file=self.stream, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(total=total, desc=step, file=self.stream, leave=False, dynamic_ncols=True, disable=False)
         self.bar.update(done - self.bar.n)
 
     def _print(self, step: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if step == self.step and now - self.last_line < LINE_INTERVAL:
+        if now < self.next_line:
             return
-        self.last_line = now
+        self.next_line = now + LINE_INTERVAL
         count = f" {done}/{total}" if total > 1 else ""
         self.stream.write(f"{now - self.began:7.1f} s  {step}{count}\n")
         self.stream.flush()
