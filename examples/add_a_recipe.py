@@ -1,0 +1,53 @@
+"""Add recipes: a name for options, and a pass of your own in the pipeline.
+
+python examples/add_a_recipe.py            # on a tiny random model; takes seconds
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+import resq_compiler
+from resq_compiler import graph_tools, meta, recipes
+from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.tiny import tiny_model, tiny_tokens
+
+# A recipe is a name for options: three precisions, 8 bits for 1/16 of the columns, 2 bits for 1/16.
+recipes.RECIPES["three-parts"] = {"high_fraction": 1 / 16, "low_fraction": 1 / 16, "weight_method": "rtn"}
+
+
+@dataclass(frozen=True)
+class PruneSmallWeights(Pass):
+    """Zero the smallest weights of every linear. Options of a pass are its fields."""
+
+    name: ClassVar[str] = "prune-small-weights"
+    exact: ClassVar[bool] = False  # it changes the outputs, so the pipeline does not hold it to float rounding
+    share: float = 0.1
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        parts = [n for n in gm.graph.nodes if meta.get(n, meta.LinearPart) is not None]
+        for node in parts:
+            weight = graph_tools.get_tensor(gm, node.args[1])
+            smallest = weight.abs() < torch.quantile(weight.abs(), self.share)
+            graph_tools.set_tensor(gm, str(node.args[1].target), weight.masked_fill(smallest, 0.0))
+        return len(parts)
+
+
+# A pass goes where the list says: here before the weights are quantized, on the partitioned linears.
+usual_passes = recipes.passes_for
+recipes.passes_for = lambda config: [
+    step
+    for item in usual_passes(config)
+    for step in ([PruneSmallWeights()] if item.name == "quantize-weights" else []) + [item]
+]
+
+if __name__ == "__main__":
+    compiled = resq_compiler.compile(
+        tiny_model("llama"), tiny_tokens(4, 32), recipe="three-parts", calibration_samples=4, calibration_length=32
+    )
+    for stage in compiled.stages:
+        print(f"{stage.label:28} {stage.rewrites:3} rewrites, relative change {stage.max_error}")
