@@ -208,16 +208,28 @@ def measure_noise(result: Diagnostics, gm: GraphModule, ids: Tensor) -> None:
         total[1] += noise
     result.noise_db = {name: ratio_db(*pair) for name, pair in sums.items()}
     result.weight_db = weight_noise(gm)
+    result.bits = mean_bits(gm)
+
+
+def mean_bits(gm: GraphModule) -> dict[str, float]:
+    """Bits of the columns of each block, averaged: blocks.N.weights, blocks.N.activations, blocks.N.KV cache."""
     counts: dict[str, list[int]] = {}
+
+    def count(block: int, kind: str, bits: int, columns: int) -> None:
+        pair = counts.setdefault(f"blocks.{block}.{kind}", [0, 0])
+        pair[0] += bits * columns
+        pair[1] += columns
+
     for node in gm.graph.nodes:
-        part = meta.get(node, meta.LinearPart)
+        part, site = meta.get(node, meta.LinearPart), meta.get(node, meta.QuantizerSite)
         if part is not None and part.site.block is not None:
             columns = (part.stop - part.start) * part.heads
-            for kind, bits in (("weights", part.weight_bits), ("activations", part.activation_bits)):
-                pair = counts.setdefault(f"blocks.{part.site.block}.{kind}", [0, 0])
-                pair[0] += bits * columns
-                pair[1] += columns
-    result.bits = {name: total / columns for name, (total, columns) in counts.items()}
+            count(part.site.block, "weights", part.weight_bits, columns)
+            count(part.site.block, "activations", part.activation_bits, columns)
+        elif site is not None and site.kind == "kv" and site.block is not None:
+            for bits, start, stop in node.args[1]:
+                count(site.block, "KV cache", bits, stop - start)
+    return {name: total / columns for name, (total, columns) in counts.items()}
 
 
 def _three_views(raw: Tensor, turned: Tensor) -> dict[str, Tensor]:

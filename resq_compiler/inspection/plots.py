@@ -13,6 +13,7 @@ from resq_compiler.inspection.dump import unwritable
 COLOURS = {
     "attention_input": "#2b6cb0", "mlp_input": "#c05621", "o_input": "#2f855a", "down_input": "#b83280",
     "key": "#6b46c1", "value": "#718096", "weights": "#2b6cb0", "activations": "#c05621",
+    "KV cache": "#6b46c1",
 }  # fmt: skip
 DPI = 110
 
@@ -110,9 +111,11 @@ def _noise(found: Diagnostics) -> Any:
 
 def _bits(found: Diagnostics) -> Any:
     figure, ((axis,),) = _figure(1, 1, size=(11, 2.6))
-    for offset, (kind, points) in zip((-0.2, 0.2), _by_kind(found.bits).items(), strict=False):
+    series = _by_kind(found.bits)
+    for i, (kind, points) in enumerate(series.items()):
         blocks, values = zip(*points, strict=True)
-        axis.bar([b + offset for b in blocks], values, width=0.4, label=kind, color=COLOURS.get(kind))
+        width = 0.8 / len(series)
+        axis.bar([b - 0.4 + (i + 0.5) * width for b in blocks], values, width=width, label=kind, color=COLOURS.get(kind))
     axis.set(xlabel="block", ylabel="mean bits of a column")
     _legends(axis)
     return figure
@@ -144,5 +147,7 @@ def _by_kind(values: dict[str, float]) -> dict[str, list[tuple[int, float]]]:
 def _legends(*axes: Any) -> None:
     for axis in axes:
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, ncols=2)
+            axis.legend(fontsize=6, ncols=2, framealpha=0.6)
         axis.grid(alpha=0.25)
+        if axis.get_xlabel() == "block":
+            axis.locator_params(axis="x", integer=True)

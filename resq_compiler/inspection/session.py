@@ -55,7 +55,7 @@ def inspect_model(
     windows = measuring_windows(loaded.model, loaded.tokenizer, text) if activations or levels else None
     held: list[Any] = []
     compiled = compile(
-        loaded.model, calib_data, recipe=config, tokenizer=loaded.tokenizer, progress=progress, dump_dir=dump_dir, on_float=held.append
+        source, calib_data, recipe=config, tokenizer=loaded.tokenizer, progress=progress, dump_dir=dump_dir, on_float=held.append
     )  # fmt: skip
     result = Inspection(compiled)
     if activations and windows is not None:

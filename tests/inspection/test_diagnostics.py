@@ -1,0 +1,109 @@
+"""Activations and attribution on a small compiled model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from resq_compiler import ops
+from resq_compiler.compiler import trace
+from resq_compiler.errors import PassError
+from resq_compiler.evaluation import evaluate
+from resq_compiler.inspection.activations import diagnose
+from resq_compiler.inspection.attribution import SwitchedGraph, attribute
+from resq_compiler.inspection.diagnostic_tables import (
+    activation_tables,
+    attribution_tables,
+    table_text,
+    write_diagnostics,
+)
+from resq_compiler.tiny import tiny_tokens
+
+IDS = tiny_tokens(4, 48, seed=5)
+
+
+@pytest.fixture(scope="module")
+def found(compiled):
+    original, ctx = trace(compiled.original)
+    return diagnose(original, ctx.topology, compiled.projected, compiled.model.graph_module, IDS)
+
+
+def test_statistics_agree_with_hooks_on_the_original_model(compiled, found):
+    seen = {}
+    linear = compiled.original.model.layers[1].mlp.down_proj
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    with torch.no_grad():
+        compiled.original(IDS)
+    handle.remove()
+    site = found.before["blocks.1.down_input"]
+    torch.testing.assert_close(site.peaks, seen["x"].flatten(0, 1).abs().amax(0))
+    image = ops.quantize_dequantize(seen["x"], ((4, 0, 160),))
+    noise = 10 * torch.log10(seen["x"].square().sum() / (image - seen["x"]).square().sum())
+    assert found.raw_noise_db["blocks.1.down_input"] == pytest.approx(float(noise), abs=0.02)  # codes at a tie may differ
+
+
+def test_projections_keep_energy_and_order_it(found):
+    for name in ("blocks.0.key", "blocks.1.key"):  # U_C is orthogonal and keys have no gain
+        before, after = found.before[name].rms, found.after[name].rms
+        assert float(before.square().sum()) == pytest.approx(float(after.square().sum()), rel=1e-4)  # float32 products
+    assert all(0.125 < share < 1 for share in found.high_energy.values())  # an eighth of the columns, the strongest
+
+
+def test_bases_and_high_bits_raise_the_signal_over_the_noise(found):
+    for name in ("blocks.0.down_input", "blocks.1.down_input"):
+        assert found.noise_db[name] > found.raw_noise_db[name] + 2  # a Hadamard transform spreads the gated product's peaks
+    assert found.bits["blocks.0.weights"] == pytest.approx(4 + 4 * 56 / (7 * 64 + 96), abs=0.2)
+
+
+def test_all_switches_off_is_the_float_model_and_all_on_the_compiled_one(compiled):
+    runner = SwitchedGraph(compiled.model.graph_module, compiled.projected, IDS)
+    with torch.no_grad():
+        expected = compiled.original(IDS).logits.log_softmax(-1)
+    torch.testing.assert_close(runner.float_log_p, expected, atol=1e-4, rtol=1e-4)  # projections are exact up to rounding
+    everything = runner.cost("kind", "everything", frozenset(runner.switches))
+    measured = evaluate(compiled.model, IDS, compiled.original)
+    assert everything.perplexity == pytest.approx(measured.perplexity, rel=1e-3)  # integer products against float ones
+    assert everything.kl == pytest.approx(measured.kl, rel=0.05)  # evaluate leaves the last position out
+
+
+def test_costs_are_ranked_and_name_every_site(compiled):
+    costs = attribute(compiled.model.graph_module, compiled.projected, IDS, ("kind", "block", "linear"))
+    levels = {level: [c for c in costs if c.level == level] for level in ("kind", "block", "linear")}
+    assert {c.name for c in levels["kind"]} == {"weights", "activations", "kv", "everything"}
+    assert levels["kind"][0].name == "everything"
+    assert {c.name for c in levels["block"]} == {"block 0", "block 1"}
+    assert len(levels["linear"]) == 14
+    for ranked in levels.values():
+        assert [c.kl for c in ranked] == sorted((c.kl for c in ranked), reverse=True)
+        assert all(c.kl > 0 for c in ranked)
+
+
+def test_a_later_block_starts_from_saved_values(compiled):
+    runner = SwitchedGraph(compiled.model.graph_module, compiled.projected, IDS)
+    on = runner.groups("block")["block 1"]
+    late = runner.cost("block", "block 1", on)
+    runner.saved = {}
+    assert runner.cost("block", "block 1", on) == late
+
+
+def test_float_graph_of_another_model_is_refused(compiled):
+    original, _ = trace(compiled.original)
+    with pytest.raises(PassError, match=r"give the graph that compile\(on_float=...\) reported"):
+        attribute(compiled.model.graph_module, original, IDS)
+
+
+def test_tables_and_plots_reach_the_dump_and_the_page(compiled, found, tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("netron")
+    compiled.model.dump(tmp_path)
+    costs = attribute(compiled.model.graph_module, compiled.projected, IDS, ("kind",))
+    written = {p.name for p in write_diagnostics(tmp_path, found, costs)}
+    assert written == {
+        "activations.json", "attribution.json", "channels.png", "spectrum.png", "noise.png", "bits.png", "cost-by-kind.png", "index.html",
+    }  # fmt: skip
+    assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in written if name.endswith("png"))
+    assert json.loads((tmp_path / "attribution.json").read_text())["tables"] == attribution_tables(costs)
+    summary = table_text(activation_tables(found)[0])
+    assert "attention_input" in summary and "QSUR after U" in summary

@@ -1,0 +1,44 @@
+"""The topology tree, on weights without data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resq_compiler.compiler import trace
+from resq_compiler.inspection.topology_view import topology_dict, topology_text
+from resq_compiler.tiny import tiny_model
+
+
+def view(family):
+    with torch.device("meta"):
+        config = tiny_model(family).config
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    _, ctx = trace(model)
+    return topology_dict(ctx.topology)
+
+
+def test_pre_norm_model_fuses_the_residual_basis():
+    found = view("llama")
+    assert found["residual"]["fusable"] and len(found["residual"]["writers"]) == 5
+    assert {row["basis"] for row in found["not_fused"]} == {"U_C", "U_D"}
+    text = topology_text("Tiny", found)
+    assert text.splitlines()[0] == "Tiny"
+    assert "blocks 0 to 1, all as the first" in text and "q    model.layers.0.self_attn.q_proj  64 → 64" in text
+    assert "U_C (block 0 to 1): position embedding" in text
+
+
+def test_post_norm_model_says_why_not():
+    found = view("olmo2")
+    assert not found["residual"]["fusable"]
+    reason = next(row["why"] for row in found["not_fused"] if row["basis"] == "U_A")
+    assert "4 norms with a gain" in reason and "post_attention_layernorm" in reason
+
+
+@pytest.mark.parametrize("family", ["gemma3", "opt"])
+def test_windows_and_biases_show(family):
+    text = topology_text(family, view(family))
+    assert ("window of 6" in text) == (family == "gemma3")
+    assert ("+ bias" in text) == (family == "opt")
