@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, graph_tools, meta, ops
+from resq_compiler import executor, graph_tools, memory, meta, ops, resume
 from resq_compiler.config import CompileConfig
 from resq_compiler.graph_tools import aten, emit, is_call
 from resq_compiler.numerics import gptq as gptq_core
@@ -146,9 +146,7 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
     gm.graph.erase_node(node)
     if coded and not x.users:
         gm.graph.erase_node(x)
-    module, name = graph_tools.owner_and_name(gm, str(weight.target))
-    gm.graph.erase_node(weight)
-    delattr(module, name)
+    graph_tools.erase_tensor(gm, weight)
 
 
 def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
@@ -167,11 +165,17 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
     for block in topology.blocks:
         ctx.progress("quantize weights", block.index, len(topology.blocks))
         groups = by_input([s for s in sites if s.fact.block == block.index])
-        for group in groups:
-            moment = runner.moment(list(source_of(group[0])), block.end, group[0].fact.name)
-            codes = quantize_group(gm, group, moment, ctx)
-            store(gm, group, codes)
+        finished, before = resume.block_codes(ctx, block.index), len(ctx.notes)
+        made = []
+        for i, group in enumerate(groups):
+            if finished is None:
+                moment = runner.moment(list(source_of(group[0])), block.end, group[0].fact.name)
+                made.append(quantize_group(gm, group, moment, ctx))
+            store(gm, group, made[i] if finished is None else finished[i])
+        if finished is None:
+            resume.keep_block(ctx, block.index, made, ctx.notes[before:])
         runner.advance(block.end)
+        memory.trim()
     ctx.progress("quantize weights", len(topology.blocks), len(topology.blocks))
 
 

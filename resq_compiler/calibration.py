@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor
+from resq_compiler import executor, memory, resume
 from resq_compiler.config import CompileConfig
 from resq_compiler.errors import DataError
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
@@ -59,13 +59,17 @@ def calibrate(gm: GraphModule, ctx: PassContext) -> Moments:
     topology: Topology = ctx.topology
     assert ctx.calibration is not None
     moments = _empty_moments(topology)
+    if resume.load_moments(ctx, moments):
+        return moments
     taps = _taps(topology, moments)
     schedule = executor.Schedule(gm, [topology.blocks[-1].end], list(gm.graph.find_nodes(op="placeholder")))
     batches = executor.batches(ctx.calibration)
     for i, ids in enumerate(batches):
         ctx.progress("calibrate", i, len(batches))
         schedule.run(executor.first_tokens(gm, ids), taps)
+        memory.trim()
     ctx.progress("calibrate", len(batches), len(batches))
+    resume.keep_moments(ctx, moments)
     return moments
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import logging
 import time
@@ -16,14 +15,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from resq_compiler import graph_tools, recipes
+from resq_compiler import graph_tools, memory, recipes
 from resq_compiler.capture import Captured, capture
 from resq_compiler.compiled_model import CompiledModel
 from resq_compiler.config import CompileConfig
 from resq_compiler.data import calibration_windows
-from resq_compiler.inspection.dump import recording
+from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.models import LoadedModel, load_model
 from resq_compiler.pipeline import PassContext, Pipeline, Stage
+from resq_compiler.resume import WorkDirectory, fingerprint
 
 log = logging.getLogger("resq_compiler")
 
@@ -41,6 +41,7 @@ def compile(
     on_stage: Callable[[Stage], None] | None = None,
     on_float: Callable[[GraphModule], None] | None = None,
     dump_dir: str | Path | None = None,
+    work_dir: str | Path | None = None,
     **options: Any,
 ) -> CompiledModel:
     """Quantize a decoder.
@@ -54,24 +55,28 @@ def compile(
              progress: called with (step, done, total). on_stage: called with each pipeline.Stage as it is made.
              on_float: called with the float graph after the last exact pass: projected, partitioned, nothing quantized.
              dump_dir: write a dump of every pass there (default: the environment variable RESQ_DUMP_DIR, else none).
+             work_dir: keep finished work there; after an interruption the same call goes on from it, with bit-identical results.
     Returns: CompiledModel, float32 between the integers.
     Raises:  BackendError before any work if the backend cannot run here; ConfigError, ModelError, DataError, CaptureError,
              TopologyError, PassError: each says what to do.
     """
     config = recipes.resolve(recipe, **options)
     check_backend(backend)
+    dump_dir = target_directory(dump_dir)
+    memory.map_large_blocks()
     loaded = load_model(model)
     tokenizer = tokenizer or loaded.tokenizer
     report = progress or (lambda step, done, total: None)
     windows = _calibration(loaded, tokenizer, calib_data, config, report)
     own = not isinstance(model, PreTrainedModel)
+    work = None if work_dir is None else WorkDirectory(work_dir, fingerprint(config, loaded.model, windows))
     source, hf_config = loaded.source, copy.deepcopy(loaded.model.config)
     generation_config = copy.deepcopy(loaded.model.generation_config)
     start = time.perf_counter()
     captured = _capture_float32(loaded.model, own, report)
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
-    gc.collect()  # torch.export leaves the model in a reference cycle
-    ctx = PassContext(config, captured.example_inputs, windows, progress=report)
+    memory.release()  # torch.export leaves the model in a reference cycle
+    ctx = PassContext(config, captured.example_inputs, windows, progress=report, work=work)
     with recording(dump_dir, source, config.to_dict(), on_stage) as record:
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
