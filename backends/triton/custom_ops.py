@@ -74,7 +74,22 @@ def mixed_linear(
 
 
 @mixed_linear.register_fake
-def _(low, high, scale, zero_point, weight_low, weight_high, weight_scale, row_sum, bias, residual, bits, widths, groups, dtype):
+def _(
+    low,
+    high,
+    scale,
+    zero_point,
+    weight_low,
+    weight_high,
+    weight_scale,
+    row_sum,
+    bias,
+    residual,
+    bits,
+    widths,
+    groups,
+    dtype,
+):
     return scale.new_empty(*scale.shape[:-1], weight_scale.shape[1], dtype=dtype)
 
 
@@ -85,7 +100,9 @@ def hadamard_quantize(
     """gate, up [..., n] -> (low, high, scale, zero_point) of the transformed product; see hadamard_quantize.py."""
     layout = PartLayout(bits, gate.shape[-1])
     other = None if up is None else _rows(up)
-    codes, scale, zero_point = hadamard_kernel.hadamard_quantize(_rows(gate), other, layout, activation, transpose, clip)
+    codes, scale, zero_point = hadamard_kernel.hadamard_quantize(
+        _rows(gate), other, layout, activation, transpose, clip
+    )
     results = (codes, None, scale, zero_point) if layout.packed else (None, codes, scale, zero_point)
     return _codes(codes, results, gate.shape[:-1])
 
@@ -147,5 +164,7 @@ def attention_quantize(
 
 
 @attention_quantize.register_fake
-def _(q, key_pages, value_pages, table, start, mask, key_parts, value_parts, scale, window, softcap, bits, widths, clip):
+def _(
+    q, key_pages, value_pages, table, start, mask, key_parts, value_parts, scale, window, softcap, bits, widths, clip
+):
     return _fake_codes(q, q.shape[:2], layouts_of(bits, widths, q.shape[2]))

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ INTERPRETER_PROCESSORS = 4
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
 _MAX_COUNTERS = 65536
 _RECORDER: list[Recorder] = []
+_REQUESTED: list[str] = []
 
 
 def interpreted() -> bool:
@@ -27,18 +28,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def require_triton() -> None:
-    """Raise BackendError, saying what to install or use instead, unless kernels can run here."""
+def unavailable() -> str | None:
+    """None if kernels can run here, else what is missing and what to do. Never raises."""
     if importlib.util.find_spec("triton") is None:
-        raise BackendError(
-            "backend 'triton': the package triton is not installed; pip install 'resq_compiler[triton]', "
-            "or use backend='reference' or 'onnx'"
-        )
+        return "the package triton is not installed; pip install 'resq_compiler[triton]'"
     if not interpreted() and not torch.cuda.is_available():
-        raise BackendError(
-            "backend 'triton': no CUDA or ROCm device is visible to torch; use backend='reference' or 'onnx' on this machine, "
-            "or set TRITON_INTERPRET=1 before Python starts to test the kernels slowly on the CPU"
+        return (
+            "torch sees no CUDA or ROCm device; run on a machine with a GPU, use backend='onnx' on this one, or set TRITON_INTERPRET=1 "
+            "before Python starts to test the kernels slowly on the CPU"
         )
+    return None
 
 
 def check_launch(kernel: str, **tensors: torch.Tensor | None) -> torch.device:
@@ -182,4 +181,14 @@ def tiles(kernel: str, device: torch.device, shape: tuple[int, ...], default: di
     """Tile sizes and launch options: the tuned ones for this device and shape if there are any, else `default`."""
     if device.type != "cuda":
         return default
-    return {**default, **_tuned().get(tuning_key(kernel, torch.cuda.get_device_name(device), *shape), {})}
+    key = tuning_key(kernel, torch.cuda.get_device_name(device), *shape)
+    _REQUESTED.append(key)
+    del _REQUESTED[:-64]
+    return {**default, **_tuned().get(key, {})}
+
+
+def requested_tiles(call: Callable[[], object]) -> list[str]:
+    """The keys of the tiles that a call asks for, for tuning."""
+    _REQUESTED.clear()
+    call()
+    return list(_REQUESTED)

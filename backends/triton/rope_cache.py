@@ -235,7 +235,11 @@ def _check_heads(
     q: Tensor, k: Tensor, v: Tensor, u, key_pages: Tensor, value_pages: Tensor, key_layout, value_layout
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or x.stride(2) != x.shape[3] or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * _token_stride(x)):
+        if (
+            x.dim() != 4
+            or x.stride(2) != x.shape[3]
+            or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * _token_stride(x))
+        ):
             raise BackendError(
                 f"rope_cache: {name} {tuple(x.shape)} with strides {x.stride()}; expected [B, S, H, D] whose heads are contiguous "
                 "and whose tokens are evenly spaced"

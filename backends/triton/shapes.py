@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +50,22 @@ SMOLLM2_135M = BlockShape("smollm2-135m", 576, 9, 3, 64, 1536)
 LLAMA3_8B = BlockShape("llama-3-8b", 4096, 32, 8, 128, 14336)
 
 
+_DEVICES = ["meta"]
+
+
+@contextlib.contextmanager
+def allocated_on(device: str) -> Iterator[None]:
+    """Within it, `meta` makes zeros on a device: the same calls can be compiled ahead of time and timed."""
+    _DEVICES.append(device)
+    try:
+        yield
+    finally:
+        _DEVICES.pop()
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """An unallocated tensor."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+    """An unallocated tensor; see `allocated_on`."""
+    return torch.zeros(shape, dtype=dtype, device=_DEVICES[-1])
 
 
 def meta_weight(features: int, layouts: tuple[PartLayout, ...]) -> PackedWeight:
