@@ -13,13 +13,13 @@ MatMulInteger, Cast, Mul one MatMulIntegerToFloat. INT4 weights are cast to int8
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from onnx import TensorProto
-from resq_compiler.backends.onnx.forms import Form, low_and_scale
+from resq_compiler.backends.onnx.forms import CacheParts, Form, low_and_scale
 from resq_compiler.backends.onnx.plan import Term
-from resq_compiler.backends.onnx.values import Cache, Codes, Value
+from resq_compiler.backends.onnx.values import Cache, Codes, PendingCodes, Value
 from torch.fx import Node
 
 from resq_compiler import ops
@@ -124,6 +124,25 @@ class IntegerForm(Form):
         weight = weights[0] if len(weights) == 1 else low.b.op("Concat", *weights, axis=0)
         return low.b.op("MatMul", joined, weight)
 
+    def cache_codes(self, low: Lowering, node: Node, value: Value, parts: CacheParts, clip: float) -> Any:
+        """Put off until attention, which has the other entry too."""
+        return PendingCodes(node, value, parts, clip)
+
+    def settled(self, low: Lowering, value: Any) -> Any:
+        if not isinstance(value, PendingCodes):
+            return value
+        emit = super().cache_codes
+        return low.once(("settled", value.node), lambda: emit(low, value.node, value.value, value.parts, value.clip))
+
+    def append(self, low: Lowering, past: Value, new: Node, present: str, heads: int, width: int) -> Any:
+        value = low.value(new)
+        pending = isinstance(value, PendingCodes)
+        return (
+            Cache(past.name, value, present, heads, width)
+            if pending
+            else super().append(low, past, new, present, heads, width)
+        )
+
     def rms_norm(self, low: Lowering, x: str, gain: str, eps: float) -> str:
         return low.b.op("RMSNormalization", x, gain, axis=-1, epsilon=eps)
 
@@ -166,13 +185,26 @@ class IntegerForm(Form):
         if not own or mask is None or softcap is not None:
             return super().attention(low, node, q, k, v, mask, scale, softcap)
         queries = low.token_major(q)
+        key_tokens, value_tokens = (low.tokens(x) for x in self._new_entries(low, keys.new, values.new))
         y, new_keys, new_values = low.b.op(
-            "Attention", low.tokens(queries), low.tokens(keys.new), low.tokens(values.new), self.bias(low, mask), keys.past, values.past,
+            "Attention", low.tokens(queries), key_tokens, value_tokens, self.bias(low, mask), keys.past, values.past,
             outputs=[low.b.fresh("attention"), keys.present, values.present],
             q_num_heads=queries.heads, kv_num_heads=keys.heads, scale=scale,
         )  # fmt: skip
         low.memo["present", keys.present], low.memo["present", values.present] = new_keys, new_values
         return Value(y, queries.heads, split=True)
+
+    def _new_entries(self, low: Lowering, keys: Value | PendingCodes, values: Value | PendingCodes) -> list[Value]:
+        """Keys and values of the new tokens; quantized in one go, as heads side by side, where they are alike."""
+        pending = isinstance(keys, PendingCodes) and isinstance(values, PendingCodes)
+        if not pending or (keys.parts, keys.clip, keys.value.heads) != (values.parts, values.clip, values.value.heads):
+            return [self.settled(low, keys), self.settled(low, values)]
+        heads = keys.value.heads
+        both = low.b.op("Concat", low.by_head(keys.value), low.by_head(values.value), axis=2)
+        joined = Value(both, 2 * heads, split=True, by_head=True)
+        image = super().cache_codes(low, keys.node, joined, keys.parts, keys.clip)
+        names = low.b.op("Split", image.name, low.b.ints(heads, heads), outputs=2, axis=2)
+        return [Value(name, heads, split=True, by_head=True) for name in names]
 
 
 def attention_readers(node: Node) -> int:

@@ -44,7 +44,7 @@ class Form:
         """Linears that share their inputs, one value for each."""
         raise NotImplementedError
 
-    def cache_codes(self, low: Lowering, node: Node, value: Value, parts: CacheParts, clip: float) -> Value:
+    def cache_codes(self, low: Lowering, node: Node, value: Value, parts: CacheParts, clip: float) -> Any:
         """The float image of cache codes, every part of every head on its own."""
         name = low.by_head(value)
         sizes = [stop - start for _, start, stop in parts]
@@ -55,6 +55,10 @@ class Form:
             images.append(self.image(low, codes))
         joined = images[0] if len(images) == 1 else low.b.op("Concat", *images, axis=-1)
         return Value(joined, value.heads, split=True, by_head=True)
+
+    def settled(self, low: Lowering, value: Any) -> Any:
+        """A value whose emission was put off, emitted on its own."""
+        return value
 
     def cache_input(self, low: Lowering, name: str, heads: int, width: int) -> Any:
         """Declare the past of one cache entry; returns its value."""

@@ -48,6 +48,7 @@ class Lowering:
     """State of one lowering: the builder, the form of quantized operators, and the ONNX value of every FX node so far."""
 
     def __init__(self, gm: GraphModule, cache: tuple[CacheSpec, ...], form: Form, options: LoweringOptions):
+        register_emitters()
         self.gm = gm
         self.cache = cache
         self.form = form
@@ -124,6 +125,7 @@ class Lowering:
 
     def fx_layout(self, value: Any) -> str:
         """A tensor in FX's layout."""
+        value = self.form.settled(self, value)
         if isinstance(value, Codes):
             return self.form.image(self, value)
         if isinstance(value, Cache):
@@ -154,7 +156,7 @@ class Lowering:
 
     def token_major(self, node: Node) -> Value:
         """A split value, token-major; what is not so yet is transposed."""
-        value = self.value(node)
+        value = self.form.settled(self, self.value(node))
         if isinstance(value, Value) and value.heads and value.split:
             return value
         heads = int(node.meta["val"].shape[1])
@@ -163,7 +165,11 @@ class Lowering:
 
     def appended(self, cache: Cache) -> str:
         """past with the new tokens, [B, G, T, D]; emitted once, under the name of the output."""
-        make = lambda: self.b.op("Concat", cache.past, self.heads_first(cache.new), outputs=[cache.present], axis=2)  # noqa: E731
+
+        def make() -> str:
+            new = self.heads_first(self.form.settled(self, cache.new))
+            return self.b.op("Concat", cache.past, new, outputs=[cache.present], axis=2)
+
         return self.once(("present", cache.present), make)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -216,10 +222,14 @@ def unsupported(nodes: list[Node]) -> str:
     )
 
 
+def register_emitters() -> None:
+    """Import the modules whose emitters register themselves."""
+    from resq_compiler.backends.onnx import emit_aten, emit_ops  # noqa: F401
+
+
 def check_supported(gm: GraphModule) -> None:
     """Raise BackendError, before anything is written, that names every operator without an ONNX form."""
-    from resq_compiler.backends.onnx import emit_aten, emit_ops  # noqa: F401  (they register themselves)
-
+    register_emitters()
     missing = [
         n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output") and n.target not in EMITTERS
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch.fx import Node
+
 
 @dataclass(frozen=True)
 class Value:
@@ -20,11 +22,21 @@ class Value:
 
 
 @dataclass(frozen=True)
+class PendingCodes:
+    """quantize_dequantize(value, parts) of a cache entry, not emitted yet: keys and values are quantized together."""
+
+    node: Node
+    value: Value
+    parts: tuple[tuple[int, int, int], ...]
+    clip: float
+
+
+@dataclass(frozen=True)
 class Cache:
     """append_cache(past, new), not emitted yet: an attention operator that appends by itself may take it."""
 
     past: str
-    new: Value
+    new: Value | PendingCodes
     present: str
     heads: int
     width: int
