@@ -1,0 +1,67 @@
+"""Every example runs, on a tiny model."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from resq_compiler import recipes
+from resq_compiler.data import demo_text
+from resq_compiler.tiny import tiny_model, tiny_tokenizer
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FAST = ("--samples", "4", "--length", "32")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model, a text, and the model compiled by the first example."""
+    folder = tmp_path_factory.mktemp("examples")
+    tiny_model("llama").save_pretrained(folder / "float")
+    tiny_tokenizer().save_pretrained(folder / "float")
+    (folder / "text.txt").write_text(demo_text()[0][:2000])
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(name, *arguments) -> what the example printed."""
+    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))  # add_a_recipe.py changes both
+    monkeypatch.setattr(recipes, "passes_for", recipes.passes_for)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_compile_evaluate_generate(run, place):
+    out = run("compile_local_model.py", place / "float", place / "text.txt", place / "compiled", *FAST)
+    assert "13-quantize-kv-cache" in out and "W4A4KV4 in" in out
+    out = run("evaluate.py", place / "compiled", place / "float", place / "text.txt", "--length", 64, "--windows", 2)
+    assert "float perplexity" in out and "weights 4.38" in out and "SQNR" in out
+    out = run("generate.py", place / "compiled", "Python is", "A", "--new-tokens", 3)
+    assert out.count("[greedy]") == out.count("[sampled]") == 2
+
+
+def test_compile_hub_model(run, place):
+    """A directory stands in for the hub: from_pretrained takes both."""
+    out = run("compile_hub_model.py", place / "float", place / "hub", "--text", place / "text.txt", *FAST)
+    assert "W4A4KV4 in" in out and (place / "hub" / "config.json").is_file()
+
+
+def test_add_a_recipe(run):
+    out = run("add_a_recipe.py")
+    assert "11-prune-small-weights" in out
+
+
+def test_no_example_is_left_out():
+    tested = {"compile_local_model.py", "compile_hub_model.py", "evaluate.py", "generate.py", "add_a_recipe.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} >= tested
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, f"{path.name} is longer than an example should be"
