@@ -3,12 +3,14 @@
 
 const $ = (id) => document.getElementById(id);
 const number = (value, digits = 3) => (value === null || value === undefined ? "" : Number(value).toPrecision(digits));
+const secondsText = (s) => (s === undefined ? "" : s < 10 ? `${s.toFixed(2)} s` : `${s.toFixed(0)} s`);
 const errorText = (value) => (value === null || value === undefined ? "" : value === 0 ? "0" : Number(value).toExponential(1));
 let data, graph, current = 0;
 
 async function start() {
   data = readData(await unpack($("data").textContent));
-  $("model").textContent = data.manifest.model;
+  $("model").textContent = data.manifest.model.split("/").pop();
+  $("model").title = data.manifest.model;
   document.title = `resq: ${data.manifest.model || "dump"}`;
   legend();
   stageList();
@@ -39,7 +41,7 @@ function stageList() {
     const error = info.relative_error === null ? "" : `<span title="relative change of the logits on the example inputs">error ${errorText(info.relative_error)}</span>`;
     return `<button class="stage" data-index="${i}"><b>${esc(info.label)}</b>${info.exact ? "" : ' <span class="hint">quantizer</span>'}` +
       `<span class="numbers"><span>${info.nodes} nodes</span><span>${info.rewrites} rewrites</span></span>` +
-      `<span class="numbers"><span>${seconds === undefined ? "" : `${number(seconds, 2)} s`}</span>${error}</span>` +
+      `<span class="numbers"><span>${secondsText(seconds)}</span>${error}</span>` +
       (info.failed ? `<span class="failed">failed: ${esc(info.failed)}</span>` : "") + "</button>";
   }).join("") + data.manifest.notes.map((n) => `<p class="hint" style="padding:0 12px">${esc(n)}</p>`).join("");
   $("stages").addEventListener("click", (event) => {
@@ -74,6 +76,7 @@ function reveal(index, name) {
   showTab("graph");
   if (index !== current) showStage(index);
   graph.reveal(name);
+  $("tensors").checked = graph.tensors;
   details(data.stage(index), name);
 }
 
@@ -121,7 +124,7 @@ function search(query) {
   const hits = words.length ? stage.nodes.filter((record) => {
     const text = `${record.name} ${record.target} ${record.module} ${record.bits} ${record.pass} ${JSON.stringify(record.facts)}`.toLowerCase();
     return words.every((w) => text.includes(w));
-  }) : [];
+  }).sort((a, b) => (a.op === "get_attr") - (b.op === "get_attr")) : [];
   graph.hits = new Set(hits.map((r) => r.name));
   graph.mark();
   $("hits").textContent = words.length ? `${hits.length} found${hits.length ? " (Enter: next)" : ""}` : "";
