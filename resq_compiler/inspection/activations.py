@@ -249,7 +249,13 @@ def _by_token(name: str, x: Tensor) -> Tensor:
 
 def _add(taps: Taps, node: Node, tap: Callable[[Any], None]) -> None:
     before = taps.get(node)
-    taps[node] = tap if before is None else (lambda x: (before(x), tap(x)))  # type: ignore[assignment, return-value]
+
+    def both(x: Any) -> None:
+        if before is not None:
+            before(x)
+        tap(x)
+
+    taps[node] = both
 
 
 def _tap_together(taps: Taps, nodes: list[Node], see: Callable[[list[Tensor]], None]) -> None:

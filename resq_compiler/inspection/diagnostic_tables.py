@@ -102,7 +102,8 @@ def write_diagnostics(directory: Path, found: Diagnostics | None = None, costs: 
     from resq_compiler.inspection import plots
 
     dump.read_manifest(directory)
-    titles, written = {}, []
+    titles: dict[str, str] = {}
+    written: list[Path] = []
     if found is not None:
         dump.write_file(directory / ACTIVATIONS, dump.json_text({"tables": activation_tables(found)}))
         titles |= plots.activation_plots(found, directory / "plots")

@@ -39,21 +39,24 @@ def site_noise(gm: GraphModule, ids: Tensor) -> dict[str, dict[str, Any]]:
 @torch.no_grad()
 def site_energies(gm: GraphModule, ids: Tensor) -> dict[str, tuple[float, float]]:
     """(sum of x², sum of (image - x)²) of each quantizer, by its name."""
-    taps: dict[Node, list[Callable[[Any], None]]] = {}
+    quantizers: dict[Node, list[Node]] = {}
     found: dict[str, tuple[float, float]] = {}
     for node in gm.graph.nodes:
-        site = meta.get(node, meta.QuantizerSite)
-        if site is not None:
-            taps.setdefault(node.args[0], []).append(lambda x, node=node, site=site: see(node, site.name, x))
+        if meta.get(node, meta.QuantizerSite) is not None:
+            quantizers.setdefault(node.args[0], []).append(node)
 
-    def see(node: Node, name: str, x: Tensor) -> None:
-        image = graph_tools.run_node(gm, node, {node.args[0]: x})
-        image = ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image
-        found[name] = (float(x.double().square().sum()), float((image.double() - x.double()).square().sum()))
+    def tap_of(nodes: list[Node]) -> Callable[[Any], None]:
+        def see(x: Tensor) -> None:
+            for node in nodes:
+                image = graph_tools.run_node(gm, node, {node.args[0]: x})
+                image = ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image
+                energies = float(x.double().square().sum()), float((image.double() - x.double()).square().sum())
+                found[meta.get(node, meta.QuantizerSite).name] = energies
 
-    outputs = graph_tools.output_args(gm.graph)
-    schedule = executor.Schedule(gm, outputs, graph_tools.placeholders(gm.graph))
-    schedule.run(executor.first_tokens(gm, ids), {n: lambda x, fs=fs: [f(x) for f in fs] for n, fs in taps.items()})
+        return see
+
+    schedule = executor.Schedule(gm, graph_tools.output_args(gm.graph), graph_tools.placeholders(gm.graph))
+    schedule.run(executor.first_tokens(gm, ids), {source: tap_of(nodes) for source, nodes in quantizers.items()})
     return found
 
 
