@@ -33,7 +33,7 @@ class OnnxBackend(Backend):
         built = export.build_model(model, "ort", embedding="float32")
         if built.ByteSize() <= export.EXTERNAL_DATA_ABOVE:
             return OnnxRunner(session.open_session(built.SerializeToString()))
-        with tempfile.TemporaryDirectory(prefix="resq-onnx-") as directory:
+        with tempfile.TemporaryDirectory(prefix="resq-onnx-", ignore_cleanup_errors=True) as directory:
             export.save_model(built, Path(directory))
             return OnnxRunner(session.open_session(Path(directory) / export.MODEL_FILE))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from resq_compiler.compiled_model import CompiledModel
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
-EXTERNAL_DATA_ABOVE = 2**30  # bytes; protobuf ends at 2 GiB
+EXTERNAL_DATA_ABOVE = 2**26  # bytes; ONNX Runtime maps data files instead of copying them, and protobuf ends at 2 GiB
 EMBEDDINGS = ("float16", "float32", "int8")
 
 
@@ -37,7 +37,7 @@ def export_onnx(
              kv_cache: "float" (clients understand it: float tensors that hold the image of 4/8-bit codes) or "packed" (uint8
              codes and scales, about a fifth of the memory; for this package's runtime).
              overwrite: replace what is in the directory. tokenizer: default, the one the model came with.
-    Returns: the directory, with model.onnx (and model.onnx.data above 1 GB), config.json, generation_config.json,
+    Returns: the directory, with model.onnx (its tensors in model.onnx.data above 64 MiB), config.json, generation_config.json,
              genai_config.json and the tokenizer's files.
     Raises:  BackendError, before anything is written: an operator without an ONNX form, an unknown choice, onnx missing,
              onnxruntime too old for the profile, a target that is not empty, not writable or too small.
@@ -141,7 +141,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def save_model(model: onnx.ModelProto, directory: Path) -> None:
-    """model.onnx, with its tensors beside it above 1 GB."""
+    """model.onnx, with its tensors beside it where they are large."""
     import onnx
 
     if model.ByteSize() > EXTERNAL_DATA_ABOVE:

@@ -14,7 +14,6 @@ from resq_compiler.tiny import tiny_tokens
 from tests.backends.onnx.conftest import example, reference, relative
 
 
-@pytest.mark.parametrize("profile", ["ort", "qdq"])
 @pytest.mark.parametrize(
     "options", [{}, {"kv_bits": 3}, {"low_fraction": 1 / 8}], ids=["4/8 bits", "3/8 bits", "2/4/8 bits"]
 )
