@@ -59,7 +59,7 @@ def inspect_model(
     )  # fmt: skip
     result = Inspection(compiled)
     if activations and windows is not None:
-        original, ctx = trace(loaded.model.float())
+        original, ctx = trace(loaded.model if loaded.model.dtype == torch.float32 else loaded.model.float())
         result.diagnostics = diagnose(
             original, ctx.topology, held[0], compiled.graph_module, windows, config.activation_bits, _decoder(loaded.tokenizer)
         )
