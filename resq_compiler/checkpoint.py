@@ -111,7 +111,7 @@ def _config_text(model: CompiledModel, quantization: dict[str, Any]) -> str:
         source.pop(private, None)
     config = {
         "model_type": hf.MODEL_TYPE,
-        "architectures": [type(model).__name__],
+        "architectures": [hf.ARCHITECTURE],
         "dtype": "float32",
         "transformers_version": quantization["versions"]["transformers"],
         "vocab_size": model.config.get_text_config().vocab_size,

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from resq_compiler import graph_tools, memory, recipes
+from resq_compiler import graph_tools, hf, memory, recipes
 from resq_compiler.capture import Captured, capture
 from resq_compiler.compiled_model import CompiledModel
 from resq_compiler.config import CompileConfig
 from resq_compiler.data import calibration_windows
+from resq_compiler.errors import ModelError
 from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.models import LoadedModel, load_model
 from resq_compiler.pipeline import PassContext, Pipeline, Stage
@@ -64,6 +65,9 @@ def compile(
     check_backend(backend)
     dump_dir = target_directory(dump_dir)
     memory.map_large_blocks()
+    hf.register()  # so that the directory of a compiled model is recognized
+    if isinstance(model, CompiledModel):
+        raise ModelError(f"model: already compiled ({model.options.scheme}); give the float model it was made from")
     loaded = load_model(model)
     tokenizer = tokenizer or loaded.tokenizer
     report = progress or (lambda step, done, total: None)

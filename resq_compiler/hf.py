@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from resq_compiler.compiled_model import CompiledModel
 
-MODEL_TYPE = "resq_compiled"
+MODEL_TYPE, ARCHITECTURE = "resq_compiled", "ResqForCausalLM"
 
 
 class ResqConfig(PreTrainedConfig):

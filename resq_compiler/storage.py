@@ -61,8 +61,10 @@ def write(gm: GraphModule, info: Mapping[str, Mapping[str, Any]], directory: Pat
 
     tensors = {name: _packed(gm, name, fields) for name, fields in sorted(info.items()) if "same_as" not in fields}
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    mode = directory.stat().st_mode & 0o666  # safetensors makes files that only the user can read
     for file, names in plan.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(mode)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")

@@ -89,6 +89,10 @@ def test_codes_are_packed_and_scales_are_float32(saved):
     assert tensors["model.layers.0.mlp.up_proj.part1.qdata"].dtype == torch.int8  # 8 bits
 
 
+def test_all_files_have_the_same_permissions(saved):
+    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1
+
+
 def test_shards(compiled, tmp_path):
     model = compiled("llama", **VARIANTS["llama"])
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
@@ -147,6 +151,8 @@ def test_auto_classes_open_it(saved, compiled):
     assert AutoConfig.from_pretrained(saved).quantization_config["quant_method"] == "resq"
     with pytest.raises(ModelError, match="resq_compiler.load"):
         resq_compiler.compile(saved, tiny_tokens(1, 8))
+    with pytest.raises(ModelError, match="already compiled"):
+        resq_compiler.compile(again, tiny_tokens(1, 8))
 
 
 def test_quantization_config(saved):
