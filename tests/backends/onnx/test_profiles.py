@@ -84,11 +84,11 @@ OPTIONS = [
     {"o_proj_granularity": "token", "lm_head_bits": 8},
     {"activation_clip": 0.9, "kv_clip": 0.95},
     {"weight_bits": 3, "activation_bits": 5, "kv_bits": 6},
-    {"low_fraction": 1 / 8},
+    pytest.param({"low_fraction": 1 / 8}, marks=pytest.mark.slow),
     {"activation_bits": 16},
     {"kv_bits": 16},
-    {"recipe": "quik"},
-    {"recipe": "quarot"},
+    pytest.param({"recipe": "quik"}, marks=pytest.mark.slow),
+    pytest.param({"recipe": "quarot"}, marks=pytest.mark.slow),
 ]
 
 
