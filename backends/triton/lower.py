@@ -41,14 +41,7 @@ from resq_compiler.errors import BackendError, QuantError
 aten = torch.ops.aten
 triton_ops = torch.ops.resq_triton
 MADE_BY = "lower-triton"
-QUANTIZED = {
-    ops.quantize,
-    ops.quantized_linear,
-    ops.weight_only_linear,
-    ops.quantize_dequantize,
-    ops.append_cache,
-    ops.attention,
-}
+QUANTIZED = {ops.quantize, ops.quantized_linear, ops.weight_only_linear, ops.attention}
 TORCH_READERS = {aten.embedding.default, aten.linear.default, ops.project, ops.project_heads}
 
 

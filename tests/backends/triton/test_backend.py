@@ -15,7 +15,7 @@ from resq_compiler import graph_tools
 from resq_compiler.errors import BackendError
 from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
 
-FAST = ("llama", "gemma2")
+FAST = ("llama",)
 GREEDY = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
 
 
