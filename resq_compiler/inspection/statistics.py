@@ -47,7 +47,7 @@ def kurtosis(x: Tensor) -> float:
     centred = x.double().flatten()
     centred = centred - centred.mean()
     variance = centred.square().mean()
-    return float(centred.pow(4).mean() / variance.square()) if variance > 0 else 0.0
+    return float(centred.square().square().mean() / variance.square()) if variance > 0 else 0.0
 
 
 def qsur(x: Tensor) -> float | None:
