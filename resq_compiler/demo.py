@@ -40,9 +40,9 @@ class DemoOptions:
 
     model: str | Path | None = None  # None: the embedded SmolLM2-135M-Instruct
     recipes: tuple[str, ...] = ("resq", "quarot", "rtn")
-    calibration_samples: int = 64
+    calibration_samples: int = 32
     calibration_length: int = 512
-    windows: int = 8
+    windows: int = 6
     window_length: int = 1024
     new_tokens: int = 24
     seed: int = 0

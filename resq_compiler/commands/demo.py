@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipes", nargs="+", metavar="NAME", default=["resq", "quarot", "rtn"], help="the first one is saved"
     )
     parser.add_argument(
-        "--calibration-samples", type=int, default=64, metavar="N", help="windows of 512 tokens (default: 64)"
+        "--calibration-samples", type=int, default=32, metavar="N", help="windows of 512 tokens (default: 32)"
     )
     parser.add_argument("--calibration-length", type=int, default=512, metavar="N", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--windows", type=int, default=8, metavar="N", help="evaluated windows of 1024 tokens (default: 8)"
+        "--windows", type=int, default=6, metavar="N", help="evaluated windows of 1024 tokens (default: 6)"
     )
     parser.add_argument("--window-length", type=int, default=1024, metavar="N", help=argparse.SUPPRESS)
     parser.add_argument("--new-tokens", type=int, default=24, metavar="N", help="that each model writes (default: 24)")
