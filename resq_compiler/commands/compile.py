@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration", metavar="FILE",
         help=f".txt, .jsonl, `{common.DEMO}` (built-in English text), or `self` (default): the model writes its own, slowly",
     )  # fmt: skip
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        type=Path,
+        help="keep finished work there: the same command goes on from it after an interruption",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
     parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
     add_option_flags(parser)
@@ -56,9 +62,12 @@ def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
     began = time.perf_counter()
     with Progress(arguments.quiet) as progress:
         compiled = compile(
-            common.model_source(arguments.model), common.calibration_data(arguments.calibration), recipe=config,
+            common.model_source(arguments.model),
+            common.calibration_data(arguments.calibration),
+            recipe=config,
             progress=progress,
-        )  # fmt: skip
+            work_dir=arguments.work_dir,
+        )
     return compiled, time.perf_counter() - began
 
 
