@@ -34,6 +34,8 @@ class InsertProjections(Pass):
     name: ClassVar[str] = "insert-projections"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        if any(meta.get(node, meta.Projection) for node in gm.graph.nodes):
+            return 0  # bases do not nest
         topology: Topology = ctx.topology
         done = 0
         bases = ctx.bases or Bases()

@@ -131,6 +131,8 @@ def unrepeated(gm: GraphModule, value: Node, heads: int, env: dict[Node, Tensor]
     shape = root.meta["val"].shape
     index = torch.arange(math.prod(shape)).reshape(shape)
     result = evaluate(gm, value, {**env, root: index})
+    if shape[1] == 1 and torch.equal(result, index):
+        return root  # one head for all queries: the attention operator spreads it
     if heads % shape[1] or not torch.equal(result, index.repeat_interleave(heads // shape[1], 1)):
         raise TopologyError(
             f"node {value.name}: expected the {shape[1]} cached heads repeated to {heads}; it computes something else"
@@ -143,7 +145,7 @@ def name_masks(gm: GraphModule, ctx: PassContext) -> int:
     inputs = graph_tools.placeholders(gm.graph)
     users: dict[Node, list[Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=ops.attention):
-        if isinstance(node.args[3], Node):
+        if isinstance(node.args[3], Node) and not is_call(node.args[3], ops.causal_mask):
             users.setdefault(node.args[3], []).append(node)
     named: dict[int | None, Node] = {}
     for mask, readers in users.items():

@@ -33,6 +33,8 @@ class PartitionLinears(Pass):
     name: ClassVar[str] = "partition-linears"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        if any(meta.get(node, meta.LinearPart) for node in gm.graph.nodes):
+            return 0
         topology: Topology = ctx.topology
         pieces: dict[tuple, Node] = {}
         done = 0

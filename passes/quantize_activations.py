@@ -37,7 +37,8 @@ class QuantizeActivations(Pass):
             part = meta.get(node, meta.LinearPart)
             if part is None or part.activation_bits == FLOAT_BITS:
                 continue
-            if is_call(node, aten.linear.default, ops.weight_only_linear):
+            coded = is_call(node.args[0], ops.dequantize)
+            if is_call(node, aten.linear.default, ops.weight_only_linear) and not coded:
                 done += quantize_input(gm, node, part, ctx, shared)
         return done
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from resq_compiler import meta, ops
-from resq_compiler.graph_tools import emit
+from resq_compiler.graph_tools import emit, is_call
 from resq_compiler.partition import FLOAT_BITS, cache_parts
 from resq_compiler.pipeline import Pass, PassContext
 
@@ -29,12 +29,16 @@ class QuantizeKvCache(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         if ctx.config.kv_bits == FLOAT_BITS:
             return 0
+        done = 0
         for block in ctx.topology.blocks:
             for kind, cache in (("key", block.attention.key_cache), ("value", block.attention.value_cache)):
                 new = cache.args[1]
+                if is_call(new, ops.quantize_dequantize):
+                    continue
                 parts = tuple((p.bits, p.start, p.stop) for p in cache_parts(new.meta["val"].shape[-1], ctx.config))
                 with gm.graph.inserting_after(new):
                     image = emit(gm.graph, ops.quantize_dequantize, (new, parts, ctx.config.kv_clip), new, self.name)
                 site = meta.QuantizerSite(f"blocks.{block.index}.{kind}", "kv", block.index, parts[0][0])
                 cache.update_arg(1, meta.put(image, site))
-        return 2 * len(ctx.topology.blocks)
+                done += 1
+        return done

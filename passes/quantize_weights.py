@@ -73,6 +73,8 @@ class QuantizeWeights(Pass):
         sites = find_sites(gm)
         head = [s for s in sites if s.fact.role == "head"]
         sites = [s for s in sites if s.fact.role != "head"]
+        if not sites and not head:
+            return 0
         if ctx.config.weight_method == "gptq":
             run_gptq(gm, ctx, sites)
         else:
@@ -141,7 +143,8 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
         new = emit(gm.graph, target, (source, *tensors), node, QuantizeWeights.name)
     new.meta["val"] = node.meta["val"]
     meta.put(new, meta.get(node, meta.LinearPart))
-    meta.put(new, meta.WeightNoise(float(f"{relative_error(piece.dequantize(), graph_tools.get_tensor(gm, weight)):.4g}")))
+    noise = relative_error(piece.dequantize(), graph_tools.get_tensor(gm, weight))
+    meta.put(new, meta.WeightNoise(float(f"{noise:.4g}")))
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     if coded and not x.users:

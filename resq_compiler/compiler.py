@@ -79,7 +79,7 @@ def compile(
     start = time.perf_counter()
     captured = _capture_float32(loaded.model, own, report)
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
-    memory.release()  # torch.export leaves the model in a reference cycle
+    memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
     ctx = PassContext(config, captured.example_inputs, windows, progress=report, work=work)
     with recording(dump_dir, source, config.to_dict(), on_stage) as record:
         pipeline = Pipeline(ctx, record.add)

@@ -108,7 +108,7 @@ class Pipeline:
     def _run_one(self, gm: GraphModule, item: Pass) -> None:
         start = time.perf_counter()
         index, options = len(self.stages), option_text(item)
-        memory.release()
+        memory.release(gm)
         rewrites = 0
         try:
             rewrites = item.run(gm, self.ctx)

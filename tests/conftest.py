@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run in Python here
 from dataclasses import dataclass
 from unittest import mock
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run in Python here
+
 import pytest
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from resq_compiler import compiler, graph_tools, recipes, verify
 from resq_compiler.capture import Captured, capture
 from resq_compiler.compiled_model import CompiledModel
+from resq_compiler.config import CompileConfig
 from resq_compiler.pipeline import PassContext, Pipeline
 from resq_compiler.tiny import tiny_model, tiny_tokens
+
+logging.getLogger(
+    "torch.__trace"
+).disabled = True  # pytest would format and keep thousands of its records for every export
 
 
 def pytest_runtest_setup(item):
@@ -38,7 +45,13 @@ class Built:
 def tiny():
     """family -> its tiny model, the same object every time; do not change it."""
     models: dict = {}
-    return lambda family: models.setdefault(family, None) or models.update({family: tiny_model(family)}) or models[family]
+
+    def make(family: str):
+        if family not in models:
+            models[family] = tiny_model(family)
+        return models[family]
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -59,25 +72,71 @@ def captured(tiny):
 def build(captured):
     """(family, before=pass name, double=True, **options) -> Built: the passes of these options up to, not with, `before`.
 
-    `double` turns the weights to float64 once composites are named, so that exact passes can be held to 1e-9.
+    `double` turns the weights to float64 once composites are named, so that exact passes can be held to 1e-9. Every state is
+    made once; a test gets a copy of the graph that shares the weights, which passes rebind and never write into.
     """
+    made: dict = {}
 
-    def run(family: str, before: str | None = None, *, recipe: str = "resq", double: bool = False, **options) -> Built:
-        source = captured(family)
-        config = recipes.resolve(recipe, **options)
-        ctx = PassContext(config, source.example_inputs, tiny_tokens(4, 32))
-        built = Built(source.graph_module, ctx, Pipeline(ctx))
-        built.pipeline.start(built.gm)
+    def state(family: str, count: int, double: bool, config: CompileConfig) -> Built:
+        """After the first `count` passes; those up to fold-norms do not look at options, so all options share them."""
+        passes = recipes.passes_for(config)
+        names = [p.name for p in passes]
+        common = names.index("fold-norms") + 1
+        double = double and count > names.index("find-topology")
+        key = (family, count, double, config if count > common else None)
+        if key not in made:
+            made[key] = advance(family, count, double, config, passes)
+        return made[key]
+
+    def advance(family: str, count: int, double: bool, config: CompileConfig, passes: list) -> Built:
+        if count == 0:
+            source = captured(family)
+            ctx = PassContext(config, source.example_inputs, tiny_tokens(4, 32))
+            built = Built(source.graph_module, ctx, Pipeline(ctx))
+            built.pipeline.start(built.gm)
+            return built
+        built = copy_of(state(family, count - 1, double, config))
+        built.ctx.config = config
+        last = passes[count - 1]
         with torch.no_grad():
-            for item in recipes.passes_for(config):
-                if item.name == before:
-                    break
-                if double and item.name == "find-topology":
-                    to_float64(built)
-                built.pipeline.run(built.gm, [item])
+            if double and last.name == "find-topology":
+                to_float64(built)
+            built.pipeline.run(built.gm, [last])
+        return built
+
+    def run(family: str, before: str | None = None, *, double: bool = False, recipe: str = "resq", **options) -> Built:
+        config = recipes.resolve(recipe, **options)
+        names = [p.name for p in recipes.passes_for(config)]
+        built = copy_of(state(family, names.index(before) if before else len(names), double, config))
+        built.ctx.config = config
         return built
 
     return run
+
+
+def copy_of(built: Built) -> Built:
+    """The same state with its own graph; facts that hold nodes hold those of the copy."""
+    gm, table = graph_tools.snapshot(built.gm), {}
+    for old, new in zip(built.gm.graph.nodes, gm.graph.nodes, strict=True):
+        table[old] = new
+    values = {f.name: moved(getattr(built.ctx, f.name), table) for f in dataclasses.fields(built.ctx)}
+    ctx = PassContext(**values)
+    pipeline = Pipeline(ctx)
+    pipeline.stages, pipeline.reference = list(built.pipeline.stages), built.pipeline.reference
+    return Built(gm, ctx, pipeline)
+
+
+def moved(value, table: dict[Node, Node]):
+    """value with nodes replaced, through lists, dicts and dataclasses."""
+    if isinstance(value, Node):
+        return table.get(value, value)
+    if isinstance(value, list):
+        return [moved(v, table) for v in value]
+    if isinstance(value, dict):
+        return {moved(k, table): moved(v, table) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, CompileConfig)):
+        return type(value)(**{f.name: moved(getattr(value, f.name), table) for f in dataclasses.fields(value)})
+    return value
 
 
 def to_float64(built: Built) -> None:

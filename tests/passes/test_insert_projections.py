@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from resq_compiler.passes import InsertProjections
+
+from resq_compiler import meta, ops
+
+FP64 = 1e-9  # relative; U and its inverse cancel to float64 rounding, near 1e-14
+
+
+def projections(gm) -> Counter:
+    facts = (meta.get(n, meta.Projection) for n in gm.graph.nodes)
+    return Counter((f.basis, f.inverse) for f in facts if f)
+
+
+def test_rewrites(build):
+    built = build("llama", "insert-projections")
+    assert InsertProjections().run(built.gm, built.ctx) == 22
+    assert projections(built.gm) == {
+        ("U_A", False): 5, ("U_A", True): 5,  # writers: embedding, 2 o, 2 down; readers: 2 attention, 2 mlp, head
+        ("U_B", False): 2, ("U_B", True): 2, ("U_C", False): 4, ("U_D", False): 2, ("U_D", True): 2,
+    }  # fmt: skip
+
+
+def test_rewrites_parallel_blocks_share_a_reader(build):
+    built = build("gpt_neox", "insert-projections")
+    InsertProjections().run(built.gm, built.ctx)
+    assert projections(built.gm)["U_A", False] == 5 and projections(built.gm)["U_A", True] == 5
+
+
+def test_leaves_alone_a_stream_that_cannot_change_basis(build):
+    """Gains that write into the stream: U_A stands with its inverse before the readers, and a note says so."""
+    built = build("gemma2", "insert-projections")
+    InsertProjections().run(built.gm, built.ctx)
+    assert projections(built.gm)["U_A", False] == projections(built.gm)["U_A", True] == 4
+    assert [n for n in built.ctx.notes if "U_A stays online" in n]
+
+
+@pytest.mark.parametrize(
+    "options, absent",
+    [({"kv_bits": 16}, "U_C"), ({"down_proj": "none"}, "U_D"), ({"basis": "none"}, "U_A"), ({"basis": "none"}, "U_B")],
+)
+def test_leaves_alone_what_options_switch_off(options, absent, build):
+    built = build("llama", "insert-projections", **options)
+    InsertProjections().run(built.gm, built.ctx)
+    assert absent not in {basis for basis, _ in projections(built.gm)}
+
+
+def test_energy_split_transforms_inside_each_part(build):
+    built = build("llama", "fuse-projections", down_proj="energy-split")
+    transforms = built.gm.graph.find_nodes(op="call_function", target=ops.hadamard)
+    assert {n.args[2] for n in transforms} == {(140, 20)}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("options", [{}, {"recipe": "quarot"}, {"recipe": "quik"}, {"rotation": "orthogonal"}], ids=str)
+def test_numerics(family, options, build):
+    built = build(family, "insert-projections", double=True, **options)
+    built.pipeline.run(built.gm, [InsertProjections()])
+    assert built.pipeline.stages[-1].max_error <= FP64
+
+
+def test_idempotent(build):
+    """Bases do not nest: a graph that has projections is left alone."""
+    built = build("llama", "fuse-projections")
+    assert InsertProjections().run(built.gm, built.ctx) == 0

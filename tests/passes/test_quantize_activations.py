@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from resq_compiler.passes import QuantizeActivations
+
+from resq_compiler import executor, meta, ops
+from resq_compiler.graph_tools import aten
+from resq_compiler.tiny import tiny_tokens
+
+BEFORE_WEIGHTS = {"gptq_on_quantized_activations": True}
+
+
+def quantizers(gm):
+    return gm.graph.find_nodes(op="call_function", target=ops.quantize)
+
+
+@pytest.mark.parametrize("options", [{}, BEFORE_WEIGHTS], ids=str)
+def test_rewrites(options, build):
+    built = build("llama", "quantize-activations", **options)
+    linears = [n for n in built.gm.graph.nodes if meta.get(n, meta.LinearPart)]
+    assert QuantizeActivations().run(built.gm, built.ctx) == len(linears) == 26
+    found = quantizers(built.gm)
+    assert len(found) == 2 * 7  # for each block: attention, o and mlp inputs at 4 and 8 bits, down at 4
+    assert len({meta.get(n, meta.QuantizerSite).name for n in found}) == len(found)
+    targets = {n.target for n in built.gm.graph.nodes if meta.get(n, meta.LinearPart)}
+    assert targets == ({aten.linear.default} if options else {ops.quantized_linear})
+
+
+@pytest.mark.parametrize("granularity, groups", [("head", {1, 4}), ("token", {1})])
+def test_granularity_of_o_proj(granularity, groups, build):
+    built = build("llama", "quantize-kv-cache", o_proj_granularity=granularity, weight_method="rtn")
+    assert {n.args[2] for n in quantizers(built.gm)} == groups
+
+
+def test_clip_holds_for_all_but_the_output_projection(build):
+    built = build("llama", "quantize-kv-cache", activation_clip=0.9, weight_method="rtn")
+    clips = {n.args[3] for n in quantizers(built.gm) if n.args[2] == 1}
+    assert clips == {0.9} and {n.args[3] for n in quantizers(built.gm) if n.args[2] == 4} == {1.0}
+
+
+def test_leaves_alone(build):
+    """A16: no quantizer anywhere. Weight-only parts keep their float input."""
+    built = build("llama", activation_bits=16, kv_bits=16, weight_method="rtn")
+    assert not quantizers(built.gm)
+    assert len(built.gm.graph.find_nodes(op="call_function", target=ops.weight_only_linear)) == 26
+
+
+def test_numerics(build):
+    """Every image is within half a step of the value it stands for, at the step of its own bits and group."""
+    built = build("llama", "quantize-weights", **BEFORE_WEIGHTS)
+    nodes = quantizers(built.gm)
+    wanted = nodes + [n.args[0] for n in nodes]
+    env = executor.first_tokens(built.gm, tiny_tokens(2, 16))
+    executor.Schedule(built.gm, wanted, env).run(env)
+    for node in nodes:
+        codes, x = env[node], env[node.args[0]].flatten(0, 1)
+        grouped = x.unflatten(-1, (codes.groups, -1))
+        span = grouped.amax(-1).clamp_min(0) - grouped.amin(-1).clamp_max(0)
+        step = codes.scale.flatten(0, 1)
+        torch.testing.assert_close(step, span / (2 ** node.args[1] - 1), rtol=1e-6, atol=0)  # closed form of the step
+        error = (ops.dequantize(codes).flatten(0, 1) - x).unflatten(-1, (codes.groups, -1)).abs().amax(-1)
+        assert bool((error <= step * 0.5001 + step * 0.5).all())  # half a step, and half for the rounded zero-point
+
+
+@pytest.mark.parametrize("options", [{}, BEFORE_WEIGHTS], ids=str)
+def test_idempotent(options, build):
+    built = build("llama", "quantize-kv-cache", **options)
+    assert QuantizeActivations().run(built.gm, built.ctx) == 0

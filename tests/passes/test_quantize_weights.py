@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from resq_compiler.passes import QuantizeWeights
+
+from resq_compiler import executor, graph_tools, meta, ops
+from resq_compiler.numerics import gptq as gptq_core
+from resq_compiler.numerics.quantized import Part
+from resq_compiler.numerics.weights import quantize_weight_rtn
+from resq_compiler.pipeline import relative_error
+from resq_compiler.tiny import tiny_tokens
+
+PLAIN = {"recipe": "gptq"}  # no change of basis: weights are the model's own, with gains folded in
+
+
+def coded(gm) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(codes, scale) of every part, by the name of its module and its index."""
+    found = {}
+    for node in gm.graph.nodes:
+        if node.target in (ops.quantized_linear, ops.weight_only_linear):
+            fact = meta.get(node, meta.LinearPart)
+            found[f"{fact.site.name}.{fact.index}"] = tuple(graph_tools.get_tensor(gm, n) for n in node.args[1:3])
+    return found
+
+
+def test_rewrites(build):
+    built = build("llama", "quantize-weights")
+    assert QuantizeWeights().run(built.gm, built.ctx) == 14
+    found = coded(built.gm)
+    assert len(found) == 26
+    for name, (codes, scale) in found.items():
+        high = name.endswith(".1")
+        limit = 128 if high else 8
+        assert codes.dtype == torch.int8 and scale.dtype == torch.float32
+        assert -limit <= int(codes.min()) and int(codes.max()) < limit
+    assert not [n for n, _ in built.gm.named_buffers() if ".part" in n and n.endswith("weight")]  # float ones released
+
+
+@torch.no_grad()
+def module_inputs(model, names, tokens) -> dict[str, torch.Tensor]:
+    """Inputs of the model's own modules, caught by hooks: [tokens, in_features]."""
+    seen: dict[str, torch.Tensor] = {}
+    modules = dict(model.named_modules())
+    hooks = [
+        modules[n].register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[0].flatten(0, -2)}))
+        for n in names
+    ]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gptq_act_order": True}, {"weight_clip": "hessian"}, {"weight_clip": "max"}], ids=str
+)
+def test_gptq_gets_the_codes_of_gptq_on_moments_caught_by_hooks(options, build, tiny):
+    """Block 0, q, k and v: their input is float in both worlds. Codes may differ where a weight is on a rounding edge."""
+    built = build("llama", "quantize-activations", **PLAIN, **options)
+    found = coded(built.gm)
+    model = tiny("llama")
+    layer, names = model.model.layers[0], [f"model.layers.0.self_attn.{r}_proj" for r in "qkv"]
+    x = module_inputs(model, names, tiny_tokens(4, 32))[names[0]]
+    gain = layer.input_layernorm.weight.detach()
+    normed = x / gain  # what the linears read once the gain is in their weights
+    moment = normed.double().T @ normed.double()
+    weight = torch.cat([getattr(layer.self_attn, f"{r}_proj").weight.detach() for r in "qkv"]) * gain
+    clip = {"weight_clip": "mse", **options}["weight_clip"]
+    expected = gptq_core.gptq(
+        weight, moment, [Part(4, 0, 64)], act_order=options.get("gptq_act_order", False),
+        clip="max" if clip == "max" else "mse", weighted_clip=clip == "hessian",
+    ).parts[0]  # fmt: skip
+    codes = torch.cat([found[f"{n}.0"][0] for n in names])
+    scale = torch.cat([found[f"{n}.0"][1] for n in names])
+    torch.testing.assert_close(scale, expected.scale, rtol=1e-5, atol=0)  # float32 products in another order
+    assert (codes != expected.qdata).float().mean() < 0.01  # 1 %: rounding edges, and the columns after them
+
+
+def test_rtn_is_the_search_on_the_models_own_weight(build, tiny):
+    built = build("llama", "quantize-activations", recipe="rtn")
+    weight = tiny("llama").model.layers[1].mlp.down_proj.weight.detach()
+    (expected,) = quantize_weight_rtn(weight, [Part(4, 0, 160)])
+    codes, scale = coded(built.gm)["model.layers.1.mlp.down_proj.0"]
+    assert torch.equal(codes, expected.qdata) and torch.equal(scale, expected.scale)
+
+
+def test_leaves_alone(build):
+    """W16: not in the pipeline. Weights of other linears than partitioned ones, lm_head here, stay as they are."""
+    assert "quantize-weights" not in [s.name for s in build("llama", weight_bits=16).pipeline.stages]
+    built = build("llama", "quantize-activations", recipe="rtn")
+    head = [n for n in built.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)]
+    assert len(head) == 1 and graph_tools.get_tensor(built.gm, head[0].args[1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": "rtn", "weight_clip": "max"}, {"weight_method": "rtn", "weight_clip": "max"}], ids=str
+)
+def test_numerics(options, build):
+    """Without clipping, rounding to nearest moves no weight by more than half a step."""
+    before = build("llama", "quantize-weights", **options)
+    weights = {n: t.clone() for n, t in before.gm.named_buffers() if ".part" in n}
+    before.pipeline.run(before.gm, [QuantizeWeights()])
+    for name, (codes, scale) in coded(before.gm).items():
+        module, _, index = name.rpartition(".")
+        error = (codes.float() * scale[:, None] - weights[f"{module}.part{index}.weight"]).abs()
+        assert bool((error <= 0.5001 * scale[:, None]).all())  # half a step and float32 rounding
+
+
+def test_gptq_lowers_the_output_error_and_raises_the_weight_error(build, tiny):
+    """On the calibration data itself, which is what GPTQ minimizes over."""
+    noise, tokens = {}, tiny_tokens(4, 32)
+    with torch.no_grad():
+        reference = tiny("llama")(tokens).logits
+    for method in ("rtn", "gptq"):
+        built = build("llama", "quantize-activations", weight_method=method)
+        facts = [meta.get(n, meta.WeightNoise) for n in built.gm.graph.nodes]
+        env = executor.first_tokens(built.gm, tokens)
+        logits = graph_tools.output_args(built.gm.graph)[0]
+        executor.Schedule(built.gm, [logits], env).run(env)
+        noise[method] = (sum(f.relative for f in facts if f), relative_error(env[logits], reference))
+    assert noise["gptq"][0] > noise["rtn"][0] and noise["gptq"][1] < noise["rtn"][1]
+
+
+def test_quantized_activations_change_what_gptq_sees(build):
+    first = coded(build("llama", "quantize-activations").gm)
+    second = coded(build("llama", "quantize-kv-cache", gptq_on_quantized_activations=True).gm)
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[k][0], second[k][0]) for k in first)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_method": "rtn"}], ids=str)
+def test_idempotent(options, build):
+    built = build("llama", "quantize-activations", **options)
+    assert QuantizeWeights().run(built.gm, built.ctx) == 0
