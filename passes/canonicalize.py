@@ -1,6 +1,7 @@
 """canonicalize: drop what torch.export leaves behind and name the composites rms_norm and rope.
 
     mul(weight, mul(x, rsqrt(add(mean(pow(x, 2), -1), eps))))            -> rms_norm(x, weight, eps)
+    the same on x = y - mean(y, -1)                                      -> layer_norm(y, weight)
     add(mul(x, cos), mul(cat(neg(x[h:]), x[:h]), sin))                   -> rope(x, cos, sin)
     cat(rope(x[:r], cos, sin), x[r:])   (partial rotary)                 -> rope(x, cos, sin) with cos narrower than x
 Values computed from one-dimensional weights alone, such as Gemma's 1 + w, become tensors of their own.
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler import graph_tools, ops
-from resq_compiler.graph_tools import aten, emit, is_call
+from resq_compiler.graph_tools import VIEW_OPS, aten, emit, is_call
 from resq_compiler.pipeline import Pass, PassContext
 
 IDENTITY = {
@@ -24,6 +25,10 @@ IDENTITY = {
     aten.clone.default, aten.dropout.default,
 }  # fmt: skip
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten._to_copy.default}
+OUT_OF_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor, aten.mul_.Tensor: aten.mul.Tensor, aten.div_.Tensor: aten.div.Tensor,
+    aten.silu_.default: aten.silu.default, aten.relu_.default: aten.relu.default,
+}  # fmt: skip
 WHOLE = sys.maxsize
 
 
@@ -34,7 +39,9 @@ class Canonicalize(Pass):
     name: ClassVar[str] = "canonicalize"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        done = drop_noise(gm)
+        done = drop_noise(gm) + drop_mutation(gm) + name_products(gm)
+        for node in list(gm.graph.find_nodes(op="call_function", target=aten.addmm.default)):
+            done += match_addmm(gm, node)
         done += keep_token_dimensions(gm)
         done += fold_constants(gm)
         for match in (match_rms_norm, match_rope, match_partial_rope):
@@ -56,6 +63,55 @@ def drop_noise(gm: GraphModule) -> int:
             gm.graph.erase_node(node)
             done += 1
     return done
+
+
+def drop_mutation(gm: GraphModule) -> int:
+    """Make views that copy where they must, and in-place arithmetic on a value that nothing else reads out of place.
+
+    Without `contiguous` a view may meet any strides; reshape takes them all.
+    """
+    done = 0
+    for node in gm.graph.nodes:
+        if is_call(node, aten.view.default):
+            node.target = aten.reshape.default
+            done += 1
+        elif is_call(node, *OUT_OF_PLACE) and len(node.args[0].users) == 1 and not is_call(node.args[0], *VIEW_OPS):
+            node.target = OUT_OF_PLACE[node.target]
+            done += 1
+    return done
+
+
+def name_products(gm: GraphModule) -> int:
+    """matmul(x, transpose(W)) -> linear(x, W)"""
+    done = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.matmul.default)):
+        x, turned = node.args
+        if not is_call(turned, aten.numpy_T.default, aten.t.default) or turned.args[0].op != "get_attr":
+            continue
+        with gm.graph.inserting_after(node):
+            new = emit(gm.graph, aten.linear.default, (x, turned.args[0]), node, Canonicalize.name)
+        new.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        done += 1
+    return done
+
+
+def match_addmm(gm: GraphModule, node: Node) -> int:
+    """addmm(bias, x, W) -> linear(x, Wᵀ, bias), as the Conv1D layers of GPT-2 want it."""
+    bias, x, weight = node.args
+    nodes = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == getattr(weight, "target", None)]
+    if node.kwargs or bias.op != "get_attr" or weight.op != "get_attr" or nodes != [weight] or len(weight.users) != 1:
+        return 0
+    turned = graph_tools.get_tensor(gm, weight).t().contiguous()
+    graph_tools.set_tensor(gm, str(weight.target), turned)
+    weight.meta["val"] = turned
+    with gm.graph.inserting_after(node):
+        new = emit(gm.graph, aten.linear.default, (x, weight, bias), node, Canonicalize.name)
+    new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return 1
 
 
 def _returns_its_input(gm: GraphModule, node: Node) -> bool:
@@ -190,11 +246,25 @@ def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
         ):
             weight = candidate
     last = scaled if weight is not None else normed
+    source = _centred(x)
     with gm.graph.inserting_after(last):
-        new = emit(gm.graph, ops.rms_norm, (x, weight, eps), normed, Canonicalize.name)
+        if source is None:
+            new = emit(gm.graph, ops.rms_norm, (x, weight, eps), normed, Canonicalize.name)
+        else:
+            shape = [source.meta["val"].shape[-1]]
+            args = (source, shape, weight, None, eps)
+            new = emit(gm.graph, aten.layer_norm.default, args, normed, Canonicalize.name)
     new.meta["val"] = last.meta["val"]
     last.replace_all_uses_with(new)
     return 1
+
+
+def _centred(x: Node) -> Node | None:
+    """y where x is y - mean(y) over the last dimension."""
+    if not is_call(x, aten.sub.Tensor) or not is_call(x.args[1], aten.mean.dim):
+        return None
+    y, mean = x.args[0], x.args[1]
+    return y if mean.args[0] is y and list(mean.args[1]) == [-1] else None
 
 
 def _last_dim_slice(node: object, x: object) -> tuple[int, int] | None:

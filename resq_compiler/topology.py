@@ -153,7 +153,7 @@ def find_residual(head: Node) -> Residual:
             continue
         values[node] = None
         if is_call(node, aten.add.Tensor):
-            pending.extend(a for a in node.args[:2])
+            pending.extend(a for a in node.args[:2] if isinstance(a, Node))
         elif is_call(node, aten.mul.Tensor) and _is_scalar(node.args[1]):
             pending.append(node.args[0])
         elif is_call(node, LINEAR, EMBEDDING):
@@ -161,9 +161,9 @@ def find_residual(head: Node) -> Residual:
         elif is_call(node, *NORMS):
             gained[node] = None
         else:
-            text = node.format_node() if isinstance(node, Node) else repr(node)
             raise TopologyError(
-                f"residual stream: expected an add, a scaling, a linear, an embedding or a norm; got {text}"
+                f"node {node.name}: in the residual stream; expected an add, a scaling, a linear, an embedding or a norm "
+                f"(experts and gated streams are not supported); got {node.format_node()}"
             )
     order = {n: i for i, n in enumerate(head.graph.nodes)}
     stream = sorted(values, key=order.__getitem__)
@@ -209,6 +209,11 @@ def find_cuts(gm: GraphModule, residual: Residual, head: Node) -> list[Node]:
     for node in residual.writers:
         if is_call(node, EMBEDDING):
             graph.add_edge("embeddings", node)
+    if "embeddings" not in graph:
+        first = residual.values[0]
+        raise TopologyError(
+            f"node {first.name}: the residual stream starts here; expected a token embedding, got {first.format_node()}"
+        )
     live = nx.descendants(graph, "embeddings") | {"embeddings"}
     dominator = nx.immediate_dominators(graph.subgraph(live), "embeddings")
     chain, node = [], head
@@ -220,14 +225,26 @@ def find_cuts(gm: GraphModule, residual: Residual, head: Node) -> list[Node]:
     return chain[::-1]
 
 
-def trace_back(node: Node, goal: str, *through: object) -> Node:
-    """Follow first arguments until a linear."""
-    current = node
-    while not is_call(current, LINEAR):
-        if not is_call(current, *through):
-            raise TopologyError(f"node {node.name}: expected a linear ({goal}) behind it, met {current.format_node()}")
-        current = current.args[0]
-    return current
+def trace_back(node: Node, goal: str) -> Node:
+    """The one linear that a value is made from, position tables apart: norms, rotary embeddings of any form, scalings between."""
+    linears: dict[Node, None] = {}
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if is_call(current, LINEAR):
+            linears[current] = None
+            continue
+        if is_call(current, EMBEDDING, ops.attention):
+            raise TopologyError(
+                f"node {node.name}: expected a linear ({goal}) behind it, met node {current.name}: {current.format_node()}"
+            )
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    if len(linears) != 1:
+        names = ", ".join(n.name for n in linears) or "none"
+        raise TopologyError(f"node {node.name}: expected one linear ({goal}) behind it, met {len(linears)}: {names}")
+    return next(iter(linears))
 
 
 def trace_attention(core: Node) -> Attention:
@@ -238,10 +255,9 @@ def trace_attention(core: Node) -> Attention:
             raise TopologyError(
                 f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}"
             )
-    heads = (ops.split_heads, ops.rope, *NORMS, aten.mul.Tensor)
-    q = trace_back(q_value, "query projection", *heads)
-    k = trace_back(key_cache.args[1], "key projection", *heads)
-    v = trace_back(value_cache.args[1], "value projection", *heads)
+    q = trace_back(q_value, "query projection")
+    k = trace_back(key_cache.args[1], "key projection")
+    v = trace_back(value_cache.args[1], "value projection")
     merged = [u for u in core.users if is_call(u, ops.merge_heads)]
     outputs = [u for m in merged for u in m.users if is_call(u, LINEAR)]
     if len(outputs) != 1 or len(core.users) != 1 or len(merged[0].users) != 1:
@@ -271,6 +287,12 @@ def make_blocks(gm: GraphModule, cuts: list[Node], attentions: list[Attention], 
     blocks = [Block(i, s, e, a) for i, (s, e, a) in enumerate(zip(starts, ends, attentions, strict=True))]
     readers = {n for g in residual.readers for n in g.linears}
     for block in blocks:
+        for node in (block.attention.q, block.attention.k, block.attention.v):
+            if node not in readers:
+                raise TopologyError(
+                    f"node {node.name} ({graph_tools.module_of(node)}): makes queries, keys or values; expected a linear that reads "
+                    f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)"
+                )
         inside = _between(order, block)
         used = {block.attention.q, block.attention.k, block.attention.v, block.attention.o}
         rest = [n for n in inside if is_call(n, LINEAR) and n not in used]

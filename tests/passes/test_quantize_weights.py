@@ -124,7 +124,7 @@ def test_gptq_lowers_the_output_error_and_raises_the_weight_error(build, tiny):
 
 def test_quantized_activations_change_what_gptq_sees(build):
     first = coded(build("llama", "quantize-activations").gm)
-    second = coded(build("llama", "quantize-kv-cache", gptq_on_quantized_activations=True).gm)
+    second = coded(build("llama", gptq_on_quantized_activations=True).gm)
     assert first.keys() == second.keys()
     assert any(not torch.equal(first[k][0], second[k][0]) for k in first)
 
