@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from resq_compiler.backends.base import Backend
+
 from resq_compiler.errors import BackendError
 
 

@@ -126,9 +126,13 @@ def test_columns_and_take_columns(randn):
     assert torch.equal(ops.take_columns(x, torch.tensor([3, 0])), x[..., [3, 0]])
 
 
+def weight_codes():
+    return torch.randint(-8, 8, (5, 16), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+
+
 def test_quantized_linear_is_the_float_linear_of_the_images(randn):
     """Exact integers: float64 arithmetic on the codes is the law's formula without rounding."""
-    x, codes, scale = randn(2, 3, 16), torch.randint(-8, 8, (5, 16), generator=torch.Generator().manual_seed(1)).to(torch.int8), randn(5).abs()  # fmt: skip
+    x, codes, scale = randn(2, 3, 16), weight_codes(), randn(5).abs()
     xq = ops.quantize(x, 4)
     exact = ((xq.qdata.double() - xq.zero_point.double()) @ codes.double().T) * xq.scale.double() * scale.double()
     torch.testing.assert_close(ops.quantized_linear(xq, codes, scale).double(), exact, rtol=1e-6, atol=0)  # two float32 products
@@ -137,7 +141,7 @@ def test_quantized_linear_is_the_float_linear_of_the_images(randn):
 
 
 def test_weight_only_linear(randn):
-    x, codes, scale = randn(2, 3, 16), torch.randint(-8, 8, (5, 16), generator=torch.Generator().manual_seed(1)).to(torch.int8), randn(5).abs()  # fmt: skip
+    x, codes, scale = randn(2, 3, 16), weight_codes(), randn(5).abs()
     expected = F.linear(x, codes.float() * scale[:, None])
     torch.testing.assert_close(ops.weight_only_linear(x, codes, scale), expected, **ROUNDING)
 
