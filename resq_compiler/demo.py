@@ -132,7 +132,7 @@ def markdown_report(result: dict[str, Any]) -> str:
     tokens = result["tokens"]
     recipes = "\n".join(f"- {name}: {DESCRIPTIONS.get(name, 'a recipe')}" for name in result["recipes"])
     return (
-        f"# {result['model']}, compiled\n\n{summary(result, markdown=True)}\n\n{recipes}\n\n"
+        f"# {result['model'].rpartition('/')[2]}, compiled\n\n{summary(result, markdown=True)}\n\n{recipes}\n\n"
         f"Calibration: {tokens['calibration']} tokens; evaluation: {tokens['evaluation']} other tokens; both from the help "
         f"texts of Python {result['versions']['python']}. KL divergence in nats a token and top-1 agreement are against the "
         f"float model. {result['seconds']:.0f} s in all, peak memory {megabytes(result['peak_memory_bytes'])}.\n\n"
