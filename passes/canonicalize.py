@@ -234,7 +234,10 @@ def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
         return 0
     x, exponent = mean.args[0].args[:2]
     normed = only_user(rsqrt)
-    if exponent != 2 or not is_call(normed, aten.mul.Tensor) or other_operand(normed, rsqrt) is not x:
+    if exponent != 2 or not is_call(normed, aten.mul.Tensor):
+        return 0
+    other, source = other_operand(normed, rsqrt), _centred(x)
+    if other is not x and (source is None or _centred(other) is not source):
         return 0
     scaled, weight = only_user(normed), None
     if is_call(scaled, aten.mul.Tensor):
@@ -246,7 +249,6 @@ def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
         ):
             weight = candidate
     last = scaled if weight is not None else normed
-    source = _centred(x)
     with gm.graph.inserting_after(last):
         if source is None:
             new = emit(gm.graph, ops.rms_norm, (x, weight, eps), normed, Canonicalize.name)
@@ -259,7 +261,7 @@ def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
     return 1
 
 
-def _centred(x: Node) -> Node | None:
+def _centred(x: object) -> Node | None:
     """y where x is y - mean(y) over the last dimension."""
     if not is_call(x, aten.sub.Tensor) or not is_call(x.args[1], aten.mean.dim):
         return None

@@ -70,7 +70,7 @@ def frontier(root: Node) -> list[Node]:
         node = pending.pop(0)
         consumed = False
         for user in node.users:
-            if is_call(user, *VIEW_OPS) and user.args[0] is node:
+            if is_call(user, *VIEW_OPS) and user.args[0] is node and not _every_other(user):
                 if user not in seen:
                     seen.add(user)
                     pending.append(user)
@@ -79,6 +79,11 @@ def frontier(root: Node) -> list[Node]:
         if consumed and not isinstance(node.meta["val"], (tuple, list)):
             found.append(node)
     return found
+
+
+def _every_other(node: Node) -> bool:
+    """x[..., 0::2]: pairs of a rotary embedding, not a part of a fused linear."""
+    return is_call(node, aten.slice.Tensor) and len(node.args) > 4 and node.args[4] != 1
 
 
 def numbered(shape: torch.Size) -> Tensor:
