@@ -117,7 +117,7 @@ def parts_for(
     576 columns and 1/8 give (4, 0, 504), (8, 504, 576).
 
     Raises: QuantError: fractions outside [0, 1] or together above 1; a positive fraction that gives no column or more
-            than there are; bits that do not ascend.
+            than there are; bits that descend.
     Source: ResQ (arXiv 2412.14363) section 3; three parts as its `low_fraction` option.
     """
     high = _rank(width, high_fraction, rank_multiple, "high_fraction")
@@ -159,7 +159,7 @@ def check_parts(parts: Sequence[Part], width: int) -> None:
     if not parts or not contiguous or stops[-1] != width or bits != sorted(bits):
         shown = [(p.bits, p.start, p.stop) for p in parts]
         raise QuantError(
-            f"parts {shown} (bits, start, stop) must cover 0..{width} without gaps, in strictly ascending bits; "
+            f"parts {shown} (bits, start, stop) must cover 0..{width} without gaps, in bits that do not descend; "
             "build them with parts_for"
         )
 

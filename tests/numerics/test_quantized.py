@@ -196,7 +196,7 @@ def test_parts() -> None:
         ({"width": 4, "high_fraction": 1 / 8}, "less than one column"),
         ({"width": 8, "high_fraction": 1.5}, "high_fraction"),
         ({"width": 8, "high_fraction": 0.5, "rank_multiple": 16}, "exceed"),
-        ({"width": 8, "high_fraction": 0.5, "low_bits": 8}, "ascending"),
+        ({"width": 8, "high_fraction": 0.5, "low_bits": 8, "high_bits": 4}, "descend"),
         ({"width": 8, "high_fraction": 0.5, "low_bits": 1}, "2..8"),
     ],
 )
