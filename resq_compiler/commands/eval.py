@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
     _check(arguments)
     opened = common.open_model(arguments.model, arguments.backend)
-    reference = common.open_float(common.model_source(arguments.reference)) if arguments.reference else None
+    reference = common.open_float(arguments.reference) if arguments.reference else None
     result = evaluate_model(opened, reference, arguments)
     text = [_title(opened, reference, result), result.pop("table")]
     if "noise_table" in result:
