@@ -6,6 +6,7 @@ A form says how the quantized operators of a graph look in ONNX. `IntegerForm` (
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ MASKED = -1e9  # added to scores of masked keys: exp() of it is 0, and a row of 
 CacheParts = tuple[tuple[int, int, int], ...]
 
 
-class Form:
+class Form(ABC):
     """How one profile writes a graph."""
 
     opset: ClassVar[int] = 21
@@ -32,17 +33,17 @@ class Form:
     def start(self, low: Lowering) -> None:
         """Called once, before any node."""
 
+    @abstractmethod
     def quantize(self, low: Lowering, node: Node, x: str, bits: int, groups: int, width: int, clip: float) -> Codes:
         """Codes of x [B, S, width], or [B, S, groups, width] when groups > 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def image(self, low: Lowering, codes: Codes) -> str:
         """The float image of codes, in the shape that was quantized."""
-        raise NotImplementedError
 
+    @abstractmethod
     def linears(self, low: Lowering, members: list[LinearSum]) -> list[Value]:
         """Linears that share their inputs, one value for each."""
-        raise NotImplementedError
 
     def cache_codes(self, low: Lowering, node: Node, value: Value, parts: CacheParts, clip: float) -> Any:
         """The float image of cache codes, every part of every head on its own."""
