@@ -30,7 +30,7 @@ class Form(ABC):
     opset: ClassVar[int] = 21
     stacks_linears: ClassVar[bool] = False
 
-    def start(self, low: Lowering) -> None:
+    def start(self, low: Lowering) -> None:  # noqa: B027  (a hook that most forms leave empty)
         """Called once, before any node."""
 
     @abstractmethod
