@@ -324,8 +324,10 @@ def test_damage_is_named(copied, damage, message):
 
 
 def test_newer_minor_version_is_read(copied):
+    expected = resq_compiler.load(copied)
     version("1.7")(copied)
-    resq_compiler.load(copied)
+    ids = torch.arange(6)[None]
+    assert torch.equal(resq_compiler.load(copied)(ids).logits, expected(ids).logits)
 
 
 def test_foreign_directories(tmp_path):

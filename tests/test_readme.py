@@ -36,7 +36,9 @@ def test_make_targets_and_scripts_exist():
 
 
 def test_python_compiles():
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
         compile(block, "README.md", "exec")
 
 

@@ -407,7 +407,7 @@ def attention_tiles(rows: int, heads: int, total: int, head_dim: int, device: to
     block_m = 16 if rows <= 16 else 64
     programs = triton.cdiv(rows, block_m) * heads
     split = max(1, min(32, 4 * processors(device) // programs, triton.cdiv(total, PAGE)))
-    warps = 8 if head_dim > 64 and isa() != "gcn" else 4  # measured: no spills on any target this way
+    warps = 8 if head_dim > 64 and isa() != "gcn" else 4  # fewest spills; the slow ahead-of-time tests check them
     default = dict(BLOCK_M=block_m, BLOCK_N=32, SPLIT=split, num_warps=warps, num_stages=2, enable_fp_fusion=False)
     if block_m == 16:  # more warps would repeat the same 16 rows
         default |= dict(BLOCK_N=16, num_warps=2)
