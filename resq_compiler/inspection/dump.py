@@ -1,7 +1,7 @@
-"""A dump: a directory with every stage of a compile as text, JSON and Graphviz, a manifest, and a page.
+"""A dump: a directory with every stage of a compile as text, JSON, Graphviz and SVG, a manifest, and a page.
 
     dump.json              what was compiled: options, stages, noise, notes (no times: equal compiles give equal files)
-    00-capture.txt .json .dot, 01-canonicalize.txt ...      one set for each pass; the graph after it, also when it failed
+    00-capture.txt .json .dot .svg, 01-canonicalize.txt ... one set for each pass; the graph after it, also when it failed
     timing.json            seconds of each pass
     index.html             the page, made from the files above (page.py)
     activations.json, attribution.json, plots/              diagnostics, where they were asked for
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from resq_compiler import __version__
 from resq_compiler.errors import DumpError
-from resq_compiler.inspection import records, text
+from resq_compiler.inspection import records, svg, text
 from resq_compiler.pipeline import Stage
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ log = logging.getLogger("resq_compiler")
 VARIABLE = "RESQ_DUMP_DIR"
 FORMAT, VERSION = "resq-dump", 1
 MANIFEST, TIMING, PAGE = "dump.json", "timing.json", "index.html"
-OURS = re.compile(r"\d\d-.*\.(txt|json|dot)|dump\.json|timing\.json|index\.html|activations\.json|attribution\.json")
+OURS = re.compile(r"\d\d-.*\.(txt|json|dot|svg)|dump\.json|timing\.json|index\.html|activations\.json|attribution\.json")
 
 
 class DumpWriter:
@@ -78,7 +78,16 @@ class DumpWriter:
         )
         write_file(self.directory / f"{stage.label}.dot", text.graph_dot(stage.label, nodes, stage.failed_node))
         write_file(self.directory / f"{stage.label}.json", stage_json(entry, nodes))
+        self._draw(stage, nodes)
         self._write_manifest()
+
+    def _draw(self, stage: Stage, nodes: list[dict[str, Any]]) -> None:
+        if not svg.library_available():
+            return
+        try:
+            write_file(self.directory / f"{stage.label}.svg", svg.graph_svg(nodes, stage.failed_node))
+        except DumpError as error:
+            log.warning("%s.svg not written: %s", stage.label, error)  # a picture must not stop a compile
 
     def finish(self, notes: Sequence[str] = (), noise: dict[str, Any] | None = None) -> Path:
         """Complete the manifest and write the page; returns the directory."""
@@ -91,6 +100,8 @@ class DumpWriter:
             page.write_page(self.directory)
         else:
             log.warning("%s not written in %s: %s", PAGE, self.directory, page.HOW_TO_INSTALL)
+        if not svg.library_available():
+            log.warning("no .svg files in %s: %s", self.directory, svg.HOW_TO_INSTALL)
         return self.directory
 
     def _write_manifest(self) -> None:

@@ -116,11 +116,19 @@ def precision_of(bits: str) -> str:
     return str(numbers.pop()) if len(numbers) == 1 else "mixed"
 
 
+SHARED = 3  # a value that so many other blocks read is no part of the block that happened to make it first
+
+
 def blocks_of(graph: Graph) -> dict[Node, int | None]:
-    """The decoder block of every node: its facts, else its module's number, else the one block that all its users are in."""
+    """The decoder block of every node: its facts, else its module's number, else the one block that all its users are in.
+
+    None for what stands outside, such as masks and rotary tables, also where the first block computed them.
+    """
     blocks: dict[Node, int | None] = {}
     for node in reversed(graph.nodes):
         block = _own_block(node)
+        if block is not None and len({blocks.get(user) for user in node.users} - {block, None}) >= SHARED:
+            block = None
         if block is None and node.op in ("placeholder", "get_attr"):
             users = {blocks.get(user) for user in node.users}  # a malformed graph may be out of order
             block = users.pop() if len(users) == 1 else None

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from resq_compiler import recipes
 from resq_compiler.compiler import compile, trace
 from resq_compiler.errors import DumpError, PassError
-from resq_compiler.inspection import dump, records
+from resq_compiler.inspection import dump, records, svg
 from resq_compiler.pipeline import Pass, PassContext
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
@@ -23,9 +23,10 @@ def names(directory):
 
 
 def test_every_stage_has_its_files(compiled):
+    pytest.importorskip("graphlay")
     labels = [s.label for s in compiled.model.stages]
     assert labels[:2] == ["00-capture", "01-canonicalize"]
-    assert names(compiled.dump) >= {f"{label}.{kind}" for label in labels for kind in ("txt", "json", "dot")}
+    assert names(compiled.dump) >= {f"{label}.{kind}" for label in labels for kind in ("txt", "json", "dot", "svg")}
     manifest = dump.read_manifest(compiled.dump)
     assert [s["label"] for s in manifest["stages"]] == labels
     assert manifest["options"]["weight_method"] == "rtn"
@@ -98,6 +99,8 @@ def test_a_failing_pass_is_dumped_and_its_node_marked(monkeypatch, tmp_path):
     assert [s["failed_node"] for s in manifest["stages"]] == [None, None, "bad_product"]
     assert ">>> FAILED HERE >>> %bad_product" in (tmp_path / "02-broken.txt").read_text()
     assert 'color="red"' in (tmp_path / "02-broken.dot").read_text()
+    if svg.library_available():
+        assert (tmp_path / "02-broken.svg").read_text().count(svg.FAILED) == 1
 
 
 def test_blocks_of_nodes_without_facts_come_from_modules():
