@@ -18,5 +18,5 @@ class FindTopology(Pass):
     name: ClassVar[str] = "find-topology"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        ctx.topology = topology.analyze(gm)
+        ctx.topology = topology.analyze(gm, ctx.overrides)
         return 0

@@ -56,7 +56,7 @@ def _float64_bases(ctx: PassContext) -> dict[str, Tensor]:
 def fuse(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> int:
     """Fuse one projection if it meets a linear on the side where it can; 0 if it stays."""
     fact = meta.get(node, meta.Projection)
-    if fact is None or fact.basis == "U_C":
+    if fact is None or fact.basis == "U_C" or fact.online:
         return 0
     fused = fuse_inverse(gm, node, bases) if fact.inverse else fuse_forward(gm, node, bases)
     if fused:

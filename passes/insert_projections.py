@@ -47,7 +47,7 @@ class InsertProjections(Pass):
             if bases.key is not None and ctx.config.kv_bits < 16:
                 done += insert_key(gm, block.attention, bases.key[block.index], block.index)
             for feed_forward in block.feed_forwards:
-                if ctx.config.down_proj in ("hadamard", "energy-split"):
+                if ctx.config.down_proj in ("hadamard", "energy-split") and feed_forward.down not in topology.floats:
                     done += insert_hadamard(gm, feed_forward.down, ctx)
         return done
 
@@ -82,13 +82,12 @@ def insert_residual(gm: GraphModule, topology: Topology, ctx: PassContext) -> in
             insert_after(gm, group.value, group.linears, ops.project, (u, True), inverse)
         return len(residual.writers) + len(residual.readers)
     names = ", ".join(sorted({graph_tools.module_of(n) for n in residual.gained_writers})[:2])
-    ctx.note(
-        f"U_A stays online before attention and feed-forward: norms with a gain write into the residual stream ({names}, ...)"
-    )
+    why = f"norms with a gain write into the residual stream ({names}, ...)" if names else "the topology override says so"
+    ctx.note(f"U_A stays online before attention and feed-forward: {why}")
     for group in residual.readers:
         if topology.head in group.linears:
             continue
-        projected = insert_after(gm, group.value, group.linears, ops.project, (u,), forward)
+        projected = insert_after(gm, group.value, group.linears, ops.project, (u,), meta.Projection("U_A", online=True))
         insert_after(gm, projected, group.linears, ops.project, (u, True), inverse)
         done += 2
     return done
@@ -98,7 +97,8 @@ def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: in
     """U_B between the value projection and the cache; its inverse after attention."""
     value, core = attention.value_cache.args[1], attention.core
     u = basis_node(gm, f"U_B.{index}", basis, graph_tools.get_tensor(gm, attention.v.args[1]))
-    insert_after(gm, value, [attention.value_cache], ops.project_heads, (u,), meta.Projection("U_B"))
+    forward = meta.Projection("U_B", online=not attention.value_is_linear)
+    insert_after(gm, value, [attention.value_cache], ops.project_heads, (u,), forward)
     insert_after(gm, core, list(core.users), ops.project_heads, (u, True), meta.Projection("U_B", inverse=True))
     return 2
 

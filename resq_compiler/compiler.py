@@ -25,6 +25,7 @@ from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.models import LoadedModel, load_model
 from resq_compiler.pipeline import PassContext, Pipeline, Stage
 from resq_compiler.resume import WorkDirectory, fingerprint
+from resq_compiler.topology_overrides import read_overrides
 
 log = logging.getLogger("resq_compiler")
 
@@ -38,6 +39,7 @@ def compile(
     recipe: str | CompileConfig = "resq",
     backend: str = "reference",
     tokenizer: Any = None,
+    topology: Any = None,
     progress: Progress | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_float: Callable[[GraphModule], None] | None = None,
@@ -53,6 +55,7 @@ def compile(
              recipe: "resq", "quarot", "quik", "gptq", "rtn", or a CompileConfig. options: any field of CompileConfig.
              backend: what computes: "reference" (PyTorch), "onnx" (ONNX Runtime) or "triton".
              tokenizer: for texts, when `model` does not come with one.
+             topology: statements that override what is found in the graph: a dict, a YAML or a JSON file (topology_overrides.py).
              progress: called with (step, done, total). on_stage: called with each pipeline.Stage as it is made.
              on_float: called with the float graph after the last exact pass: projected, partitioned, nothing quantized.
              dump_dir: write a dump of every pass there (default: the environment variable RESQ_DUMP_DIR, else none).
@@ -63,6 +66,7 @@ def compile(
     """
     config = recipes.resolve(recipe, **options)
     check_backend(backend)
+    overrides = read_overrides(topology)
     dump_dir = target_directory(dump_dir)
     memory.map_large_blocks()
     hf.register()  # so that the directory of a compiled model is recognized
@@ -73,14 +77,14 @@ def compile(
     report = progress or (lambda step, done, total: None)
     windows = _calibration(loaded, tokenizer, calib_data, config, report)
     own = not isinstance(model, PreTrainedModel)
-    work = None if work_dir is None else WorkDirectory(work_dir, fingerprint(config, loaded.model, windows))
+    work = None if work_dir is None else WorkDirectory(work_dir, fingerprint(config, loaded.model, windows, overrides))
     source, hf_config = loaded.source, copy.deepcopy(loaded.model.config)
     generation_config = copy.deepcopy(loaded.model.generation_config)
     start = time.perf_counter()
     captured = _capture_float32(loaded.model, own, report)
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
-    ctx = PassContext(config, captured.example_inputs, windows, progress=report, work=work)
+    ctx = PassContext(config, captured.example_inputs, windows, overrides, progress=report, work=work)
     with recording(dump_dir, source, config.to_dict(), on_stage) as record:
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
@@ -146,12 +150,12 @@ def _capture_float32(model: PreTrainedModel, own: bool, report: Progress) -> Cap
     return captured
 
 
-def trace(model: PreTrainedModel) -> tuple[GraphModule, PassContext]:
-    """The named float graph of a model and its topology, nothing quantized. Works on meta weights."""
+def trace(model: PreTrainedModel, topology: Any = None) -> tuple[GraphModule, PassContext]:
+    """The named float graph of a model and its topology, nothing quantized. Works on meta weights. topology: as for compile()."""
     from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
 
     captured = capture(model)
-    ctx = PassContext(CompileConfig(), captured.example_inputs)
+    ctx = PassContext(CompileConfig(), captured.example_inputs, overrides=read_overrides(topology))
     pipeline = Pipeline(ctx)
     pipeline.start(captured.graph_module)
     pipeline.run(captured.graph_module, [Canonicalize(), NameAttention(), SplitFused(), FindTopology()])

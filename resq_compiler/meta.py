@@ -54,11 +54,12 @@ class WeightNoise:
 
 @dataclass(frozen=True)
 class Projection:
-    """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one."""
+    """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one; `online`: never fused."""
 
     key: ClassVar[str] = "resq.projection"
     basis: str
     inverse: bool = False
+    online: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class PassContext:
     config: CompileConfig
     example_inputs: tuple[Tensor, ...]
     calibration: Tensor | None = None  # token ids [n, length], int64
+    overrides: Any = None  # resq_compiler.topology_overrides.TopologyOverrides, what the user states about the model
     topology: Any = None  # resq_compiler.topology.Topology, set by the topology analysis
     moments: Any = None  # resq_compiler.calibration.Moments, set by compute-bases where a recipe needs them
     bases: Any = None  # resq_compiler.calibration.Bases, set by compute-bases

@@ -25,6 +25,7 @@ from resq_compiler.config import CompileConfig
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.numerics.weights import QuantizedWeight
 from resq_compiler.quantization_config import versions
+from resq_compiler.topology_overrides import TopologyOverrides
 
 if TYPE_CHECKING:
     from resq_compiler.calibration import Moments
@@ -93,10 +94,13 @@ class WorkDirectory:
             ) from error
 
 
-def fingerprint(config: CompileConfig, model: nn.Module, windows: Tensor | None) -> dict[str, Any]:
+def fingerprint(
+    config: CompileConfig, model: nn.Module, windows: Tensor | None, overrides: TopologyOverrides | None = None
+) -> dict[str, Any]:
     """What must be equal for two compiles to share work."""
     return {
         "options": config.to_dict(),
+        "topology": repr(overrides or TopologyOverrides()),
         "versions": versions(),
         "weights": _hash(model.state_dict()),
         "calibration tokens": _hash({} if windows is None else {"windows": windows}),

@@ -1,7 +1,7 @@
 """What the graph says about the model: residual stream, decoder blocks, attention and feed-forward, found by dataflow alone.
 
-Works on the named graph (after split-fused). Module names label reports; they decide nothing. What is not understood is a
-TopologyError that names the node and what was expected there.
+Works on the named graph (after split-fused). Module names label reports; they decide nothing, unless the user overrides the
+topology by names (topology_overrides.py). What is not understood is a TopologyError that names the node and what was expected there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,14 @@ from torch.fx import GraphModule, Node
 from resq_compiler import graph_tools, meta, ops
 from resq_compiler.errors import TopologyError
 from resq_compiler.graph_tools import aten, is_call
+from resq_compiler.topology_overrides import (
+    BlockOverride,
+    FeedForwardOverride,
+    LinearNames,
+    TopologyOverrides,
+    linear_name,
+    switched_off,
+)
 
 LINEAR, EMBEDDING, LAYER_NORM = aten.linear.default, aten.embedding.default, aten.layer_norm.default
 NORMS = (ops.rms_norm, LAYER_NORM)
@@ -38,11 +46,7 @@ class Residual:
     writers: list[Node]  # linears and embeddings: a basis change fuses into their weight
     gained_writers: list[Node]  # norms that write into the stream: a basis change cannot pass their gain
     readers: list[ReadGroup]
-
-    @property
-    def fusable(self) -> bool:
-        """True when U_A can be multiplied into all writers."""
-        return not self.gained_writers
+    fusable: bool  # U_A can be multiplied into all writers
 
 
 @dataclass
@@ -98,24 +102,36 @@ class Topology:
     blocks: list[Block]
     head: Node
     hidden_size: int
+    floats: list[Node] = field(default_factory=list)  # linears that the user keeps in float
 
     @property
     def linears(self) -> list[Node]:
-        """All linears inside blocks, in execution order."""
-        return [n for n in self.head.graph.nodes if is_call(n, LINEAR) and n is not self.head]
+        """All linears inside blocks that are to be quantized, in execution order."""
+        left_out = {self.head, *self.floats}
+        return [n for n in self.head.graph.nodes if is_call(n, LINEAR) and n not in left_out]
 
 
-def analyze(gm: GraphModule) -> Topology:
-    """Find the topology of a named graph and label its linears with `meta.LinearSite`."""
-    head = find_head(gm)
+def analyze(gm: GraphModule, overrides: TopologyOverrides | None = None) -> Topology:
+    """Find the topology of a named graph and label its linears with `meta.LinearSite`. What the user states goes before."""
+    overrides = overrides or TopologyOverrides()
+    names = LinearNames(gm)
+    floats = [names.find(name, "float") for name in overrides.floats]
+    head = names.find(overrides.head, "head") if overrides.head else find_head(gm)
     residual = find_residual(head)
+    why = "norms with a gain write into the stream: " + ", ".join(n.name for n in residual.gained_writers)
+    residual.fusable = switched_off(residual.fusable, overrides.fusable, "residual fusable", why)
     cuts = find_cuts(gm, residual, head)
-    attentions = [trace_attention(n) for n in gm.graph.find_nodes(op="call_function", target=ops.attention)]
+    cores = gm.graph.find_nodes(op="call_function", target=ops.attention)
+    attentions = [trace_attention(n, i, overrides.block(i), names) for i, n in enumerate(cores)]
     if not attentions:
         raise TopologyError("no attention operator was found; expected a decoder with scaled-dot-product attention")
-    blocks = make_blocks(gm, cuts, attentions, residual)
+    if unknown := [i for i in overrides.blocks if i >= len(attentions)]:
+        raise TopologyError(f"topology override, block {unknown[0]}: the model has the blocks 0 to {len(attentions) - 1}")
+    blocks = make_blocks(gm, cuts, attentions, residual, overrides, set(floats))
     hidden = residual.values[0].meta["val"].shape[-1]
-    topology = Topology(residual, blocks, head, hidden)
+    if overrides.hidden_size not in (None, hidden):
+        raise TopologyError(f"topology override, hidden_size: the graph says {hidden}; got {overrides.hidden_size!r}")
+    topology = Topology(residual, blocks, head, hidden, floats)
     label_linears(gm, topology)
     return topology
 
@@ -168,7 +184,9 @@ def find_residual(head: Node) -> Residual:
     order = {n: i for i, n in enumerate(head.graph.nodes)}
     stream = sorted(values, key=order.__getitem__)
     readers = find_readers(stream, set(gained))
-    return Residual(stream, sorted(writers, key=order.__getitem__), sorted(gained, key=order.__getitem__), readers)
+    return Residual(
+        stream, sorted(writers, key=order.__getitem__), sorted(gained, key=order.__getitem__), readers, fusable=not gained
+    )  # fmt: skip
 
 
 def find_readers(stream: list[Node], gained: set[Node]) -> list[ReadGroup]:
@@ -247,32 +265,60 @@ def trace_back(node: Node, goal: str) -> Node:
     return next(iter(linears))
 
 
-def trace_attention(core: Node) -> Attention:
+def trace_attention(core: Node, index: int, stated: BlockOverride, names: LinearNames) -> Attention:
     """The linears around an attention operator and the shapes of its heads."""
     q_value, key_cache, value_cache = core.args[:3]
+    where = f"block {index}, attention"
     for cache in (key_cache, value_cache):
         if not is_call(cache, ops.append_cache):
             raise TopologyError(
                 f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}"
             )
-    q = trace_back(q_value, "query projection")
-    k = trace_back(key_cache.args[1], "key projection")
-    v = trace_back(value_cache.args[1], "value projection")
+
+    def behind(value: Node, role: str, goal: str) -> Node:
+        name = stated.linears.get(role)
+        return trace_back(value, goal) if name is None else names.find_feeding(name, value, f"{where} {role}")
+
+    q = behind(q_value, "q", "query projection")
+    k = behind(key_cache.args[1], "k", "key projection")
+    v = behind(value_cache.args[1], "v", "value projection")
     merged = [u for u in core.users if is_call(u, ops.merge_heads)]
     outputs = [u for m in merged for u in m.users if is_call(u, LINEAR)]
     if len(outputs) != 1 or len(core.users) != 1 or len(merged[0].users) != 1:
         raise TopologyError(
             f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention"
         )
+    o = linear_name(outputs[0])
+    if stated.linears.get("o", o) != o:
+        raise TopologyError(
+            f"topology override, {where} o: expected {o}, the linear that reads node {core.name}; got {stated.linears['o']}"
+        )
     key_shape, value_shape = key_cache.meta["val"].shape, value_cache.meta["val"].shape
     new_value = value_cache.args[1]
-    return Attention(
+    direct = is_call(new_value, ops.split_heads) and new_value.args[0] is v
+    why = f"node {new_value.name} stands between the value projection and the cache"
+    attention = Attention(
         core, q, k, v, outputs[0], key_cache, value_cache, q_value.meta["val"].shape[1], key_shape[1], key_shape[3], value_shape[3],
-        value_is_linear=is_call(new_value, ops.split_heads) and new_value.args[0] is v,
+        value_is_linear=switched_off(direct, stated.values_fusable, f"{where} values_fusable", why),
     )  # fmt: skip
+    check_derived(attention, stated, where)
+    return attention
 
 
-def make_blocks(gm: GraphModule, cuts: list[Node], attentions: list[Attention], residual: Residual) -> list[Block]:
+def check_derived(attention: Attention, stated: BlockOverride, where: str) -> None:
+    """Compare what an override says about shapes with the graph, which alone decides them."""
+    found = {
+        "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
+        "value_dim": attention.value_dim, "window": attention.window,
+    }  # fmt: skip
+    for key, value in stated.expected.items():
+        if found[key] != value:
+            raise TopologyError(f"topology override, {where} {key}: the graph says {found[key]}, and only it can; got {value!r}")
+
+
+def make_blocks(
+    gm: GraphModule, cuts: list[Node], attentions: list[Attention], residual: Residual, overrides: TopologyOverrides, floats: set[Node]
+) -> list[Block]:  # fmt: skip
     """One block for each attention: from the last cut before it to the last cut before the next one."""
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     starts = []
@@ -287,8 +333,10 @@ def make_blocks(gm: GraphModule, cuts: list[Node], attentions: list[Attention], 
     blocks = [Block(i, s, e, a) for i, (s, e, a) in enumerate(zip(starts, ends, attentions, strict=True))]
     readers = {n for g in residual.readers for n in g.linears}
     for block in blocks:
-        for node in (block.attention.q, block.attention.k, block.attention.v):
-            if node not in readers:
+        stated = overrides.block(block.index)
+        for role in ("q", "k", "v"):
+            node = getattr(block.attention, role)
+            if node not in readers and role not in stated.linears:
                 raise TopologyError(
                     f"node {node.name} ({graph_tools.module_of(node)}): makes queries, keys or values; expected a linear that reads "
                     f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)"
@@ -297,10 +345,10 @@ def make_blocks(gm: GraphModule, cuts: list[Node], attentions: list[Attention], 
         used = {block.attention.q, block.attention.k, block.attention.v, block.attention.o}
         rest = [n for n in inside if is_call(n, LINEAR) and n not in used]
         writers = set(residual.writers) | {n.args[0] for n in residual.gained_writers}
-        block.feed_forwards = [trace_feed_forward(n, readers) for n in rest if n in writers]
+        block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats)
         known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
         for node in rest:
-            if node not in known:
+            if node not in known and node not in floats:
                 raise TopologyError(
                     f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward"
                 )
@@ -312,24 +360,54 @@ def _between(order: dict[Node, int], block: Block) -> list[Node]:
     return sorted(inside, key=order.__getitem__)
 
 
-def trace_feed_forward(down: Node, readers: set[Node]) -> FeedForward:
+def find_feed_forwards(
+    index: int, linears: list[Node], writers: set[Node], readers: set[Node], stated: BlockOverride, floats: set[Node]
+) -> list[FeedForward]:  # fmt: skip
+    """The feed-forwards of a block: found from the linears that write into the stream, or stated."""
+    said = {item.down: item for item in stated.feed_forwards or ()}
+    result = []
+    for node in linears:
+        name = linear_name(node)
+        if name not in said and node not in writers:
+            continue
+        try:
+            result.append(trace_feed_forward(node, readers, said.get(name), floats, f"block {index}, feed_forward {name}"))
+        except TopologyError:
+            if name in said or node not in floats:  # a linear that stays float needs no role
+                raise
+        said.pop(name, None)
+    if said:
+        others = ", ".join(linear_name(n) for n in linears)
+        raise TopologyError(f"topology override, block {index}, feed_forward: no linear {next(iter(said))} there; expected one of {others}")
+    return result
+
+
+def trace_feed_forward(
+    down: Node, readers: set[Node], stated: FeedForwardOverride | None, floats: set[Node], where: str
+) -> FeedForward:  # fmt: skip
     """Linears behind `down` and whether only elementwise operators lie between."""
-    gates, ups, channelwise = [], [], True
+    gates: list[Node] = []
+    ups: list[Node] = []
+    channelwise = True
+    said = {name: gates for name in (stated and stated.gate) or ()} | {name: ups for name in (stated and stated.up) or ()}
     pending, seen = [down.args[0]], set()
     while pending:
         node = pending.pop()
         if node in seen or not isinstance(node, Node) or node.op == "get_attr":
             continue
         seen.add(node)
-        if is_call(node, LINEAR):
-            if node not in readers:
-                raise TopologyError(
-                    f"node {node.name}: expected a linear that reads the residual stream before {down.name}"
-                )
-            gates.append(node) if any(is_call(u, *ACTIVATIONS) for u in node.users) else ups.append(node)
+        if is_call(node, LINEAR) and (node in readers or linear_name(node) in said):
+            found = gates if any(is_call(u, *ACTIVATIONS) for u in node.users) else ups
+            said.pop(linear_name(node), found).append(node)
             continue
+        if is_call(node, LINEAR) and node not in floats:
+            raise TopologyError(f"node {node.name}: expected a linear that reads the residual stream before {down.name}")
         channelwise &= is_call(node, *ELEMENTWISE)
         pending.extend(node.all_input_nodes)
+    if said:
+        raise TopologyError(f"topology override, {where}: {next(iter(said))} does not stand before it")
+    why = "operators between up and down mix channels"
+    channelwise = switched_off(channelwise, stated.channelwise if stated else None, f"{where} channelwise", why)
     return FeedForward(gates, ups, down, channelwise)
 
 
@@ -337,8 +415,7 @@ def label_linears(gm: GraphModule, topology: Topology) -> None:
     """Attach meta.LinearSite to every linear."""
 
     def label(node: Node, role: str, block: int | None) -> None:
-        name = str(node.args[1].target).removesuffix(".weight")
-        meta.put(node, meta.LinearSite(name, role, block))
+        meta.put(node, meta.LinearSite(linear_name(node), role, block))
 
     label(topology.head, "head", None)
     for block in topology.blocks:

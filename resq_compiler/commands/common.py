@@ -67,6 +67,15 @@ def is_compiled_directory(name: str) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == "resq"
 
 
+def add_topology_argument(parser: argparse.ArgumentParser) -> None:
+    """--topology-file."""
+    parser.add_argument(
+        "--topology-file",
+        metavar="FILE",
+        help="statements that override what is found in the graph: any part of `resq inspect MODEL --topology --json`, as YAML or JSON",
+    )
+
+
 def add_backend_argument(parser: argparse.ArgumentParser) -> None:
     """--backend."""
     parser.add_argument(

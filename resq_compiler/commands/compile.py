@@ -13,6 +13,8 @@ from resq_compiler.commands import common
 from resq_compiler.commands.options import add_option_flags, chosen_config
 from resq_compiler.errors import ConfigError
 
+TOPOLOGY_FILE = "resq_topology.yaml"  # the user's own statements, kept beside the model
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `resq compile`."""
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
     parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
+    common.add_topology_argument(parser)
     add_option_flags(parser)
 
 
@@ -50,6 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     compiled.save_pretrained(output)
     record = common.run_record(compiled, shlex.join(sys.argv), seconds)
     common.write_text(output / common.RECORD_FILE, common.to_json(record) + "\n")
+    if arguments.topology_file is not None:
+        stated = Path(arguments.topology_file).expanduser().read_text(encoding="utf-8")
+        common.write_text(output / TOPOLOGY_FILE, stated)
     common.show(arguments, {"output": str(output), **record}, _text(record, output))
     return 0
 
@@ -65,6 +71,7 @@ def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
             common.model_source(arguments.model),
             common.calibration_data(arguments.calibration),
             recipe=config,
+            topology=arguments.topology_file,
             progress=progress,
             work_dir=arguments.work_dir,
         )

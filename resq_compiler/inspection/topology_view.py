@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from resq_compiler import graph_tools, meta
+from resq_compiler import graph_tools, meta, ops
+from resq_compiler.graph_tools import is_call
 from resq_compiler.numerics.hadamard import hadamard_plan
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def topology_dict(topology: Topology) -> dict[str, Any]:
         },
         "blocks": [_block_dict(block) for block in topology.blocks],
         "head": _linear(topology.head),
+        "float": [_linear(n) for n in topology.floats],
         "not_fused": not_fused(topology),
     }  # fmt: skip
 
@@ -43,6 +45,8 @@ def not_fused(topology: Topology) -> list[dict[str, str]]:
 def _stream_rows(stream: Residual) -> list[dict[str, str]]:
     if stream.fusable:
         return []
+    if not stream.gained_writers:
+        return [{"basis": "U_A", "where": "residual stream", "why": "the topology override says so"}]
     first = graph_tools.module_of(stream.gained_writers[0]) or stream.gained_writers[0].name
     why = (
         f"{len(stream.gained_writers)} norms with a gain write into the stream ({first}, ...); a rotation does not commute with a "
@@ -55,7 +59,9 @@ def _attention_rows(attention: Attention, where: str) -> list[dict[str, str]]:
     rows = [{"basis": "U_C", "where": where, "why": "position embedding stands between the q and k projections and the cache"}]
     if not attention.value_is_linear:
         node = attention.value_cache.args[1]
-        rows.append({"basis": "U_B", "where": where, "why": f"{node.name} stands between the v projection and the cache"})
+        direct = is_call(node, ops.split_heads) and node.args[0] is attention.v
+        why = "the topology override says so" if direct else f"{node.name} stands between the v projection and the cache"
+        rows.append({"basis": "U_B", "where": where, "why": why})
     return rows
 
 
@@ -105,7 +111,7 @@ def _linear(node: Any) -> dict[str, Any]:
 def topology_text(name: str, found: dict[str, Any]) -> str:
     """A tree; neighbouring blocks of one shape are shown once."""
     stream, embedding = found["residual"], found["residual"]["writers"][0]
-    fused = "U_A fuses into every writer and reader" if stream["fusable"] else "U_A cannot pass the norms that write, see below"
+    fused = "U_A fuses into every writer and reader" if stream["fusable"] else "U_A stays online, see below"
     lines = [
         f"{name}",
         f"├─ residual stream: {found['hidden_size']} channels, starts at {embedding}; {fused}",
@@ -115,6 +121,8 @@ def topology_text(name: str, found: dict[str, Any]) -> str:
     for run in _runs(found["blocks"]):
         lines += _block_lines(run)
     lines.append(f"├─ head: {_linear_text(found['head'])}")
+    if found["float"]:
+        lines.append("├─ stay float: " + ", ".join(linear["name"] for linear in found["float"]))
     lines.append("└─ not fused, operators at run time")
     return "\n".join(lines + _reason_lines(found["not_fused"]))
 
