@@ -59,13 +59,17 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
             )  # fmt: skip
 
 
+def given_options(arguments: argparse.Namespace) -> list[str]:
+    """The options that were given as flags."""
+    return [f.name for f in dataclasses.fields(CompileConfig) if hasattr(arguments, f.name)]
+
+
 def chosen_config(arguments: argparse.Namespace) -> CompileConfig:
     """Recipe, then the file of --config, then flags. Raises ConfigError."""
     from resq_compiler import recipes
 
-    names = [f.name for f in dataclasses.fields(CompileConfig)]
     values = read_recipe_file(arguments.config) if arguments.config else {}
-    values |= {n: getattr(arguments, n) for n in names if hasattr(arguments, n)}
+    values |= {n: getattr(arguments, n) for n in given_options(arguments)}
     return recipes.resolve(values.pop("recipe", "resq"), **values)
 
 

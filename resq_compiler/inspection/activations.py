@@ -1,8 +1,8 @@
 """Diagnostics of activations, before and after the compile: what makes a model hard to quantize, and what the bases do about it.
 
-Before: the original model. After: the projected graph with float weights (compile's on_float); noise: the quantized graph.
-All three see the same tokens in one batch. Sites: the inputs of linears (attention_input, o_input, mlp_input, down_input),
-new keys and values, and the residual stream after each block.
+Before: the original model. After, and noise: the compiled graph, whose values have the noise of all rounding before them. Each is
+run once, on the same tokens in one batch, and everything is taken from that run. Sites: the inputs of linears (attention_input,
+o_input, mlp_input, down_input), new keys and values, and the residual stream after each block.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler import executor, graph_tools, meta, ops
+from resq_compiler.graph_tools import is_call
 from resq_compiler.inspection import statistics
-from resq_compiler.inspection.noise import ratio_db, site_energies, weight_noise
+from resq_compiler.inspection.noise import Taps, add_tap, energies, quantizer_of, ratio_db, site_energies, weight_noise
 from resq_compiler.inspection.statistics import SiteStatistics
 from resq_compiler.topology import Topology
 
 SITE_OF_ROLE = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
                 "up": "mlp_input", "down": "down_input"}  # fmt: skip
 RESIDUAL_READERS = ("attention_input", "mlp_input")
-Taps = dict[Node, Callable[[Any], None]]
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Diagnostics:
     ascending eigenvalues of second moments, by name. channels: size of each channel raw, after P and after U, by site.
     """
 
+    tokens: int
     before: dict[str, SiteStatistics] = field(default_factory=dict)
     after: dict[str, SiteStatistics] = field(default_factory=dict)
     high_energy: dict[str, float] = field(default_factory=dict)
@@ -61,21 +62,20 @@ class Diagnostics:
 
 @torch.no_grad()
 def diagnose(
-    original: GraphModule, topology: Topology, projected: GraphModule, quantized: GraphModule, ids: Tensor,
-    main_bits: int = 4, token_text: Callable[[int], str] = str,
+    original: GraphModule, topology: Topology, quantized: GraphModule, ids: Tensor, main_bits: int = 4,
+    token_text: Callable[[int], str] = str,
 ) -> Diagnostics:  # fmt: skip
     """Measure one model on token ids [n, length].
 
-    Args:    original, topology: from compiler.trace. projected: from compile(on_float=...). quantized: the compiled graph.
-             main_bits: of the raw values' noise. token_text: text of a token id, for massive activations.
+    Args:    original, topology: from compiler.trace. quantized: the compiled graph, fresh or loaded. main_bits: of the raw
+             values' noise. token_text: text of a token id, for massive activations.
     """
-    result = Diagnostics()
+    result = Diagnostics(ids.numel())
     kept: dict[str, Tensor] = {}
     middle = topology.blocks[len(topology.blocks) // 2].index
     shown = (f"blocks.{middle}.attention_input", f"blocks.{middle}.key")
     measure_before(result, original, topology, ids, min(main_bits, 8), token_text, shown, kept)
-    measure_after(result, projected, high_starts(quantized), ids, shown, kept)
-    measure_noise(result, quantized, ids)
+    measure_after(result, quantized, ids, shown, kept)
     for name in shown:
         if f"{name} raw" in kept and f"{name} U" in kept:
             result.channels[name] = _three_views(kept[f"{name} raw"], kept[f"{name} U"])
@@ -116,12 +116,12 @@ def measure_before(
             ]
         else:
             image = ops.quantize_dequantize(x, ((bits, 0, x.shape[-1]),))
-            result.raw_noise_db[name] = _decibels(x, image)
+            result.raw_noise_db[name] = ratio_db(*energies(x, image))
         if name in shown:
             kept[f"{name} raw"] = x.flatten(0, -2)
 
     for name, node in original_sites(topology).items():
-        _add(taps, node, lambda x, name=name: see(name, x))
+        add_tap(taps, node, lambda x, name=name: see(name, x))
     _tap_super_weights(result, gm, topology, taps, ids, token_text)
     executor.Schedule(gm, [topology.blocks[-1].end], graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
 
@@ -141,29 +141,32 @@ def _tap_super_weights(
     for block in topology.blocks:
         for feed_forward in block.feed_forwards:
             down = feed_forward.down
-            _add(taps, down.args[0], lambda x, down=down: inputs.update({down: x}))
-            _add(taps, down, lambda y, down=down, i=block.index: see(down, i, y))
+            add_tap(taps, down.args[0], lambda x, down=down: inputs.update({down: x}))
+            add_tap(taps, down, lambda y, down=down, i=block.index: see(down, i, y))
 
 
-def projected_sites(gm: GraphModule) -> dict[str, list[Node]]:
-    """The inputs of each site's parts in the projected graph, in the order [low | high]; keys and values have one node."""
+def compiled_sites(gm: GraphModule) -> dict[str, list[Node]]:
+    """What is quantized at each site of a compiled (or projected) graph, parts in the order [low | high]; keys and values: one."""
     sites: dict[str, dict[int, Node]] = {}
     for node in gm.graph.nodes:
         part = meta.get(node, meta.LinearPart)
         if part is not None and part.site.block is not None:
-            sites.setdefault(f"blocks.{part.site.block}.{SITE_OF_ROLE[part.site.role]}", {})[part.index] = node.args[0]
+            quantizer = quantizer_of(node)
+            value = node.args[0] if quantizer is None else quantizer.args[0]
+            sites.setdefault(f"blocks.{part.site.block}.{SITE_OF_ROLE[part.site.role]}", {})[part.index] = value
     found = {name: [nodes[i] for i in sorted(nodes)] for name, nodes in sites.items()}
     for node in gm.graph.find_nodes(op="call_function", target=ops.append_cache):
         match = re.fullmatch(r"past_(key|value)_(\d+)", str(node.args[0].target))
         if match:
-            found[f"blocks.{match[2]}.{match[1]}"] = [node.args[1]]
+            entry = node.args[1]
+            found[f"blocks.{match[2]}.{match[1]}"] = [entry.args[0] if is_call(entry, ops.quantize_dequantize) else entry]
     return found
 
 
-def high_starts(quantized: GraphModule) -> dict[str, int]:
+def high_starts(gm: GraphModule) -> dict[str, int]:
     """Where the high part of each cache entry begins, by site; entries of one part are left out."""
     found = {}
-    for node in quantized.graph.find_nodes(op="call_function", target=ops.quantize_dequantize):
+    for node in gm.graph.find_nodes(op="call_function", target=ops.quantize_dequantize):
         site, parts = meta.get(node, meta.QuantizerSite), node.args[1]
         if site is not None and len(parts) > 1:
             found[site.name] = parts[-1][1]
@@ -171,38 +174,44 @@ def high_starts(quantized: GraphModule) -> dict[str, int]:
 
 
 def measure_after(
-    result: Diagnostics, gm: GraphModule, starts: dict[str, int], ids: Tensor, shown: tuple[str, ...], kept: dict[str, Tensor]
-) -> None:
-    """Statistics of the projected model, spectra, and the energy in the high part; starts: from `high_starts`."""
+    result: Diagnostics, gm: GraphModule, ids: Tensor, shown: tuple[str, ...] = (), kept: dict[str, Tensor] | None = None
+) -> None:  # fmt: skip
+    """One run of the compiled graph: statistics, spectra, energy in the high part, noise of every site (parts together)."""
     taps: Taps = {}
     moments: dict[str, Tensor] = {}
+    starts = high_starts(gm)
+    kept = {} if kept is None else kept
 
     def see(name: str, pieces: list[Tensor]) -> None:
         x = _by_token(name, torch.cat(pieces, -1))
-        result.after[name] = SiteStatistics.of(x)
-        high = x[..., starts[name] :] if name in starts else pieces[-1] if len(pieces) > 1 else None
-        if high is not None:
-            result.high_energy[name] = float(high.double().square().sum() / x.double().square().sum())
-        kind = name.rpartition(".")[2]
-        pool = "residual stream" if kind in RESIDUAL_READERS else kind
-        if pool in ("residual stream", "key", "value"):
-            rows = x.flatten(0, -2).float()
-            moments[pool] = moments.get(pool, 0) + rows.T @ rows / rows.shape[0]
+        found = result.after[name] = SiteStatistics.of(x)
+        start = starts.get(name, x.shape[-1] - pieces[-1].shape[-1])
+        if start > 0:
+            energy = found.rms.square()
+            result.high_energy[name] = float(energy[start:].sum() / energy.sum())
+        pool = _pool(name)
+        if pool:
+            moments[pool] = moments.get(pool, 0) + found.moment
         if name in shown:
             kept[f"{name} U"] = x.flatten(0, -2)
 
-    for name, nodes in projected_sites(gm).items():
+    for name, nodes in compiled_sites(gm).items():
         _tap_together(taps, nodes, lambda pieces, name=name: see(name, pieces))
-    wanted = graph_tools.output_args(gm.graph)[:1]
-    executor.Schedule(gm, wanted, graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
+    _add_noise(result, gm, site_energies(gm, ids, taps))
     for pool, moment in moments.items():
         result.spectra[pool] = torch.linalg.eigvalsh(moment.double()).clamp_min(0)
 
 
-def measure_noise(result: Diagnostics, gm: GraphModule, ids: Tensor) -> None:
-    """Noise of every site with its parts together, of weights, and mean bits of each block's activations."""
+def _pool(site: str) -> str | None:
+    """The sites whose second moments are added for a spectrum."""
+    kind = site.rpartition(".")[2]
+    return "residual stream" if kind in RESIDUAL_READERS else kind if kind in ("key", "value") else None
+
+
+def _add_noise(result: Diagnostics, gm: GraphModule, energies: dict[str, tuple[float, float]]) -> None:
+    """Noise of every site with its parts together, of weights, and mean bits."""
     sums: dict[str, list[float]] = {}
-    for name, (signal, noise) in site_energies(gm, ids).items():
+    for name, (signal, noise) in energies.items():
         total = sums.setdefault(re.sub(r"\.part\d+$", "", name), [0.0, 0.0])
         total[0] += signal
         total[1] += noise
@@ -247,17 +256,6 @@ def _by_token(name: str, x: Tensor) -> Tensor:
     return x.transpose(1, 2) if name.endswith((".key", ".value")) and x.dim() == 4 else x
 
 
-def _add(taps: Taps, node: Node, tap: Callable[[Any], None]) -> None:
-    before = taps.get(node)
-
-    def both(x: Any) -> None:
-        if before is not None:
-            before(x)
-        tap(x)
-
-    taps[node] = both
-
-
 def _tap_together(taps: Taps, nodes: list[Node], see: Callable[[list[Tensor]], None]) -> None:
     """Call `see` with the values of all nodes once the last of them is there."""
     values: dict[Node, Tensor] = {}
@@ -269,9 +267,4 @@ def _tap_together(taps: Taps, nodes: list[Node], see: Callable[[list[Tensor]], N
             values.clear()
 
     for node in nodes:
-        _add(taps, node, lambda x, node=node: tap(node, x))
-
-
-def _decibels(x: Tensor, image: Tensor) -> float:
-    return ratio_db(float(x.double().square().sum()), float((image.double() - x.double()).square().sum()))
-
+        add_tap(taps, node, lambda x, node=node: tap(node, x))

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler import executor, graph_tools, meta, ops
 from resq_compiler.errors import PassError
 from resq_compiler.graph_tools import aten, is_call
+from resq_compiler.inspection.noise import quantizer_of
 
 LINEARS = (ops.quantized_linear, ops.weight_only_linear)
 LEVELS = ("kind", "block", "linear")
@@ -35,6 +36,14 @@ class Cost:
     kl: float
     perplexity: float
     increase: float  # of perplexity, relative
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs, and the number of tokens they were measured on."""
+
+    tokens: int
+    costs: list[Cost]
 
 
 @torch.no_grad()
@@ -145,13 +154,6 @@ class SwitchedGraph:
         if ("weights", part.site.name) in on:
             return ops.weight_only_linear(x, env[node.args[1]], env[node.args[2]])
         return F.linear(x, self.weights[part.site.name, part.index])
-
-
-def quantizer_of(node: Node) -> Node | None:
-    """The activation quantizer before a linear part."""
-    source = node.args[0]
-    source = source.args[0] if is_call(source, ops.dequantize) else source
-    return source if is_call(source, ops.quantize) else None
 
 
 def block_of(node: Node) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from resq_compiler.inspection import dump, page
 from resq_compiler.inspection.activations import Diagnostics
-from resq_compiler.inspection.attribution import Cost
+from resq_compiler.inspection.attribution import Costs
 
 ACTIVATIONS, ATTRIBUTION, TITLES = "activations.json", "attribution.json", "plots/titles.json"
 SITE_COLUMNS = (
@@ -21,14 +21,14 @@ def activation_tables(found: Diagnostics) -> list[Table]:
     """Summary by kind of site, outliers, massive activations, super weights, and every site."""
     sites = site_rows(found)
     return [
-        table("Kinds of sites: medians over blocks (SQNR in dB)", SITE_COLUMNS, _medians(sites)),
+        table(f"Kinds of sites on {found.tokens} tokens: medians over blocks (SQNR in dB)", SITE_COLUMNS, _medians(sites)),
         table("Outlier channels, |x| ≥ 6 in ≥ 25 % of layers and at ≥ 6 % of tokens (LLM.int8)",
               ("when", "site", "channel", "layers", "tokens"), found.outliers("before") + found.outliers("after")),
         table("Massive activations of the residual stream, |x| > 100 and > 1000 × median",
-              ("site", "position", "token", "channel", "value"), found.massive),
+              ("channel", "token", "position", "from block", "to block", "value"), massive_rows(found)),
         table("Super weights: spikes through the input and the output of a down projection",
               ("linear", "row", "column", "weight", "input", "output", "share", "token"), found.super_weights),
-        table("Sites before and after the compile", SITE_COLUMNS, sites),
+        table(f"Sites before and after the compile on {found.tokens} tokens", SITE_COLUMNS, sites),
     ]  # fmt: skip
 
 
@@ -68,16 +68,32 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def attribution_tables(costs: list[Cost]) -> list[Table]:
+def massive_rows(found: Diagnostics) -> list[dict[str, Any]]:
+    """Massive activations, the same channel at the same token in several blocks as one row; largest first."""
+    rows: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for item in found.massive:
+        block = int(item["site"].split(".")[1])
+        key = (item["channel"], item["token"], item["position"])
+        row = rows.setdefault(
+            key, {**dict(zip(("channel", "token", "position"), key, strict=True)), "from block": block, "to block": block, "value": 0.0}
+        )
+        row["to block"] = block
+        if abs(item["value"]) > abs(row["value"]):
+            row["value"] = _short(item["value"])
+    return sorted(rows.values(), key=lambda row: -abs(row["value"]))
+
+
+def attribution_tables(found: Costs) -> list[Table]:
     """One ranked table for each level."""
     columns = ("name", "KL", "perplexity", "increase %")
     result = []
-    for level in dict.fromkeys(c.level for c in costs):
+    for level in dict.fromkeys(c.level for c in found.costs):
         rows = [
             {"name": c.name, "KL": _short(c.kl), "perplexity": _short(c.perplexity), "increase %": _short(100 * c.increase)}
-            for c in costs if c.level == level
+            for c in found.costs if c.level == level
         ]  # fmt: skip
-        result.append(table(f"Cost of quantizing one {level} alone, against the float model", columns, rows))
+        title = f"Cost of quantizing one {level} alone, against the float model, on {found.tokens} tokens (KL in nats)"
+        result.append(table(title, columns, rows))
     return result
 
 
@@ -97,7 +113,7 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value).replace("\n", "\\n")
 
 
-def write_diagnostics(directory: Path, found: Diagnostics | None = None, costs: list[Cost] | None = None) -> list[Path]:
+def write_diagnostics(directory: Path, found: Diagnostics | None = None, costs: Costs | None = None) -> list[Path]:
     """Write tables as JSON and plots as PNG into a dump, and its page again. Returns what was written."""
     from resq_compiler.inspection import plots
 

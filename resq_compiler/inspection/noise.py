@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler import executor, graph_tools, meta, ops
+from resq_compiler.graph_tools import is_call
 
+Taps = dict[Node, Callable[[Any], None]]
 LARGEST = 200.0  # dB; stands for "no noise at all", which JSON cannot say
 
 
@@ -37,8 +39,8 @@ def site_noise(gm: GraphModule, ids: Tensor) -> dict[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def site_energies(gm: GraphModule, ids: Tensor) -> dict[str, tuple[float, float]]:
-    """(sum of x², sum of (image - x)²) of each quantizer, by its name."""
+def site_energies(gm: GraphModule, ids: Tensor, taps: Taps | None = None) -> dict[str, tuple[float, float]]:
+    """(sum of x², sum of (image - x)²) of each quantizer, by its name; `taps` see values of the same run."""
     quantizers: dict[Node, list[Node]] = {}
     found: dict[str, tuple[float, float]] = {}
     for node in gm.graph.nodes:
@@ -50,14 +52,33 @@ def site_energies(gm: GraphModule, ids: Tensor) -> dict[str, tuple[float, float]
             for node in nodes:
                 image = graph_tools.run_node(gm, node, {node.args[0]: x})
                 image = ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image
-                energies = float(x.double().square().sum()), float((image.double() - x.double()).square().sum())
-                found[meta.get(node, meta.QuantizerSite).name] = energies
+                found[meta.get(node, meta.QuantizerSite).name] = energies(x, image)
 
         return see
 
-    schedule = executor.Schedule(gm, graph_tools.output_args(gm.graph), graph_tools.placeholders(gm.graph))
-    schedule.run(executor.first_tokens(gm, ids), {source: tap_of(nodes) for source, nodes in quantizers.items()})
+    together = dict(taps or {})
+    for source, nodes in quantizers.items():
+        add_tap(together, source, tap_of(nodes))
+    schedule = executor.Schedule(gm, graph_tools.output_args(gm.graph)[:1], graph_tools.placeholders(gm.graph))
+    schedule.run(executor.first_tokens(gm, ids), together)
     return found
+
+
+def add_tap(taps: Taps, node: Node, tap: Callable[[Any], None]) -> None:
+    """One more reader of a node's value."""
+    before = taps.get(node)
+
+    def both(x: Any) -> None:
+        if before is not None:
+            before(x)
+        tap(x)
+
+    taps[node] = both
+
+
+def energies(x: Tensor, image: Tensor) -> tuple[float, float]:
+    """(sum of x², sum of (image - x)²), rows in float32 and their sum in float64."""
+    return tuple(float(v.square().sum(-1, dtype=torch.float32).sum(dtype=torch.float64)) for v in (x, image - x))
 
 
 def weight_noise(gm: GraphModule) -> dict[str, float]:
@@ -68,6 +89,13 @@ def weight_noise(gm: GraphModule) -> dict[str, float]:
         if fact is not None and part is not None:
             result[part_name(part)] = ratio_db(1.0, fact.relative**2)
     return result
+
+
+def quantizer_of(node: Node) -> Node | None:
+    """The activation quantizer before a linear part."""
+    source = node.args[0]
+    source = source.args[0] if is_call(source, ops.dequantize) else source
+    return source if is_call(source, ops.quantize) else None
 
 
 def part_name(part: meta.LinearPart) -> str:

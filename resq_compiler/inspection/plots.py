@@ -7,7 +7,7 @@ from typing import Any
 
 from resq_compiler.errors import DumpError
 from resq_compiler.inspection.activations import Diagnostics
-from resq_compiler.inspection.attribution import Cost
+from resq_compiler.inspection.attribution import Cost, Costs
 from resq_compiler.inspection.dump import unwritable
 
 COLOURS = {
@@ -31,12 +31,12 @@ def activation_plots(found: Diagnostics, directory: Path) -> dict[str, str]:
     return {name: title for name, (title, _) in pictures.items()}
 
 
-def attribution_plots(costs: list[Cost], directory: Path) -> dict[str, str]:
+def attribution_plots(found: Costs, directory: Path) -> dict[str, str]:
     """Ranked costs, one picture for each level. Returns titles by file name."""
     titles = {}
-    for level in dict.fromkeys(c.level for c in costs):
+    for level in dict.fromkeys(c.level for c in found.costs):
         name = f"cost-by-{level}.png"
-        _save(_ranking([c for c in costs if c.level == level][:40]), directory / name)
+        _save(_ranking([c for c in found.costs if c.level == level][:40]), directory / name)
         titles[name] = f"Cost of quantizing one {level} alone: KL from the float model, nats per token"
     return titles
 

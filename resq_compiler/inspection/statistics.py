@@ -11,6 +11,7 @@ from torch import Tensor
 OUTLIER_SIZE, OUTLIER_LAYERS, OUTLIER_TOKENS = 6.0, 0.25, 0.06  # LLM.int8(), arXiv 2208.07339, section 4
 MASSIVE_SIZE, MASSIVE_RATIO = 100.0, 1000.0  # massive activations, arXiv 2402.17762, section 2
 SPIKE_RATIO, SPIKE_SHARE = 100.0, 0.5  # a super weight: both spikes this far above the median, and half of the output's
+MEDIAN_ROWS = 128  # 128 tokens of 576 channels are 74,000 values: the median is right to about 0.5 %
 NORMAL_99 = 2.3263478740408408  # 99 % quantile of the normal distribution
 
 
@@ -18,6 +19,7 @@ NORMAL_99 = 2.3263478740408408  # 99 % quantile of the normal distribution
 class SiteStatistics:
     """Of x [tokens, channels]. kurtosis: pooled over all values, 3 for a normal distribution. peaks, rms: of each channel.
 
+    median: of |x| over at most MEDIAN_ROWS tokens, evenly spaced. moment: mean of x xᵀ over tokens, [channels, channels].
     qsur: quantization space utilization, the d-th root; None with fewer tokens than channels. outlier_tokens: [tokens,
     channels] bool, |x| at least OUTLIER_SIZE.
     """
@@ -29,44 +31,50 @@ class SiteStatistics:
     qsur: float | None
     peaks: Tensor
     rms: Tensor
+    moment: Tensor
     outlier_tokens: Tensor
 
     @classmethod
     def of(cls, x: Tensor) -> SiteStatistics:
         """Statistics of x [..., channels]."""
         x = x.flatten(0, -2).float()
-        size = x.abs()
+        low, high, mean = x.amin(0), x.amax(0), x.mean(0)
+        covariance = (x - mean).T @ (x - mean) / x.shape[0]  # centred before the product, which is in float32
+        moment = covariance + torch.outer(mean, mean)
         return cls(
-            float(x.min()), float(x.max()), float(size.flatten().median()), kurtosis(x), qsur(x), size.amax(0),
-            x.square().mean(0).sqrt(), size >= OUTLIER_SIZE,
+            float(low.min()), float(high.max()), median_size(x), kurtosis(x), qsur(mean, covariance, x.shape[0]),
+            torch.maximum(high, -low), moment.diagonal().sqrt(), moment, x.abs() >= OUTLIER_SIZE,
         )  # fmt: skip
 
 
+def median_size(x: Tensor) -> float:
+    """The median of |x| over at most MEDIAN_ROWS evenly spaced rows of x [tokens, channels]."""
+    step = -(-x.shape[0] // MEDIAN_ROWS)
+    return float(x[::step].abs().flatten().median())
+
+
 def kurtosis(x: Tensor) -> float:
-    """E[(x - mean)⁴] / variance² over all values, in float64."""
-    centred = x.double().flatten()
-    centred = centred - centred.mean()
-    variance = centred.square().mean()
-    return float(centred.square().square().mean() / variance.square()) if variance > 0 else 0.0
+    """E[(x - mean)⁴] / variance² over all values."""
+    squares = (x - x.mean()).square_()
+    variance = float(squares.mean())
+    return float(squares.square_().mean()) / variance**2 if variance > 0 else 0.0
 
 
-def qsur(x: Tensor) -> float | None:
+def qsur(mean: Tensor, covariance: Tensor, tokens: int) -> float | None:
     """Quantization space utilization of x [tokens, d], its d-th root: (volume of the data / volume of the cube around it)^(1/d).
 
-    The data is the 99 % ellipsoid of a normal distribution with the mean and covariance of x; the cube spans, in every
-    dimension, from the least to the greatest end of that ellipsoid's axes-aligned box.
+    The data is the 99 % ellipsoid of a normal distribution with the mean [d] and covariance [d, d] of x; the cube spans, in
+    every dimension, from the least to the greatest end of that ellipsoid's axes-aligned box.
         log V_data = d/2 log(pi c) - lgamma(d/2 + 1) + 1/2 log det(S)        V_cube = (max_j(m + sqrt(c S_jj)) - min_j(m - ...))^d
     with c the 99 % quantile of chi-square with d degrees of freedom (Wilson-Hilferty).
 
     Returns: a number in (0, 1), larger = better used; None where the covariance is singular (tokens <= d, dead channels).
     Source:  OSTQuant, arXiv 2501.13987, section 3; differs: the box's ends instead of the principal axes' ends.
     """
-    tokens, d = x.shape
+    d = len(mean)
     if tokens <= d:
         return None
-    wide = x.double()
-    mean = wide.mean(0)
-    covariance = (wide - mean).T @ (wide - mean) / (tokens - 1)
+    mean, covariance = mean.double(), covariance.double()
     sign, log_determinant = torch.linalg.slogdet(covariance)
     if sign <= 0 or not math.isfinite(float(log_determinant)):
         return None

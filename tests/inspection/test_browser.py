@@ -140,7 +140,7 @@ def test_diagnostics_show_plots_and_tables(browser, compiled, tmp_path):
     from resq_compiler.tiny import tiny_tokens
 
     original, ctx = trace(compiled.original)
-    found = diagnose(original, ctx.topology, compiled.projected, compiled.model.graph_module, tiny_tokens(2, 48))
+    found = diagnose(original, ctx.topology, compiled.model.graph_module, tiny_tokens(2, 48))
     shutil.copytree(compiled.dump, tmp_path / "dump")
     write_diagnostics(tmp_path / "dump", found)
     browser.get((tmp_path / "dump" / "index.html").as_uri())

@@ -11,14 +11,16 @@ from resq_compiler import ops
 from resq_compiler.compiler import trace
 from resq_compiler.errors import PassError
 from resq_compiler.evaluation import evaluate
-from resq_compiler.inspection.activations import diagnose
-from resq_compiler.inspection.attribution import SwitchedGraph, attribute
+from resq_compiler.inspection.activations import Diagnostics, diagnose, measure_after
+from resq_compiler.inspection.attribution import Costs, SwitchedGraph, attribute
 from resq_compiler.inspection.diagnostic_tables import (
     activation_tables,
     attribution_tables,
+    massive_rows,
     table_text,
     write_diagnostics,
 )
+from resq_compiler.inspection.noise import site_noise
 from resq_compiler.tiny import tiny_tokens
 
 IDS = tiny_tokens(4, 48, seed=5)
@@ -27,7 +29,7 @@ IDS = tiny_tokens(4, 48, seed=5)
 @pytest.fixture(scope="module")
 def found(compiled):
     original, ctx = trace(compiled.original)
-    return diagnose(original, ctx.topology, compiled.projected, compiled.model.graph_module, IDS)
+    return diagnose(original, ctx.topology, compiled.model.graph_module, IDS)
 
 
 def test_statistics_agree_with_hooks_on_the_original_model(compiled, found):
@@ -44,10 +46,14 @@ def test_statistics_agree_with_hooks_on_the_original_model(compiled, found):
     assert found.raw_noise_db["blocks.1.down_input"] == pytest.approx(float(noise), abs=0.02)  # codes at a tie may differ
 
 
-def test_projections_keep_energy_and_order_it(found):
+def test_projections_keep_energy_and_order_it(compiled, found):
+    exact = Diagnostics(IDS.numel())
+    measure_after(exact, compiled.projected, IDS)
     for name in ("blocks.0.key", "blocks.1.key"):  # U_C is orthogonal and keys have no gain
-        before, after = found.before[name].rms, found.after[name].rms
-        assert float(before.square().sum()) == pytest.approx(float(after.square().sum()), rel=1e-4)  # float32 products
+        energies = [site.rms.square().sum() for site in (found.before[name], exact.after[name], found.after[name])]
+        assert float(energies[0]) == pytest.approx(float(energies[1]), rel=1e-4)  # float32 products
+        assert float(energies[0]) == pytest.approx(float(energies[2]), rel=0.1)  # four-bit rounding of all before it
+    assert exact.noise_db == {} and exact.after.keys() == found.after.keys()
     assert all(0.125 < share < 1 for share in found.high_energy.values())  # an eighth of the columns, the strongest
 
 
@@ -55,6 +61,22 @@ def test_bases_and_high_bits_raise_the_signal_over_the_noise(found):
     for name in ("blocks.0.down_input", "blocks.1.down_input"):
         assert found.noise_db[name] > found.raw_noise_db[name] + 2  # a Hadamard transform spreads the gated product's peaks
     assert found.bits["blocks.0.weights"] == pytest.approx(4 + 4 * 56 / (7 * 64 + 96), abs=0.2)
+
+
+def test_noise_is_that_of_the_compiled_graph(compiled, found):
+    measured = site_noise(compiled.model.graph_module, IDS)
+    assert found.noise_db["blocks.1.value"] == measured["blocks.1.value"]["sqnr_db"]
+    assert found.weight_db.items() <= {name: entry["sqnr_db"] for name, entry in measured.items()}.items()
+
+
+def test_massive_activations_of_several_blocks_are_one_row():
+    sites = [("blocks.3.residual", 200.0), ("blocks.4.residual", -300.0), ("blocks.5.residual", 250.0)]
+    rows = [{"site": s, "position": 0, "token": "'a'", "channel": 7, "value": v} for s, v in sites]
+    found = Diagnostics(10, massive=[*rows, {**rows[0], "channel": 8, "value": 999.0}])
+    assert massive_rows(found) == [
+        {"channel": 8, "token": "'a'", "position": 0, "from block": 3, "to block": 3, "value": 999.0},
+        {"channel": 7, "token": "'a'", "position": 0, "from block": 3, "to block": 5, "value": -300.0},
+    ]
 
 
 def test_all_switches_off_is_the_float_model_and_all_on_the_compiled_one(compiled):
@@ -98,7 +120,7 @@ def test_tables_and_plots_reach_the_dump_and_the_page(compiled, found, tmp_path)
     pytest.importorskip("matplotlib")
     pytest.importorskip("netron")
     compiled.model.dump(tmp_path)
-    costs = attribute(compiled.model.graph_module, compiled.projected, IDS, ("kind",))
+    costs = Costs(IDS.numel(), attribute(compiled.model.graph_module, compiled.projected, IDS, ("kind",)))
     written = {p.name for p in write_diagnostics(tmp_path, found, costs)}
     assert written == {
         "activations.json", "attribution.json", "channels.png", "spectrum.png", "noise.png", "bits.png", "cost-by-kind.png", "index.html",
@@ -106,4 +128,4 @@ def test_tables_and_plots_reach_the_dump_and_the_page(compiled, found, tmp_path)
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in written if name.endswith("png"))
     assert json.loads((tmp_path / "attribution.json").read_text())["tables"] == attribution_tables(costs)
     summary = table_text(activation_tables(found)[0])
-    assert "attention_input" in summary and "QSUR after U" in summary
+    assert "attention_input" in summary and "QSUR after U" in summary and "192 tokens" in summary

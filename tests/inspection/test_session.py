@@ -8,7 +8,7 @@ import pytest
 
 from resq_compiler import recipes
 from resq_compiler.cli import main
-from resq_compiler.inspection.session import inspect_model
+from resq_compiler.inspection.session import Request, inspect_model
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 
@@ -16,9 +16,8 @@ def test_inspects_a_model_that_is_handed_over(tmp_path):
     pytest.importorskip("netron")
     pytest.importorskip("matplotlib")
     config = recipes.resolve("resq", weight_method="rtn", calibration_samples=2, calibration_length=32)
-    found = inspect_model(
-        tiny_model("llama"), tiny_tokens(2, 32), config=config, dump_dir=tmp_path, activations=True, levels=("kind",)
-    )  # fmt: skip
+    request = Request(activations=True, levels=("kind",), tokens=512, dump_dir=tmp_path)
+    found = inspect_model(tiny_model("llama"), tiny_tokens(2, 32), config, request)
     assert [table["title"].split()[0] for table in found.tables] == ["Kinds", "Outlier", "Massive", "Super", "Sites", "Cost"]
     assert {p.name for p in found.files} >= {"activations.json", "attribution.json", "channels.png", "index.html"}
     assert (tmp_path / "index.html").stat().st_size < 2 * 10**6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ def test_kurtosis_of_known_distributions():
 def test_qsur_of_white_noise_is_that_of_a_ball_in_its_cube():
     d = 8
     ball = (math.pi ** (d / 2) / math.gamma(d / 2 + 1)) ** (1 / d) / 2  # (ball of radius r / cube of side 2r)^(1/d)
-    assert statistics.qsur(normal(200000, d)) == pytest.approx(ball, rel=0.02)  # covariance of 2e5 samples: 1 %
+    assert statistics.SiteStatistics.of(normal(200000, d)).qsur == pytest.approx(ball, rel=0.02)  # covariance of 2e5 samples: 1 %
 
 
 def test_qsur_falls_with_an_outlier_channel_and_a_rotation_repairs_it():
@@ -33,13 +34,29 @@ def test_qsur_falls_with_an_outlier_channel_and_a_rotation_repairs_it():
     spiky = x.clone()
     spiky[:, 3] *= 50
     turned = spiky @ part_rotation([64], "hadamard", generator(0, "r")).float()
-    plain, bad, good = map(statistics.qsur, (x, spiky, turned))
+    plain, bad, good = (statistics.SiteStatistics.of(values).qsur for values in (x, spiky, turned))
     assert bad < 0.1 * plain and good > 3 * bad
 
 
 def test_qsur_needs_more_tokens_than_channels():
-    assert statistics.qsur(normal(64, 64)) is None
-    assert statistics.qsur(torch.ones(100, 4)) is None
+    assert statistics.SiteStatistics.of(normal(64, 64)).qsur is None
+    assert statistics.SiteStatistics.of(torch.ones(100, 4)).qsur is None
+
+
+def test_statistics_of_a_site_agree_with_numpy():
+    x = normal(700, 12) * 3 + 5
+    found, values = statistics.SiteStatistics.of(x), x.double().numpy()
+    assert (found.low, found.high) == (values.min(), values.max())
+    np.testing.assert_allclose(found.peaks, np.abs(values).max(0), rtol=1e-6)
+    np.testing.assert_allclose(found.rms, np.sqrt((values**2).mean(0)), rtol=1e-5)  # sums of 700 in float32
+    np.testing.assert_allclose(found.moment, values.T @ values / 700, rtol=1e-5)
+    assert found.median == pytest.approx(np.median(np.abs(values)), rel=0.05)  # of every sixth token
+
+
+def test_kurtosis_of_a_skewed_distribution():
+    x = (normal(4000, seed=3) ** 3) + 1
+    values = x.double().numpy() - x.double().numpy().mean()
+    assert statistics.kurtosis(x) == pytest.approx((values**4).mean() / (values**2).mean() ** 2, rel=1e-4)
 
 
 def test_outlier_channels_by_the_definition_of_llm_int8():

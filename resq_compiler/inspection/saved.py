@@ -1,0 +1,157 @@
+"""Diagnostics of a saved compiled model. It holds no float weights, so they come from the model it was compiled from.
+
+Activations need that model only. Attribution also needs its weights in the compiled model's basis: the exact passes are run again,
+with the saved options and the calibration data of the compile, and the result is checked against the saved codes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from resq_compiler import graph_tools, meta, recipes
+from resq_compiler.config import CompileConfig
+from resq_compiler.errors import ConfigError
+from resq_compiler.inspection.activations import diagnose
+from resq_compiler.inspection.attribution import LINEARS, float_weights
+from resq_compiler.inspection.noise import ratio_db
+from resq_compiler.inspection.session import (
+    Inspection,
+    Request,
+    decoder,
+    measure_costs,
+    measuring_windows,
+    write_results,
+)
+from resq_compiler.pipeline import PassContext, Pipeline
+
+RECORD, CONFIG = "resq_report.json", "config.json"
+LEAST_DB = 3.0  # codes of three bits or more are about 10 dB or more from their own weights, and 0 from others
+
+
+def inspect_saved(directory: Path, request: Request, reference: Any, calibration: Callable[[], Any]) -> Inspection:
+    """Measure a saved model against its float original.
+
+    Args:    directory: of the compiled model. reference: the original, as load_model takes it. calibration: called, for
+             attribution only, for the data the model was compiled with, as compile() takes it.
+    Raises:  ConfigError: the reference, or the calibration data, is not what the model was compiled from.
+    """
+    from resq_compiler.capture import capture
+    from resq_compiler.checkpoint import load
+    from resq_compiler.models import load_model
+
+    compiled = load(directory)
+    loaded = load_model(reference)
+    check_reference(compiled, loaded.model, loaded.source)
+    windows = measuring_windows(loaded.model, loaded.tokenizer or compiled.tokenizer, request)
+    data = _calibration(compiled.options, loaded, calibration(), request) if request.levels else None
+    captured = capture(loaded.model)
+    gm = captured.graph_module
+    ctx = PassContext(compiled.options, captured.example_inputs, data, progress=request.progress)
+    pipeline = Pipeline(ctx)
+    pipeline.start(gm)
+    named, projecting = _exact_passes(compiled.options)
+    pipeline.run(gm, named)
+    result = Inspection(compiled)
+    if request.activations:
+        text = decoder(loaded.tokenizer or compiled.tokenizer)
+        result.diagnostics = diagnose(gm, ctx.topology, compiled.graph_module, windows, compiled.options.activation_bits, text)
+    if request.levels:
+        with torch.no_grad():
+            pipeline.run(gm, projecting)
+        check_projection(compiled.graph_module, gm, loaded.source)
+        result.costs = measure_costs(compiled.graph_module, gm, windows, request)
+    if request.dump_dir is not None:
+        compiled.dump(request.dump_dir, windows[:1])
+    return write_results(result, request)
+
+
+def _exact_passes(options: CompileConfig) -> tuple[list[Any], list[Any]]:
+    """The exact passes of a compile, up to find-topology and after it."""
+    exact = list(itertools.takewhile(lambda item: item.exact, recipes.passes_for(options)))
+    at = 1 + next(i for i, item in enumerate(exact) if item.name == "find-topology")
+    return exact[:at], exact[at:]
+
+
+def _calibration(options: CompileConfig, loaded: Any, data: Any, request: Request) -> Tensor | None:
+    from resq_compiler.compiler import needs_calibration
+    from resq_compiler.data import calibration_windows
+
+    if not needs_calibration(options):
+        return None
+    return calibration_windows(
+        data, model=loaded.model, tokenizer=loaded.tokenizer, samples=options.calibration_samples,
+        sequence_length=options.calibration_length, seed=options.seed, vocab_size=loaded.model.config.get_text_config().vocab_size,
+        progress=lambda done, total: request.progress("write calibration text", done, total),
+    )  # fmt: skip
+
+
+def check_reference(compiled: Any, model: Any, name: str) -> None:
+    """Raise ConfigError unless a model has the sizes of the one that was compiled."""
+    ours, theirs = (c.get_text_config() for c in (compiled.config, model.config))
+    for field in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        expected, got = getattr(ours, field, None), getattr(theirs, field, None)
+        if expected != got:
+            raise ConfigError(
+                f"--reference {name}: has {field} {got}, the compiled model {expected}; give the float model it was compiled from "
+                f"({compiled.source or 'not recorded'})"
+            )
+
+
+def check_projection(quantized: GraphModule, projected: GraphModule, name: str) -> None:
+    """Raise ConfigError unless the float weights, in the recomputed basis, are the ones that the codes stand for."""
+    weights = float_weights(quantized, projected)
+    for node in quantized.graph.nodes:
+        part = meta.get(node, meta.LinearPart)
+        if part is None or node.target not in LINEARS or part.weight_bits < 3:
+            continue
+        codes, scale = (graph_tools.get_tensor(quantized, n) for n in node.args[1:3])
+        expected = weights[part.site.name, part.index]
+        noise = codes * scale[:, None] - expected
+        decibels = ratio_db(float(expected.square().sum()), float(noise.square().sum()))
+        if decibels < LEAST_DB:
+            raise ConfigError(
+                f"--attribute: {part.site.name} part {part.index}: the saved codes are {decibels} dB from the weights that "
+                f"{name} has in the recomputed basis, expected more than {LEAST_DB:g}; this is not the model, or not the calibration "
+                "data, that was compiled: give both with --reference and --calibration"
+            )
+
+
+def recorded_source(directory: Path) -> tuple[str, str | None]:
+    """(what a saved model says it was compiled from, the same where it is found on this machine)."""
+    quantization = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config", {})
+    recorded = str(quantization.get("source") or "")
+    name = re.sub(r" \(\w+\)$", "", recorded)
+    return recorded, name if name and (Path(name).expanduser().exists() or _in_cache(name)) else None
+
+
+def _in_cache(name: str) -> bool:
+    """True for a hub id whose files were downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return name.count("/") == 1 and isinstance(try_to_load_from_cache(name, CONFIG), str)
+    except HFValidationError:
+        return False
+
+
+def recorded_calibration(directory: Path) -> str | None:
+    """The --calibration of the `resq compile` that wrote a directory: a file, `demo` or `self`; None where it is not recorded."""
+    path = directory / RECORD
+    if not path.is_file():
+        return None
+    words = shlex.split(str(json.loads(path.read_text(encoding="utf-8")).get("command", "")))
+    given = [after for flag, after in itertools.pairwise(words) if flag == "--calibration"]
+    given += [word.partition("=")[2] for word in words if word.startswith("--calibration=")]
+    return given[-1] if given else "self" if "compile" in words else None
+
