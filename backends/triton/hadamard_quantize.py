@@ -4,10 +4,10 @@
     y    = h H / sqrt(n),  H = f0 (x) f1 (x) f2   Kronecker factors of +-1 from numerics/hadamard.py, any orders
     code = clamp(rint(y / scale) + zero_point)   one scale a row
 
-The row is a block [A, B, C] padded to powers of two; f0 multiplies from the left, f2 from the right, f1 in a batch, so no
-permutation is written out. Tensor cores take float16, so h is scaled by a power of two, cut into an upper and a lower
-float16 half, and both halves are multiplied (+-1 is exact): relative error 2^-22 of the row's largest value, accumulated in
-float32. Source: ResQ section 5.3 (U_D by a separate fast-hadamard-transform call there).
+The row is a block [A, B, C] padded to powers of two, which stays on the chip; each factor multiplies along its own axis. Tensor
+cores take float16, so h is scaled by a power of two, cut into an upper and a lower float16 half, and both halves are multiplied
+(+-1 is exact): relative error 2^-22 of the row's largest value, accumulated in float32.
+Source: ResQ section 5.3 (U_D by a separate fast-hadamard-transform call there).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from resq_compiler.numerics.quantized import quantize_activation
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 MAX_PADDED = 16384
+MAX_ORDER = 128
 MIN_ORDER = 16
 
 
@@ -75,26 +76,59 @@ def _halves(x):
 
 
 @triton.jit
+def _factor(x, p_factor, N: tl.constexpr):
+    """x [N, R] float32 -> factor transposed times x, as two float16 products."""
+    o_n = tl.arange(0, N)
+    factor = tl.load(p_factor + o_n[None, :] * N + o_n[:, None])
+    upper, lower = _halves(x)
+    return tl.dot(factor, lower) + tl.dot(factor, upper)
+
+
+@triton.jit
 def _hadamard_rows(x, p_f0, p_f1, p_f2, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
-    """x [A, B * C] float32 -> the unscaled transform, same shape; a dimension of 1 has no factor."""
-    if C > 1:
-        o_c = tl.arange(0, C)
-        f2 = tl.load(p_f2 + o_c[:, None] * C + o_c[None, :])
-        upper, lower = _halves(tl.reshape(x, (A * B, C)))
-        x = tl.reshape(tl.dot(lower, f2) + tl.dot(upper, f2), (A, B * C))
+    """x [C, A * B] -> the unscaled transform as [B, A * C], or [A, C] without a middle factor.
+
+    Every factor multiplies from the left, so that products are wide: their columns are what warps share. From the right, a factor
+    of 16 gave the 8 warps of a program 16 columns, each computed four times over, and spilled the copies.
+    """
+    x = _factor(x, p_f2, C)
     if A > 1:
-        o_a = tl.arange(0, A)
-        f0 = tl.load(p_f0 + o_a[None, :] * A + o_a[:, None])  # transposed: [A', A]
-        upper, lower = _halves(x)
-        x = tl.dot(f0, lower) + tl.dot(f0, upper)
+        x = tl.permute(tl.reshape(x, (C, A, B)), (1, 2, 0))
+        x = _factor(tl.reshape(x, (A, B * C)), p_f0, A)
+    else:
+        x = tl.reshape(x, (1, C))
     if B > 1:
-        o_b = tl.arange(0, B)
-        f1 = tl.load(p_f1 + o_b[None, :] * B + o_b[:, None])  # transposed: [B', B]
-        x = tl.reshape(tl.permute(tl.reshape(x, (A, B, C)), (1, 0, 2)), (B, A * C))
-        upper, lower = _halves(x)
-        x = tl.dot(f1, lower) + tl.dot(f1, upper)
-        x = tl.reshape(tl.permute(tl.reshape(x, (B, A, C)), (1, 0, 2)), (A, B * C))
+        x = tl.permute(tl.reshape(x, (A, B, C)), (1, 0, 2))
+        x = _factor(tl.reshape(x, (B, A * C)), p_f1, B)
     return x
+
+
+@triton.jit
+def _row_offsets(o_a, o_b, o_c, RA: tl.constexpr, RB: tl.constexpr, RC: tl.constexpr):
+    """(column of the row, is it one) of the element (a, b, c) of the padded block."""
+    return (o_a * RB + o_b) * RC + o_c, (o_a < RA) & (o_b < RB) & (o_c < RC)
+
+
+@triton.jit
+def _store_row(codes, p_codes, PACKED: tl.constexpr,
+               RA: tl.constexpr, RB: tl.constexpr, RC: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Codes [B, A * C] (or [A, C]) at their places in the row."""
+    ROWS: tl.constexpr = B if B > 1 else A
+    COLUMNS: tl.constexpr = A * B * C // ROWS
+    if PACKED:
+        even, odd = tl.split(tl.reshape(codes, (ROWS, COLUMNS // 2, 2)))
+        stored = pack_pairs(even, odd)
+    else:
+        stored = codes
+    WIDTH: tl.constexpr = C // 2 if PACKED else C
+    REAL: tl.constexpr = RC // 2 if PACKED else RC
+    o_r = tl.arange(0, ROWS)[:, None]
+    o_x = tl.arange(0, A * B * WIDTH // ROWS)[None, :]
+    if B > 1:
+        o_row, m_row = _row_offsets(o_x // WIDTH, o_r, o_x % WIDTH, RA, RB, REAL)
+    else:
+        o_row, m_row = _row_offsets(o_r, 0, o_x, RA, RB, REAL)
+    tl.store(p_codes + o_row, stored, mask=m_row)
 
 
 @triton.jit
@@ -105,14 +139,9 @@ def _hadamard_quantize_kernel(
 ):  # fmt: skip
     """One row a program. RA, RB, RC: orders of the factors; A, B, C: the same padded to powers of two."""
     i_m = tl.program_id(0).to(tl.int64)
-    o_a = tl.arange(0, A)[:, None]
-    o_bc = tl.arange(0, B * C)[None, :]
-    if RB == B and RC == C:
-        o_x = o_a * (RB * RC) + o_bc  # [A, B * C]
-        m_x = (o_a < RA) & (o_bc < B * C)
-    else:
-        o_x = (o_a * RB + o_bc // C) * RC + o_bc % C
-        m_x = (o_a < RA) & (o_bc // C < RB) & (o_bc % C < RC)
+    o_c = tl.arange(0, C)[:, None]
+    o_ab = tl.arange(0, A * B)[None, :]
+    o_x, m_x = _row_offsets(o_ab // B, o_ab % B, o_c, RA, RB, RC)  # [C, A * B]
     h = _activate(tl.load(p_gate + i_m * stride_gate + o_x, mask=m_x, other=0.0).to(tl.float32), ACT)
     if HAS_UP:
         h = h * tl.load(p_up + i_m * stride_up + o_x, mask=m_x, other=0.0).to(tl.float32)
@@ -124,20 +153,7 @@ def _hadamard_quantize_kernel(
     hi = tl.maximum(tl.max(tl.max(y, 1), 0), 0.0)
     scale, zero_point = quantization_parameters(lo, hi, CLIP, BITS)
     codes = quantize_block(y, scale, zero_point, BITS)
-    p_codes += i_m * stride_codes
-    if PACKED:
-        even, odd = tl.split(tl.reshape(codes, (A, B * C // 2, 2)))
-        o_half = tl.arange(0, B * C // 2)[None, :]
-        if RB == B and RC == C:
-            o_byte = o_a * (RB * RC // 2) + o_half  # [A, B * C / 2]
-            m_byte = (o_a < RA) & (o_half < B * C // 2)
-        else:
-            HC: tl.constexpr = C // 2
-            o_byte = (o_a * RB + o_half // HC) * (RC // 2) + o_half % HC
-            m_byte = (o_a < RA) & (o_half // HC < RB) & (o_half % HC < RC // 2)
-        tl.store(p_codes + o_byte, pack_pairs(even, odd), mask=m_byte)
-    else:
-        tl.store(p_codes + o_x, codes, mask=m_x)
+    _store_row(codes, p_codes + i_m * stride_codes, PACKED, RA, RB, RC, A, B, C)
     tl.store(p_scale + i_m, scale)
     tl.store(p_zp + i_m, zero_point.to(tl.int32))
 
@@ -192,6 +208,8 @@ def why_not_fused(n: int) -> str | None:
         return f"{n} columns need {len(plan.orders)} Kronecker factors, one program applies at most 3"
     shape = transform_shape(n)
     padded = shape["A"] * shape["B"] * shape["C"]
+    if max(shape["A"], shape["B"], shape["C"]) > MAX_ORDER:
+        return f"{n} columns have a Kronecker factor of order {max(plan.orders)}, shared memory holds one of {MAX_ORDER}"
     if padded > MAX_PADDED:
         return f"{n} columns pad to {padded}, one program holds at most {MAX_PADDED}"
     return None
@@ -225,8 +243,8 @@ def padded_factors(n: int, transpose: bool, device: torch.device) -> tuple[Tenso
 
 
 def transform_launch(shape: dict[str, int]) -> dict:
-    """Launch options: up to 64 values a thread."""
-    warps = max(4, min(8, shape["A"] * shape["B"] * shape["C"] // 1024))
+    """Launch options: up to 32 values a thread."""
+    warps = max(4, min(16, shape["A"] * shape["B"] * shape["C"] // 1024))
     return dict(num_warps=warps, num_stages=1, enable_fp_fusion=False)
 
 

@@ -23,7 +23,7 @@ def test_bit_exact_where_arithmetic_is_exact(n, generator):
     assert reference[0].shape == ours[0].shape
 
 
-@pytest.mark.parametrize("n", [12, 96, 160, 1536, 4864, 8960, 11008])
+@pytest.mark.parametrize("n", [12, 96, 160, 1536, 4864, 8960, 14336])
 @pytest.mark.parametrize(("activation", "gated", "bits"), [("silu", True, 4), ("gelu_tanh", False, 8), ("gelu", True, 3)])
 def test_any_width(n, activation, gated, bits, generator):
     stacked = torch.randn(3, 2 * n, generator=generator)
@@ -61,5 +61,6 @@ def test_refusals():
     assert why_not_fused(14336) is None
     assert "block diagonal" in why_not_fused(46)
     assert "pad to 32768" in why_not_fused(28672)
+    assert "factor of order 172" in why_not_fused(11008)
     with pytest.raises(BackendError, match="28672 columns pad to 32768"):
         hadamard_quantize(torch.zeros(1, 28672), None, PartLayout(4, 28672))
