@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 from resq_compiler.backends.base import Backend
 
@@ -30,11 +32,18 @@ def _triton() -> type[Backend]:
 BACKENDS: dict[str, Callable[[], type[Backend]]] = {"reference": _reference, "onnx": _onnx, "triton": _triton}
 
 
-def load_backend(name: str) -> Backend:
-    """The backend of that name. Raises BackendError if there is none, or if it cannot run here (with what to install)."""
+def load_backend(name: str, **options: Any) -> Backend:
+    """The backend of that name, made with its options.
+
+    Raises BackendError if there is no such backend or option, or if it cannot run here (with what to install).
+    """
     if name not in BACKENDS:
         raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}; got {name!r}")
-    backend = BACKENDS[name]()()
+    kind = BACKENDS[name]()
+    known = [] if kind.__init__ is object.__init__ else list(inspect.signature(kind).parameters)
+    if not set(options) <= set(known):
+        raise BackendError(f"backend {name}: options {sorted(options)}; it takes {', '.join(known) or 'none'}")
+    backend = kind(**options)
     missing = backend.unavailable()
     if missing is not None:
         raise BackendError(f"backend {name}: {missing}; use backend='reference', which runs everywhere")

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from resq_compiler.capture import CacheSpec
 from resq_compiler.config import CompileConfig
 from resq_compiler.errors import BackendError
-from resq_compiler.pipeline import Stage
+from resq_compiler.pipeline import Stage, copy_graph
 
 
 class CompiledModel(PreTrainedModel, GenerationMixin):
@@ -40,7 +40,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         notes: Sequence[str] = (), topology: Any = None, source: str = "", sample_ids: Tensor | None = None,
     ):  # fmt: skip
         super().__init__(config)
-        self.graph_module = graph_module
+        self._graph_module: GraphModule | None = graph_module
         self.options = options
         self.cache_specs = tuple(cache)
         self.tokenizer = tokenizer
@@ -60,8 +60,13 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         return True
 
     @property
+    def graph_module(self) -> GraphModule:
+        """The quantized graph. A backend that holds the weights in a form of its own makes it again for whoever asks."""
+        return self._runner.quantized_graph() if self._graph_module is None else self._graph_module
+
+    @property
     def device(self) -> torch.device:
-        return next(self.graph_module.buffers()).device
+        return next(self.buffers()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,19 +105,33 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
 
     def _execute(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         """Run the graph on the chosen backend."""
-        runner = self.graph_module if self._runner is None else self._runner
+        runner = self._graph_module if self._runner is None else self._runner
         return runner(ids, mask, positions, *past)
 
-    def use_backend(self, name: str) -> CompiledModel:
+    def use_backend(self, name: str, **options: Any) -> CompiledModel:
         """Compute with another backend from now on ("reference", "onnx", "triton"); returns the model itself.
 
-        Raises BackendError if there is no such backend, it cannot run here, or it cannot take the graph.
+        options: of the backend's constructor (triton: dtype, allow_fallback). A backend that packs the weights (triton) is their
+        only holder then; its lowered graph joins `stages`, and so `dump`.
+        Raises BackendError if there is no such backend or option, it cannot run here, or it cannot take the graph.
         """
         from resq_compiler.backends import load_backend
 
-        self._runner = None if name == "reference" else load_backend(name).prepare(self)
-        self.backend = name
+        graph = self.graph_module
+        runner = load_backend(name, **options).prepare(self) if name != "reference" or options else None
+        self._graph_module = None if hasattr(runner, "quantized_graph") else graph
+        if self._graph_module is None:
+            graph.graph.owning_module = None  # facts refer to nodes, which must not keep the weights alive
+        self._runner, self.backend = runner, name
+        self._add_stages(graph, getattr(runner, "stages", []))
         return self
+
+    def _add_stages(self, graph: GraphModule, lowered: Sequence[Stage]) -> None:
+        """Put what a backend made of the graph behind the passes, in place of what another one did."""
+        self.stages = [stage for stage in self.stages if not stage.name.startswith("lower-")]
+        if lowered and not self.stages:
+            self.stages = [Stage(0, "loaded", "", copy_graph(graph.graph), 0, 0.0, None)]
+        self.stages += lowered
 
     def export_onnx(self, directory: str | Path, profile: str = "qdq", **options: Any) -> Path:
         """Write an ONNX directory that runs as it is: profile "qdq", "ort" or "weight-only"; see backends.onnx.export_onnx."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from resq_compiler import graph_tools
 from resq_compiler.errors import BackendError
+from resq_compiler.pipeline import Stage, copy_graph
 
 if TYPE_CHECKING:
     from resq_compiler.backends.triton.cache import PagedTensor
     from resq_compiler.backends.triton.lower import Lowered
+    from resq_compiler.backends.triton.source import QuantizedSource
+    from torch.fx import GraphModule
 
     from resq_compiler.compiled_model import CompiledModel
 
@@ -37,21 +41,38 @@ class TritonBackend(Backend):
     def prepare(self, model: CompiledModel) -> TritonRunner:
         """Lower a copy of the model's graph. Raises BackendError that lists every node it cannot take, with the reason."""
         from resq_compiler.backends.triton.lower import lower
+        from resq_compiler.backends.triton.source import QuantizedSource
 
-        return TritonRunner(lower(graph_tools.snapshot(model.graph_module), self.dtype, self.allow_fallback))
+        begun, gm = time.perf_counter(), model.graph_module
+        lowered = lower(graph_tools.snapshot(gm), self.dtype, self.allow_fallback)
+        stage = self._stage(lowered, len(model.stages) or 1, time.perf_counter() - begun)
+        return TritonRunner(lowered, QuantizedSource(gm, lowered.places), stage)
+
+    def _stage(self, lowered: Lowered, index: int, seconds: float) -> Stage:
+        """The lowered graph as a stage of a dump."""
+        graph = copy_graph(lowered.graph_module.graph)
+        kernels = sum(getattr(node.target, "namespace", "") == "resq_triton" for node in graph.nodes)
+        options = f"dtype={self.dtype}".replace("torch.", "")
+        return Stage(index, "lower-triton", options, graph, kernels, seconds, None, exact=False)
 
 
 class TritonRunner(nn.Module):
     """Runs a lowered graph: (input_ids, attention_mask, position_ids, *past) -> (logits, *present).
 
     past and present are, for a packed layer, `PagedTensor`s (an empty ordinary tensor starts a cache), else float keys and values.
-    As a module it moves with `.to("cuda")`. min_tokens: room that a fresh cache gets.
+    As a module it moves with `.to("cuda")`: weights are its buffers, and a cache is made where the tokens are. graph_module: the
+    lowered FX graph; `graph_module.compile(fullgraph=True)` puts torch.compile between the kernels. min_tokens: room that a fresh
+    cache gets. stages: the lowered graph, for dumps.
     """
 
-    def __init__(self, lowered: Lowered, min_tokens: int = 256):
+    def __init__(self, lowered: Lowered, source: QuantizedSource, stage: Stage, min_tokens: int = 256):
         super().__init__()
         self.graph_module, self.caches, self.reasons = lowered.graph_module, lowered.caches, lowered.reasons
-        self.min_tokens = min_tokens
+        self.source, self.stages, self.min_tokens = source, [stage], min_tokens
+
+    def quantized_graph(self) -> GraphModule:
+        """The graph this was lowered from, bit for bit, with codes unpacked from the packed weights for whoever asked."""
+        return self.source.restored(self.graph_module)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, *past: Tensor) -> tuple[Tensor, ...]:

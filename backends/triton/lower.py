@@ -32,10 +32,12 @@ from resq_compiler.backends.triton.match import (
     strip,
     why_not_linear,
 )
+from resq_compiler.backends.triton.source import CodesAt
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, ops
+from resq_compiler import graph_tools, ops, verify
+from resq_compiler.capture import EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST
 from resq_compiler.errors import BackendError, QuantError
 
 aten = torch.ops.aten
@@ -49,11 +51,14 @@ TORCH_READERS = {aten.embedding.default, aten.linear.default, ops.project, ops.p
 class Lowered:
     """A lowered graph. Inputs: input_ids, attention_mask, position_ids, then `table`, `start`, and two tensors a layer: pages of
     a packed layer (layouts in `caches`), past key and value of another (None there). Outputs: logits, then key and value of the
-    layers that are not packed."""
+    layers that are not packed. `places`: where the weight codes of the quantized graph went.
+    `heads`: key/value heads and their width, of each cache input."""
 
     graph_module: GraphModule
     caches: list[tuple[HeadLayout, HeadLayout] | None]
     reasons: dict[str, str] = field(default_factory=dict)
+    places: dict[str, CodesAt] = field(default_factory=dict)
+    heads: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -81,7 +86,22 @@ def lower(gm: GraphModule, dtype: torch.dtype = torch.float32, allow_fallback: b
             f"backend triton cannot take {len(lowering.reasons)} nodes:{listed}\n"
             "use backend='reference', or TritonBackend(allow_fallback=True) to leave them to torch"
         )
-    return Lowered(gm, lowering.caches, lowering.reasons)
+    lowered = Lowered(gm, lowering.caches, lowering.reasons, lowering.places, lowering.heads)
+    verify.propagate_shapes(gm, example_inputs(lowered))
+    return lowered
+
+
+def example_inputs(lowered: Lowered, batch: int = EXAMPLE_BATCH, new: int = EXAMPLE_NEW, past: int = EXAMPLE_PAST) -> tuple[Tensor, ...]:
+    """Zeros in the order of a lowered graph's inputs, with a cache of one page a sequence (past + new <= PAGE)."""
+    ids, total = torch.zeros(batch, new, dtype=torch.int64), past + new
+    table = torch.arange(batch, dtype=torch.int32)[:, None]
+    start = torch.full((batch,), past, dtype=torch.int32)
+    caches = []
+    for i, (heads, width) in enumerate(lowered.heads):
+        layouts = lowered.caches[i // 2]
+        paged = layouts and torch.zeros(batch, heads, layouts[i % 2].page_bytes, dtype=torch.int8)
+        caches.append(torch.zeros(batch, heads, past, width) if paged is None else paged)
+    return ids, torch.ones(batch, total, dtype=torch.int64), ids.clone(), table, start, *caches
 
 
 class _Lowering:
@@ -92,6 +112,8 @@ class _Lowering:
         self.reasons: dict[str, str] = {}
         self.inputs = graph_tools.placeholders(gm.graph)
         self.caches: list[tuple[HeadLayout, HeadLayout] | None] = [None] * ((len(self.inputs) - 3) // 2)
+        shapes = [node.meta["val"].shape for node in self.inputs[3:]]
+        self.heads = [(int(shape[1]), int(shape[3])) for shape in shapes]
         with self.graph.inserting_after(self.inputs[2]):
             self.start = self.graph.placeholder("cache_start")
         with self.graph.inserting_after(self.inputs[2]):
@@ -100,6 +122,7 @@ class _Lowering:
         self.replaced: dict[Node | None, Node] = {}
         self.codes: dict[tuple[Node, ...], list[Codes]] = {}
         self.attention_sites: dict[Node, tuple] = {}
+        self.places: dict[str, CodesAt] = {}
 
     def emit(self, target: Callable, args: tuple, like: Node) -> Node:
         return graph_tools.emit(self.graph, target, args, like, MADE_BY)
@@ -335,8 +358,19 @@ class _Lowering:
             nothing = packed.scale.new_empty(packed.out_features, 0, dtype=torch.int8)
             tensors = dict(low=packed.low, high=packed.high, scale=packed.scale, row_sum=packed.row_sum)
             prefix = f"packed.{linears[0].root.name}_{i}"
+            self.note_places(linears, layouts, first - len(layouts), prefix)
             made.append([self.tensor(f"{prefix}.{name}", nothing if t is None else t) for name, t in tensors.items()])
         return made
+
+    def note_places(self, linears: list[Linear], layouts: tuple[PartLayout, ...], first: int, prefix: str) -> None:
+        """Remember where each weight's codes go."""
+        for j, layout in enumerate(layouts, first):
+            start, target = 0, f"{prefix}.{'low' if layout.packed else 'high'}"
+            for linear in linears:
+                qdata = linear.pieces[j].args[1]
+                stop = start + graph_tools.get_tensor(self.gm, qdata).shape[0]
+                self.places[str(qdata.target)] = CodesAt(target, layout, start, stop)
+                start = stop
 
     def stack_bias(self, linears: list[Linear]) -> Node | None:
         if all(linear.bias is None for linear in linears):
@@ -360,11 +394,10 @@ class _Lowering:
         kept = [x for i, x in enumerate(present) if self.caches[i // 2] is None]
         output.args = ((logits, *kept),)
         for i, layer in enumerate(self.caches):
-            if layer is not None:
-                for node, kind in zip(self.inputs[3 + 2 * i : 5 + 2 * i], ("key", "value"), strict=True):
+            for node, kind in zip(self.inputs[3 + 2 * i : 5 + 2 * i], ("key", "value"), strict=True):
+                if layer is not None:
                     node.target = f"{kind}_pages_{i}"
                     node._rename(node.target)
-                    node.meta.clear()
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         self.cast()
         graph_tools.delete_unused_tensors(self.gm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -25,3 +27,15 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def sharing():
+    """model -> a model with the same tensors and a backend of its own, so that tests can share what was compiled once."""
+
+    def share(model):
+        own = copy.copy(model)
+        own.__dict__["_modules"] = dict(model._modules)
+        return own
+
+    return share

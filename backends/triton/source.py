@@ -1,0 +1,47 @@
+"""The quantized graph that a lowered one was made from, without a second copy of its weight codes.
+
+A lowered graph holds every code once, packed. What else needs the quantized graph (saving, exporting, another backend, reports) gets
+it back exactly: the codes are unpacked from the lowered graph's tensors when somebody asks, and belong to who asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from resq_compiler.backends.triton.formats import PartLayout, unpack_rows
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler import graph_tools
+from resq_compiler.pipeline import copy_graph
+
+
+@dataclass(frozen=True)
+class CodesAt:
+    """Where the codes of one weight are: rows start:stop of the packed tensor `target`."""
+
+    target: str
+    layout: PartLayout
+    start: int
+    stop: int
+
+
+class QuantizedSource:
+    """Graph and tensors of a quantized graph, except the weight codes that a lowered graph holds packed."""
+
+    def __init__(self, gm: GraphModule, places: dict[str, CodesAt]):
+        names = {str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}
+        self.graph, self.places = copy_graph(gm.graph), {name: at for name, at in places.items() if name in names}
+        self.tensors = {n: graph_tools.get_tensor(gm, node) for n, node in names.items() if n not in self.places}
+
+    def restored(self, lowered: GraphModule) -> GraphModule:
+        """The quantized graph, on the device of the lowered one; equal to the one it was made from, bit for bit."""
+        packed: dict[str, Node] = {str(node.target): node for node in lowered.graph.find_nodes(op="get_attr")}
+        tensors: dict[str, Tensor] = {}
+        for name, at in self.places.items():
+            rows = graph_tools.get_tensor(lowered, packed[at.target])[at.start : at.stop]
+            tensors[name] = unpack_rows(rows, at.layout).contiguous()
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        tensors |= {name: t.to(device) for name, t in self.tensors.items()}
+        return GraphModule(tensors, copy_graph(self.graph))
