@@ -101,6 +101,11 @@ def _device_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded launch: the kernel, its grid, its positional arguments, its constants and launch options."""
@@ -130,10 +135,11 @@ def recording(target: Target) -> Iterator[Recorder]:
 
 
 def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Launch a kernel, or record the launch."""
+    """Launch a kernel on the GPU of its first operand, which need not be the current one, or record the launch."""
     if _RECORDER:
         _RECORDER[-1].launches.append(Launch(kernel, grid, arguments, options))
-    else:
+        return
+    with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **options)
 
 
@@ -181,7 +187,7 @@ def tiles(kernel: str, device: torch.device, shape: tuple[int, ...], default: di
     """Tile sizes and launch options: the tuned ones for this device and shape if there are any, else `default`."""
     if device.type != "cuda":
         return default
-    key = tuning_key(kernel, torch.cuda.get_device_name(device), *shape)
+    key = tuning_key(kernel, _device_name(device), *shape)
     _REQUESTED.append(key)
     del _REQUESTED[:-64]
     return {**default, **_tuned().get(key, {})}
