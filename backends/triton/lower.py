@@ -295,10 +295,13 @@ class _Lowering:
             self.replace_linears(linears)
 
     def find_linears(self) -> list[Linear]:
-        found, seen = [], set()
+        """All linears in order. Two that meet in one addition (parallel attention and feed-forward) share no root: one adds."""
+        found, seen, roots = [], set(), set()
         for node in self.graph.find_nodes(op="call_function", target=ops.quantized_linear):
             if node not in seen:
                 linear = linear_from(self.gm, node)
+                linear = linear.without_residual() if linear.root in roots else linear
+                roots.add(linear.root)
                 seen.update(linear.pieces)
                 found.append(linear)
         order = {node: i for i, node in enumerate(self.graph.nodes)}

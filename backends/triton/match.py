@@ -22,12 +22,20 @@ ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu"}
 
 @dataclass
 class Linear:
-    """One linear of the quantized graph: its same-precision pieces, and the node that holds its result."""
+    """One linear of the quantized graph: its same-precision pieces, and the node that holds its result.
+
+    root: the result, residual included.    before: the result without the residual, if there is one.
+    """
 
     pieces: list[Node]
     root: Node
     bias: Node | None = None
     residual: Node | None = None
+    before: Node | None = None
+
+    def without_residual(self) -> Linear:
+        """The same linear, the addition left to another one that ends in it."""
+        return self if self.before is None else Linear(self.pieces, self.before, self.bias)
 
     @property
     def key(self) -> tuple[Node, ...]:
@@ -137,7 +145,7 @@ def linear_from(gm: GraphModule, piece: Node) -> Linear:
         elif other.op == "get_attr" and bias is None and graph_tools.get_tensor(gm, other).dim() == 1:
             bias = other
         elif "val" in other.meta and other.meta["val"].shape == root.meta["val"].shape:
-            return Linear(_ascending(pieces), user, bias, other)
+            return Linear(_ascending(pieces), user, bias, other, root)
         else:
             break
         root = user

@@ -134,9 +134,20 @@ def test_everything_moves_with_the_module(compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(recipe="quarot"), dict(kv_bits=8), dict(low_fraction=0.125)], ids=str)
+@pytest.mark.parametrize("options", [dict(recipe="quarot"), dict(kv_bits=8)], ids=str)
 def test_other_recipes(options, compiled):
     reference, ours = compiled("llama", **options)
+    ids = tiny_tokens(2, 9)
+    assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
+
+
+@pytest.mark.slow
+def test_three_widths(compiled):
+    """Linears of three parts are two launches; a cache of three has no kernel, and torch takes it where that is allowed."""
+    with pytest.raises(BackendError, match=r"(?s)cache parts \(\(2, 0, 2\), \(4, 2, 14\), \(8, 14, 16\)\).*allow_fallback=True"):
+        compiled("llama", low_fraction=0.125)
+    reference, ours = compiled("llama", dict(allow_fallback=True), low_fraction=0.125)
+    assert _called(ours)["mixed_linear"] > 8
     ids = tiny_tokens(2, 9)
     assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
