@@ -1,7 +1,7 @@
 """What the Triton kernels cost a decoder block: measured where there is a GPU, forecast where there is none.
 
     python benchmarks/triton_kernels.py                     forecast for RTX 3090, A100, H100 and B200 (Llama-3-8B and SmolLM2 blocks)
-    python benchmarks/triton_kernels.py --measure           time every kernel, and the block against float16 PyTorch (needs a GPU)
+    python benchmarks/triton_kernels.py --measure           time every kernel, and the block against a float16 PyTorch block (needs a GPU)
     python benchmarks/triton_kernels.py --measure --tune    also try other tiles and keep the best in the user's cache
 
 A FORECAST compiles every kernel for the target (registers, shared memory and spills are the real machine code's) and takes the larger of
@@ -16,34 +16,30 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from resq_compiler.backends.triton import aot, hadamard_quantize, launch, shapes
-from resq_compiler.backends.triton.attention import attention
-from resq_compiler.backends.triton.formats import PartLayout
-from resq_compiler.backends.triton.mixed_linear import mixed_linear
-from resq_compiler.backends.triton.norm_quantize import norm_quantize
-from resq_compiler.backends.triton.rope_cache import rope_cache
-from resq_compiler.backends.triton.shapes import BlockShape, meta
+from resq_compiler.backends.triton.formats import PAGE, PartLayout
+from resq_compiler.backends.triton.shapes import BlockShape
 from resq_compiler.backends.triton.targets import TARGETS, Target
+from triton_blocks import Float16Block, KernelBlock, on_device
 
 FORECAST_TARGETS = ("sm_86", "sm_80", "sm_90", "sm_100")
 HEADER = "kernel                     MB      Gop  regs spill    smem   occ  waves  bound       us  fp16 us  ratio"
 CANDIDATES = [dict(num_warps=w, num_stages=s) for w in (2, 4, 8) for s in (2, 3, 4)]
+GOAL_OVER_FLOOR = 1.15
 
 
 @dataclass(frozen=True)
-class Step:
-    """One launch of a block, and what float16 PyTorch does instead.
+class Cost:
+    """What a launch moves and computes, and what float16 PyTorch does instead.
 
     int_ops, float_ops: operations on int8 and float16 tensor cores.    bytes, half_bytes: moved by ours and by float16.
     half_ops: float16 operations.    half_launches: kernels float16 needs.    floor: bytes of weights alone at their exact bits.
     """
 
-    name: str
-    call: Callable[[], object]
     bytes: float
     int_ops: float
     float_ops: float
@@ -53,112 +49,56 @@ class Step:
     floor: float = 0.0
 
 
-def block_steps(shape: BlockShape, tokens: int, total: int) -> Iterator[Step]:
-    """The launches of a decoder block for `tokens` new tokens and `total` in the cache, in order."""
-    h, f, d = shape.hidden, shape.ffn, shape.head_dim
-    kv = (total - tokens / 2) * 2 * shape.kv_heads * (2 * shape.cache().page_bytes / 64 / 2)
-    half_kv = (total - tokens / 2) * 2 * shape.kv_heads * d * 2
-    scores = 4 * shape.attention_features * tokens * (total - tokens / 2)
+def block_costs(shape: BlockShape, tokens: int, total: int) -> dict[str, Cost]:
+    """The cost of every launch of a block, by its name in `KernelBlock.steps`."""
+    h, f = shape.hidden, shape.ffn
+    seen = total - tokens / 2  # tokens of the cache that a query reads, on average
+    cached = shape.kv_heads * (shape.cache().page_bytes / PAGE)  # bytes a token, of keys or of values
+    scores = 4 * shape.attention_features * tokens * seen
     parts = sum(la.row_bytes for la in shape.parts()) + 16
-    norm_call = lambda: norm_quantize(meta(tokens, h), shape.parts(), "rms")  # noqa: E731
-    norm = Step("norm+quantize", norm_call, tokens * (2 * h + parts), 0, 0, tokens * 4 * h, 0, 1)
-    yield norm
-    yield _linear("q/k/v", shape.qkv_features, shape.parts(), tokens, False, 3)
-    qkv = tokens * shape.qkv_features
-    u_ops = 2 * d * tokens * (shape.heads + shape.kv_heads) * d
-    appended = tokens * 2 * shape.kv_heads * shape.cache().page_bytes / 64
-    yield Step(
-        "rope+U+append",
-        lambda: _rope(shape, tokens, total),
-        2 * (qkv + tokens * shape.attention_features) + appended,
-        0,
-        u_ops,
-        4 * qkv,
-        0,
-        4,
-    )
+    qkv, q = tokens * shape.qkv_features, tokens * shape.attention_features
+    basis = 2 * shape.head_dim * tokens * (shape.heads + shape.kv_heads) * shape.head_dim
     codes = tokens * sum(la.row_bytes + 8 * la.groups for la in shape.head_parts())
-    q_bytes = 2 * tokens * shape.attention_features
-    yield Step(
-        "attention+quantize",
-        lambda: _attention(shape, tokens, total),
-        q_bytes + kv + codes,
-        0,
-        scores,
-        2 * q_bytes + half_kv,
-        scores,
-        1,
-    )
-    yield _linear("o+residual", h, shape.head_parts(), tokens, True, 2)
-    yield norm
-    yield _linear("gate/up", 2 * f, shape.parts(), tokens, False, 2)
-    padded = hadamard_quantize.transform_shape(f)
-    transform = (
-        2 * 2 * tokens * padded["A"] * padded["B"] * padded["C"] * sum(padded[x] for x in "ABC" if padded[x] > 1)
-    )
-    down_bytes = sum(la.row_bytes for la in shape.down_parts()) + 8
-    yield Step(
-        "act*up+H+quantize",
-        lambda: _hadamard(f, tokens),
-        tokens * (4 * f + down_bytes),
-        0,
-        transform,
-        tokens * 10 * f,
-        0,
-        2,
-    )
-    yield _linear("down+residual", h, shape.down_parts(), tokens, True, 2)
+    down = sum(la.row_bytes for la in shape.down_parts()) + 8
+    half_kv = seen * 4 * shape.kv_heads * shape.head_dim
+    return {
+        "norm+quantize": Cost(tokens * (2 * h + parts), 0, 0, tokens * 4 * h, 0, 1),
+        "q/k/v": _linear(shape.qkv_features, shape.parts(), tokens, False, 3),
+        "rope+U+append": Cost(2 * (qkv + q) + 2 * tokens * cached, 0, basis, 4 * qkv, 0, 4),
+        "attention+quantize": Cost(2 * q + 2 * seen * cached + codes, 0, scores, 4 * q + half_kv, scores, 1),
+        "o+residual": _linear(h, shape.head_parts(), tokens, True, 2),
+        "gate/up": _linear(2 * f, shape.parts(), tokens, False, 2),
+        "act*up+H+quantize": Cost(tokens * (4 * f + down), 0, _transform_ops(f, tokens), tokens * 10 * f, 0, 2),
+        "down+residual": _linear(h, shape.down_parts(), tokens, True, 2),
+    }
 
 
-def _linear(
-    name: str, n: int, layouts: tuple[PartLayout, ...], tokens: int, residual: bool, half_launches: int
-) -> Step:
+def _transform_ops(n: int, tokens: int) -> float:
+    """Float16 operations of the Hadamard transform: padded, two products (upper and lower half) for each factor."""
+    padded = [size for key, size in hadamard_quantize.transform_shape(n).items() if key in "ABC"]
+    return 2 * 2 * tokens * math.prod(padded) * sum(size for size in padded if size > 1)
+
+
+def _linear(n: int, layouts: tuple[PartLayout, ...], tokens: int, residual: bool, half_launches: int) -> Cost:
     k = sum(la.columns for la in layouts)
     groups = sum(la.groups for la in layouts)
     weights = n * (sum(la.row_bytes for la in layouts) + 4 * (len(layouts) + groups))
     activations = tokens * (sum(la.row_bytes for la in layouts) + 8 * groups + 2 * n * (2 if residual else 1))
     floor = n * sum(la.columns * la.bits / 8 for la in layouts)
-    call = lambda: mixed_linear(  # noqa: E731
-        *shapes.meta_activation(tokens, layouts),
-        shapes.meta_weight(n, layouts),
-        None,
-        meta(tokens, n) if residual else None,
-        torch.float16,
-    )
     half = 2 * n * k + tokens * 2 * (k + n * (4 if residual else 1))
-    return Step(
-        name, call, weights + activations, 2.0 * tokens * n * k, 0, half, 2.0 * tokens * n * k, half_launches, floor
-    )
-
-
-def _rope(shape: BlockShape, tokens: int, total: int) -> object:
-    d = shape.head_dim
-    stacked = meta(1, tokens, shape.heads + 2 * shape.kv_heads, d)
-    q, k, v = stacked.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
-    angles = meta(1, tokens, d, dtype=torch.float32)
-    return rope_cache(
-        q, k, v, angles, angles, meta(1, d, d), *shapes.meta_cache(shape, 1, total), shape.cache(), shape.cache()
-    )
-
-
-def _attention(shape: BlockShape, tokens: int, total: int) -> object:
-    q, cache, layout = meta(1, tokens, shape.heads, shape.head_dim), shapes.meta_cache(shape, 1, total), shape.cache()
-    cache[3].fill_(total - tokens)
-    return attention(
-        q, *cache, meta(1, total, dtype=torch.bool), layout, layout, 0.1, total, out_layouts=shape.head_parts()
-    )
-
-
-def _hadamard(n: int, tokens: int) -> object:
-    stacked = meta(tokens, 2 * n)
-    return hadamard_quantize.hadamard_quantize(stacked[:, :n], stacked[:, n:], PartLayout(4, n))
+    ops = 2.0 * tokens * n * k
+    return Cost(weights + activations, ops, 0, half, ops, half_launches, floor)
 
 
 def forecast(shape: BlockShape, tokens: int, total: int, target: Target) -> dict:
     """Roofline times in seconds of every launch of a block on a target, with what its machine code says."""
-    rows = []
-    for step in block_steps(shape, tokens, total):
-        (kernel,) = aot.compile_case(step.name, step.call, target)
+    rows, costs, compiled = [], block_costs(shape, tokens, total), {}
+    with launch.recording(target):
+        steps = KernelBlock(shape, tokens, total).steps()
+    for name, call in steps:
+        if name not in compiled:
+            (compiled[name],) = aot.compile_case(name, call, target)
+        step, kernel = costs[name], compiled[name]
         slots = max(1, round(kernel.occupancy * target.warps / kernel.warps)) * target.processors
         programs = math.prod(kernel.grid)
         idle = math.ceil(programs / slots) * slots / programs if programs > slots else 1.0
@@ -167,7 +107,7 @@ def forecast(shape: BlockShape, tokens: int, total: int, target: Target) -> dict
         ours, half = max(busy * idle, memory), max(step.half_bytes / target.bandwidth, step.half_ops / target.float16)
         rows.append(
             dict(
-                kernel=step.name,
+                kernel=name,
                 mb=step.bytes / 1e6,
                 gops=(step.int_ops + step.float_ops) / 1e9,
                 registers=kernel.registers,
@@ -184,6 +124,7 @@ def forecast(shape: BlockShape, tokens: int, total: int, target: Target) -> dict
         )
     total_us, half_us = sum(r["us"] for r in rows), sum(r["float16_us"] for r in rows)
     linear = [r for r in rows if r["floor_us"]]
+    floor_us = sum(r["floor_us"] for r in linear)
     return dict(
         device=target.device,
         target=target.name,
@@ -196,8 +137,9 @@ def forecast(shape: BlockShape, tokens: int, total: int, target: Target) -> dict
         speedup=half_us / total_us,
         launches=len(rows),
         float16_launches=sum(r["float16_launches"] for r in rows),
-        weights_over_floor=sum(r["us"] for r in linear) / sum(r["floor_us"] for r in linear),
-        block_over_floor=total_us / sum(r["floor_us"] for r in linear),
+        weights_over_floor=sum(r["us"] for r in linear) / floor_us,
+        block_over_floor=total_us / floor_us,
+        gap_us=(GOAL_OVER_FLOOR * floor_us - total_us) / len(rows),
     )
 
 
@@ -218,45 +160,44 @@ def show(result: dict) -> None:
     print(f"block: {result['us']:.1f} us in {launches}: {result['speedup']:.2f} x")
     if result["tokens"] == 1:
         linears, block = result["weights_over_floor"], result["block_over_floor"]
-        print(f"over the time to read the weights once: linears {linears:.2f} x, block {block:.2f} x")
+        print(f"over the time to read the weights once: linears {linears:.2f} x, block {block:.2f} x; ", end="")
+        print(f"{GOAL_OVER_FLOOR} x would leave {result['gap_us']:.2f} us a launch for what a roofline does not see")
 
 
-def measure(shape: BlockShape, tokens: int, total: int, tune: bool) -> None:
-    """Time the kernels of a block on the GPU at hand, and the block's matrix products in float16 PyTorch."""
+def measure(shape: BlockShape, tokens: int, total: int, tune: bool, device: str = "cuda", bench: Callable | None = None) -> dict:
+    """Time every kernel of a block, the whole block, and the block in float16 PyTorch, in milliseconds."""
+    bench = bench or _bench
+    block, costs = on_device(KernelBlock, shape, tokens, total, device), block_costs(shape, tokens, total)
+    print(f"\n{shape.name} block, {tokens} new tokens, {total} in the cache")
+    rows = {}
+    for i, (name, call) in enumerate(block.steps()):
+        if tune:
+            _tune(call, bench)
+        ms = rows[f"{i} {name}"] = bench(call)
+        print(f"{name:20}{ms * 1e3:9.1f} us{costs[name].bytes / ms / 1e6:9.0f} GB/s")
+    ours = bench(block)
+    half = bench(on_device(Float16Block, shape, tokens, total, device))
+    print(f"whole block {ours * 1e3:.1f} us, in float16 PyTorch {half * 1e3:.1f} us: {half / ours:.2f} x")
+    return dict(kernels=rows, block=ours, float16=half)
+
+
+def _bench(call: Callable) -> float:
+    """Milliseconds of a call inside a CUDA graph, so that launches from Python do not count."""
     from triton.testing import do_bench_cudagraph
 
-    with shapes.allocated_on("cuda"):
-        ours = half = 0.0
-        for step in block_steps(shape, tokens, total):
-            if tune:
-                _tune(step, do_bench_cudagraph)
-            ms = do_bench_cudagraph(step.call)
-            ours += ms
-            print(f"{shape.name} tokens={tokens} {step.name:20} {ms * 1e3:9.1f} us   {step.bytes / ms / 1e6:8.0f} GB/s")
-        products = [
-            (shape.qkv_features, shape.hidden),
-            (shape.hidden, shape.attention_features),
-            (2 * shape.ffn, shape.hidden),
-            (shape.hidden, shape.ffn),
-        ]
-        for n, k in products:
-            x, w = meta(tokens, k), meta(n, k)
-            half += do_bench_cudagraph(lambda x=x, w=w: torch.nn.functional.linear(x, w))
-    print(
-        f"block {ours * 1e3:.1f} us; its four matrix products alone in float16 PyTorch {half * 1e3:.1f} us: {half / ours:.2f} x"
-    )
+    with torch.no_grad():
+        return do_bench_cudagraph(call)
 
 
-def _tune(step: Step, bench: Callable) -> None:
-    """Try warps and stages for a step; keep what beats the default in the tuning file."""
+def _tune(call: Callable, bench: Callable) -> None:
+    """Try warps and stages for a call; keep what beats the default in the tuning file."""
     chosen = launch._tuned()
-    keys = launch.requested_tiles(step.call)
-    for key in keys:
-        best, best_ms = None, bench(step.call)
+    for key in launch.requested_tiles(call):
+        best, best_ms = None, bench(call)
         for candidate in CANDIDATES:
             chosen[key] = candidate
             try:
-                ms = bench(step.call)
+                ms = bench(call)
             except Exception as e:  # a tile that does not fit this device is no candidate
                 print(f"{key} {candidate}: {type(e).__name__}", file=sys.stderr)
                 continue

@@ -63,15 +63,21 @@ def allocated_on(device: str) -> Iterator[None]:
         _DEVICES.pop()
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """An unallocated tensor; see `allocated_on`."""
-    return torch.zeros(shape, dtype=dtype, device=_DEVICES[-1])
+def meta(*shape: int, dtype: torch.dtype = torch.float16, random: bool = False) -> Tensor:
+    """An unallocated tensor; where `allocated_on` allocates, zeros, or `random` codes or small floats: power depends on data."""
+    device = _DEVICES[-1]
+    if not random or device == "meta":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    if dtype == torch.int8:
+        return torch.randint(-128, 128, shape, dtype=dtype, device=device, generator=generator)
+    return torch.randn(shape, dtype=torch.float32, device=device, generator=generator).mul(0.02).to(dtype)
 
 
 def meta_weight(features: int, layouts: tuple[PartLayout, ...]) -> PackedWeight:
-    """An unallocated packed weight of `features` stacked outputs."""
-    rows = {la.packed: meta(features, la.row_bytes, dtype=torch.int8) for la in layouts}
-    scale = meta(len(layouts), features, dtype=torch.float32)
+    """A packed weight of `features` stacked outputs, unallocated or random."""
+    rows = {la.packed: meta(features, la.row_bytes, dtype=torch.int8, random=True) for la in layouts}
+    scale = meta(len(layouts), features, dtype=torch.float32, random=True)
     sums = meta(sum(la.groups for la in layouts), features, dtype=torch.int32)
     return PackedWeight(rows.get(True), rows.get(False), scale, sums, layouts)
 
@@ -84,8 +90,9 @@ def meta_activation(rows: int, layouts: tuple[PartLayout, ...]) -> tuple[Tensor 
     return codes.get(True), codes.get(False), scale, meta(rows, groups, dtype=torch.int32)
 
 
-def meta_cache(shape: BlockShape, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unallocated cache of one layer: key pages, value pages, block table, start."""
+def meta_cache(shape: BlockShape, batch: int, tokens: int, before: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unallocated cache of one layer with room for `tokens`, `before` of them there: key pages, value pages, block table, start."""
     pages = -(-tokens // PAGE)
-    cache = meta(batch * pages, shape.kv_heads, shape.cache().page_bytes, dtype=torch.int8)
-    return cache, cache, meta(batch, pages, dtype=torch.int32), meta(batch, dtype=torch.int32)
+    keys, values = (meta(batch * pages, shape.kv_heads, shape.cache().page_bytes, dtype=torch.int8) for _ in range(2))
+    table = torch.arange(batch * pages, dtype=torch.int32, device=keys.device).view(batch, pages)
+    return keys, values, table, torch.full((batch,), before, dtype=torch.int32, device=keys.device)
