@@ -21,8 +21,6 @@ INTEGER_OPCODES = {
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma_i32",
 }
-# a row of three factors that all need padding holds twice the values of the other shapes: some 50 of 6000 instructions spill
-KNOWN_SPILLS = {("hadamard_quantize/qwen2_5_1_5b", target): 256 for target in ("sm_80", "sm_86", "sm_89")}
 
 
 def compile_in_subprocess(*arguments: str) -> list[dict]:
@@ -37,7 +35,7 @@ def compile_in_subprocess(*arguments: str) -> list[dict]:
 def check(kernel: dict) -> None:
     target, name = TARGETS[kernel["target"]], kernel["case"]
     assert kernel["shared"] <= target.shared_block, kernel
-    assert kernel["spills"] <= KNOWN_SPILLS.get((name, target.name), 0), kernel
+    assert kernel["spills"] == 0, kernel
     assert kernel["occupancy"] > 0, kernel
     if name.startswith("mixed_linear/"):
         opcodes = " ".join(kernel["matrix"])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from resq_compiler.backends.triton import attention as module
 from resq_compiler.backends.triton.attention import attention, attention_ref, read_cache_ref
 from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, unpack_rows
 from resq_compiler.backends.triton.rope_cache import rope_cache, rope_cache_ref
@@ -126,6 +127,40 @@ def test_quantized_output(name, generator):
         assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3  # a float32 rounding may cross a boundary
     torch.testing.assert_close(ours[2], reference[2], rtol=1e-5, atol=0)  # as above
     assert (ours[3] - reference[3]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("split", [1, 3, 7])
+def test_every_split_of_the_cache_gives_the_same(split, generator, monkeypatch):
+    """131 tokens in blocks of 16: even and uneven shares, and programs that have none."""
+    usual = module.attention_tiles
+    monkeypatch.setattr(module, "attention_tiles", lambda *a: usual(*a) | dict(SPLIT=split))
+    case = Case(generator, **CASES["decode"])
+    for options in ({}, dict(window=20)):  # the second launch finds the arrival counters reset
+        ours, reference = case.attend(**options)
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=2e-6)  # as above
+
+
+def test_sequences_of_different_lengths(generator):
+    """One is 33 tokens behind: what an earlier use left in its slots is neither read nor kept."""
+    case = Case(generator, **CASES["append"])
+    case.start = torch.tensor([70, 37], dtype=torch.int32)
+    angle = torch.randn(2, 5, 32, generator=generator).repeat(1, 1, 2)
+    for cache, append in ((case.cache, rope_cache), (case.reference, rope_cache_ref)):
+        q = append(case.q, case.k, case.v, angle.cos(), angle.sin(), None, *cache, case.table, case.start, case.keys, case.values)
+        case.q_out = q if append is rope_cache else case.q_out
+    torch.testing.assert_close(case.q_out, q, rtol=1e-5, atol=1e-5)  # as above
+    for ours, reference in zip(case.images(case.cache), case.images(case.reference), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)  # as above
+    ours, reference = case.attend()
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=2e-6)  # as above
+
+
+def test_no_new_tokens(generator):
+    case = Case(generator, **CASES["prefill"])
+    nothing, none, angle = torch.zeros(2, 0, 4, 64), torch.zeros(2, 0, 2, 64), torch.zeros(2, 0, 64)
+    q = rope_cache(nothing, none, none, angle, angle, None, *case.cache, case.table, case.start, case.keys, case.values)
+    assert q.shape == nothing.shape
+    assert attention(q, *case.cache, case.table, case.start, None, case.keys, case.values, 1.0, 5).shape == nothing.shape
 
 
 def test_refusals(generator):

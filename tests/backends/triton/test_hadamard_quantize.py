@@ -47,6 +47,17 @@ def test_transpose_is_the_inverse(generator):
     assert (back - x).abs().max() <= scale.max() * 0.501  # half a step, and float32 rounding
 
 
+def test_float16_slices_and_no_rows(generator):
+    stacked = torch.randn(4, 400, generator=generator).half()
+    layout = PartLayout(4, 192)
+    ours = hadamard_quantize(stacked[:, 8:200], stacked[:, 200:392], layout)
+    expected = hadamard_quantize(stacked[:, 8:200].float(), stacked[:, 200:392].float(), layout)
+    assert torch.equal(unpack_rows(ours[0], layout), unpack_rows(expected[0], layout))
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], expected[1:], strict=True))
+    nothing = hadamard_quantize(stacked[:0, :192], None, layout)
+    assert nothing[0].shape == (0, 96) and nothing[1].shape == (0, 1)
+
+
 def test_huge_and_zero_rows_stay_finite():
     gate = torch.zeros(2, 192)
     gate[1] = 1e20

@@ -94,6 +94,18 @@ def test_residual_may_be_a_slice_and_rows_may_be_none(generator):
     assert mixed_linear(*nothing).shape == (0, 24)
 
 
+@pytest.mark.parametrize("rows", [3, 33])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_padding_of_activations_may_hold_anything(rows, groups, generator):
+    """hadamard_quantize does not write it; the weight's padding is zero."""
+    layouts = (PartLayout(4, 71, groups), PartLayout(8, 9, groups))
+    (low, high, *rest), _, _ = _operands(rows, 45, layouts, generator)
+    expected = mixed_linear(low, high, *rest)
+    low.unflatten(-1, (groups, -1))[..., 36:] = 0x55
+    high.unflatten(-1, (groups, -1))[..., 9:] = 0x55
+    assert torch.equal(mixed_linear(low, high, *rest), expected)
+
+
 def test_float16_output_is_rounded_once(generator):
     operands, _, _ = _operands(20, 24, MIXED, generator)
     assert torch.equal(mixed_linear(*operands, out_dtype=torch.float16), mixed_linear_ref(*operands).half())

@@ -66,6 +66,14 @@ def test_strided_rows_and_no_rows(generator):
     assert norm_quantize(wide[:0, :40], layouts)[0].shape == (0, 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_inputs_are_computed_in_float32(dtype, generator):
+    x = torch.randn(3, 80, generator=generator).to(dtype)
+    layouts = (PartLayout(4, 71), PartLayout(8, 9))
+    for got, expected in zip(norm_quantize(x, layouts), norm_quantize(x.float(), layouts), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_refusals():
     x = torch.zeros(2, 40)
     with pytest.raises(BackendError, match="cannot cover 40 columns"):
