@@ -238,7 +238,7 @@ def _check_heads(
         if (
             x.dim() != 4
             or x.stride(2) != x.shape[3]
-            or (x.shape[0] > 1 and x.stride(0) != x.shape[1] * _token_stride(x))
+            or (min(x.shape[0] - 1, x.shape[1]) > 0 and x.stride(0) != x.shape[1] * _token_stride(x))
         ):
             raise BackendError(
                 f"rope_cache: {name} {tuple(x.shape)} with strides {x.stride()}; expected [B, S, H, D] whose heads are contiguous "
