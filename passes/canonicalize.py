@@ -4,6 +4,8 @@
     the same on x = y - mean(y, -1)                                      -> layer_norm(y, weight)
     add(mul(x, cos), mul(cat(neg(x[h:]), x[:h]), sin))                   -> rope(x, cos, sin)
     cat(rope(x[:r], cos, sin), x[r:])   (partial rotary)                 -> rope(x, cos, sin) with cos narrower than x
+    reshape(index_select(W, 0, reshape(ids)))                            -> embedding(W, ids)
+    norm(embedding(W, ids))                                              -> embedding(norm(W), ids)
 Values computed from one-dimensional weights alone, such as Gemma's 1 + w, become tensors of their own.
 """
 
@@ -42,12 +44,13 @@ class Canonicalize(Pass):
         done = drop_noise(gm) + drop_mutation(gm) + name_products(gm)
         for node in list(gm.graph.find_nodes(op="call_function", target=aten.addmm.default)):
             done += match_addmm(gm, node)
-        done += keep_token_dimensions(gm)
+        done += name_lookups(gm) + keep_token_dimensions(gm)
         done += fold_constants(gm)
         for match in (match_rms_norm, match_rope, match_partial_rope):
             for node in list(gm.graph.find_nodes(op="call_function", target=ROOTS[match])):
                 done += match(gm, node)
         gm.graph.eliminate_dead_code()
+        done += fold_embedding_norms(gm)
         return done + merge_equal(gm)
 
 
@@ -93,6 +96,26 @@ def name_products(gm: GraphModule) -> int:
         new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+        done += 1
+    return done
+
+
+def name_lookups(gm: GraphModule) -> int:
+    """reshape(index_select(W, 0, reshape(ids, [-1])), [B, S, d]) -> embedding(W, ids)"""
+    done = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.index_select.default)):
+        table, dim, flat = node.args
+        back = only_user(node)
+        if dim != 0 or table.op != "get_attr" or not is_call(flat, aten.reshape.default) or not is_call(back, aten.reshape.default):
+            continue
+        ids = flat.args[0]
+        if len(ids.meta["val"].shape) != 2 or back.meta["val"].shape != (*ids.meta["val"].shape, node.meta["val"].shape[-1]):
+            continue
+        with gm.graph.inserting_after(back):
+            new = emit(gm.graph, aten.embedding.default, (table, ids), node, Canonicalize.name)
+        new.meta["val"] = back.meta["val"]
+        back.replace_all_uses_with(new)
+        gm.graph.erase_node(back)
         done += 1
     return done
 
@@ -201,6 +224,26 @@ def fold_constants(gm: GraphModule) -> int:
         folded.meta["val"] = value
         node.replace_all_uses_with(folded)
         gm.graph.erase_node(node)
+        done += 1
+    return done
+
+
+def fold_embedding_norms(gm: GraphModule) -> int:
+    """norm(embedding(W, ids)) -> embedding(norm(W), ids): the norm of a row is the row of the norm."""
+    done = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.embedding.default)):
+        norm, table = only_user(node), node.args[0]
+        if not is_call(norm, ops.rms_norm, aten.layer_norm.default) or table.op != "get_attr" or norm.args[0] is not node:
+            continue
+        if not all(n is node or n.op == "get_attr" for n in norm.all_input_nodes):
+            continue
+        tensors = {n: graph_tools.get_tensor(gm, n) for n in norm.all_input_nodes if n is not node}
+        value = graph_tools.run_node(gm, norm, {**tensors, node: graph_tools.get_tensor(gm, table)})
+        name = f"{str(table.target).removesuffix('.weight')}.normed.weight"
+        node.update_arg(0, graph_tools.add_tensor(gm, name, value, Canonicalize.name))
+        node.args[0].meta["val"] = value
+        norm.replace_all_uses_with(node)
+        gm.graph.erase_node(norm)
         done += 1
     return done
 

@@ -2,7 +2,7 @@
 
     cat(past, new)                                              -> append_cache(past, new)
     scaled_dot_product_attention(q, repeat(k), repeat(v), mask) -> attention(q, k, v, mask, scale)
-    matmul(softmax(cap·tanh(q kᵀ scale / cap) + mask), v)       -> attention(q, k, v, mask, scale, softcap)
+    matmul(softmax(cap·tanh(q kᵀ scale / cap) + mask), v)       -> attention(q, k, v, mask, scale, softcap), in any such form
     the operators that build a mask                             -> causal_mask(attention_mask, input_ids, window)
 
 Repeats of heads and masks are recognized by what they compute, not by how: they are run on index tensors and on padded,
@@ -12,6 +12,7 @@ empty-past and longer-than-window inputs, and must agree exactly. A mask that ag
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, ops
+from resq_compiler import eager_attention, graph_tools, ops
 from resq_compiler.capture import concrete_example
+from resq_compiler.eager_attention import WrittenOut
 from resq_compiler.errors import TopologyError
 from resq_compiler.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
 from resq_compiler.pipeline import Pass, PassContext
@@ -53,9 +55,9 @@ class NameAttention(Pass):
         for node in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
             done += replace_core(gm, node, sdpa_arguments(node), env)
         for node in list(gm.graph.find_nodes(op="call_function", target=aten.softmax.int)):
-            core = aten_core(node)
-            if core is not None:
-                done += replace_core(gm, *core, env)
+            found = eager_attention.find(gm, node, lambda n: is_call(n, ops.append_cache), self.name)
+            if found is not None:
+                done += replace_written_out(gm, found, env)
         gm.graph.eliminate_dead_code()
         return done + name_masks(gm, ctx)
 
@@ -86,31 +88,11 @@ def sdpa_arguments(node: Node) -> AttentionArguments:
     return AttentionArguments(q, k, v, mask, 1 / math.sqrt(q.meta["val"].shape[-1]) if scale is None else scale)
 
 
-def aten_core(softmax: Node) -> tuple[Node, AttentionArguments] | None:
-    """Attention written out: softmax(scores [+ mask]) v, scores = q kᵀ · scale, soft-capped or not."""
-    (product,) = softmax.users if len(softmax.users) == 1 else (None,)
-    if not is_call(product, aten.matmul.default):
-        return None
-    scores, mask = softmax.args[0], None
-    if is_call(scores, aten.add.Tensor):
-        scores, mask = scores.args
-    softcap = None
-    if is_call(scores, aten.mul.Tensor) and is_call(scores.args[0], aten.tanh.default):
-        softcap = scores.args[1]
-        scores = scores.args[0].args[0].args[0]
-    scale = 1.0
-    if is_call(scores, aten.mul.Tensor) and isinstance(scores.args[1], float):
-        scores, scale = scores.args
-    if not is_call(scores, aten.matmul.default) or not is_call(scores.args[1], aten.transpose.int):
-        return None
-    return product, AttentionArguments(scores.args[0], scores.args[1].args[0], product.args[1], mask, scale, softcap)
-
-
 def replace_core(gm: GraphModule, node: Node, found: AttentionArguments, env: dict[Node, Tensor]) -> int:
     """Replace an attention core by ops.attention on the un-repeated keys and values."""
     heads = found.q.meta["val"].shape[1]
     k, v = (unrepeated(gm, value, heads, env) for value in (found.k, found.v))
-    with gm.graph.inserting_after(node):
+    with gm.graph.inserting_before(node):
         args = (found.q, k, v, found.mask, found.scale, found.softcap)
         new = emit(gm.graph, ops.attention, args, node, NameAttention.name)
     new.meta["val"] = node.meta["val"]
@@ -119,8 +101,41 @@ def replace_core(gm: GraphModule, node: Node, found: AttentionArguments, env: di
     return 1
 
 
-def unrepeated(gm: GraphModule, value: Node, heads: int, env: dict[Node, Tensor]) -> Node:
-    """The cache entry [B, G, T, D] that `value` [B, H, T, D] repeats for grouped heads."""
+def replace_written_out(gm: GraphModule, found: WrittenOut, env: dict[Node, Tensor]) -> int:
+    """Replace the last product of an attention in single operators by ops.attention; [B·H, S, D] becomes [B, H, S, D] around it."""
+    node, q = found.product, found.q
+    with gm.graph.inserting_before(node):
+        if is_flat(q):
+            q = emit(gm.graph, aten.unflatten.int, (q, 0, [-1, heads_of(found.q, env)]), node, NameAttention.name)
+            q.meta["val"] = found.q.meta["val"].unflatten(0, q.args[2])
+        heads = q.meta["val"].shape[1]
+        k = unrepeated(gm, found.k, heads, env, lambda t: (t.flatten(0, 1) if is_flat(found.k) else t).mT)
+        v = unrepeated(gm, found.v, heads, env, lambda t: t.flatten(0, 1) if is_flat(found.v) else t)
+        args = (q, k, v, found.mask, found.scale, found.softcap)
+        new = emit(gm.graph, ops.attention, args, node, NameAttention.name)
+        new.meta["val"] = node.meta["val"].unflatten(0, (-1, heads)) if is_flat(node) else node.meta["val"]
+        if is_flat(node):
+            new = emit(gm.graph, aten.flatten.using_ints, (new, 0, 1), node, NameAttention.name)
+            new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return 1
+
+
+def is_flat(node: Node) -> bool:
+    """[B·H, S, D] rather than [B, H, S, D]."""
+    return node.meta["val"].dim() == 3
+
+
+def heads_of(flat: Node, env: dict[Node, Tensor]) -> int:
+    """H of a value [B·H, S, D]."""
+    return flat.meta["val"].shape[0] // env[graph_tools.placeholders(flat.graph)[0]].shape[0]
+
+
+def unrepeated(
+    gm: GraphModule, value: Node, heads: int, env: dict[Node, Tensor], form: Callable[[Tensor], Tensor] = lambda t: t
+) -> Node:  # fmt: skip
+    """The cache entry [B, G, T, D] that `value` repeats for grouped heads: form([B, H, T, D])."""
     root = value
     while is_call(root, *VIEW_OPS):
         root = root.args[0]
@@ -131,9 +146,9 @@ def unrepeated(gm: GraphModule, value: Node, heads: int, env: dict[Node, Tensor]
     shape = root.meta["val"].shape
     index = torch.arange(math.prod(shape)).reshape(shape)
     result = evaluate(gm, value, {**env, root: index})
-    if shape[1] == 1 and torch.equal(result, index):
+    if shape[1] == 1 and torch.equal(result, form(index)):
         return root  # one head for all queries: the attention operator spreads it
-    if heads % shape[1] or not torch.equal(result, index.repeat_interleave(heads // shape[1], 1)):
+    if heads % shape[1] or not torch.equal(result, form(index.repeat_interleave(heads // shape[1], 1))):
         raise TopologyError(
             f"node {value.name}: expected the {shape[1]} cached heads repeated to {heads}; it computes something else"
         )
@@ -196,6 +211,7 @@ def _agrees(
         if not bool(((value == 0) | (value <= -1e4)).all()):
             return False
         value = value == 0
-    value = value.expand_as(expected) if value.dim() == 4 else value
+    if value.dim() == 4 and torch.equal(value, value[:, :1].expand_as(value)):  # all heads see the same
+        value = value[:, :1].expand_as(expected)
     seen = expected.any(-1, keepdim=True)  # rows of padding see nothing; what a mask says there does not matter
     return value.shape == expected.shape and torch.equal(value & seen, expected)

@@ -68,6 +68,9 @@ def frontier(root: Node) -> list[Node]:
     found, pending, seen = [], [root], {root}
     while pending:
         node = pending.pop(0)
+        if serves_one_purpose(node):
+            found.append(node)
+            continue
         consumed = False
         for user in node.users:
             if is_call(user, *VIEW_OPS) and user.args[0] is node and not _every_other(user):
@@ -78,6 +81,30 @@ def frontier(root: Node) -> list[Node]:
                 consumed = True
         if consumed and not isinstance(node.meta["val"], (tuple, list)):
             found.append(node)
+    return found
+
+
+def serves_one_purpose(node: Node) -> bool:
+    """True for heads whose channels are taken apart only to meet again: a rotary embedding of some of them, not a fused linear."""
+    value = node.meta["val"]
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return False
+    width = value.shape[-1]
+    slices = [u for u in node.users if is_call(u, aten.slice.Tensor) and u.args[1] in (-1, 3) and u.meta["val"].shape[-1] < width]
+    return len(slices) > 1 and len(purposes(node)) == 1
+
+
+def purposes(node: Node) -> set[tuple[Node, int]]:
+    """What a value is made for: operands of attentions and of linears."""
+    found, pending, seen = set(), [node], {node}
+    while pending:
+        current = pending.pop()
+        for user in current.users:
+            if is_call(user, ops.attention, LINEAR):
+                found.add((user, user.args.index(current)))
+            elif user not in seen:
+                seen.add(user)
+                pending.append(user)
     return found
 
 
@@ -115,6 +142,11 @@ def split_root(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
     nodes = [n for n in frontier(root) if n is not root]
     if not nodes:
         return 0
+    shape = tuple(root.meta["val"].shape)
+    if len(shape) != 3:
+        raise TopologyError(
+            f"node {root.name} ({graph_tools.module_of(root)}): expected a linear on [batch, tokens, features], got {shape} (experts?)"
+        )
     pieces = [piece_of(gm, n, root, env) for n in nodes]
     width = root.meta["val"].shape[-1]
     whole = [p is not None and torch.equal(p.rows.flatten(), torch.arange(width)) for p in pieces]

@@ -89,6 +89,8 @@ def capture(model: PreTrainedModel) -> Captured:
                 _PlainCacheModel(model), example, dynamic_shapes=_dynamic(cache), strict=False
             )
             traced = exported.module(check_guards=False)
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"capture of {type(model).__name__}: torch.export could not make one graph with dynamic batch, sequence and past length: "
@@ -122,9 +124,15 @@ def _probe_cache(model: PreTrainedModel) -> tuple[CacheSpec, ...]:
     cache = DynamicCache()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     mask = None if ids.is_meta else torch.ones_like(ids)  # transformers looks into a mask, and a meta tensor has no values
-    model(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
+    expected = "expected a decoder with attention in every layer (state-space, linear-attention and recurrent layers are not supported)"
+    try:
+        model(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CaptureError(
+            f"capture of {type(model).__name__}: it does not run with a plain DynamicCache: {type(error).__name__}: {error}; {expected}"
+        ) from error
     if not cache.layers or any(getattr(layer, "keys", None) is None for layer in cache.layers):
-        raise ValueError("the model wrote no key/value cache; a decoder with a DynamicCache was expected")
+        raise CaptureError(f"capture of {type(model).__name__}: it wrote no keys and values into its cache; {expected}")
     return tuple(CacheSpec(la.keys.shape[1], la.keys.shape[3], la.values.shape[3]) for la in cache.layers)
 
 

@@ -123,8 +123,15 @@ def check_causal(model: PreTrainedModel) -> None:
         return
     was_training = model.training
     ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=model.device)
-    logits = model.eval()(input_ids=ids).logits[:, :2].float()
-    model.train(was_training)
+    try:
+        logits = model.eval()(input_ids=ids).logits[:, :2].float()
+    except Exception as error:
+        raise ModelError(
+            f"model {type(model).__name__}: cannot compute logits from token ids alone: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; expected a decoder-only language model that runs on input_ids"
+        ) from error
+    finally:
+        model.train(was_training)
     tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.03  # rounding is near 1e-6, and 4e-3 a step in bfloat16
     if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
         raise ModelError(
