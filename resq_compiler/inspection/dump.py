@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class DumpWriter:
         self.directory = Path(directory)
         self.manifest: dict[str, Any] = {
             "format": FORMAT, "version": VERSION, "made_by": f"resq_compiler {__version__}", "model": model,
-            "options": options or {}, "stages": [], "notes": [], "noise": {},
+            "options": options or {}, "stages": [], "notes": [], "summary": {}, "noise": {},
         }  # fmt: skip
         self.seconds: dict[str, float] = {}
         self._prepare()
@@ -89,12 +89,15 @@ class DumpWriter:
         except DumpError as error:
             log.warning("%s.svg not written: %s", stage.label, error)  # a picture must not stop a compile
 
-    def finish(self, notes: Sequence[str] = (), noise: dict[str, Any] | None = None) -> Path:
-        """Complete the manifest and write the page; returns the directory."""
+    def finish(self, compiled: CompiledModel | None = None, tokens: Tensor | None = None) -> Path:
+        """Complete the manifest, without a model as that of a compile that failed, and write the page; returns the directory."""
+        from resq_compiler import report
         from resq_compiler.inspection import page
 
-        self.manifest["notes"] = list(notes)
-        self.manifest["noise"] = noise or {}
+        if compiled is not None:
+            self.manifest["notes"] = list(compiled.notes)
+            self.manifest["summary"] = report.describe(compiled)
+            self.manifest["noise"] = measured_noise(compiled, tokens)
         self._write_manifest()
         if page.library_available():
             page.write_page(self.directory)
@@ -126,7 +129,7 @@ class Recording:
     def complete(self, compiled: CompiledModel) -> None:
         """Write what is known only after the compile."""
         if self.writer is not None:
-            self.writer.finish(compiled.notes, measured_noise(compiled, None))
+            self.writer.finish(compiled)
 
 
 def target_directory(directory: Path | str | None) -> Path | None:
@@ -163,7 +166,7 @@ def dump_compiled(compiled: CompiledModel, directory: Path | str, tokens: Tensor
     stages = compiled.stages or [Stage(0, "loaded", "", compiled.graph_module.graph, 0, 0.0, None)]
     for stage in stages:
         writer.add(stage)
-    return writer.finish(compiled.notes, measured_noise(compiled, tokens))
+    return writer.finish(compiled, tokens)
 
 
 def measured_noise(compiled: CompiledModel, tokens: Tensor | None) -> dict[str, Any]:

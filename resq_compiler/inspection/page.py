@@ -21,7 +21,7 @@ from resq_compiler.errors import DumpError
 from resq_compiler.inspection import dump
 
 FIELDS = ("name", "op", "target", "text", "inputs", "values", "module", "pass", "block", "bits", "precision", "facts")
-SCRIPTS = ("data.js", "graph.js", "compare.js", "tables.js", "app.js")
+SCRIPTS = ("data.js", "graph.js", "compare.js", "tables.js", "summary.js", "search.js", "app.js")
 HOW_TO_INSTALL = "the page needs the package netron for graph layout: pip install 'resq_compiler[inspect]'"
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
 
 import pytest
 
+from resq_compiler.inspection import dump
 from resq_compiler.inspection.diagnostic_tables import write_diagnostics
+from resq_compiler.inspection.page import write_page
 
 pytestmark = pytest.mark.slow
 FLAGS = (
@@ -36,12 +39,30 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
-def opened(browser, compiled):
+def page(browser, compiled):
+    """The page as it opens; at the end, nothing went wrong on it."""
     browser.get((compiled.dump / "index.html").as_uri())
     wait_for(browser, "return document.body.dataset.ready === 'yes'")
     yield browser
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert errors == []
+
+
+@pytest.fixture
+def opened(page):
+    """The page with the graph in front."""
+    tab(page, "graph")
+    return page
+
+
+def tab(browser, name):
+    find(browser, f"button[data-tab='{name}']")[0].click()
+
+
+def press(browser, *keys):
+    from selenium.webdriver import ActionChains
+
+    ActionChains(browser).send_keys(*keys).perform()
 
 
 def wait_for(browser, script, seconds=30):
@@ -57,6 +78,36 @@ def find(browser, css):
 
 def node_count(browser):
     return len(find(browser, "#canvas g[data-id^='node:']"))
+
+
+def test_opens_on_a_summary_with_the_worst_sites_first(page):
+    assert "on" in find(page, "#summary")[0].get_attribute("class").split()
+    cards = find(page, ".cards")[0].text
+    assert "W4A4KV4" in cards and "weights / activations / KV cache" in cards and "MB" in cards
+    decibels = [float(cell.text) for cell in find(page, "#sites tbody td:nth-child(5)")]
+    assert decibels == sorted(decibels) and len(decibels) == len(page.execute_script("return Object.keys(data.manifest.noise)"))
+    assert len(find(page, "#heat td[data-node]")) == len(decibels)  # of two blocks
+
+
+def test_a_site_of_the_summary_leads_to_its_node(page):
+    cell = find(page, "#heat td[title^='blocks.1.down_input']")[0]
+    cell.click()
+    assert len(find(page, "#canvas g.selected")) == 1
+    details = find(page, "#details")[0].text
+    assert "blocks.1.down_input" in details and "signal to noise" in details
+    tab(page, "summary")
+    box = find(page, "#site-filter")[0]
+    box.send_keys("kv blocks.0")
+    shown = [row.text for row in find(page, "#sites tbody tr") if row.is_displayed()]
+    assert len(shown) == 2 and all("blocks.0" in text for text in shown)
+
+
+def test_a_click_on_a_heading_sorts(page):
+    block = find(page, "#sites thead th")[2]
+    for expected in (False, True):
+        block.click()
+        values = [cell.text for cell in find(page, "#sites tbody td:nth-child(3)")]
+        assert values == sorted(values, reverse=expected)
 
 
 def test_opens_on_the_last_stage_with_blocks_folded(opened):
@@ -85,6 +136,7 @@ def test_search_finds_marks_and_reveals(opened):
     assert "2 found" in find(opened, "#hits")[0].text
     assert len(find(opened, "#canvas g.hit[data-id^='block:']")) == 2
     box.send_keys("\n")
+    assert find(opened, "#hits")[0].text == "1 of 2 found"
     details = find(opened, "#details")[0].text
     linear = "model.layers.0.self_attn.q_proj (q)"
     for expected in ("quantized_linear", "W8A8", linear, "columns 56–64", "quantize-weights", "weight noise"):
@@ -96,6 +148,48 @@ def test_a_click_on_a_node_shows_its_details(opened):
     opened.execute_script("graph.reveal(data.stage(current).nodes.find(r => r.facts.Projection).name)")
     find(opened, "#canvas g.selected rect.box")[0].click()
     assert "projection\nU_" in find(opened, "#details")[0].text
+
+
+def test_colours_by_noise(opened):
+    from selenium.webdriver.support.ui import Select
+
+    Select(find(opened, "#colour")[0]).select_by_value("noise")
+    assert "dB" in find(opened, "#legend")[0].text
+    folded = find(opened, "#canvas g[data-id='block:0']")[0].text
+    lowest = opened.execute_script("return Math.min(...noiseSites(data, data.stage(current)).filter(s => s.block === 0).map(s => s.db))")
+    assert f"lowest {lowest:.1f} dB" in folded
+
+
+def test_the_keyboard_does_what_the_list_of_keys_says(opened):
+    press(opened, "[")
+    assert find(opened, ".stage.on b")[0].text == "12-quantize-activations"
+    press(opened, "]")
+    press(opened, "e")
+    assert node_count(opened) > 100
+    press(opened, "c")
+    assert node_count(opened) < 30
+    press(opened, "/", "attention", "\n")
+    assert "attention" in find(opened, "#canvas g.selected")[0].text
+    press(opened, "\ue00c")  # escape
+    assert find(opened, "#search")[0].get_attribute("value") == "" and not find(opened, "#canvas g.selected")
+    press(opened, "3")
+    assert "on" in find(opened, "#compare")[0].get_attribute("class").split()
+
+
+def test_a_failed_compile_opens_at_the_failing_node(browser, compiled, tmp_path):
+    shutil.copytree(compiled.dump, tmp_path / "dump")
+    manifest = json.loads((tmp_path / "dump" / "dump.json").read_text())
+    name = next(r["name"] for r in dump.read_stage(compiled.dump, "05-find-topology") if r["target"] == "attention" and r["block"] == 1)
+    kept = [s for s in manifest["stages"] if s["label"] <= "05-find-topology"]
+    kept[-1] |= {"failed": f"pass 5: node {name}: does not fit", "failed_node": name}
+    (tmp_path / "dump" / "dump.json").write_text(json.dumps({**manifest, "stages": kept, "noise": {}, "summary": {}}))
+    browser.get(write_page(tmp_path / "dump").as_uri())
+    wait_for(browser, "return document.body.dataset.ready === 'yes'")
+    assert find(browser, "#canvas g.failed.selected")[0].get_attribute("data-id") == f"node:{name}"
+    assert "does not fit" in find(browser, ".stage.on .failed")[0].text
+    tab(browser, "summary")
+    assert "failed" in find(browser, ".cards")[0].text
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def test_wheel_zooms_and_drag_pans(opened):
@@ -119,19 +213,45 @@ def test_compares_two_stages_side_by_side(opened):
     find(opened, "#expand-changed")[0].click()
     assert len(find(opened, "#right g[data-id] > .box[fill='#b7e4c0']")) == 14  # the new quantizers
     assert not find(opened, "#left g[data-id] > .box[fill='#b7e4c0']")
+    assert "added" in find(opened, "#legend")[0].text
     lines = find(opened, "#changes .added")
     lines[0].click()
     assert len(find(opened, "#right g.selected")) == 1
     assert "quantize" in find(opened, "#details")[0].text
 
 
+def test_steps_through_changes_and_both_pictures_move_together(opened):
+    tab(opened, "compare")
+    find(opened, ".stage[data-index='12']")[0].click()
+    find(opened, "#expand-changed")[0].click()
+    seen = []
+    for _ in range(2):
+        find(opened, "#next-change")[0].click()
+        seen.append(opened.execute_script("return document.querySelector('#changes').dataset.at"))
+        assert len(find(opened, "#left g.selected")) == len(find(opened, "#right g.selected")) == 1
+    assert seen[0] != seen[1]
+    assert opened.execute_script("return document.querySelector('#changes b').textContent").startswith("weight_only_linear")
+    opened.execute_script("left.zoom(0.5)")
+    scales = opened.execute_script("return [left.transform.k, right.transform.k]")
+    assert scales[0] == scales[1]
+
+
 def test_linears_lead_to_their_parts(opened):
-    find(opened, "button[data-tab='linears']")[0].click()
+    tab(opened, "linears")
     rows = find(opened, "#linears tbody tr")
     assert len(rows) == 2 * 13 + 1  # six linears in two parts and down in one, in two blocks, and the head in none
-    find(opened, "#linears a[data-node]")[0].click()
+    assert [a.text for a in rows[0].find_elements("css selector", "td.chain a")] == ["columns", "quantize", "quantized_linear", "add"]
+    find(opened, "#linears a[data-linear]")[0].click()
     assert "on" in find(opened, "#graph")[0].get_attribute("class").split()
     assert len(find(opened, "#canvas g.selected")) == 1
+    assert len(find(opened, "#canvas g.hit[data-id^='node:']")) == 7  # two columns, quantizers and products, one sum
+
+
+def test_a_linear_leads_back_to_the_original_one(opened):
+    tab(opened, "linears")
+    find(opened, "#linears a[data-stage]")[0].click()
+    assert find(opened, ".stage.on b")[0].text == "05-find-topology"
+    assert "linear" in find(opened, "#canvas g.selected")[0].text
 
 
 def test_diagnostics_show_plots_and_tables(browser, compiled, tmp_path):
@@ -145,7 +265,10 @@ def test_diagnostics_show_plots_and_tables(browser, compiled, tmp_path):
     write_diagnostics(tmp_path / "dump", found)
     browser.get((tmp_path / "dump" / "index.html").as_uri())
     wait_for(browser, "return document.body.dataset.ready === 'yes'")
-    find(browser, "button[data-tab='diagnostics']")[0].click()
+    tab(browser, "diagnostics")
     images = find(browser, "#diagnostics img")
     assert len(images) == 4 and all(browser.execute_script("return arguments[0].naturalWidth > 0", i) for i in images)
     assert "down_input" in find(browser, "#diagnostics")[0].text
+    browser.execute_script("document.querySelector('#diagnostics a[data-node]').click()")
+    details = find(browser, "#details")[0].text
+    assert "kurtosis after U" in details and "QSUR" in details

@@ -12,26 +12,33 @@ async function start() {
   $("model").textContent = data.manifest.model.split("/").pop();
   $("model").title = data.manifest.model;
   document.title = `resq: ${data.manifest.model || "dump"}`;
-  legend();
   stageList();
   graph = new GraphView($("canvas"), { onSelect: (name) => details(data.stage(current), name), onToggle: () => {} });
   const failed = data.stages.findIndex((s) => s.info.failed);
   showStage(failed >= 0 ? failed : data.stages.length - 1);
+  legend();
   graph.fit(false);
-  if (failed >= 0 && data.stages[failed].info.failed_node) reveal(failed, data.stages[failed].info.failed_node);
   setUpGraph();
   setUpCompare();
+  setUpKeyboard();
   linearsTable($("linears"));
   diagnostics($("diagnostics"));
   optionsTable($("options"));
+  summary($("summary"));
+  if (failed < 0) showTab("summary");
+  else if (data.stages[failed].info.failed_node) reveal(failed, data.stages[failed].info.failed_node);
   document.body.dataset.ready = "yes";
 }
 
 function legend() {
+  const key = (colour, text) => `<span><span class="swatch" style="background:${colour}"></span>${text}</span>`;
+  if ($("compare").classList.contains("on"))
+    return void ($("legend").innerHTML = ["added", "removed", "changed"].map((s) => key(STATUS[s], s)).join("") + key(STATUS.same, "equal"));
+  if (graph.noise)
+    return void ($("legend").innerHTML = key("#ffffff", "no rounding") + NOISE_STOPS.map(([db]) => key(noiseColour(db), `${db} dB`)).join(""));
   const order = (c) => (c === "float" ? 0 : c === "mixed" ? 99 : Number(c));
   const classes = [...new Set(data.pool.map((r) => r.precision))].sort((a, b) => order(a) - order(b));
-  $("legend").innerHTML = classes.map((c) => `<span><span class="swatch" style="background:${colourOf(c)}"></span>` +
-    `${c === "float" ? "float" : c === "mixed" ? "mixed bits" : `${c}-bit`}</span>`).join("") +
+  $("legend").innerHTML = classes.map((c) => key(colourOf(c), c === "float" ? "float" : c === "mixed" ? "mixed bits" : `${c}-bit`)).join("") +
     '<span><span class="swatch" style="background:#2b6cb0;width:5px"></span>made by this pass</span>';
 }
 
@@ -39,11 +46,11 @@ function stageList() {
   $("stages").innerHTML = data.stages.map((stage, i) => {
     const { info } = stage, seconds = data.timing[info.label];
     const error = info.relative_error === null ? "" : `<span title="relative change of the logits on the example inputs">error ${errorText(info.relative_error)}</span>`;
-    return `<button class="stage" data-index="${i}"><b>${esc(info.label)}</b>${info.exact ? "" : ' <span class="hint">quantizer</span>'}` +
+    return `<button class="stage" data-index="${i}"><b>${esc(info.label)}</b>` +
       `<span class="numbers"><span>${info.nodes} nodes</span><span>${info.rewrites} rewrites</span></span>` +
-      `<span class="numbers"><span>${secondsText(seconds)}</span>${error}</span>` +
+      `<span class="numbers"><span>${secondsText(seconds)}</span>${error}${info.exact ? "" : '<span class="tag">quantizes</span>'}</span>` +
       (info.failed ? `<span class="failed">failed: ${esc(info.failed)}</span>` : "") + "</button>";
-  }).join("") + data.manifest.notes.map((n) => `<p class="hint" style="padding:0 12px">${esc(n)}</p>`).join("");
+  }).join("") + '<details class="keys"><summary>keys</summary><dl id="keys"></dl></details>';
   $("stages").addEventListener("click", (event) => {
     const button = event.target.closest(".stage");
     if (!button) return;
@@ -69,7 +76,9 @@ function showStage(index) {
 function showTab(name) {
   for (const button of document.querySelectorAll("#tabs button")) button.classList.toggle("on", button.dataset.tab === name);
   for (const tab of document.querySelectorAll(".tab")) tab.classList.toggle("on", tab.id === name);
+  document.body.dataset.tab = name;
   if (name === "compare") drawCompare();
+  legend();
 }
 
 function reveal(index, name) {
@@ -80,6 +89,13 @@ function reveal(index, name) {
   details(data.stage(index), name);
 }
 
+// All of some nodes in the graph: their blocks open, each marked, the first in the middle.
+function revealAll(stage, names) {
+  reveal(stage.index, names[0]);
+  graph.hits = new Set(names);
+  graph.mark();
+}
+
 function overview(stage) {
   const counts = new Map();
   for (const record of stage.nodes) if (record.op === "call_function") counts.set(record.target, (counts.get(record.target) || 0) + 1);
@@ -87,7 +103,18 @@ function overview(stage) {
   const { info } = stage;
   $("details").innerHTML = `<h2>${esc(info.label)}</h2>` + (info.failed ? `<p class="failed-text">${esc(info.failed)}</p>` : "") +
     (info.options ? `<p><code>${esc(info.options)}</code></p>` : "") +
-    `<p class="hint">Click a block to unfold it, a node for its details. Shapes are those of the example inputs.</p><h3>Operators</h3><dl>${rows}</dl>`;
+    `<p class="hint">Click a block to unfold it, a node for its details. Shapes are those of the example inputs.</p><h3>Operators</h3><dl class="counts">${rows}</dl>`;
+}
+
+const decibels = (db) => `<span class="swatch" style="background:${noiseColour(db)}"></span>${db} dB`;
+
+// The row of a site in the diagnostics, if there are any.
+function measuredAt(site) {
+  for (const { columns, rows } of data.tables) {
+    const row = columns.includes("kurtosis") && rows.find((r) => r.site === site);
+    if (row) return columns.slice(1).filter((c) => row[c] !== undefined && row[c] !== null).map((c) => `<dt>${esc(c)}</dt><dd>${number(row[c], 4)}</dd>`).join("");
+  }
+  return "";
 }
 
 const link = (name) => `<a data-node="${esc(name)}">${esc(name)}</a>`;
@@ -106,10 +133,14 @@ function details(stage, name) {
   if (weight) rows.push(["weight noise", `${number(weight.relative)} of its norm`]);
   const noise = site && data.manifest.noise[site.name];
   if (site) rows.push(["quantizer", `${esc(site.name)} (${esc(site.kind)})`]);
-  if (noise) rows.push(["signal to noise", `${noise.sqnr_db} dB`]);
+  const rounded = part && data.manifest.noise[`${part.site.name}.part${part.index}`];
+  if (rounded) rows.push(["weight SQNR", decibels(rounded.sqnr_db)]);
+  if (noise) rows.push(["signal to noise", decibels(noise.sqnr_db)]);
+  const measured = site && measuredAt(site.name.replace(/\.part\d+$/, ""));
   const stages = data.stages.filter((s) => data.stage(s.index).byName.has(name)).map((s) => s.info.label);
   const users = stage.users.get(name) || [];
   $("details").innerHTML = `<h2>%${esc(name)}</h2><dl>${rows.map(([k, v]) => `<dt>${k}</dt><dd>${v}</dd>`).join("")}</dl>` +
+    (measured ? `<h3>Measured at ${esc(site.name.replace(/\.part\d+$/, ""))}</h3><dl>${measured}</dl>` : "") +
     `<h3>Call</h3><code>${esc(record.text)}</code>` +
     `<h3>Inputs</h3><dl>${record.inputs.map((n) => `<dt>${esc(stage.byName.get(n).op === "get_attr" ? "tensor" : "")}</dt><dd>${link(n)} <span class="hint">${esc(shapeText(stage.byName.get(n)))}</span></dd>`).join("")}</dl>` +
     `<h3>Read by</h3><div>${users.slice(0, 40).map(link).join(", ") || "–"}${users.length > 40 ? ` and ${users.length - 40} more` : ""}</div>` +
@@ -117,35 +148,22 @@ function details(stage, name) {
   for (const a of $("details").querySelectorAll("a[data-node]")) a.addEventListener("click", () => reveal(stage.index, a.dataset.node));
 }
 
-// ---- search: every word must occur in the node's name, operator, module, bits, pass or facts ----
-function search(query) {
-  const words = query.toLowerCase().split(/\s+/).filter(Boolean);
-  const stage = data.stage(current);
-  const hits = words.length ? stage.nodes.filter((record) => {
-    const text = `${record.name} ${record.target} ${record.module} ${record.bits} ${record.pass} ${JSON.stringify(record.facts)}`.toLowerCase();
-    return words.every((w) => text.includes(w));
-  }).sort((a, b) => (a.op === "get_attr") - (b.op === "get_attr")) : [];
-  graph.hits = new Set(hits.map((r) => r.name));
-  graph.mark();
-  $("hits").textContent = words.length ? `${hits.length} found${hits.length ? " (Enter: next)" : ""}` : "";
-  return hits;
+function expandAll() {
+  graph.expanded = new Set(data.stage(current).blocks.keys());
+  graph.draw();
+}
+
+function colourBy(noise) {
+  graph.noise = noise ? (record) => noiseOf(data, record) : null;
+  graph.draw();
+  legend();
 }
 
 function setUpGraph() {
-  let next = 0;
-  $("search").addEventListener("input", () => { next = 0; search($("search").value); });
-  $("search").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter") return;
-    const hits = search($("search").value);
-    if (hits.length) reveal(current, hits[next++ % hits.length].name);
-    search($("search").value);
-  });
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "/" && document.activeElement.tagName !== "INPUT") { event.preventDefault(); $("search").focus(); }
-  });
-  $("expand").addEventListener("click", () => { graph.expanded = new Set(data.stage(current).blocks.keys()); graph.draw(); });
+  $("expand").addEventListener("click", expandAll);
   $("collapse").addEventListener("click", () => { graph.expanded.clear(); graph.draw(); graph.fit(false); });
   $("tensors").addEventListener("change", (event) => { graph.tensors = event.target.checked; graph.draw(); });
+  $("colour").addEventListener("change", (event) => colourBy(event.target.value === "noise"));
   $("fit").addEventListener("click", () => graph.fit());
   $("svg").addEventListener("click", saveSvg);
   for (const button of document.querySelectorAll(".zoom")) button.addEventListener("click", () => graph.zoom(Number(button.dataset.zoom)));

@@ -8,13 +8,18 @@ function setUpCompare() {
   const options = data.stages.map((s, i) => `<option value="${i}">${esc(s.info.label)}</option>`).join("");
   $("left-stage").innerHTML = $("right-stage").innerHTML = options;
   const views = [["left", (name) => follow(left, name)], ["right", (name) => follow(right, name)]].map(([id, onSelect]) =>
-    new GraphView($(id), { onSelect, onToggle: (block) => (id === "left" ? right : left).toggle(block, false) }));
+    new GraphView($(id), {
+      onSelect, onToggle: (block) => (id === "left" ? right : left).toggle(block, false),
+      onMove: (view) => $("linked").checked && right.places && left.places && (view === left ? right : left).followView(view),
+    }));
   [left, right] = views;
+  $("before-change").addEventListener("click", () => stepChange(-1));
+  $("next-change").addEventListener("click", () => stepChange(1));
   for (const id of ["left-stage", "right-stage"]) $(id).addEventListener("change", () => { pair = null; drawCompare(); });
   $("left-stage").value = Math.max(0, current - 1);
   $("right-stage").value = current;
   $("expand-changed").addEventListener("click", expandChanged);
-  $("collapse-both").addEventListener("click", () => { for (const v of [left, right]) { v.expanded.clear(); v.draw(); v.fit(false); } });
+  $("collapse-both").addEventListener("click", () => { for (const v of [left, right]) { v.expanded.clear(); v.draw(); } right.fit(false); });
 }
 
 // A click on a pass while comparing: compare it with the one before it.
@@ -34,30 +39,55 @@ function drawCompare() {
   $("difference").textContent = `${count("added")} added, ${count("removed")} removed, ${count("changed")} changed`;
   left.show(a, status);
   right.show(b, status);
-  left.fit(false);
   right.fit(false);
   listChanges(a, b, status);
+}
+
+// The next or previous changed node, in the order of the graph, from the one that is selected.
+function stepChange(step) {
+  const names = [...new Set([...$("changes").querySelectorAll("[data-name]")].map((line) => line.dataset.name))];
+  if (!names.length) return;
+  const at = names.indexOf($("changes").dataset.at), next = (at + step + names.length) % names.length;
+  goToChange(names[at < 0 && step < 0 ? names.length - 1 : next]);
+}
+
+function goToChange(name) {
+  $("changes").dataset.at = name;
+  for (const line of $("changes").querySelectorAll("[data-name]")) line.classList.toggle("at", line.dataset.name === name);
+  $("changes").querySelector(".at").scrollIntoView({ block: "nearest" });
+  for (const view of [left, right]) view.reveal(name);
+  show(name);
+}
+
+// Two versions of a line with what differs in bold: everything between the common beginning and the common end.
+function boldDifference(before, after) {
+  let start = 0, end = 0;
+  while (start < Math.min(before.length, after.length) && before[start] === after[start]) start++;
+  while (end < Math.min(before.length, after.length) - start && before[before.length - 1 - end] === after[after.length - 1 - end]) end++;
+  return [before, after].map((t) => `${esc(t.slice(0, start))}<b>${esc(t.slice(start, t.length - end))}</b>${esc(t.slice(t.length - end))}`);
 }
 
 function listChanges(a, b, status) {
   const lines = [];
   for (const [name, kind] of status) {
     const before = a.byName.get(name), after = b.byName.get(name);
-    const line = (sign, r) => `${sign} %${r.name}: ${shapeText(r)} = ${r.text}`;
-    if (kind === "changed" && before.text === after.text) lines.push([name, kind, `~ ${line("", after).trim()}   (${otherFields(before, after)})`]);
-    else if (kind === "changed") lines.push([name, kind, line("−", before)], [name, kind, line("+", after)]);
-    else lines.push([name, kind, line(kind === "added" ? "+" : "−", after || before)]);
+    const line = (r) => `%${r.name}: ${shapeText(r)} = ${r.text}`;
+    if (kind !== "changed") lines.push([name, kind, esc(`${kind === "added" ? "+" : "−"} ${line(after || before)}`)]);
+    else if (before.text === after.text) lines.push([name, kind, `~ ${esc(line(after))}   <b>${esc(otherFields(before, after))}</b>`]);
+    else {
+      const [old, now] = boldDifference(line(before), line(after));
+      lines.push([name, kind, `− ${old}`], [name, kind, `+ ${now}`]);
+    }
   }
   const shown = lines.slice(0, MAX_LINES);
-  $("changes").innerHTML = shown.map(([name, kind, text]) => `<div class="${kind}" data-name="${esc(name)}">${esc(text)}</div>`).join("") +
+  $("changes").innerHTML = shown.map(([name, kind, text]) => `<div class="${kind}" data-name="${esc(name)}">${text}</div>`).join("") +
     (lines.length > MAX_LINES ? `<p class="hint">${lines.length - MAX_LINES} more lines; compare the .txt files with diff to see all</p>` : "") +
     (lines.length ? "" : '<p class="hint">These two stages are equal.</p>');
   $("changes").onclick = (event) => {
     const line = event.target.closest("[data-name]");
-    if (!line) return;
-    for (const view of [left, right]) view.reveal(line.dataset.name);
-    show(line.dataset.name);
+    if (line) goToChange(line.dataset.name);
   };
+  delete $("changes").dataset.at;
 }
 
 function otherFields(before, after) {
@@ -81,4 +111,5 @@ function expandChanged() {
     view.expanded = new Set([...view.stage.blocks].filter(([, members]) => members.some((r) => view.status.has(r.name))).map(([b]) => b));
     view.draw();
   }
+  right.fit(false);
 }

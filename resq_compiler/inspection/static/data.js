@@ -73,6 +73,33 @@ function linearsOf(stage) {
   return found;
 }
 
+// Decibels of what a node rounds: a quantizer its values, a linear's part its weights; undefined where nothing is rounded.
+function noiseOf(data, record) {
+  const { LinearPart: part, QuantizerSite: site } = record.facts, noise = data.manifest.noise;
+  const entry = site ? noise[site.name] : part && noise[`${part.site.name}.part${part.index}`];
+  return entry && entry.sqnr_db;
+}
+
+// Every site of the noise table: {name, kind, block, bits, db, row, node}; row: the name without its block; node: what rounds there.
+function noiseSites(data, stage) {
+  const nodes = new Map();
+  for (const record of stage.nodes) {
+    const { LinearPart: part, QuantizerSite: site } = record.facts;
+    if (part) nodes.set(`${part.site.name}.part${part.index}`, record.name);
+    if (site) nodes.set(site.name, record.name);
+  }
+  return Object.entries(data.manifest.noise).map(([name, entry]) => {
+    const words = name.split("."), at = words.indexOf(String(entry.block));
+    const short = at < 0 ? name : words.slice(at + 1).join(".");
+    return { name, kind: entry.kind, block: entry.block, bits: entry.bits, db: entry.sqnr_db, node: nodes.get(name), row: `${entry.kind}: ${short}` };
+  });
+}
+
+const median = (values) => {
+  const sorted = [...values].sort((a, b) => a - b), half = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+};
+
 function noiseOfPart(data, stage, record) {
   const part = record.facts.LinearPart;
   const weight = part && data.manifest.noise[`${part.site.name}.part${part.index}`];

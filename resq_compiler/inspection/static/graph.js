@@ -5,18 +5,30 @@ const CHAR = 6.7, ROW = 14, PAD = 9, HEAD = 26;
 const COLOURS = { float: "#ffffff", 2: "#f4a89b", 3: "#f8c39a", 4: "#fbd38d", 8: "#a8cdf5", mixed: "#d9c2f0" };
 const STATUS = { added: "#b7e4c0", removed: "#f5b5b0", changed: "#fde9a9", same: "#ffffff" };
 const colourOf = (precision) => COLOURS[precision] || "#c9e7c9";
+// Signal to noise as a colour: red is 5 dB, yellow 17, green 30, blue 45 and more.
+const NOISE_STOPS = [[5, [214, 69, 65]], [11, [240, 140, 80]], [17, [250, 214, 122]], [30, [143, 201, 148]], [45, [120, 176, 222]]];
+function noiseColour(db) {
+  if (db === undefined || db === null) return "#ffffff";
+  const i = Math.max(1, NOISE_STOPS.findIndex(([stop]) => db <= stop)), last = NOISE_STOPS[NOISE_STOPS.length - 1];
+  if (db > last[0]) return `rgb(${last[1]})`;
+  const [[low, from], [high, to]] = [NOISE_STOPS[i - 1], NOISE_STOPS[i]], t = Math.max(0, (db - low) / (high - low));
+  return `rgb(${from.map((c, j) => Math.round(c + (to[j] - c) * t))})`;
+}
 const esc = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" }[c]));
 
 function shapeText(record) {
   return record.values.map(([dtype, shape]) => `${dtype}[${shape.join(",")}]`).join(" ");
 }
 
+// One value is enough for a label: of a quantized activation its codes.
+const shortShape = (record) => record.values.slice(0, 1).map(([dtype, shape]) => `${dtype}[${shape.join(",")}]`).join("");
+
 function labelOf(record) {
-  const where = record.module.split(".").pop() || record.name;
+  const last = record.module.split(".").pop(), where = !last || /^\d+$/.test(last) ? record.name : last;
   const part = record.facts.LinearPart ? ` part ${record.facts.LinearPart.index}` : "";
   const sign = record.facts.Projection ? ` ${record.facts.Projection.basis}${record.facts.Projection.inverse ? "⁻¹" : ""}` : "";
   const first = record.target + sign + (record.bits ? `  ${record.bits}` : "");
-  const second = record.op === "call_function" ? `${where}${part}  ${shapeText(record)}` : shapeText(record);
+  const second = record.op === "call_function" ? `${where}${part}  ${shortShape(record)}` : shortShape(record);
   return [first, second.length > 44 ? second.slice(0, 43) + "…" : second];
 }
 
@@ -33,8 +45,10 @@ const edgeBetween = (v, w, weight = 1) =>
   ({ v, w, minlen: 1, weight, width: 0, height: 0, labeloffset: 10, labelpos: "r" });
 
 class GraphView {
-  constructor(element, { onSelect, onToggle } = {}) {
+  constructor(element, { onSelect, onToggle, onMove } = {}) {
     this.element = element;
+    this.onMove = onMove || (() => {});
+    this.noise = null; // record -> decibels, to colour by noise
     this.onSelect = onSelect || (() => {});
     this.onToggle = onToggle || (() => {});
     this.expanded = new Set();
@@ -43,7 +57,7 @@ class GraphView {
     this.inner = new Map();
     this.transform = { x: 20, y: 20, k: 1 };
     element.innerHTML = '<svg xmlns="http://www.w3.org/2000/svg"><defs><marker id="arrow-' + element.id + '" viewBox="0 0 10 10" refX="9" refY="5" ' +
-      'markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0L10 5L0 10z" fill="#8b99ab"/></marker></defs><g></g></svg>';
+      'markerWidth="9" markerHeight="9" markerUnits="userSpaceOnUse" orient="auto"><path d="M0 0L10 5L0 10z" fill="#8b99ab"/></marker></defs><g></g></svg>';
     this.svg = element.firstChild;
     this.root = this.svg.lastChild;
     this.listen();
@@ -175,6 +189,7 @@ class GraphView {
     const members = this.stage.blocks.get(block).filter((r) => r.op === "call_function");
     const counts = new Map();
     let changes = 0;
+    const loud = this.noise ? members.map(this.noise).filter((db) => db !== undefined).sort((a, b) => a - b) : [];
     for (const record of members) {
       const key = this.status ? this.status.get(record.name) || "same" : record.precision;
       counts.set(key, (counts.get(key) || 0) + 1);
@@ -182,19 +197,21 @@ class GraphView {
     }
     this.places.set(`block:${block}`, { x: x + width / 2, y: y + height / 2 });
     let at = x + 10, bar = "";
-    const unit = (width - 20) / members.length;
-    for (const [key, count] of [...counts].sort()) {
-      bar += `<rect x="${at}" y="${y + 32}" width="${unit * count}" height="9" fill="${this.status ? STATUS[key] : colourOf(key)}" stroke="#9aa7b6" stroke-width=".6"/>`;
+    const pieces = loud.length && !this.status ? loud.map((db) => [noiseColour(db), 1]) :
+      [...counts].sort().map(([key, count]) => [this.status ? STATUS[key] : colourOf(key), count]);
+    const unit = (width - 20) / pieces.reduce((sum, [, count]) => sum + count, 0);
+    for (const [fill, count] of pieces) {
+      bar += `<rect x="${at}" y="${y + 32}" width="${unit * count}" height="9" fill="${fill}" stroke="#9aa7b6" stroke-width=".6"/>`;
       at += unit * count;
     }
-    const info = this.status ? (changes ? `${changes} changed` : "equal") : `${members.length} operators`;
+    const info = this.status ? (changes ? `${changes} changed` : "equal") : loud.length ? `lowest ${loud[0].toFixed(1)} dB` : `${members.length} operators`;
     return `<g data-id="block:${block}"><rect class="box" x="${x}" y="${y}" width="${width}" height="${height}" rx="10" fill="#fff"/>` +
       `<text x="${x + 12}" y="${y + 20}">▸ block ${block}</text><text class="small" text-anchor="end" x="${x + width - 12}" y="${y + 20}">${info}</text>${bar}</g>`;
   }
 
   nodeSvg(record, x, y, width, height) {
     const [first, second] = labelOf(record);
-    const fill = this.status ? STATUS[this.status.get(record.name) || "same"] : colourOf(record.precision);
+    const fill = this.status ? STATUS[this.status.get(record.name) || "same"] : this.noise ? noiseColour(this.noise(record)) : colourOf(record.precision);
     const failed = this.stage.info.failed_node === record.name ? " failed" : "";
     const made = !this.status && record.pass === this.stage.info.name && this.stage.index > 0 ? "new-here" : "";
     this.places.set(`node:${record.name}`, { x: x + width / 2, y: y + height / 2 });
@@ -252,9 +269,24 @@ class GraphView {
   }
 
   // ---- pan and zoom ----
-  move() {
+  move(notify = true) {
     const { x, y, k } = this.transform;
     this.root.setAttribute("transform", `translate(${x},${y}) scale(${k})`);
+    if (notify) this.onMove(this);
+  }
+
+  // Look where another view looks: the node nearest to its middle that both have stands at the same place of the screen.
+  followView(other) {
+    const { clientWidth, clientHeight } = other.element, { x, y, k } = other.transform;
+    const middle = { x: (clientWidth / 2 - x) / k, y: (clientHeight / 2 - y) / k };
+    let anchor = null, least = Infinity;
+    for (const [id, place] of other.places) {
+      const distance = Math.hypot(place.x - middle.x, place.y - middle.y);
+      if (distance < least && this.places.has(id)) [anchor, least] = [id, distance];
+    }
+    const here = this.places.get(anchor), there = other.places.get(anchor);
+    this.transform = here ? { k, x: x + (there.x - here.x) * k, y: y + (there.y - here.y) * k } : { k, x, y };
+    this.move(false);
   }
 
   fit(whole = true) {
