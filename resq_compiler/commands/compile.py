@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="keep finished work there: the same command goes on from it after an interruption",
     )
+    parser.add_argument("--dump", metavar="DIR", type=Path, help="write every pass there, and index.html to browse them")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
     parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
     common.add_topology_argument(parser)
@@ -74,6 +75,7 @@ def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
             topology=arguments.topology_file,
             progress=progress,
             work_dir=arguments.work_dir,
+            dump_dir=arguments.dump,
         )
     return compiled, time.perf_counter() - began
 

@@ -117,11 +117,14 @@ def inspect_compile(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
 
 def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measure a compiled model against its float original."""
+    from resq_compiler.commands.compile import TOPOLOGY_FILE
     from resq_compiler.errors import ConfigError
     from resq_compiler.inspection import saved
     from resq_compiler.progress import Progress
 
     directory = Path(arguments.model).expanduser()
+    kept = directory / TOPOLOGY_FILE
+    topology = arguments.topology_file or (kept if kept.is_file() else None)
     flag = "--activations" if arguments.activations else "--attribute"
     recorded, found_source = saved.recorded_source(directory)
     reference = common.model_source(arguments.reference) if arguments.reference else found_source
@@ -142,7 +145,7 @@ def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     common.quiet_libraries()
     with Progress(arguments.quiet) as progress:
         request = _request(arguments, progress)
-        found = saved.inspect_saved(directory, request, reference, lambda: common.calibration_data(calibration))
+        found = saved.inspect_saved(directory, request, reference, lambda: common.calibration_data(calibration), topology)
     result, text = _shown(arguments, found, [*said, ""])
     return {"reference": reference, "calibration": calibration if arguments.attribute else None, **result}, text
 

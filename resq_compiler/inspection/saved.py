@@ -33,16 +33,20 @@ from resq_compiler.inspection.session import (
     write_results,
 )
 from resq_compiler.pipeline import PassContext, Pipeline
+from resq_compiler.topology_overrides import read_overrides
 
 RECORD, CONFIG = "resq_report.json", "config.json"
 LEAST_DB = 3.0  # codes of three bits or more are about 10 dB or more from their own weights, and 0 from others
 
 
-def inspect_saved(directory: Path, request: Request, reference: Any, calibration: Callable[[], Any]) -> Inspection:
+def inspect_saved(
+    directory: Path, request: Request, reference: Any, calibration: Callable[[], Any], topology: Any = None
+) -> Inspection:  # fmt: skip
     """Measure a saved model against its float original.
 
     Args:    directory: of the compiled model. reference: the original, as load_model takes it. calibration: called, for
-             attribution only, for the data the model was compiled with, as compile() takes it.
+             attribution only, for the data the model was compiled with, as compile() takes it. topology: the overrides it was
+             compiled with, as for compile().
     Raises:  ConfigError: the reference, or the calibration data, is not what the model was compiled from.
     """
     from resq_compiler.capture import capture
@@ -56,7 +60,7 @@ def inspect_saved(directory: Path, request: Request, reference: Any, calibration
     data = _calibration(compiled.options, loaded, calibration(), request) if request.levels else None
     captured = capture(loaded.model)
     gm = captured.graph_module
-    ctx = PassContext(compiled.options, captured.example_inputs, data, progress=request.progress)
+    ctx = PassContext(compiled.options, captured.example_inputs, data, read_overrides(topology), progress=request.progress)
     pipeline = Pipeline(ctx)
     pipeline.start(gm)
     named, projecting = _exact_passes(compiled.options)

@@ -134,7 +134,7 @@ def _reason_lines(rows: list[dict[str, str]]) -> list[str]:
         places.setdefault((row["basis"], row["why"]), []).append(row["where"])
     lines = []
     for (basis, why), where in places.items():
-        span = where[0] if len(where) == 1 else f"{where[0]} to {where[-1].removeprefix('block ')}"
+        span = where[0] if len(where) == 1 else f"{where[0].replace('block', 'blocks')} to {where[-1].removeprefix('block ')}"
         lines.append(f"     {basis} ({span}): {why}")
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -54,6 +55,13 @@ def test_activations_need_no_calibration_data(original, directory, tmp_path):
 def test_other_calibration_data_are_noticed(original, directory):
     with pytest.raises(ConfigError, match=r"saved codes are .* dB from the weights .* --reference and --calibration"):
         saved.inspect_saved(directory, Request(levels=("kind",), tokens=512), original, lambda: tiny_tokens(4, 64, seed=9))
+
+
+def test_overrides_of_the_topology_are_those_kept_beside_the_model(original, directory, tmp_path, capsys):
+    shutil.copytree(directory, tmp_path / "model")
+    (tmp_path / "model" / "resq_topology.yaml").write_text("blocks: [{index: 7, attention: {values_fusable: false}}]")
+    assert main(["inspect", str(tmp_path / "model"), "--activations", "--tokens", "512"]) == 2
+    assert "7" in capsys.readouterr().err  # read, and refused: there is no such block
 
 
 def test_a_reference_of_other_sizes_is_refused(directory):

@@ -8,6 +8,7 @@ import pytest
 
 from resq_compiler import recipes
 from resq_compiler.cli import main
+from resq_compiler.inspection.dump import read_manifest
 from resq_compiler.inspection.session import Request, inspect_model
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
@@ -37,3 +38,34 @@ def test_unknown_level(capsys):
     with pytest.raises(SystemExit):
         main(["inspect", "model", "--attribute", "layer"])
     assert "expected a list out of kind, block, linear" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def float_model(tmp_path_factory):
+    """A float model on disk, without a tokenizer."""
+    directory = tmp_path_factory.mktemp("float")
+    tiny_model("llama").save_pretrained(directory)
+    return directory
+
+
+def test_compile_command_writes_a_dump(float_model, tmp_path, capsys):
+    arguments = [str(float_model), "--recipe", "rtn", "--output", str(tmp_path / "model"), "--dump", str(tmp_path / "dump")]
+    assert main(["compile", *arguments]) == 0
+    assert read_manifest(tmp_path / "dump")["options"]["recipe"] == "rtn"
+    assert main(["diff", str(tmp_path / "dump"), str(tmp_path / "dump")]) == 0
+    assert capsys.readouterr().out.endswith("equal: options, graphs, bits and noise\n")
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["compile", "--output", "never-written"]])
+def test_a_dump_that_cannot_be_written_is_refused(command, float_model, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*command, str(float_model), "--recipe", "rtn", "--dump", str(tmp_path / "file" / "dump")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot write" in error and "give a writable directory with free space" in error
+
+
+def test_topology_needs_a_configuration_only(float_model, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((float_model / "config.json").read_bytes())
+    assert main(["inspect", str(tmp_path), "--topology"]) == 0
+    out = capsys.readouterr().out
+    assert "residual stream: 64 channels" in out and "not fused, operators at run time" in out

@@ -27,7 +27,7 @@ def test_pre_norm_model_fuses_the_residual_basis():
     text = topology_text("Tiny", found)
     assert text.splitlines()[0] == "Tiny"
     assert "blocks 0 to 1, all as the first" in text and "q    model.layers.0.self_attn.q_proj  64 → 64" in text
-    assert "U_C (block 0 to 1): position embedding" in text
+    assert "U_C (blocks 0 to 1): position embedding" in text
 
 
 def test_post_norm_model_says_why_not():
