@@ -113,7 +113,7 @@ def argument(node: Node, index: int, name: str, default: Any) -> Any:
 def hadamard_factors(low: Lowering, x: str, width: int, transpose: bool) -> str:
     """One transform, as in numerics/hadamard.py: y[..., j, r] = Σ_i f[i, j] x[..., i, r] for every factor f."""
     plan = hadamard_plan(width)
-    right = plan.block
+    right, shape = plan.block, (0, 0, width)
     for index, factor in enumerate(plan.factors):
         matrix = (factor.mT if transpose else factor).numpy()
         if index == len(plan.factors) - 1:
@@ -121,17 +121,20 @@ def hadamard_factors(low: Lowering, x: str, width: int, transpose: bool) -> str:
         order = matrix.shape[0]
         right //= order
         left = width // (order * right)
+        wanted = factor_shape(left, order, right)
+        x, shape = low.b.op("Reshape", x, low.b.ints(*wanted)) if wanted != shape else x, wanted
         if right == 1:
-            x = low.b.op(
-                "MatMul",
-                low.b.op("Reshape", x, low.b.ints(0, 0, left, order)),
-                low.b.constant(matrix.astype(np.float32)),
-            )
+            x = low.b.op("MatMul", x, low.b.constant(matrix.astype(np.float32)))
         else:
-            shape = (0, 0, order, right) if left == 1 else (0, 0, left, order, right)
-            turned = np.ascontiguousarray(matrix.T).astype(np.float32)
-            x = low.b.op("MatMul", low.b.constant(turned), low.b.op("Reshape", x, low.b.ints(*shape)))
+            x = low.b.op("MatMul", low.b.constant(np.ascontiguousarray(matrix.T).astype(np.float32)), x)
     return low.b.op("Reshape", x, low.b.ints(0, 0, width))
+
+
+def factor_shape(left: int, order: int, right: int) -> tuple[int, ...]:
+    """The shape [B, S, ...] in which one factor of order `order` is one product."""
+    if right == 1:
+        return (0, 0, left, order)
+    return (0, 0, order, right) if left == 1 else (0, 0, left, order, right)
 
 
 @emits(ops.causal_mask)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from onnx import TensorProto
-from resq_compiler.backends.onnx.forms import CacheParts, Form, low_and_scale
+from resq_compiler.backends.onnx.forms import FLT_MIN, CacheParts, Form, low_and_scale, scale_of
+from resq_compiler.backends.onnx.images import parts_image, parts_of_heads
 from resq_compiler.backends.onnx.plan import Term
 from resq_compiler.backends.onnx.values import Cache, Codes, PendingCodes, Value
 from torch.fx import Node
@@ -27,7 +28,7 @@ from resq_compiler.graph_tools import is_call
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
-    from resq_compiler.backends.onnx.plan import LinearSum
+    from resq_compiler.backends.onnx.plan import LinearSum, Plan
 
 PIECE = 127  # largest magnitude of one correction row
 
@@ -38,15 +39,38 @@ class IntegerForm(Form):
     opset: ClassVar[int] = 23
     stacks_linears: ClassVar[bool] = True
 
+    def start(self, low: Lowering) -> None:
+        self.padded = integer_only(low.plan)
+
     def quantize(self, low: Lowering, node: Node, x: str, bits: int, groups: int, width: int, clip: float) -> Codes:
-        """uint8 codes and zero point, float32 scale: eight nodes."""
-        bottom, scale = low_and_scale(low, x, bits, clip)
+        """uint8 codes and zero point, float32 scale; only the float tensor where nothing but its image is needed."""
+        if groups > 1 and clip == 1.0:
+            return Codes(bits, groups, width, source=x)
+        zeros = self._zeros(low, node)
+        if zeros:
+            x = with_zeros(low, node.args[0], zeros, bits)  # type: ignore[arg-type]
+            width += abs(zeros)
+            ends = [low.b.op(kind, x, low.b.ints(-1), keepdims=1) for kind in ("ReduceMin", "ReduceMax")]
+            bottom, scale = scale_of(low, *ends, bits, clip)
+        else:
+            bottom, scale = low_and_scale(low, x, bits, clip)
         offset = self._offset(low, bits, groups)
         zero_point = low.b.op("QuantizeLinear", low.b.op("Neg", bottom), scale, offset, axis=-1, block_size=1)
         codes = low.b.op("QuantizeLinear", x, scale, zero_point, axis=-1, block_size=width)
         if clip != 1.0 and bits < 8:
             codes = low.b.op("Max", codes, low.b.constant(np.uint8(stored_zero(bits))))
-        return Codes(bits, groups, width, codes, scale, zero_point)
+        return Codes(bits, groups, width, codes, scale, zero_point, zeros=zeros)
+
+    def _zeros(self, low: Lowering, node: Node) -> int:
+        """Columns of zeros to put before (positive) or behind (negative) a piece that is the first or last of its source."""
+        piece = node.args[0]
+        if node not in self.padded or not is_call(piece, ops.columns):
+            return 0
+        source, start, stop = piece.args  # type: ignore[union-attr]
+        rows = correction_count(low.plan.terms_of[node])
+        if start == 0:
+            return rows
+        return -rows if stop == source.meta["val"].shape[-1] else 0  # type: ignore[union-attr]
 
     @staticmethod
     def _offset(low: Lowering, bits: int, groups: int) -> str:
@@ -66,10 +90,12 @@ class IntegerForm(Form):
         """(u - z) scale; Cast, Sub and Mul run in parallel and vectorized where DequantizeLinear with blocks does not."""
 
         def make() -> str:
+            if codes.source:
+                return parts_image(low, codes.source, ((codes.bits, 0, codes.width),))
             centred = (low.b.op("Cast", name, to=TensorProto.FLOAT) for name in (codes.codes, codes.zero_point))
             return low.b.op("Mul", low.b.op("Sub", *centred), codes.scale)
 
-        return low.once(("image", codes.codes), make)
+        return low.once(("image", codes.codes or codes.source), make)
 
     def linears(self, low: Lowering, members: list[LinearSum]) -> list[Value]:
         """One product for each part over all members; float products where the input has a scale for each head."""
@@ -78,7 +104,7 @@ class IntegerForm(Form):
         if all(isinstance(s, Codes) and s.groups == 1 for s in sources):
             total = sum_of(low, [self._product(low, source, list(terms)) for source, *terms in parts])
         else:
-            total = self._float_product(low, parts)
+            total = self._float_product(low, parts, members[0].sources)
         if any(m.bias is not None for m in members):
             total = low.b.op(
                 "Sub", total, low.b.constant(-stacked_bias(members))
@@ -92,7 +118,7 @@ class IntegerForm(Form):
         b = low.b
         rows = correction_count(low.plan.terms_of[terms[0].source])
         codes = np.concatenate([t.codes for t in terms], 1)
-        weight = self._weight(low, codes, max(t.weight_bits for t in terms), rows, terms[0].name)
+        weight = self._weight(low, codes, max(t.weight_bits for t in terms), rows, source.zeros > 0, terms[0].name)
         padded = low.once(("padded", source.codes), lambda: self._padded(low, source, rows))
         accumulator = b.op("MatMulInteger", padded, weight, b.constant(np.uint8(stored_zero(source.bits))))
         scales = b.constant(np.concatenate([t.scales for t in terms]), name=f"{terms[0].name}.scales")
@@ -100,22 +126,30 @@ class IntegerForm(Form):
 
     @staticmethod
     def _padded(low: Lowering, source: Codes, rows: int) -> str:
-        if rows == 0:
+        if rows == 0 or source.zeros:
             return source.codes
         repeated = low.b.op("Expand", source.zero_point, low.b.ints(1, 1, rows))
         return low.b.op("Concat", source.codes, repeated, axis=-1)
 
     @staticmethod
-    def _weight(low: Lowering, codes: np.ndarray, bits: int, rows: int, name: str) -> str:
-        """int8 [K + rows, N]; 4-bit codes are stored INT4 and cast when the model is loaded."""
+    def _weight(low: Lowering, codes: np.ndarray, bits: int, rows: int, first: bool, name: str) -> str:
+        """int8 [K + rows, N], correction rows first or last; 4-bit codes are stored INT4 and cast when the model is loaded."""
         extra = correction_rows(codes, rows)
         if bits > 4:
-            return low.b.constant(np.concatenate([codes, extra]).astype(np.int8), name=f"{name}.codes")
+            return low.b.constant(
+                np.concatenate([extra, codes] if first else [codes, extra]).astype(np.int8), name=f"{name}.codes"
+            )
         wide = low.b.op("Cast", low.b.int4(codes, f"{name}.codes"), to=TensorProto.INT8)
-        return low.b.op("Concat", wide, low.b.constant(extra, name=f"{name}.correction"), axis=0) if rows else wide
+        if rows == 0:
+            return wide
+        correction = low.b.constant(extra, name=f"{name}.correction")
+        return low.b.op("Concat", *([correction, wide] if first else [wide, correction]), axis=0)
 
-    def _float_product(self, low: Lowering, parts: list[tuple]) -> str:
+    def _float_product(self, low: Lowering, parts: list[tuple], sources: tuple[Node, ...]) -> str:
         """Images side by side times the float image of the codes, which is made when the model is loaded."""
+        heads = parts_of_heads(low, sources)
+        if heads is not None:
+            return self._product_by_head(low, parts, *heads)
         images, weights = [], []
         for source, *terms in parts:
             images.append(low.tokens(flat_image(low, self, source)))
@@ -124,6 +158,16 @@ class IntegerForm(Form):
         weight = weights[0] if len(weights) == 1 else low.b.op("Concat", *weights, axis=0)
         return low.b.op("MatMul", joined, weight)
 
+    def _product_by_head(self, low: Lowering, parts: list[tuple], value: Node, bits: CacheParts) -> str:
+        """The same with columns in the order of the heads, [parts of head 0 | parts of head 1 ..]: no data is moved."""
+        b, heads = low.b, int(value.meta["val"].shape[1])
+        image = low.once(("heads image", value), lambda: parts_image(low, low.by_head(low.token_major(value)), bits))
+        weights = [b.op("Reshape", float_weight(low, terms), b.ints(heads, stop - start, -1))
+                   for (_, *terms), (_, start, stop) in zip(parts, bits, strict=True)]  # fmt: skip
+        joined = weights[0] if len(weights) == 1 else b.op("Concat", *weights, axis=1)
+        width = heads * int(value.meta["val"].shape[-1])
+        return b.op("MatMul", low.tokens(Value(image, heads, by_head=True)), b.op("Reshape", joined, b.ints(width, -1)))
+
     def cache_codes(self, low: Lowering, node: Node, value: Value, parts: CacheParts, clip: float) -> Any:
         """Put off until attention, which has the other entry too."""
         return PendingCodes(node, value, parts, clip)
@@ -131,8 +175,14 @@ class IntegerForm(Form):
     def settled(self, low: Lowering, value: Any) -> Any:
         if not isinstance(value, PendingCodes):
             return value
-        emit = super().cache_codes
-        return low.once(("settled", value.node), lambda: emit(low, value.node, value.value, value.parts, value.clip))
+        make = lambda: self._entries(low, value, value.value)  # noqa: E731
+        return low.once(("settled", value.node), make)
+
+    def _entries(self, low: Lowering, pending: PendingCodes, value: Value) -> Value:
+        """The image of cache codes; `value` may hold more heads than `pending` says."""
+        if pending.clip != 1.0:
+            return super().cache_codes(low, pending.node, value, pending.parts, pending.clip)
+        return Value(parts_image(low, low.by_head(value), pending.parts), value.heads, split=True, by_head=True)
 
     def append(self, low: Lowering, past: Value, new: Node, present: str, heads: int, width: int) -> Any:
         value = low.value(new)
@@ -202,9 +252,35 @@ class IntegerForm(Form):
         heads = keys.value.heads
         both = low.b.op("Concat", low.by_head(keys.value), low.by_head(values.value), axis=2)
         joined = Value(both, 2 * heads, split=True, by_head=True)
-        image = super().cache_codes(low, keys.node, joined, keys.parts, keys.clip)
-        names = low.b.op("Split", image.name, low.b.ints(heads, heads), outputs=2, axis=2)
-        return [Value(name, heads, split=True, by_head=True) for name in names]
+        image = self._entries(low, keys, joined)
+        width = heads * int(keys.node.meta["val"].shape[-1])
+        names = low.b.op("Split", low.tokens(image), low.b.ints(width, width), outputs=2, axis=-1)
+        return [Value(name, heads, split=True) for name in names]
+
+
+def integer_only(plan: Plan) -> set[Node]:
+    """quantize nodes that are read by integer products alone."""
+    mixed, found = set(), set()
+    for members in plan.groups.values():
+        sources = members[0].sources
+        one_group = all(is_call(s, ops.quantize) and (s.args[2] if len(s.args) > 2 else 1) == 1 for s in sources)
+        (found if one_group else mixed).update(sources)
+    other = {s for s in found if any(not is_call(user, ops.quantized_linear) for user in s.users)}
+    return found - mixed - other
+
+
+def with_zeros(low: Lowering, piece: Node, zeros: int, bits: int) -> str:
+    """The columns of `piece` cut out of their source with zeros before or behind them, in one Pad with a negative end.
+
+    The zeros stand in for clipping the range to 0, and their codes, equal to the zero point, are the correction columns. They are
+    the least positive number that keeps the scale normal: a row of zeros has a scale of FLT_MIN as in the law.
+    """
+    b = low.b
+    source, start, stop = piece.args
+    width = int(source.meta["val"].shape[-1])  # type: ignore[union-attr]
+    before, behind = -int(start) + max(zeros, 0), int(stop) - width + max(-zeros, 0)  # type: ignore[arg-type]
+    name = low.exact(source)
+    return b.op("Pad", name, b.ints(0, 0, before, 0, 0, behind), b.number((2**bits - 1) * FLT_MIN))
 
 
 def attention_readers(node: Node) -> int:

@@ -164,10 +164,25 @@ def low_and_scale(low: Lowering, x: str, bits: int, clip: float) -> tuple[str, s
 
     The floor of the scale is put under hi: the quotient of its multiple is FLT_MIN exactly, and one node is saved.
     """
-    b, levels = low.b, 2**bits - 1
+    b, levels = low.b, (2**bits - 1) / clip
     least, most = b.op("ReduceMin", x, b.ints(-1), keepdims=1), b.op("ReduceMax", x, b.ints(-1), keepdims=1)
+    bottom, top = at_most(low, least, 0.0), at_least(low, most, levels * FLT_MIN)
+    return scale_of(low, bottom, top, bits, clip)
+
+
+def scale_of(low: Lowering, bottom: str, top: str, bits: int, clip: float) -> tuple[str, str]:
+    """(clip lo, scale) of a range that holds 0."""
+    b = low.b
     if clip != 1.0:
-        least, most = b.op("Mul", least, b.number(clip)), b.op("Mul", most, b.number(clip))
-    bottom = b.op("Min", least, b.number(0.0))
-    top = b.op("Max", most, b.number(levels * FLT_MIN))
-    return bottom, b.op("Div", b.op("Sub", top, bottom), b.number(float(levels)))
+        bottom, top = b.op("Mul", bottom, b.number(clip)), b.op("Mul", top, b.number(clip))
+    return bottom, b.op("Div", b.op("Sub", top, bottom), b.number(2.0**bits - 1))
+
+
+def at_most(low: Lowering, x: str, bound: float) -> str:
+    """min(x, bound) by Clip: on small tensors it takes a quarter of the time of Min with a scalar."""
+    return low.b.op("Clip", x, "", low.b.number(bound))
+
+
+def at_least(low: Lowering, x: str, bound: float) -> str:
+    """max(x, bound)."""
+    return low.b.op("Clip", x, low.b.number(bound))

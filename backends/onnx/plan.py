@@ -11,9 +11,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler import graph_tools, meta, ops
 from resq_compiler.graph_tools import aten, is_call
 
-STACK_RATIO = (
-    2  # linears of one input become one product while their outputs are at most this many times the input's width
-)
+STACK_RATIO = 2  # linears of one input are one product while their outputs are at most this many times its width
 
 
 @dataclass
@@ -63,7 +61,7 @@ class Plan:
 
 
 def make_plan(gm: GraphModule, stack: bool) -> Plan:
-    """Find the linears of a quantized graph. stack: put narrow linears that share their inputs into one product."""
+    """Find the linears of a quantized graph. stack: put linears that share their inputs into one product."""
     sums = find_sums(gm)
     plan = Plan()
     by_source: dict[tuple[Node, ...], list[LinearSum]] = {}

@@ -11,6 +11,7 @@ import torch
 from resq_compiler.backends.onnx.export import require_runtime
 from torch import Tensor
 
+from resq_compiler import memory
 from resq_compiler.errors import BackendError
 
 MINIMUM = "1.20"
@@ -29,12 +30,14 @@ def open_session(
     source = model if isinstance(model, bytes) else str(model)
     options = session_options({**recommended_options(source), **(extra_options or {})}, threads)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        opened = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackendError(
             f"onnxruntime {onnxruntime.__version__} cannot load the model: {text}; see the profiles for who can run each"
         ) from error
+    memory.trim()  # INT4 weights are unpacked and repacked at load: a third of the heap is free by now
+    return opened
 
 
 def session_options(entries: dict[str, str], threads: int | None) -> Any:

@@ -46,7 +46,9 @@ class Cache:
 class Codes:
     """Quantized activations: codes [B, S, K] or [B, S, G, K/G], scale and zero point with last dimension 1 (G groups: one each).
 
-    image: the float image, where a form needs nothing else (groups, or arithmetic quantization); the others are then "".
+    image: the float image, where a form makes it together with the codes. source: the float tensor, where only an image of it is
+    ever needed; codes, scale and zero point are then "". zeros: columns of x = 0, so of codes equal to the zero point, that stand
+    in front of the codes (positive) or behind them (negative).
     """
 
     bits: int
@@ -56,3 +58,5 @@ class Codes:
     scale: str = ""
     zero_point: str = ""
     image: str = ""
+    source: str = ""
+    zeros: int = 0

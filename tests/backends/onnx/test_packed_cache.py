@@ -21,7 +21,7 @@ def test_generation_matches_reference(compile_tiny, tmp_path, options):
     compiled, _ = compile_tiny("llama", weight_method="rtn", lm_head_bits=8, **options)
     path = export_onnx(compiled, tmp_path / "model", "ort", embedding="float32", kv_cache="packed")
     assert not (path / "genai_config.json").exists()  # onnxruntime-genai knows no such cache
-    ids = tiny_tokens(2, 9, seed=11)
+    ids = tiny_tokens(2, 9, seed=12)  # no code of these lies at a tie: one that flips would change the tokens
     expected = compiled.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     got = OnnxDecoder(path, threads=1).generate(ids.numpy(), max_new_tokens=8, eos_token_id=[])
     assert np.array_equal(got, expected.numpy())
