@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, ops
+from resq_compiler import graph_tools, memory, ops
 from resq_compiler.graph_tools import aten, emit, is_call
 from resq_compiler.pipeline import Pass, PassContext
 
@@ -37,6 +37,7 @@ class FoldNorms(Pass):
         for group in residual.readers:
             if group.norm is not None and fold_gain(gm, group.norm, group.linears):
                 done += 1
+                memory.trim()  # the weights before
         norms = [g.norm for g in residual.readers]
         if residual.fusable and all(is_call(n, LAYER_NORM) for n in norms):
             for writer in residual.writers:

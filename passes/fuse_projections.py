@@ -21,7 +21,7 @@ from resq_compiler.passes.fold_norms import by_row_chunks, linear_weight, replac
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, meta, ops
+from resq_compiler import graph_tools, memory, meta, ops
 from resq_compiler.calibration import Bases
 from resq_compiler.graph_tools import aten, is_call
 from resq_compiler.pipeline import Pass, PassContext
@@ -41,6 +41,7 @@ class FuseProjections(Pass):
         for node in list(gm.graph.nodes):
             if is_call(node, ops.project, ops.project_heads, ops.hadamard):
                 done += fuse(gm, node, exact)
+                memory.trim()  # the weights before
         gm.graph.eliminate_dead_code()
         graph_tools.delete_unused_tensors(gm)
         return done
