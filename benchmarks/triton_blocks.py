@@ -32,7 +32,10 @@ class KernelBlock:
         self.mask = torch.ones_like(meta(1, total, dtype=torch.bool))
         self.cache = meta_cache(shape, 1, total, total - tokens)
         self.qkv_weight, self.gate_up_weight = meta_weight(shape.qkv_features, parts), meta_weight(2 * shape.ffn, parts)
-        self.o_weight, self.down_weight = meta_weight(shape.hidden, shape.head_parts()), meta_weight(shape.hidden, shape.down_parts())
+        self.o_weight, self.down_weight = (
+            meta_weight(shape.hidden, shape.head_parts()),
+            meta_weight(shape.hidden, shape.down_parts()),
+        )
 
     def norm(self, x: Tensor) -> Codes:
         return norm_quantize(x, self.shape.parts(), "rms")
@@ -48,7 +51,9 @@ class KernelBlock:
 
     def attend(self, q: Tensor) -> Codes:
         layout, scale = self.shape.cache(), self.shape.head_dim**-0.5
-        return attention(q, *self.cache, self.mask, layout, layout, scale, self.total, out_layouts=self.shape.head_parts())
+        return attention(
+            q, *self.cache, self.mask, layout, layout, scale, self.total, out_layouts=self.shape.head_parts()
+        )
 
     def o(self, codes: Codes) -> Tensor:
         return mixed_linear(*codes, self.o_weight, residual=self.x, out_dtype=self.x.dtype)
@@ -92,7 +97,10 @@ class Float16Block(nn.Module):
         self.shape, self.tokens, self.total, d = shape, tokens, total, shape.head_dim
         make = lambda *sizes: nn.Buffer(meta(*sizes, dtype=dtype, random=True))  # noqa: E731
         self.x, self.norms = make(1, tokens, shape.hidden), make(2, shape.hidden)
-        self.qkv_weight, self.o_weight = make(shape.qkv_features, shape.hidden), make(shape.hidden, shape.attention_features)
+        self.qkv_weight, self.o_weight = (
+            make(shape.qkv_features, shape.hidden),
+            make(shape.hidden, shape.attention_features),
+        )
         self.gate_up_weight, self.down_weight = make(2 * shape.ffn, shape.hidden), make(shape.hidden, shape.ffn)
         self.cos, self.sin = make(1, 1, tokens, d), make(1, 1, tokens, d)
         self.keys, self.values = make(1, shape.kv_heads, total, d), make(1, shape.kv_heads, total, d)
@@ -100,8 +108,12 @@ class Float16Block(nn.Module):
 
     def forward(self) -> Tensor:
         """Output [1, tokens, hidden]; keys and values of the new tokens enter the cache."""
-        x = self.x + F.linear(self._attention(F.rms_norm(self.x, self.x.shape[-1:], self.norms[0], self.eps)), self.o_weight)
-        gate, up = F.linear(F.rms_norm(x, x.shape[-1:], self.norms[1], self.eps), self.gate_up_weight).split(self.shape.ffn, -1)
+        x = self.x + F.linear(
+            self._attention(F.rms_norm(self.x, self.x.shape[-1:], self.norms[0], self.eps)), self.o_weight
+        )
+        gate, up = F.linear(F.rms_norm(x, x.shape[-1:], self.norms[1], self.eps), self.gate_up_weight).split(
+            self.shape.ffn, -1
+        )
         return x + F.linear(F.silu(gate) * up, self.down_weight)
 
     def _attention(self, x: Tensor) -> Tensor:
