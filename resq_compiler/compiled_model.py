@@ -65,6 +65,11 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         return self._runner.quantized_graph() if self._graph_module is None else self._graph_module
 
     @property
+    def runner(self) -> Any:
+        """What computes: the quantized graph, or what a backend made of it (triton: a module with the lowered graph_module)."""
+        return self._graph_module if self._runner is None else self._runner
+
+    @property
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
@@ -105,8 +110,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
 
     def _execute(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         """Run the graph on the chosen backend."""
-        runner = self._graph_module if self._runner is None else self._runner
-        return runner(ids, mask, positions, *past)
+        return self.runner(ids, mask, positions, *past)
 
     def use_backend(self, name: str, **options: Any) -> CompiledModel:
         """Compute with another backend from now on ("reference", "onnx", "triton"); returns the model itself.

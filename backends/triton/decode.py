@@ -39,7 +39,7 @@ class StaticDecoder:
 
         Raises: BackendError: the model is not on the triton backend, or has layers whose cache is not packed.
         """
-        runner = model._runner
+        runner = model.runner
         if not isinstance(runner, TritonRunner) or None in runner.caches:
             raise BackendError(
                 "StaticDecoder: every layer needs a packed cache; compile with kv_bits=4 or 8, then model.use_backend('triton')"

@@ -209,7 +209,9 @@ def why_not_fused(n: int) -> str | None:
     shape = transform_shape(n)
     padded = shape["A"] * shape["B"] * shape["C"]
     if max(shape["A"], shape["B"], shape["C"]) > MAX_ORDER:
-        return f"{n} columns have a Kronecker factor of order {max(plan.orders)}, shared memory holds one of {MAX_ORDER}"
+        return (
+            f"{n} columns have a Kronecker factor of order {max(plan.orders)}, shared memory holds one of {MAX_ORDER}"
+        )
     if padded > MAX_PADDED:
         return f"{n} columns pad to {padded}, one program holds at most {MAX_PADDED}"
     return None

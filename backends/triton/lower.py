@@ -87,11 +87,14 @@ def lower(gm: GraphModule, dtype: torch.dtype = torch.float32, allow_fallback: b
             "use backend='reference', or TritonBackend(allow_fallback=True) to leave them to torch"
         )
     lowered = Lowered(gm, lowering.caches, lowering.reasons, lowering.places, lowering.heads)
-    verify.propagate_shapes(gm, example_inputs(lowered))
+    devices = [t.device for t in gm.buffers() if not t.is_meta]
+    verify.propagate_shapes(gm, tuple(t.to(devices[0] if devices else "cpu") for t in example_inputs(lowered)))
     return lowered
 
 
-def example_inputs(lowered: Lowered, batch: int = EXAMPLE_BATCH, new: int = EXAMPLE_NEW, past: int = EXAMPLE_PAST) -> tuple[Tensor, ...]:
+def example_inputs(
+    lowered: Lowered, batch: int = EXAMPLE_BATCH, new: int = EXAMPLE_NEW, past: int = EXAMPLE_PAST
+) -> tuple[Tensor, ...]:
     """Zeros in the order of a lowered graph's inputs, with a cache of one page a sequence (past + new <= PAGE)."""
     ids, total = torch.zeros(batch, new, dtype=torch.int64), past + new
     table = torch.arange(batch, dtype=torch.int32)[:, None]

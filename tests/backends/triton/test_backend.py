@@ -34,7 +34,7 @@ def compiled(compile_tiny, sharing):
 
 
 def _called(model) -> Counter:
-    nodes = model._runner.graph_module.graph.nodes
+    nodes = model.runner.graph_module.graph.nodes
     return Counter(str(n.target).split(".")[1] for n in nodes if "resq_triton" in str(n.target))
 
 
@@ -58,7 +58,7 @@ def test_a_block_is_nine_launches(compiled):
     calls = _called(ours)
     assert calls == dict(norm_quantize=4, mixed_linear=8, rope_cache=2, attention_quantize=2, hadamard_quantize=2)
     assert sum(calls.values()) == 2 * 9
-    graph = ours._runner.graph_module.graph
+    graph = ours.runner.graph_module.graph
     assert [n.name for n in graph_tools.placeholders(graph)][3:7] == ["cache_table", "cache_start", "key_pages_0", "value_pages_0"]
 
 
@@ -105,9 +105,9 @@ def test_packed_rows_hold_the_bytes_of_the_file(compiled, tmp_path):
     _, ours = compiled("llama")
     ours.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    places = ours._runner.source.places
+    places = ours.runner.source.places
     assert {at.layout.packed for at in places.values()} == {True, False}
-    buffers = dict(ours._runner.graph_module.named_buffers())
+    buffers = dict(ours.runner.graph_module.named_buffers())
     for name, at in places.items():
         rows = buffers[at.target][at.start : at.stop].unflatten(-1, (at.layout.groups, -1))
         width = -(-at.layout.width // 2) if at.layout.packed else at.layout.width
@@ -121,10 +121,10 @@ def test_everything_moves_with_the_module(compiled):
     reference, _ = compiled("llama")
     ours = CompiledModel(reference.config, graph_tools.snapshot(reference.graph_module), reference.options, reference.cache_specs)
     ours = ours.use_backend("triton").to("meta")
-    graph = ours._runner.graph_module
+    graph = ours.runner.graph_module
     tensors = [graph_tools.get_tensor(graph, node) for node in graph.graph.find_nodes(op="get_attr")]
     assert tensors and all(t.is_meta for t in tensors) and ours.device.type == "meta"
-    layouts = [la for pair in ours._runner.caches for la in pair]
+    layouts = [la for pair in ours.runner.caches for la in pair]
     ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
     pages = [fresh(2, 2, la.page_bytes, 64, torch.device("meta")).pages for la in layouts]
     table, start = (torch.zeros(*shape, dtype=torch.int32, device="meta") for shape in ((2, 1), (2,)))
@@ -157,7 +157,7 @@ def test_a_float_cache_is_refused_with_the_reason(compiled):
         compiled("llama", kv_bits=16)
     reference, ours = compiled("llama", dict(allow_fallback=True), kv_bits=16)
     ids = tiny_tokens(2, 9)
-    assert len(ours._runner.reasons) == 2 and ours._runner.caches == [None, None]
+    assert len(ours.runner.reasons) == 2 and ours.runner.caches == [None, None]
     assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
 
