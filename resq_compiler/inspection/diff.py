@@ -1,7 +1,9 @@
-"""What differs between two dumps: options, stages, graphs, bits, noise."""
+"""What differs between two dumps: options, sizes, stages, graphs, bits, noise."""
 
 from __future__ import annotations
 
+import re
+import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +18,14 @@ Change = tuple[Any, Any]
 
 @dataclass
 class StageDifference:
-    """Nodes by what happened to them from A to B, and changed fields of the stage itself."""
+    """Nodes by what happened to them from A to B, changed fields of the stage itself, and changed numbers of operators."""
 
     label: str
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     changed: dict[str, dict[str, Change]] = field(default_factory=dict)
     fields: dict[str, Change] = field(default_factory=dict)
+    operators: dict[str, Change] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -32,30 +35,37 @@ class StageDifference:
 
 @dataclass
 class Difference:
-    """Two dumps compared. only_a, only_b: labels of stages that the other has not."""
+    """Two dumps compared. names: model and scheme of both. summary: bits and bytes. only_a, only_b: stages the other has not.
 
+    noise_by_kind: medians over blocks of the sites that both have.
+    """
+
+    names: tuple[str, str]
     options: dict[str, Change]
+    summary: dict[str, Change]
     only_a: list[str]
     only_b: list[str]
     stages: list[StageDifference]
     bits: dict[str, Change]
     noise: dict[str, Change]
+    noise_by_kind: dict[str, Change]
 
     @property
     def empty(self) -> bool:
         """True when nothing differs (times are never compared)."""
-        rest = self.options or self.only_a or self.only_b or self.bits or self.noise
+        rest = self.options or self.summary or self.only_a or self.only_b or self.bits or self.noise
         return not rest and all(s.empty for s in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; stages that do not differ are left out."""
         stages = {
-            s.label: {"added": s.added, "removed": s.removed, "changed": s.changed, "fields": s.fields}
+            s.label: {"added": s.added, "removed": s.removed, "changed": s.changed, "fields": s.fields, "operators": s.operators}
             for s in self.stages if not s.empty
         }  # fmt: skip
         return {
-            "equal": self.empty, "options": self.options, "only_a": self.only_a, "only_b": self.only_b, "stages": stages,
-            "bits": self.bits, "noise": self.noise,
+            "equal": self.empty, "names": self.names, "options": self.options, "summary": self.summary, "only_a": self.only_a,
+            "only_b": self.only_b, "stages": stages,
+            "bits": self.bits, "noise": self.noise, "noise_by_kind": self.noise_by_kind,
         }  # fmt: skip
 
 
@@ -67,13 +77,36 @@ def compare(directory_a: Path | str, directory_b: Path | str) -> Difference:
     stages = [_compare_stage(Path(directory_a), Path(directory_b), stages_a[n], stages_b[n]) for n in common]
     noise_a, noise_b = ({k: v.get("sqnr_db") for k, v in m["noise"].items()} for m in (a, b))
     return Difference(
+        (_name(a), _name(b)),
         _changes(a["options"], b["options"]),
+        _changes(_flat(a.get("summary", {})), _flat(b.get("summary", {}))),
         [s["label"] for n, s in stages_a.items() if n not in stages_b],
         [s["label"] for n, s in stages_b.items() if n not in stages_a],
         stages,
         _changes(_site_bits(directory_a, a), _site_bits(directory_b, b)),
         _changes(noise_a, noise_b),
+        _by_kind(noise_a, noise_b),
     )
+
+
+def _name(manifest: dict[str, Any]) -> str:
+    scheme = manifest.get("summary", {}).get("scheme", "")
+    return " ".join(filter(None, (str(manifest["options"].get("recipe", "")), scheme, "of", Path(manifest["model"]).name or "a model")))
+
+
+def _flat(summary: dict[str, Any]) -> dict[str, Any]:
+    """average_bits and memory_bytes as one level."""
+    kinds = {"average_bits": "average bits", "memory_bytes": "bytes"}
+    return {f"{title}, {k.replace('_', ' ')}": v for key, title in kinds.items() for k, v in summary.get(key, {}).items()}
+
+
+def _by_kind(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Change]:
+    """Medians over blocks of what both dumps measured; the name of a kind is that of its sites without their block."""
+    kinds: dict[str, list[str]] = {}
+    for name in a.keys() & b.keys():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(name)
+    medians = {k: tuple(round(statistics.median(n[x] for x in names), 2) for n in (a, b)) for k, names in sorted(kinds.items())}
+    return {k: pair for k, pair in medians.items() if pair[0] != pair[1]}
 
 
 def _compare_stage(a: Path, b: Path, info_a: dict[str, Any], info_b: dict[str, Any]) -> StageDifference:
@@ -81,6 +114,7 @@ def _compare_stage(a: Path, b: Path, info_a: dict[str, Any], info_b: dict[str, A
     result.fields = _changes({f: info_a[f] for f in STAGE_FIELDS}, {f: info_b[f] for f in STAGE_FIELDS})
     before = {r["name"]: r for r in dump.read_stage(a, info_a["label"])}
     after = {r["name"]: r for r in dump.read_stage(b, info_b["label"])}
+    result.operators = _changes(*(Counter(r["target"] for r in side.values() if r["op"] == "call_function") for side in (before, after)))
     result.removed = [n for n in before if n not in after]
     result.added = [n for n in after if n not in before]
     for name in before.keys() & after.keys():
@@ -114,16 +148,22 @@ def difference_text(found: Difference, limit: int = 20) -> str:
     """For the terminal: each section with at most `limit` lines."""
     if found.empty:
         return "equal: options, graphs, bits and noise"
-    lines: list[str] = []
+    lines = [f"A: {found.names[0]}", f"B: {found.names[1]}"]
     _section(lines, "options", [f"{k}: {a!r} -> {b!r}" for k, (a, b) in found.options.items()], limit)
+    _section(lines, "bits and sizes", [f"{k}: {_number(a)} -> {_number(b)}" for k, (a, b) in found.summary.items()], limit)
     only = [f"only in A: {label}" for label in found.only_a] + [f"only in B: {label}" for label in found.only_b]
     _section(lines, "passes", only, limit)
     for stage in found.stages:
         if not stage.empty:
             _section(lines, f"stage {stage.label}", _stage_lines(stage), limit)
     _section(lines, "bits", [f"{k}: {a or '-'} -> {b or '-'}" for k, (a, b) in found.bits.items()], limit)
-    _section(lines, "noise, dB (largest change first)", _noise_lines(found.noise), limit)
+    _section(lines, "noise by kind of site, dB (medians over blocks, largest change first)", _noise_lines(found.noise_by_kind), limit)
+    _section(lines, "noise of each site, dB (largest change first)", _noise_lines(found.noise), limit)
     return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
 def _section(lines: list[str], title: str, content: list[str], limit: int) -> None:
@@ -134,6 +174,8 @@ def _section(lines: list[str], title: str, content: list[str], limit: int) -> No
 
 def _stage_lines(stage: StageDifference) -> list[str]:
     lines = [f"{k}: {a} -> {b}" for k, (a, b) in stage.fields.items()]
+    if stage.operators:
+        lines.append("operators: " + ", ".join(f"{k} {a or 0} -> {b or 0}" for k, (a, b) in stage.operators.items()))
     lines += [f"+ %{name}" for name in stage.added] + [f"- %{name}" for name in stage.removed]
     same = Counter(repr({k: v for k, v in c.items() if k != "text"}) for c in stage.changed.values())
     shown = set()

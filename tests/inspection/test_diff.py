@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
+from resq_compiler.compiler import compile
 from resq_compiler.errors import DumpError
 from resq_compiler.inspection.diff import compare, difference_text
+from resq_compiler.tiny import tiny_tokens
 
 
 @pytest.fixture
@@ -46,6 +48,34 @@ def test_finds_what_changed(compiled, changed):
     text = difference_text(found)
     assert "seed: 0 -> 7" in text and "blocks.0.key: 4|8 -> 8" in text and "(+3.00)" in text
     json.dumps(found.to_dict())
+
+
+def test_compiles_with_other_options(compiled, tmp_path):
+    compile(
+        compiled.original, tiny_tokens(4, 64), calibration_samples=4, calibration_length=64, weight_method="rtn", kv_bits=8,
+        dump_dir=tmp_path,
+    )  # fmt: skip
+    found = compare(compiled.dump, tmp_path)
+    assert found.names == ("resq W4A4KV4 of LlamaForCausalLM instance", "resq W4A4KV8 of LlamaForCausalLM instance")
+    assert found.options == {"kv_bits": (4, 8)}
+    assert found.summary["average bits, kv"][1] == 8 and "average bits, weights" not in found.summary
+    before, after = found.noise_by_kind["blocks.*.key"]
+    assert after > before + 15  # four bits more are worth about 24 dB
+    last = next(s for s in found.stages if s.label == "13-quantize-kv-cache")
+    assert not last.operators and {c["bits"] for c in last.changed.values() if "bits" in c} == {("4|8", "8")}
+    text = difference_text(found)
+    assert "kv_bits: 4 -> 8" in text and "average bits, kv: 4.5" in text and "blocks.*.key" in text
+
+
+def test_a_pass_less_shows_in_the_numbers_of_operators(compiled, tmp_path):
+    compile(
+        compiled.original, tiny_tokens(4, 64), recipe="rtn", calibration_samples=4, calibration_length=64, dump_dir=tmp_path
+    )  # fmt: skip
+    found = compare(compiled.dump, tmp_path)
+    assert found.only_a == ["07-compute-bases", "08-insert-projections", "09-fuse-projections"]
+    last = next(s for s in found.stages if s.label.endswith("quantize-kv-cache"))
+    assert last.operators["hadamard"] == (2, None) and last.operators["quantized_linear"] == (26, 14)
+    assert "hadamard 2 -> 0" in difference_text(found)
 
 
 def test_stages_of_one_side_only(compiled, changed):
