@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from resq_compiler.backends.onnx.profiles import PROFILES
+from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK, PROFILES
 
 if TYPE_CHECKING:
     from resq_compiler.compiled_model import CompiledModel
@@ -42,9 +42,10 @@ def genai_config(compiled: CompiledModel, profile: str) -> dict[str, Any]:
 
 
 def search_options(compiled: CompiledModel, context: int) -> dict[str, Any]:
-    """Generation defaults; the cache grows by concatenation, so its buffers are not shared."""
+    """Generation defaults; the cache grows by concatenation, so its buffers are not shared. Prompts run in chunks, as in our runtime."""
     generation = compiled.generation_config
     options = {"max_length": context, "past_present_share_buffer": False, "do_sample": bool(generation.do_sample)}
+    options["chunk_size"] = PREFILL_CHUNK
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
         if getattr(generation, name, None) is not None:
             options[name] = getattr(generation, name)

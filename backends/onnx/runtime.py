@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,24 @@ from typing import Any
 import numpy as np
 from resq_compiler.backends.onnx import session as ort
 from resq_compiler.backends.onnx.export import MODEL_FILE
+from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK
 
 from resq_compiler.errors import BackendError
-
-PREFILL_CHUNK = (
-    256  # tokens of a prompt that run at once: scores of longer stretches leave the caches, and half of them are masked
-)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. do_sample False: the likeliest one; temperature, top_k and top_p apply otherwise."""
+    """How the next token is chosen. do_sample False: the likeliest one; temperature, top_k and top_p apply otherwise.
+
+    repetition_penalty: above 1, logits of tokens that were seen are divided by it where positive, multiplied where negative.
+    """
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
 
 class OnnxDecoder:
@@ -55,10 +56,15 @@ class OnnxDecoder:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the directory."""
+        """The tokenizer of the directory. Raises BackendError when it has none."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.directory)
+        try:
+            return AutoTokenizer.from_pretrained(self.directory)
+        except (OSError, ValueError, KeyError) as error:
+            raise BackendError(
+                f"{self.directory}: no tokenizer can be read there; export with tokenizer=, or pass token ids"
+            ) from error
 
     def empty_past(self, batch: int) -> dict[str, Any]:
         """Cache inputs for a batch that has seen no token."""
@@ -98,9 +104,11 @@ class OnnxDecoder:
         choose = Chooser(sampling or Sampling())
         logits, past = self._prefill(ids, mask)
         done = np.zeros(len(ids), bool)
+        seen = ids
         for _ in range(max_new_tokens):
-            tokens = np.where(done, pad, choose(logits))
+            tokens = np.where(done, pad, choose(logits, seen))
             yield tokens
+            seen = np.concatenate([seen, tokens[:, None]], 1)
             done |= np.isin(tokens, ends)
             if done.all():
                 return
@@ -131,14 +139,7 @@ class OnnxDecoder:
             )["input_ids"]
         else:
             ids = tokenizer(prompt)["input_ids"]
-        seen: list[int] = []
-        shown = ""
-        for tokens in self.stream([ids], **options):
-            seen.append(int(tokens[0]))
-            text = tokenizer.decode(seen, skip_special_tokens=True)
-            if not text.endswith("�"):  # a character whose bytes are not complete yet
-                yield text[len(shown) :]
-                shown = text
+        yield from text_pieces(tokenizer, self.stream([ids], **options))
 
     def _prefill(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         positions = np.maximum(mask.cumsum(1) - 1, 0)
@@ -169,19 +170,33 @@ class OnnxDecoder:
         return int(pad) if pad is not None else int(ends[0]) if ends.size else 0
 
 
+def text_pieces(tokenizer: Any, steps: Iterable[np.ndarray]) -> Iterator[str]:
+    """The text of the first row of every step, as soon as its characters are complete."""
+    seen: list[int] = []
+    shown = ""
+    for tokens in steps:
+        seen.append(int(tokens[0]))
+        text = tokenizer.decode(seen, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character whose bytes are not complete yet
+            yield text[len(shown) :]
+            shown = text
+
+
 def last_row(logits: Any) -> np.ndarray:
     """Logits of the last token, [B, vocabulary], without copying the others."""
     return ort.to_torch(logits)[:, -1].numpy()
 
 
 class Chooser:
-    """Chooses next tokens from logits [B, vocabulary] by greedy search or seeded sampling."""
+    """Chooses next tokens from logits [B, vocabulary] and the tokens so far [B, T], by greedy search or seeded sampling."""
 
     def __init__(self, sampling: Sampling):
         self.sampling = sampling
         self.random = np.random.default_rng(sampling.seed)
 
-    def __call__(self, logits: np.ndarray) -> np.ndarray:
+    def __call__(self, logits: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        if self.sampling.repetition_penalty != 1.0:
+            logits = penalized(logits, seen, self.sampling.repetition_penalty)
         if not self.sampling.do_sample:
             return logits.argmax(-1)
         return np.array([self._sample(row.astype(np.float64)) for row in logits])
@@ -197,3 +212,11 @@ class Chooser:
         kept = np.searchsorted(weights.cumsum(), min(settings.top_p, 1.0)) + 1
         weights = weights[:kept] / weights[:kept].sum()
         return int(self.random.choice(order[:kept], p=weights))
+
+
+def penalized(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """Logits with those of seen tokens made smaller."""
+    chosen = np.take_along_axis(logits, seen, 1)
+    result = logits.copy()
+    np.put_along_axis(result, seen, np.where(chosen > 0, chosen / penalty, chosen * penalty), 1)
+    return result

@@ -5,15 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from resq_compiler.commands import common
 from resq_compiler.errors import ConfigError, DataError
 
+NO_TOKENIZER = "has no tokenizer, so a prompt cannot be read; save one into the directory"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `resq generate`."""
-    parser.add_argument("model", metavar="MODEL", help=f"a compiled model, or a float one: {common.MODEL_HELP}")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"a compiled model, a directory of `resq export` (ONNX Runtime runs it), or a float one: {common.MODEL_HELP}",
+    )
     parser.add_argument("-p", "--prompt", required=True, help="text to continue; - reads it from stdin")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--system", help="system message, with --chat")
@@ -33,19 +41,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate; with --json nothing is printed before the end."""
     _check(arguments)
-    opened = common.open_model(arguments.model, arguments.backend)
-    if opened.tokenizer is None:
-        raise DataError(f"{opened.name}: has no tokenizer, so a prompt cannot be read; save one into the directory")
-    inputs = _inputs(opened.tokenizer, arguments)
-    ids, seconds = _generate(opened, inputs, arguments)
-    new = ids[0, inputs["input_ids"].shape[1] :]
-    text = opened.tokenizer.decode(new, skip_special_tokens=True)
-    result = {"prompt": arguments.prompt, "text": text, "new_tokens": len(new), "seconds": seconds}
+    if is_exported_directory(arguments.model):
+        text, count, seconds = _generate_exported(arguments)
+    else:
+        text, count, seconds = _generate_model(arguments)
+    result = {"prompt": arguments.prompt, "text": text, "new_tokens": count, "seconds": seconds}
     if arguments.json:
         common.show(arguments, result, "")
     elif not arguments.quiet:
-        sys.stderr.write(f"{len(new)} tokens in {seconds:.1f} s: {len(new) / seconds:.1f} tokens/s, prefill included\n")
+        sys.stderr.write(f"{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tokens/s, prefill included\n")
     return 0
+
+
+def is_exported_directory(name: str) -> bool:
+    """True for a directory that `resq export` wrote."""
+    folder = Path(name).expanduser()
+    return (folder / "model.onnx").is_file() and (folder / "config.json").is_file()
+
+
+def _generate_model(arguments: argparse.Namespace) -> tuple[str, int, float]:
+    """Text, number of new tokens and seconds, by transformers' own search over the model's backend."""
+    opened = common.open_model(arguments.model, arguments.backend)
+    if opened.tokenizer is None:
+        raise DataError(f"{opened.name}: {NO_TOKENIZER}")
+    inputs = _inputs(opened.tokenizer, arguments)
+    ids, seconds = _generate(opened, inputs, arguments)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    return opened.tokenizer.decode(new, skip_special_tokens=True), len(new), seconds
+
+
+def _generate_exported(arguments: argparse.Namespace) -> tuple[str, int, float]:
+    """The same by the small ONNX runtime: no PyTorch model is loaded."""
+    from resq_compiler.backends.onnx.runtime import OnnxDecoder, Sampling, text_pieces
+
+    if arguments.backend not in ("reference", "onnx"):
+        raise ConfigError(f"--backend {arguments.backend}: {arguments.model} is an ONNX export, which only onnx runs")
+    common.quiet_libraries()
+    decoder = OnnxDecoder(Path(arguments.model).expanduser())
+    tokenizer = decoder.tokenizer
+    sampling = Sampling(
+        arguments.temperature > 0, arguments.temperature or 1.0, arguments.top_k, arguments.top_p, arguments.seed,
+        arguments.repetition_penalty,
+    )  # fmt: skip
+    inputs = _inputs(tokenizer, arguments)
+    began, tokens = time.perf_counter(), []  # type: float, list[int]
+    steps = decoder.stream(inputs["input_ids"].numpy(), max_new_tokens=arguments.max_new_tokens, sampling=sampling)
+    for piece in text_pieces(tokenizer, _noted(steps, tokens)):
+        if not arguments.json:
+            print(piece, end="", flush=True)
+    if not arguments.json:
+        print()
+    return tokenizer.decode(tokens, skip_special_tokens=True), len(tokens), time.perf_counter() - began
+
+
+def _noted(steps: Iterable[Any], tokens: list[int]) -> Iterator[Any]:
+    """The same steps; their first tokens are added to the list."""
+    for step in steps:
+        tokens.append(int(step[0]))
+        yield step
 
 
 def _check(arguments: argparse.Namespace) -> None:
