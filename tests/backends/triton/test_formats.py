@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
+from resq_compiler.backends.triton import device
 from resq_compiler.backends.triton.formats import PAGE, PartLayout, head_layout, pack_rows, pack_weight, unpack_rows
 
 from resq_compiler.errors import QuantError
+from resq_compiler.numerics.packing import pack
 
 
 def test_even_column_is_the_low_nibble_and_rows_are_zero_padded():
@@ -51,3 +56,26 @@ def test_bytes_of_a_cached_token():
     layout = head_layout(((4, 0, 112), (8, 112, 128)))
     assert (layout.low_bytes, layout.high_bytes, layout.head_dim) == (56, 16, 128)
     assert layout.page_bytes == PAGE * 82  # against 256 bytes a token in float16
+
+
+def _execute(ptx: str, word: int) -> int:
+    """What straight-line PTX of shl and and leaves in $0 for the word $1."""
+    registers = {"$1": word}
+    operations = {"shl.b32": lambda a, b: a << b & 0xFFFFFFFF, "and.b32": lambda a, b: a & b}
+    for statement in filter(None, (s.strip() for s in ptx.strip("{} ").split(";"))):
+        name, _, operands = statement.partition(" ")
+        if name != ".reg":
+            target, a, b = (o.strip() for o in operands.split(","))
+            registers[target] = operations[name](registers[a], registers[b] if b in registers else int(b, 0))
+    return registers["$0"]
+
+
+@pytest.mark.parametrize(("function", "column"), [(device.even_columns, 0), (device.odd_columns, 1)], ids=["even", "odd"])
+def test_the_assembly_of_unpacking_is_sixteen_times_the_nibble(function, column, generator):
+    """On NVIDIA, four bytes at a time; nothing leaks from one byte into the next."""
+    (ptx,) = re.findall(r'"((?:\{ |and)[^"]*)"', inspect.getsource(function.fn))
+    codes = torch.cat([torch.arange(-8, 8), torch.randint(-8, 8, (1008,), generator=generator)]).to(torch.int8)
+    words = pack(codes, 4).numpy().view("<u4")
+    unpacked = torch.tensor([_execute(ptx, int(word)) for word in words], dtype=torch.int64)
+    columns = torch.from_numpy(unpacked.numpy().astype("<u4").view("i1"))
+    assert torch.equal(columns, codes[column::2] * 16)
