@@ -31,6 +31,10 @@ from resq_compiler.pipeline import Pass, PassContext, relative_error
 from resq_compiler.topology import Topology
 
 LINEAR = aten.linear.default
+CHEAP = {
+    ops.rms_norm, ops.columns, ops.merge_heads, ops.quantize, ops.dequantize, aten.layer_norm.default,
+}  # computed again rather than kept  # fmt: skip
+ROOM = 1 / 3  # of the weights: values of all batches that would need more are computed again too
 
 
 @dataclass
@@ -164,7 +168,8 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
         env = dict(executor.first_tokens(gm, ids))
         executor.Schedule(gm, [start], env).run(env)
         states.append({start: env[start]})
-    runner = _Lockstep(gm, states, [tables[b.shape] for b in batches])
+    room = sum(t.nbytes for t in gm.state_dict().values()) * ROOM
+    runner = _Lockstep(gm, states, [tables[b.shape] for b in batches], room)
     for block in topology.blocks:
         ctx.progress("quantize weights", block.index, len(topology.blocks))
         groups = by_input([s for s in sites if s.fact.block == block.index])
@@ -200,19 +205,29 @@ def quantize_group(
 
 
 class _Lockstep:
-    """Advances all calibration batches through the graph together, one stretch at a time."""
+    """Advances all calibration batches through the graph together, one stretch at a time.
 
-    def __init__(self, gm: GraphModule, states: list[dict[Node, Any]], shared: list[dict[Node, Any]]):
-        self.gm, self.states, self.shared = gm, states, shared
+    Between two stretches every batch keeps what the way to the goal needs, unless it grew by more than `room` bytes over all batches:
+    then the next stretch starts where this one did. The results are the same to the bit.
+    """
+
+    def __init__(self, gm: GraphModule, states: list[dict[Node, Any]], shared: list[dict[Node, Any]], room: float):
+        self.gm, self.states, self.shared, self.room = gm, states, shared, room
 
     def _run(self, targets: list[Node], goal: Node, see: Any) -> None:
         plan = executor.Stretch(self.gm, targets, {**self.shared[0], **self.states[0]}, goal)
+        moves = True if goal in plan.alive else None
+        kept = plan.alive if moves else not_cheap(plan.alive, set(self.shared[0]))
         for state, shared in zip(self.states, self.shared, strict=True):
             env = {**shared, **state}
             plan.run(env)
             see(env)
-            state.clear()
-            state.update({n: v for n, v in env.items() if n in plan.alive and n not in shared})
+            after = {n: v for n, v in env.items() if n in kept and n not in shared}
+            if moves is None:
+                moves = (_bytes(after) - _bytes(state)) * len(self.states) <= self.room
+            if moves:
+                state.clear()
+                state.update(after)
 
     def moment(self, inputs: list[Node], goal: Node, name: str) -> SecondMoment:
         """Second moment of the values side by side, over all batches."""
@@ -223,6 +238,24 @@ class _Lockstep:
     def advance(self, goal: Node) -> None:
         """Run to the end of a block and forget everything inside it."""
         self._run([goal], goal, lambda env: None)
+
+
+def not_cheap(values: set[Node], given: set[Node]) -> set[Node]:
+    """Without the given values and those that cheap operators make of the others."""
+    kept: set[Node] = set()
+
+    def cheap(node: Node) -> bool:
+        return all(n.op != "call_function" or n in kept or n in given or cheap(n) for n in node.all_input_nodes) and is_call(node, *CHEAP)
+
+    for node in sorted(values - given):
+        if not cheap(node):
+            kept.add(node)
+    return kept
+
+
+def _bytes(values: dict[Node, Any]) -> int:
+    """Memory of tensors and of the codes of quantized activations."""
+    return sum(v.qdata.nbytes if isinstance(v, ops.QuantizedActivation) else v.nbytes for v in values.values())
 
 
 def _width(node: Node) -> int:

@@ -43,9 +43,10 @@ class SecondMoment:
                 f"got {x.dtype} {tuple(x.shape)}"
             )
         rows = x.detach().reshape(-1, *tail)
-        addition = torch.zeros_like(self.total)  # apart from the total, which a rejected batch must not touch
-        for chunk in rows.split(_ROWS_PER_CHUNK):
-            addition += _gram(chunk).to(addition)
+        first, *others = rows.split(_ROWS_PER_CHUNK)
+        addition = _gram(first).to(self.total.device)  # apart from the total, which a rejected batch must not touch
+        for chunk in others:
+            addition = addition.to(self.total) + _gram(chunk).to(self.total)
         self._require_finite(addition, rows)
         self.total += addition
         self.tokens += rows.shape[0]

@@ -82,7 +82,7 @@ def gptq(
     diagonal = moment.diagonal()
     order = _column_order(diagonal, parts, act_order)
     dead = diagonal[order] == 0
-    upper, used = _inverse_factor(moment[order][:, order], dead, damping)
+    upper, used = _inverse_factor(moment[order][:, order] if act_order else moment, dead, damping)
     feedback = None
     if cross is not None:
         towards = cross.to(upper)[order][:, order] @ upper.t()
@@ -176,13 +176,15 @@ def _inverse_factor(moment: Tensor, dead: Tensor, damping: float) -> tuple[Tenso
     Factoring H with rows and columns reversed gives H = M M^T, M upper triangular; U = M^-1. One Cholesky factorization
     and one triangular inverse: H^-1 itself is never formed.
     """
-    moment = moment + torch.diag(dead.to(moment))
-    mean = moment.diagonal().mean()
+    diagonal = moment.diagonal() + dead.to(moment)
+    mean = diagonal.mean()
+    damped = moment.flip(0, 1)  # a copy, whose diagonal alone changes: such matrices are the peak of a compile's memory
     for retry in range(_DAMPING_RETRIES):
         used = damping * 10**retry
-        damped = (moment + torch.eye(len(moment), dtype=moment.dtype, device=moment.device) * (used * mean)).flip(0, 1)
+        damped.diagonal().copy_((diagonal + used * mean).flip(0))
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
+            del damped
             inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
             return inverse.flip(0, 1), used
     raise QuantError(

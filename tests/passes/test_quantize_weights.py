@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from resq_compiler.passes import QuantizeWeights
+from resq_compiler.passes import QuantizeWeights, quantize_weights
 
 from resq_compiler import executor, graph_tools, meta, ops
 from resq_compiler.numerics import gptq as gptq_core
@@ -133,3 +133,29 @@ def test_quantized_activations_change_what_gptq_sees(build):
 def test_idempotent(options, build):
     built = build("llama", "quantize-activations", **options)
     assert QuantizeWeights().run(built.gm, built.ctx) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"gptq_on_quantized_activations": True}], ids=str)
+def test_values_that_are_computed_again_change_nothing(options, build, monkeypatch):
+    """With room for nothing every stretch of a block starts at its start; with room for all none does: the same bits."""
+    found, runs = [], []
+    plain = executor.Stretch.run
+    monkeypatch.setattr(executor.Stretch, "run", lambda self, env: (runs.append(len(self.order)), plain(self, env))[1])
+    for room in (0.0, 1e9):
+        built = build("llama", "quantize-weights", **options)
+        monkeypatch.setattr(quantize_weights, "ROOM", room)
+        QuantizeWeights().run(built.gm, built.ctx)
+        found.append(coded(built.gm))
+        runs.append(-1)
+    middle = runs.index(-1)
+    assert sum(runs[:middle]) > sum(runs[middle + 1 : -1])
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 26
+    assert all(torch.equal(a, b) for name in found[0] for a, b in zip(found[0][name], found[1][name], strict=True))
+
+
+def test_cheap_values_are_not_kept(build):
+    gm = build("llama", "quantize-weights").gm
+    norm = gm.graph.find_nodes(op="call_function", target=ops.rms_norm)[1]
+    stream = norm.args[0]
+    assert quantize_weights.not_cheap({norm, stream}, set()) == {stream}
+    assert quantize_weights.not_cheap({norm}, set()) == {norm} and quantize_weights.not_cheap({norm}, {stream}) == set()
