@@ -29,13 +29,14 @@ from resq_compiler.backends.onnx import build_model, export
 from resq_compiler.backends.onnx import session as sessions
 from resq_compiler.backends.onnx.form_integer import IntegerForm
 from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
-from resq_compiler.backends.onnx.profiles import FLUSH_DENORMALS
+from resq_compiler.backends.onnx.profiles import FLUSH_DENORMALS, PREFILL_CHUNK
 
 from resq_compiler import compiler, load
 from resq_compiler.capture import CacheSpec
 from resq_compiler.models import load_model
 
 VOCABULARY_SEED = 0
+CHUNKED = f", chunks of {PREFILL_CHUNK}"  # how resq_compiler's runtime and genai_config.json run a prompt
 Step = Callable[[], None]
 
 
@@ -146,6 +147,7 @@ def rows(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[str, Calla
     vocabulary = compiled.config.get_text_config().vocab_size
     path = float_model(arguments.float_model, work / "float32")
     yield "ONNX Runtime float32", lambda n: OrtModel(path, n, vocabulary)
+    yield f"ONNX Runtime float32{CHUNKED}", lambda n: OrtModel(path, n, vocabulary, PREFILL_CHUNK)
     for profile in arguments.profiles:
         target = work / profile
         target.mkdir()
@@ -154,7 +156,7 @@ def rows(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[str, Calla
         print(f"{profile}: {sum(p.stat().st_size for p in target.iterdir()) / 2**20:.1f} MiB on disk")
         yield f"ours {profile}", lambda n, file=file: OrtModel(file, n, vocabulary)
         if profile == "ort":
-            yield "ours ort, chunks of 256", lambda n, file=file: OrtModel(file, n, vocabulary, 256)
+            yield f"ours ort{CHUNKED}", lambda n, file=file: OrtModel(file, n, vocabulary, PREFILL_CHUNK)
     for dtype in () if arguments.no_torch else (torch.float32, torch.bfloat16):
         model = load_model(arguments.float_model).model.to(dtype)
         yield f"PyTorch {str(dtype).removeprefix('torch.')}", lambda n, model=model: TorchModel(model, n, vocabulary)
@@ -211,6 +213,7 @@ def category(event: dict[str, Any]) -> str:
     for prefix, name in (
         ("hadamard", "Hadamard"),
         ("quantize", "quantize and dequantize"),
+        ("image", "quantize and dequantize"),
         ("project", "U_C"),
         ("embedding", "embedding"),
     ):
@@ -258,22 +261,51 @@ def report(label: str, events: list[dict[str, Any]], new: int) -> None:
 
 
 MEMORY_PROBE = """
-import sys, numpy as np, onnxruntime
+import ctypes, sys, numpy as np, onnxruntime
 options = onnxruntime.SessionOptions()
 options.add_session_config_entry("session.set_denormal_as_zero", "1")
 session = onnxruntime.InferenceSession(sys.argv[1], options)
-feeds = {"input_ids": np.zeros((1, 64), np.int64), "attention_mask": np.ones((1, 64), np.int64), "position_ids": np.arange(64)[None]}
+new, past = int(sys.argv[2]), int(sys.argv[3])
+feeds = {"input_ids": np.zeros((1, new), np.int64), "attention_mask": np.ones((1, past + new), np.int64),
+         "position_ids": np.arange(past, past + new)[None]}
 for entry in session.get_inputs()[3:]:
-    feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+    kind = np.uint8 if "uint8" in entry.type else np.float32
+    feeds[entry.name] = np.ones((1, entry.shape[1], past, entry.shape[3]), kind)
+cache = sum(v.nbytes for name, v in feeds.items() if name.startswith("past"))
 session.run(None, feeds)
-print(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+resident = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+plain = resident()
+ctypes.CDLL(None).malloc_trim(0)
+print(plain, resident(), cache)
 """
 
 
-def memory(path: Path) -> float:
-    """Resident memory of a process that loaded the model, ran 64 tokens and imported nothing but onnxruntime, MiB."""
-    done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, str(path)], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) / 1024
+def memory(path: Path, new: int = 64, past: int = 0) -> tuple[float, float, float]:
+    """MiB of a process that imported nothing but onnxruntime, loaded the model and ran `new` tokens: resident, resident once the free
+    heap was given back (as resq_compiler's runtime does), and cache tensors of `past` tokens."""
+    command = [sys.executable, "-c", MEMORY_PROBE, str(path), str(new), str(past)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    plain, trimmed, cache = map(int, done.stdout.split())
+    return plain / 1024, trimmed / 1024, cache / 2**20
+
+
+def report_memory(work: Path, profiles: list[str]) -> None:
+    """Resident memory of every profile."""
+    for name in ("float32", *profiles):
+        plain, trimmed, _ = memory(work / name / export.MODEL_FILE)
+        print(f"resident memory, {name}: {plain:.0f} MiB, {trimmed:.0f} with the free heap given back", flush=True)
+
+
+def report_cache(compiled: str, work: Path, tokens: int) -> None:
+    """Cache tensors and resident memory behind a long context, float and packed."""
+    (work / "packed").mkdir()
+    export.save_model(build_model(load(Path(compiled)), "ort", kv_cache="packed"), work / "packed")
+    for name in ("ort", "packed"):
+        _, trimmed, cache = memory(work / name / export.MODEL_FILE, 1, tokens)
+        print(
+            f"cache of {tokens} tokens, {name}: {cache:.1f} MiB of tensors, {trimmed:.0f} MiB resident after one step",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -287,6 +319,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--long-context", type=int, default=0, help="tokens of cache whose memory is measured, float and packed"
+    )
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
@@ -294,8 +329,9 @@ def main() -> None:
         work = Path(directory)
         made = list(rows(arguments, work))
         compare(arguments, made)
-        for name in ("float32", *arguments.profiles):
-            print(f"resident memory, {name}: {memory(work / name / export.MODEL_FILE):.0f} MiB")
+        report_memory(work, arguments.profiles)
+        if arguments.long_context and "ort" in arguments.profiles:
+            report_cache(arguments.compiled, work, arguments.long_context)
         if arguments.profile:
             profile_phases(work / "ort" / export.MODEL_FILE, arguments.prompt, arguments.context, 1000)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,15 @@ class GraphBuilder:
     def scope(self, name: str) -> None:
         """Names of later nodes start with this: the FX node they come from."""
         self._scope = name
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """Names of nodes made in this context start with `name` and the scope outside."""
+        outer, self._scope = self._scope, f"{name}_{self._scope}"
+        try:
+            yield
+        finally:
+            self._scope = outer
 
     def fresh(self, label: str) -> str:
         """A tensor or node name that is not taken."""

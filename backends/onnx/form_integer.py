@@ -260,7 +260,8 @@ class IntegerForm(Form):
 
 def integer_only(plan: Plan) -> set[Node]:
     """quantize nodes that are read by integer products alone."""
-    mixed, found = set(), set()
+    mixed: set[Node] = set()
+    found: set[Node] = set()
     for members in plan.groups.values():
         sources = members[0].sources
         one_group = all(is_call(s, ops.quantize) and (s.args[2] if len(s.args) > 2 else 1) == 1 for s in sources)

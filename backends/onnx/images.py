@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 def parts_image(low: Lowering, x: str, parts: CacheParts) -> str:
     """The image of x [..., D], each part (bits, start, stop) with a scale of its own; parts tile the D columns."""
     b = low.b
-    sizes = [stop - start for _, start, stop in parts]
-    several = len(parts) > 1
-    pieces = b.op("Split", x, b.ints(*sizes), outputs=len(parts), axis=-1) if several else [x]
-    if several:
-        scale = scale_columns(low, pieces, parts)
-    else:
-        _, scale = low_and_scale(low, x, parts[0][0], 1.0)
-    return b.op("Mul", b.op("Round", b.op("Div", x, scale)), scale)
+    with b.within("image"):
+        if len(parts) > 1:
+            sizes = [stop - start for _, start, stop in parts]
+            pieces = b.op("Split", x, b.ints(*sizes), outputs=len(parts), axis=-1)
+            scale = scale_columns(low, pieces, parts)
+        else:
+            _, scale = low_and_scale(low, x, parts[0][0], 1.0)
+        return b.op("Mul", b.op("Round", b.op("Div", x, scale)), scale)
 
 
 def scale_columns(low: Lowering, pieces: list[str], parts: CacheParts) -> str:

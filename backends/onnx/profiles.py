@@ -11,7 +11,9 @@ from resq_compiler.backends.onnx.forms import Form
 
 from resq_compiler.errors import BackendError
 
-PREFILL_CHUNK = 256  # tokens of a prompt that run at once: scores and float sums of more leave the caches, and half of the scores are masked
+PREFILL_CHUNK = (
+    256  # tokens of a prompt that run at once: scores and sums of more leave the caches, and half the scores are masked
+)
 FLUSH_DENORMALS = {
     "session.set_denormal_as_zero": "1"
 }  # softmax of masked scores leaves denormals, which CPUs multiply slowly
