@@ -176,6 +176,19 @@ def test_the_keyboard_does_what_the_list_of_keys_says(opened):
     assert "on" in find(opened, "#compare")[0].get_attribute("class").split()
 
 
+def test_the_address_leads_to_the_same_node(opened):
+    find(opened, "#search")[0].send_keys("q_proj w4a4", "\n")
+    name = opened.execute_script("return graph.selected")
+    address = opened.current_url
+    assert address.endswith(f"#graph:13-quantize-kv-cache:{name}")
+    tab(opened, "linears")
+    assert opened.current_url.endswith("#linears")
+    opened.get("about:blank")
+    opened.get(address)
+    wait_for(opened, "return document.body.dataset.ready === 'yes'")
+    assert find(opened, "#canvas g.selected")[0].get_attribute("data-id") == f"node:{name}"
+
+
 def test_a_failed_compile_opens_at_the_failing_node(browser, compiled, tmp_path):
     shutil.copytree(compiled.dump, tmp_path / "dump")
     manifest = json.loads((tmp_path / "dump" / "dump.json").read_text())

@@ -8,6 +8,7 @@ const errorText = (value) => (value === null || value === undefined ? "" : value
 let data, graph, current = 0;
 
 async function start() {
+  const asked = location.hash; // what is shown first changes it
   data = readData(await unpack($("data").textContent));
   $("model").textContent = data.manifest.model.split("/").pop();
   $("model").title = data.manifest.model;
@@ -27,8 +28,23 @@ async function start() {
   summary($("summary"));
   if (failed < 0) showTab("summary");
   else if (data.stages[failed].info.failed_node) reveal(failed, data.stages[failed].info.failed_node);
+  followLink(asked);
+  window.addEventListener("hashchange", () => followLink(location.hash));
   document.body.dataset.ready = "yes";
 }
+
+// Links into the page: index.html#compare, or #graph:13-quantize-kv-cache:quantize_12 for a node of a stage.
+function followLink(link) {
+  const [tab, label, name] = decodeURIComponent(link.slice(1)).split(":");
+  if (!document.querySelector(`#tabs [data-tab="${CSS.escape(tab)}"]`)) return;
+  showTab(tab);
+  const stage = data.stages.find((s) => s.info.label === label);
+  if (tab !== "graph" || !stage) return;
+  if (name && data.stage(stage.index).byName.has(name)) reveal(stage.index, name);
+  else showStage(stage.index);
+}
+
+const keepLink = (...parts) => history.replaceState(null, "", `#${parts.filter(Boolean).map(encodeURIComponent).join(":")}`);
 
 function legend() {
   const key = (colour, text) => `<span><span class="swatch" style="background:${colour}"></span>${text}</span>`;
@@ -71,12 +87,15 @@ function showStage(index) {
   if (selected && stage.byName.has(selected)) details(stage, selected);
   else overview(stage);
   search($("search").value);
+  if ($("graph").classList.contains("on")) keepLink("graph", stage.info.label, graph.selected);
 }
 
 function showTab(name) {
   for (const button of document.querySelectorAll("#tabs button")) button.classList.toggle("on", button.dataset.tab === name);
   for (const tab of document.querySelectorAll(".tab")) tab.classList.toggle("on", tab.id === name);
   document.body.dataset.tab = name;
+  if (name === "graph") keepLink("graph", data.stages[current].info.label, graph.selected);
+  else keepLink(name);
   if (name === "compare") drawCompare();
   legend();
 }
@@ -122,6 +141,7 @@ const link = (name) => `<a data-node="${esc(name)}">${esc(name)}</a>`;
 function details(stage, name) {
   const record = stage.byName.get(name);
   if (!record) return;
+  if ($("graph").classList.contains("on")) keepLink("graph", stage.info.label, name);
   const rows = [["operator", esc(record.target)], ["value", esc(shapeText(record)) || "unknown"], ["bits", esc(record.bits || "float")],
     ["block", record.block === null ? "outside the blocks" : record.block], ["module", esc(record.module || "–")], ["made by", esc(record.pass)]];
   const { Projection: projection, LinearPart: part, QuantizerSite: site, WeightNoise: weight, LinearSite: linear } = record.facts;
