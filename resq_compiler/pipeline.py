@@ -124,8 +124,10 @@ class Pipeline:
             self._record(
                 Stage(index, item.name, options, gm.graph, rewrites, seconds, None, item.exact, str(error), where)
             )
-            kind = type(error) if isinstance(error, ResqError) else PassError
-            raise kind(f"pass {index} {item.name}: {error}") from error
+            if isinstance(error, ResqError):
+                raise type(error)(f"pass {index} {item.name}: {error}") from error
+            what = f"{type(error).__name__}: {error}; a structure that this pass does not foresee, or a bug in it"
+            raise PassError(f"pass {index} {item.name}: {what}") from error
         seconds = time.perf_counter() - start
         log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, error)
         self._record(Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact))
