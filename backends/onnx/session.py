@@ -53,10 +53,19 @@ def session_options(entries: dict[str, str], threads: int | None) -> Any:
 
 
 def recommended_options(source: str | bytes) -> dict[str, str]:
-    """The session options in the model's metadata; {} for a model of another origin."""
+    """The session options in the model's metadata; {} for a model of another origin. Raises BackendError: not an ONNX model."""
     import onnx
+    from google.protobuf.message import DecodeError
 
-    model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source, load_external_data=False)
+    try:
+        model = (
+            onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source, load_external_data=False)
+        )
+    except DecodeError as error:
+        name = "the model" if isinstance(source, bytes) else source
+        raise BackendError(
+            f"{name} is no ONNX model or is damaged: {error}; write it again with export_onnx"
+        ) from error
     for entry in model.metadata_props:
         if entry.key == "resq.session_options":
             return dict(json.loads(entry.value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 from unittest import mock
@@ -236,6 +237,20 @@ class TestRefusals:
     def test_onnx_missing(self, compiled):
         with mock.patch.dict("sys.modules", {"onnx": None}), pytest.raises(BackendError, match="pip install"):
             build_model(compiled)
+
+    def test_onnxruntime_missing(self, compiled):
+        with (
+            mock.patch(
+                "importlib.metadata.version", side_effect=importlib.metadata.PackageNotFoundError("onnxruntime")
+            ),
+            pytest.raises(BackendError, match=r"onnx.*needs onnxruntime.*pip install"),
+        ):
+            compiled.use_backend("onnx")
+
+    def test_onnxruntime_cannot_load(self, tmp_path):
+        (tmp_path / "model.onnx").write_bytes(b"not a model")
+        with pytest.raises(BackendError, match=r"model\.onnx"):
+            OnnxDecoder(tmp_path)
 
     def test_no_model_in_directory(self, tmp_path):
         with pytest.raises(BackendError, match="does not exist"):
