@@ -42,7 +42,7 @@ function costBars() {
   const bars = ({ title, rows }) => {
     const most = Math.max(...rows.map((r) => r.KL)), shown = rows.slice(0, 8);
     return `<div class="bars"><h3>${esc(title.split(",")[0])}</h3>` + shown.map((r) => `<div class="bar"><span>${esc(r.name)}</span>` +
-      `<i style="width:${(130 * r.KL) / most}px"></i><em>${number(r.KL, 2)} nats, perplexity ${r["increase %"] > 0 ? "+" : ""}${number(r["increase %"], 3)} %</em></div>`).join("") +
+      `<i style="width:${(84 * r.KL) / most}px"></i><em>${number(r.KL, 2)} nats, ppl ${r["increase %"] > 0 ? "+" : ""}${number(r["increase %"], 3)} %</em></div>`).join("") +
       (rows.length > 8 ? `<button class="link" data-tab="diagnostics">all ${rows.length}</button>` : "") + "</div>";
   };
   return `<h2>What costs the accuracy</h2><div class="columns">${tables.map(bars).join("")}</div>`;
