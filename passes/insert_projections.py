@@ -107,8 +107,9 @@ def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int)
     """U_C on queries and new keys after RoPE."""
     key, query = attention.key_cache.args[1], attention.core.args[0]
     u = basis_node(gm, f"U_C.{index}", basis, graph_tools.get_tensor(gm, attention.k.args[1]))
-    insert_after(gm, key, [attention.key_cache], ops.project, (u,), meta.Projection("U_C"))
-    insert_after(gm, query, [attention.core], ops.project, (u,), meta.Projection("U_C"))
+    project = ops.project if basis.dim() == 2 else ops.project_heads
+    insert_after(gm, key, [attention.key_cache], project, (u,), meta.Projection("U_C"))
+    insert_after(gm, query, [attention.core], project, (u,), meta.Projection("U_C"))
     return 2
 
 
@@ -116,7 +117,7 @@ def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext) -> int:
     """U_D and its inverse before a down projection."""
     x = down.args[0]
     width = x.meta["val"].shape[-1]
-    stretches = tuple(sizes(width, ctx.config)) if ctx.config.down_proj == "energy-split" else None
+    stretches = tuple(sizes(width, ctx.config, "down")) if ctx.config.down_proj == "energy-split" else None
     for plan in map(hadamard_plan, stretches or (width,)):
         if not plan.full_width:
             ctx.note(f"U_D on {plan.n} channels is a block transform of width {plan.block}: {plan.reason}")

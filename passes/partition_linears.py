@@ -23,6 +23,7 @@ from resq_compiler.pipeline import Pass, PassContext
 from resq_compiler.topology import Topology
 
 LINEAR = aten.linear.default
+SITE_OF_ROLE = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp", "down": "down"}
 SPLIT_DOWN = ("energy-split", "outliers")
 
 
@@ -56,10 +57,11 @@ class PartitionLinears(Pass):
         if site.role == "o":
             assert site.block is not None
             attention = topology.blocks[site.block].attention
-            parts = linear_parts(attention.value_dim, ctx.config)
+            parts = linear_parts(attention.value_dim, ctx.config, "o")
             return split(gm, linear, site, parts, attention.num_heads, pieces)
         width = linear_weight(gm, linear).shape[1]
-        parts = linear_parts(width, ctx.config, split=site.role != "down" or ctx.config.down_proj in SPLIT_DOWN)
+        kind = SITE_OF_ROLE[site.role]
+        parts = linear_parts(width, ctx.config, kind, split=kind != "down" or ctx.config.down_proj in SPLIT_DOWN)
         return split(gm, linear, site, parts, 1, pieces)
 
 

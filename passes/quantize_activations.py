@@ -49,7 +49,7 @@ def quantize_input(
     """Put a quantizer before one part of a linear."""
     x: Node = node.args[0]
     groups = part.heads if ctx.config.o_proj_granularity == "head" else 1
-    clip = ctx.config.activation_clip if part.heads == 1 else 1.0
+    clip = ctx.config.activation_clip if part.heads == 1 and part.activation_bits < 8 else 1.0
     key = (x, part.activation_bits, groups)
     if key not in shared:
         with gm.graph.inserting_after(x):

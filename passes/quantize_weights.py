@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler import executor, graph_tools, memory, meta, ops, resume
 from resq_compiler.config import CompileConfig
 from resq_compiler.graph_tools import aten, emit, is_call
+from resq_compiler.lockstep import Lockstep
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
@@ -31,10 +32,6 @@ from resq_compiler.pipeline import Pass, PassContext, relative_error
 from resq_compiler.topology import Topology
 
 LINEAR = aten.linear.default
-CHEAP = {
-    ops.rms_norm, ops.columns, ops.merge_heads, ops.quantize, ops.dequantize, aten.layer_norm.default,
-}  # computed again rather than kept  # fmt: skip
-ROOM = 1 / 3  # of the weights: values of all batches that would need more are computed again too
 
 
 @dataclass
@@ -160,16 +157,8 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
     """Quantize block by block; the values alive between two stretches are kept for every batch."""
     topology: Topology = ctx.topology
     assert ctx.calibration is not None
-    batches = executor.batches(ctx.calibration)
-    start = topology.blocks[0].start
-    tables = {shape: executor.shared_values(gm, ids, start) for shape, ids in {b.shape: b for b in batches}.items()}
-    states = []
-    for ids in batches:
-        env = dict(executor.first_tokens(gm, ids))
-        executor.Schedule(gm, [start], env).run(env)
-        states.append({start: env[start]})
-    room = sum(t.nbytes for t in gm.state_dict().values()) * ROOM
-    runner = _Lockstep(gm, states, [tables[b.shape] for b in batches], room)
+    runner = Lockstep.begin(gm, executor.batches(ctx.calibration), topology.blocks[0].start)
+    teacher = Teacher(gm, runner) if ctx.config.gptq_correction != "none" else None
     for block in topology.blocks:
         ctx.progress("quantize weights", block.index, len(topology.blocks))
         groups = by_input([s for s in sites if s.fact.block == block.index])
@@ -177,24 +166,28 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
         made = []
         for i, group in enumerate(groups):
             if finished is None:
-                moment = runner.moment(list(source_of(group[0])), block.end, group[0].fact.name)
-                made.append(quantize_group(gm, group, moment, ctx))
+                made.append(quantize_group(gm, group, runner, teacher, block.end, ctx))
             store(gm, group, made[i] if finished is None else finished[i])
         if finished is None:
             resume.keep_block(ctx, block.index, made, ctx.notes[before:])
         runner.advance(block.end)
+        if teacher is not None:
+            teacher.advance(block.end)
         memory.trim()
     ctx.progress("quantize weights", len(topology.blocks), len(topology.blocks))
 
 
 def quantize_group(
-    gm: GraphModule, group: list[Site], moment: SecondMoment, ctx: PassContext
+    gm: GraphModule, group: list[Site], runner: Lockstep, teacher: Teacher | None, goal: Node, ctx: PassContext
 ) -> list[weight_core.QuantizedWeight]:
     """GPTQ on the stacked weights of a group."""
-    config = ctx.config
+    config, weight, inputs = ctx.config, stacked_weight(gm, group), list(source_of(group[0]))
+    moment = SecondMoment(group[0].fact.name, weight.shape[1])
+    runner.run(inputs, goal, lambda i, env: moment.update(side_by_side(env, inputs)))
     result = gptq_core.gptq(
-        stacked_weight(gm, group), moment.mean(), group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order,
+        weight, moment.mean(), group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order,
         clip="max" if config.weight_clip == "max" else "mse", weighted_clip=config.weight_clip == "hessian",
+        **(teacher.correction(group, weight, inputs, goal, ctx) if teacher is not None else {}),
     )  # fmt: skip
     where = f"{group[0].fact.name} and linears of the same input"
     if result.damping != config.gptq_damping:
@@ -204,63 +197,80 @@ def quantize_group(
     return result.parts
 
 
-class _Lockstep:
-    """Advances all calibration batches through the graph together, one stretch at a time.
+class Teacher:
+    """The float model in lockstep with the one being quantized: what outputs should have been, on the same windows."""
 
-    Between two stretches every batch keeps what the way to the goal needs, unless it grew by more than `room` bytes over all batches:
-    then the next stretch starts where this one did. The results are the same to the bit.
-    """
+    def __init__(self, gm: GraphModule, runner: Lockstep):
+        self.student = runner
+        copy = graph_tools.snapshot(gm)
+        names = {node.name: node for node in copy.graph.nodes}
+        self.twin = {node: names[node.name] for node in gm.graph.nodes}
+        for node in list(copy.graph.nodes):
+            if is_call(node, ops.dequantize):
+                node.replace_all_uses_with(node.args[0].args[0])
+            elif is_call(node, ops.quantize_dequantize):
+                node.replace_all_uses_with(node.args[0])
+        self.runner = Lockstep(copy, self._twins(runner.states), self._twins(runner.shared), runner.room)
 
-    def __init__(self, gm: GraphModule, states: list[dict[Node, Any]], shared: list[dict[Node, Any]], room: float):
-        self.gm, self.states, self.shared, self.room = gm, states, shared, room
-
-    def _run(self, targets: list[Node], goal: Node, see: Any) -> None:
-        plan = executor.Stretch(self.gm, targets, {**self.shared[0], **self.states[0]}, goal)
-        moves = True if goal in plan.alive else None
-        kept = plan.alive if moves else not_cheap(plan.alive, set(self.shared[0]))
-        for state, shared in zip(self.states, self.shared, strict=True):
-            env = {**shared, **state}
-            plan.run(env)
-            see(env)
-            after = {n: v for n, v in env.items() if n in kept and n not in shared}
-            if moves is None:
-                moves = (_bytes(after) - _bytes(state)) * len(self.states) <= self.room
-            if moves:
-                state.clear()
-                state.update(after)
-
-    def moment(self, inputs: list[Node], goal: Node, name: str) -> SecondMoment:
-        """Second moment of the values side by side, over all batches."""
-        moment = SecondMoment(name, sum(_width(n) for n in inputs))
-        self._run(inputs, goal, lambda env: moment.update(torch.cat([_float(env[n]) for n in inputs], -1)))
-        return moment
+    def _twins(self, values: list[dict[Node, Any]]) -> list[dict[Node, Any]]:
+        return [{self.twin[node]: value for node, value in batch.items()} for batch in values]
 
     def advance(self, goal: Node) -> None:
-        """Run to the end of a block and forget everything inside it."""
-        self._run([goal], goal, lambda env: None)
+        """Follow the student to the end of a block."""
+        self.runner.advance(self.twin[goal])
+
+    def correction(
+        self, group: list[Site], weight: Tensor, inputs: list[Node], goal: Node, ctx: PassContext
+    ) -> dict[str, Any]:
+        """Arguments of gptq that make up for what the student's values lack, as `gptq_correction` says.
+
+        gptaq: D = mean (x - x~)^T x~. output: G = W D, so that outputs follow the float ones. residual: a linear that writes
+        into the residual stream also makes up for the gap there, G = mean (r - r~)^T x~ with r the stream after it.
+        """
+        kind, alpha = ctx.config.gptq_correction, ctx.config.gptq_correction_alpha
+        stream = written_stream(group, ctx.topology) if kind == "residual" else None
+        if stream is not None:
+            return {"output_gap": self._gap([stream], [stream], inputs, goal), "alpha": alpha}
+        floats = [n.args[0] if is_call(n, ops.quantize) else n for n in inputs]
+        cross = self._gap(floats, inputs, inputs, goal)
+        return {"cross": cross, "alpha": alpha} if kind == "gptaq" else {"output_gap": weight.double() @ cross, "alpha": alpha}
+
+    def _gap(self, wanted: list[Node], made: list[Node], inputs: list[Node], goal: Node) -> Tensor:
+        """mean over tokens of (wanted in the float model - made by the student)^T inputs of the student, float64."""
+        twins = [self.twin[n] for n in wanted]
+        plan = executor.Schedule(self.student.gm, [*made, *inputs], self.student.known())
+        total = torch.zeros((), dtype=torch.float64)
+        tokens = 0
+
+        def see(batch: int, env: dict[Node, Any]) -> None:
+            nonlocal total, tokens
+            seen = self.student.known(batch)
+            plan.run(seen)
+            x = side_by_side(seen, inputs)
+            gap = side_by_side(env, twins) - side_by_side(seen, made)
+            total = total + (gap.mT @ x).double()
+            tokens += len(x)
+
+        self.runner.run(twins, self.twin[goal], see)
+        return total / tokens
 
 
-def not_cheap(values: set[Node], given: set[Node]) -> set[Node]:
-    """Without the given values and those that cheap operators make of the others."""
-    kept: set[Node] = set()
-
-    def cheap(node: Node) -> bool:
-        return all(n.op != "call_function" or n in kept or n in given or cheap(n) for n in node.all_input_nodes) and is_call(node, *CHEAP)
-
-    for node in sorted(values - given):
-        if not cheap(node):
-            kept.add(node)
-    return kept
-
-
-def _bytes(values: dict[Node, Any]) -> int:
-    """Memory of tensors and of the codes of quantized activations."""
-    return sum(v.qdata.nbytes if isinstance(v, ops.QuantizedActivation) else v.nbytes for v in values.values())
+def written_stream(group: list[Site], topology: Topology) -> Node | None:
+    """The value of the residual stream that a linear's output is added into; None where it goes elsewhere first."""
+    stream = set(topology.residual.values)
+    node = group[0].nodes[0]
+    while len(group) == 1 and len(node.users) == 1:
+        node = next(iter(node.users))
+        if node in stream:
+            return node
+        if not is_call(node, aten.add.Tensor):
+            return None
+    return None
 
 
-def _width(node: Node) -> int:
-    value = node.meta["val"]
-    return (value.qdata if isinstance(value, ops.QuantizedActivation) else value).shape[-1]
+def side_by_side(env: dict[Node, Any], nodes: list[Node]) -> Tensor:
+    """Values of nodes as rows of one matrix [tokens, columns], codes as their float images."""
+    return torch.cat([_float(env[n]) for n in nodes], -1).flatten(0, -2)
 
 
 def _float(value: Any) -> Tensor:

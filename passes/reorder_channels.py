@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler import graph_tools
-from resq_compiler.errors import TopologyError
 from resq_compiler.pipeline import Pass, PassContext
 
 
@@ -31,9 +30,11 @@ class ReorderChannels(Pass):
             for feed_forward in block.feed_forwards:
                 down = feed_forward.down
                 if not feed_forward.channelwise:
-                    raise TopologyError(
-                        f"node {down.name}: its input channels cannot be reordered, operators before it mix them; use down_proj='hadamard'"
+                    ctx.note(
+                        f"node {down.name}: its input channels cannot be reordered, operators before it mix them; its 8-bit channels are "
+                        "the last ones, not the strongest (down_proj='hadamard' may serve this model better)"
                     )
+                    continue
                 order = size[down].argsort(stable=True)
                 for linear in (*feed_forward.gates, *feed_forward.ups):
                     reorder_rows(gm, linear, order)

@@ -20,7 +20,11 @@ from resq_compiler.numerics.rotation import part_rotation
 from resq_compiler.numerics.seeds import generator
 from resq_compiler.partition import sizes
 from resq_compiler.pipeline import PassContext
-from resq_compiler.topology import Topology
+from resq_compiler.readers import residual_readers, value_readers, weigh
+from resq_compiler.topology import Block, Topology
+
+BASIS_SITES = {"residual": ("attention", "mlp"), "value": ("value", "o"), "key": ("key",)}
+"""Sites that share a basis; its rotations stay between the borders of all their parts."""
 
 log = logging.getLogger("resq_compiler")
 
@@ -29,13 +33,14 @@ log = logging.getLogger("resq_compiler")
 class Moments:
     """Statistics of one calibration run.
 
-    residual: all inputs of attention and feed-forward, pooled. value: per block, [G, D, D]. key: per block, pooled over heads.
+    residual: all inputs of attention and feed-forward, pooled. value, key, query: per block and key/value head, [G, D, D].
     down_energy: mean square of every input channel of down projections, by node. Peaks are absolute maxima, same sites.
     """
 
     residual: SecondMoment
     value: list[SecondMoment]
     key: list[SecondMoment]
+    query: list[SecondMoment]
     down_energy: dict[Node, Tensor] = field(default_factory=dict)
     residual_peak: Tensor | None = None
     down_peak: dict[Node, Tensor] = field(default_factory=dict)
@@ -45,7 +50,7 @@ class Moments:
 class Bases:
     """Orthogonal bases in float64, columns [low | high]; None where a recipe has none.
 
-    residual U_A [d, d]; value U_B per block [G, D, D]; key U_C per block [D, D]; spectra: ascending eigenvalues by name.
+    residual U_A [d, d]; value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; spectra: ascending eigenvalues by name.
     """
 
     residual: Tensor | None = None
@@ -74,12 +79,13 @@ def calibrate(gm: GraphModule, ctx: PassContext) -> Moments:
 
 
 def _empty_moments(topology: Topology) -> Moments:
-    value, key = [], []
+    value, key, query = [], [], []
     for block in topology.blocks:
         a = block.attention
         value.append(SecondMoment(f"block {block.index} values", a.value_dim, groups=a.num_kv_heads))
-        key.append(SecondMoment(f"block {block.index} keys", a.head_dim))
-    return Moments(SecondMoment("residual stream", topology.hidden_size), value, key)
+        key.append(SecondMoment(f"block {block.index} keys", a.head_dim, groups=a.num_kv_heads))
+        query.append(SecondMoment(f"block {block.index} queries", a.head_dim, groups=a.num_kv_heads))
+    return Moments(SecondMoment("residual stream", topology.hidden_size), value, key, query)
 
 
 def _taps(topology: Topology, moments: Moments) -> dict:
@@ -90,7 +96,8 @@ def _taps(topology: Topology, moments: Moments) -> dict:
     for i, block in enumerate(topology.blocks):
         a = block.attention
         _add(taps, a.value_cache.args[1], lambda x, i=i: moments.value[i].update(x.transpose(1, 2)))
-        _add(taps, a.key_cache.args[1], lambda x, i=i: moments.key[i].update(x.reshape(-1, x.shape[-1])))
+        _add(taps, a.key_cache.args[1], lambda x, i=i: moments.key[i].update(x.transpose(1, 2)))
+        _add(taps, a.core.args[0], lambda x, i=i: _queries(moments.query[i], x))
         for feed_forward in block.feed_forwards:
             _add(taps, feed_forward.down.args[0], lambda x, n=feed_forward.down: _channels(moments, n, x))
     return taps
@@ -108,6 +115,11 @@ def _residual(moments: Moments, x: Tensor) -> None:
     moments.residual_peak = peak if moments.residual_peak is None else torch.maximum(moments.residual_peak, peak)
 
 
+def _queries(moment: SecondMoment, x: Tensor) -> None:
+    """x [B, H, S, D]: the queries that meet a key head count together."""
+    moment.update(x.unflatten(1, (moment.groups, -1)).permute(0, 2, 3, 1, 4))
+
+
 def _channels(moments: Moments, node: Node, x: Tensor) -> None:
     rows = x.flatten(0, -2)
     energy, peak = rows.square().sum(0).double(), torch.maximum(rows.amax(0), -rows.amin(0))
@@ -118,8 +130,8 @@ def _channels(moments: Moments, node: Node, x: Tensor) -> None:
     moments.down_energy[node], moments.down_peak[node] = energy, peak
 
 
-def make_bases(moments: Moments | None, topology: Topology, config: CompileConfig) -> Bases:
-    """The bases that a recipe asks for.
+def make_bases(gm: GraphModule | None, moments: Moments | None, topology: Topology, config: CompileConfig) -> Bases:
+    """The bases that a recipe asks for. gm: the float graph, needed where `basis_weighting` looks at weights.
 
     basis "pca": eigenvectors of the moments, then a random rotation inside each part. "hadamard": a random rotation of the
     whole width (QuaRot). "outliers": a permutation that puts the channels with the largest peaks last (QUIK).
@@ -127,29 +139,46 @@ def make_bases(moments: Moments | None, topology: Topology, config: CompileConfi
     if config.basis == "none":
         return Bases()
     bases = Bases(value=[], key=[])
-    bases.residual = _residual_basis(moments, topology.hidden_size, config, bases.spectra)
+    bases.residual = _residual_basis(gm, moments, topology, config, bases.spectra)
     for block in topology.blocks:
         a, i = block.attention, block.index
         if moments:
-            u = [
-                _basis(m, a.value_dim, config, f"value.{i}.{g}", bases.spectra)
-                for g, m in enumerate(moments.value[i].mean())
-            ]
-            key = _basis(moments.key[i].mean(), a.head_dim, config, f"key.{i}", bases.spectra)
+            values, keys = _head_moments(gm, moments, block, config)
+            u = torch.stack([_basis(m, a.value_dim, config, f"value.{i}.{g}", bases.spectra) for g, m in enumerate(values)])
+            names = [f"key.{i}"] if len(keys) == 1 else [f"key.{i}.{g}" for g in range(len(keys))]
+            each = [_basis(m, a.head_dim, config, n, bases.spectra) for m, n in zip(keys, names, strict=True)]
+            key = torch.stack(each) if config.key_basis == "head" else each[0]
         else:
             shared = _basis(None, a.value_dim, config, "head", bases.spectra)
-            u = [shared] * a.num_kv_heads
+            u = torch.stack([shared] * a.num_kv_heads)
             key = _basis(None, a.head_dim, config, "key", bases.spectra)
-        bases.value.append(torch.stack(u))
+        bases.value.append(u)
         bases.key.append(key)
     return bases
 
 
-def _residual_basis(moments: Moments | None, width: int, config: CompileConfig, spectra: dict[str, Tensor]) -> Tensor:
+def _head_moments(gm: GraphModule | None, moments: Moments, block: Block, config: CompileConfig) -> tuple[Tensor, Tensor]:
+    """Moments of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
+    value, key, query = (m[block.index].mean() for m in (moments.value, moments.key, moments.query))
+    if config.key_basis == "shared":
+        key, query = key.mean(0, keepdim=True), query.mean(0, keepdim=True)
+    if config.basis_weighting == "readers" and config.basis == "pca":
+        assert gm is not None
+        value, key = weigh(value, value_readers(gm, block.attention)), weigh(key, query)
+    return value, key
+
+
+def _residual_basis(
+    gm: GraphModule | None, moments: Moments | None, topology: Topology, config: CompileConfig, spectra: dict[str, Tensor]
+) -> Tensor:
     if config.basis == "outliers":
         assert moments is not None and moments.residual_peak is not None
         return permutation(moments.residual_peak)
-    return _basis(moments.residual.mean() if moments else None, width, config, "residual", spectra)
+    moment = moments.residual.mean() if moments else None
+    if moment is not None and config.basis_weighting == "readers":
+        assert gm is not None
+        moment = weigh(moment, residual_readers(gm, topology))
+    return _basis(moment, topology.hidden_size, config, "residual", spectra)
 
 
 def permutation(size: Tensor) -> Tensor:
@@ -161,16 +190,16 @@ def permutation(size: Tensor) -> Tensor:
 def _basis(
     moment: Tensor | None, width: int, config: CompileConfig, purpose: str, spectra: dict[str, Tensor]
 ) -> Tensor:  # fmt: skip
-    shared = "residual" if purpose == "residual" else "head"  # one draw for all heads of a width, as in the paper
+    draw = generator(config.seed, f"rotation.{purpose}")  # one for every basis: a poor draw for all heads costs accuracy
     if config.basis == "hadamard":
         kind = "hadamard" if config.rotation == "none" else config.rotation
-        return part_rotation([width], kind, generator(config.seed, f"rotation.{shared}"))
+        return part_rotation([width], kind, draw)
     assert moment is not None
     if config.basis == "outliers":
         return permutation(moment.diagonal())
     p, spectrum = principal_basis(moment)
     spectra[purpose] = spectrum
-    return p @ part_rotation(sizes(width, config), config.rotation, generator(config.seed, f"rotation.{shared}"))
+    return p @ part_rotation(sizes(width, config, *BASIS_SITES[purpose.partition(".")[0]]), config.rotation, draw)
 
 
 def needs_moments(config: CompileConfig) -> bool:

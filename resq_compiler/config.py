@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from resq_compiler.errors import ConfigError
+
+SITES = ("attention", "mlp", "o", "down", "key", "value")
+"""Where high fractions may differ: inputs of q/k/v, gate/up, o and down, and cached keys and values."""
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "weight_bits": (2, 3, 4, 5, 6, 7, 8, 16),
@@ -21,6 +25,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "weight_clip": ("mse", "hessian", "max"),
     "o_proj_granularity": ("head", "token"),
     "lm_head_bits": (None, 8),
+    "basis_weighting": ("none", "readers"),
+    "key_basis": ("shared", "head"),
+    "gptq_correction": ("none", "gptaq", "output", "residual"),
 }
 
 
@@ -38,10 +45,13 @@ class CompileConfig:
     kv_bits: int = 4
     high_bits: int = 8
     high_fraction: float = 1 / 8
+    site_fractions: str = ""
     low_bits: int = 2
     low_fraction: float = 0.0
     rank_multiple: int = 1
     basis: str = "pca"
+    basis_weighting: str = "none"
+    key_basis: str = "shared"
     rotation: str = "hadamard"
     down_proj: str = "hadamard"
     weight_method: str = "gptq"
@@ -49,6 +59,8 @@ class CompileConfig:
     gptq_damping: float = 0.01
     gptq_act_order: bool = False
     gptq_on_quantized_activations: bool = False
+    gptq_correction: str = "none"
+    gptq_correction_alpha: float = 1.0
     activation_clip: float = 1.0
     kv_clip: float = 1.0
     o_proj_granularity: str = "head"
@@ -64,6 +76,7 @@ class CompileConfig:
                 raise ConfigError(f"option {name}: expected one of {', '.join(map(str, allowed))}; got {value!r}")
         self._check_range("high_fraction", 0, 0.5)
         self._check_range("low_fraction", 0, 0.5)
+        self._check_range("gptq_correction_alpha", 0, 1)
         self._check_range("activation_clip", 0.1, 1)
         self._check_range("kv_clip", 0.1, 1)
         self._check_range("gptq_damping", 0, 1)
@@ -72,6 +85,27 @@ class CompileConfig:
         for name in ("gptq_act_order", "gptq_on_quantized_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
+
+        self.fractions()
+
+    def fractions(self) -> dict[str, float]:
+        """High fraction of every site: `high_fraction`, or what `site_fractions` says, as in "mlp=1/4,o=0"."""
+        found = dict.fromkeys(SITES, self.high_fraction)
+        if not isinstance(self.site_fractions, str):
+            raise ConfigError(f"option site_fractions: expected text such as mlp=1/4,o=0; got {self.site_fractions!r}")
+        for item in filter(None, self.site_fractions.replace(" ", "").split(",")):
+            name, _, value = item.partition("=")
+            try:
+                fraction = float(Fraction(value))
+            except (ValueError, ZeroDivisionError):
+                fraction = -1.0
+            if name not in SITES or not 0 <= fraction <= 0.5:
+                raise ConfigError(
+                    f"option site_fractions: expected SITE=FRACTION with a site out of {', '.join(SITES)} and a fraction from 0 to 1/2, "
+                    f"separated by commas; got {item!r}"
+                )
+            found[name] = fraction
+        return found
 
     def _check_whole(self, name: str, least: int | None) -> None:
         value = getattr(self, name)

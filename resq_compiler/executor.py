@@ -53,7 +53,7 @@ class Stretch:
         done = set(now.order)
         self.gm, self.order = gm, now.order
         self.alive = {source for node in whole.order if node not in done for source in node.all_input_nodes}
-        self.alive |= {goal} & done
+        self.alive |= {goal} & (done | set(given))
         self.release = last_uses(now.order, keep=set(now.targets) | self.alive)
 
     def run(self, env: dict[Node, Any]) -> None:

@@ -149,7 +149,7 @@ def _moments_to_tensors(found: Moments) -> dict[str, Tensor]:
 
 
 def _accumulators(found: Moments) -> dict[str, Any]:
-    lists = {f"{kind}.{i}": m for kind in ("value", "key") for i, m in enumerate(getattr(found, kind))}
+    lists = {f"{kind}.{i}": m for kind in ("value", "key", "query") for i, m in enumerate(getattr(found, kind))}
     return {"residual": found.residual, **lists}
 
 

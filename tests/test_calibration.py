@@ -6,7 +6,8 @@ import torch
 from resq_compiler import calibration
 from resq_compiler.calibration import Bases, make_bases, needs_moments, permutation
 from resq_compiler.errors import DataError
-from resq_compiler.numerics.basis import SecondMoment
+from resq_compiler.numerics.basis import SecondMoment, principal_basis
+from resq_compiler.readers import residual_readers, value_readers, weigh
 from resq_compiler.recipes import resolve
 from resq_compiler.tiny import tiny_tokens
 
@@ -56,7 +57,7 @@ def test_keys_are_taken_after_rope(build, tiny):
         cache = tiny("llama")(tiny_tokens(4, 32), use_cache=True).past_key_values
     for i, layer in enumerate(cache.layers):
         keys = layer.keys.transpose(0, 3).flatten(1).double()  # [16, everything]
-        torch.testing.assert_close(built.ctx.moments.key[i].mean(), keys @ keys.T / keys.shape[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(built.ctx.moments.key[i].mean().mean(0), keys @ keys.T / keys.shape[1], rtol=1e-4, atol=1e-5)
 
 
 def gaussian_moments(built, spectrum: torch.Tensor):
@@ -66,7 +67,7 @@ def gaussian_moments(built, spectrum: torch.Tensor):
     x = torch.randn(20000, 64, generator=generator, dtype=torch.float64) * spectrum.sqrt() @ q.T
     moment = SecondMoment("gaussian", 64)
     moment.update(x.float())
-    return q, calibration.Moments(moment, built.ctx.moments.value, built.ctx.moments.key)
+    return q, calibration.Moments(moment, built.ctx.moments.value, built.ctx.moments.key, built.ctx.moments.query)
 
 
 @pytest.mark.parametrize("rotation", ["hadamard", "orthogonal", "none"])
@@ -75,7 +76,7 @@ def test_u_a_spans_the_top_eigenvectors_of_a_known_covariance(rotation, build):
     built = build("llama", "insert-projections")
     spectrum = torch.cat((torch.linspace(0.1, 1, 56), torch.linspace(10, 20, 8)))
     q, moments = gaussian_moments(built, spectrum)
-    bases = make_bases(moments, built.ctx.topology, resolve("resq", rotation=rotation))
+    bases = make_bases(None, moments, built.ctx.topology, resolve("resq", rotation=rotation))
     high = bases.residual[:, 56:]
     error = torch.linalg.matrix_norm(high @ high.T - q[:, 56:] @ q[:, 56:].T, 2)
     assert error < 0.05  # sampling: angle ~ sqrt(64 / 20000) * sqrt(1 * 10) / (10 - 1) = 0.02
@@ -87,7 +88,7 @@ def test_three_parts_keep_their_subspaces(build):
     built = build("llama", "insert-projections")
     spectrum = torch.cat((torch.full((16,), 0.01), torch.full((40,), 1.0), torch.full((8,), 30.0)))
     q, moments = gaussian_moments(built, spectrum)
-    u = make_bases(moments, built.ctx.topology, resolve("resq", low_fraction=0.25)).residual
+    u = make_bases(None, moments, built.ctx.topology, resolve("resq", low_fraction=0.25)).residual
     for start, stop in ((0, 16), (16, 56), (56, 64)):
         error = torch.linalg.matrix_norm(
             u[:, start:stop] @ u[:, start:stop].T - q[:, start:stop] @ q[:, start:stop].T, 2
@@ -111,7 +112,7 @@ def test_quarot_needs_no_data_and_flattens_a_spike(build):
 
 
 def test_no_basis():
-    assert make_bases(None, None, resolve("rtn")) == Bases()
+    assert make_bases(None, None, None, resolve("rtn")) == Bases()
 
 
 def test_permutation_sorts_ascending():
@@ -129,3 +130,58 @@ def test_activations_that_overflow_are_named(site, build, captured):
     graph_tools.set_tensor(built.gm, str(node.target), graph_tools.get_tensor(built.gm, node) * 1e30)
     with pytest.raises(DataError, match=r"(node \w+|block 0 values|residual stream)"):
         calibration.calibrate(built.gm, built.ctx)
+
+
+def test_queries_are_counted_with_the_key_head_they_meet(build, tiny):
+    """Against q_proj of the eager model with transformers' own rotary embedding: mean over tokens and the head's queries."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    built, model, tokens = build("llama", "insert-projections"), tiny("llama"), tiny_tokens(4, 32)
+    with torch.no_grad():
+        hidden = model(tokens, output_hidden_states=True).hidden_states[0]
+        layer = model.model.layers[0]
+        q = layer.self_attn.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, 16)).transpose(1, 2)
+        cos, sin = model.model.rotary_emb(hidden, torch.arange(32)[None])
+        q = apply_rotary_pos_emb(q, q, cos, sin)[0].double()
+    heads = q.shape[1] // 2
+    for group, mean in enumerate(built.ctx.moments.query[0].mean()):
+        rows = q[:, heads * group : heads * (group + 1)].flatten(0, 2)
+        torch.testing.assert_close(mean, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)  # float32 activations
+
+
+def test_readers_raise_the_directions_they_amplify():
+    """A direction without variance, but read by a large weight, moves from the last eigenvectors to the first."""
+    moment = torch.diag(torch.tensor([1e-3, 1.0, 1.0, 1.0], dtype=torch.float64))
+    readers = torch.diag(torch.tensor([100.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    assert int(principal_basis(moment)[0][:, -1].abs().argmax()) != 0
+    assert int(principal_basis(weigh(moment, readers))[0][:, -1].abs().argmax()) == 0
+    assert torch.allclose(weigh(7 * moment, readers), weigh(moment, 5 * readers))  # scales do not matter
+
+
+def test_readers_of_the_stream_and_of_values_are_the_models_own_weights(build, tiny):
+    built, layers = build("llama", "insert-projections"), tiny("llama").model.layers
+    gm, topology = build("llama", "compute-bases").gm, build("llama", "compute-bases").ctx.topology
+    total = torch.zeros(64, 64, dtype=torch.float64)
+    for layer in layers:
+        for gain, linears in (
+            (layer.input_layernorm.weight, [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+            (layer.post_attention_layernorm.weight, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+        ):
+            for linear in linears:
+                w = (linear.weight * gain).detach().double()
+                total += w.T @ w
+    torch.testing.assert_close(residual_readers(gm, topology), total, rtol=1e-4, atol=1e-5)  # float32 products
+    o = layers[1].self_attn.o_proj.weight.detach().double()  # 4 query heads of 16, 2 key/value heads
+    found = value_readers(gm, topology.blocks[1].attention)
+    for g in range(2):
+        expected = sum(o[:, 16 * h : 16 * h + 16].T @ o[:, 16 * h : 16 * h + 16] for h in (2 * g, 2 * g + 1))
+        torch.testing.assert_close(found[g], expected, rtol=1e-6, atol=1e-9)
+    assert built.ctx.bases.key[0].shape == (16, 16)
+
+
+def test_a_key_basis_for_each_head(build):
+    built = build("llama", "quantize-weights", key_basis="head", basis_weighting="readers")
+    u = built.ctx.bases.key[0]
+    assert u.shape == (2, 16, 16)
+    torch.testing.assert_close(u.mT @ u, torch.eye(16, dtype=torch.float64).expand_as(u), rtol=0, atol=1e-10)
+    assert max(s.max_error or 0 for s in built.pipeline.stages) < 1e-5  # float32 rounding: the exact passes stayed exact

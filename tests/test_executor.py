@@ -6,6 +6,7 @@ from torch.fx import Graph, GraphModule
 
 from resq_compiler import executor, graph_tools
 from resq_compiler.graph_tools import aten
+from resq_compiler.lockstep import Lockstep
 from resq_compiler.pipeline import relative_error
 from resq_compiler.tiny import tiny_tokens
 
@@ -53,6 +54,15 @@ def test_a_stretch_keeps_what_the_rest_of_the_way_needs(chain):
     second = executor.Stretch(gm, [d], [a, b], goal=d)
     second.run(env)
     assert second.order == [c, d] and env[d] == 43.0
+
+
+def test_a_goal_that_is_known_stays_known(chain):
+    """Else the next stretch would start again from the inputs: right, and quadratic in the number of blocks."""
+    gm, (x, a, b, c, d) = chain
+    runner = Lockstep(gm, [{x: torch.tensor(3.0)}], [{}], room=0)
+    runner.run([d], d, lambda i, env: None)
+    runner.advance(d)
+    assert float(runner.known()[d]) == 43.0 and set(runner.known()) == {d}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])

@@ -9,7 +9,7 @@ from resq_compiler.partition import ColumnPart, cache_parts, column_parts, linea
 
 
 def linear(width, split=True, **options):
-    return [(p.start, p.stop, p.weight_bits, p.activation_bits) for p in linear_parts(width, CompileConfig(**options), split)]
+    return [(p.start, p.stop, p.weight_bits, p.activation_bits) for p in linear_parts(width, CompileConfig(**options), "mlp", split)]
 
 
 def test_the_paper_split():
@@ -46,20 +46,30 @@ def test_one_part_where_there_is_no_split():
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_parts_cover_the_width_with_ascending_bits(width, high, low, multiple):
     config = CompileConfig(high_fraction=high, low_fraction=low, rank_multiple=multiple)
-    for parts in (column_parts(width, config), linear_parts(width, config), cache_parts(width, config)):
+    for parts in (column_parts(width, config, "mlp"), linear_parts(width, config, "mlp"), cache_parts(width, config, "key")):
         assert parts[0].start == 0 and parts[-1].stop == width
         assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
         bits = [p.weight_bits if isinstance(p, ColumnPart) else p.bits for p in parts]
         assert bits == sorted(bits)
-    assert sum(sizes(width, config)) == width
-    high_width = [p for p in column_parts(width, config) if p.bits == 8]
+    assert sum(sizes(width, config, "mlp")) == width
+    high_width = [p for p in column_parts(width, config, "mlp") if p.bits == 8]
     assert (sum(p.width for p in high_width) - int(width * high)) * (multiple == 1 or high == 0) == 0
 
 
 def test_cache_parts():
-    assert cache_parts(16, CompileConfig()) == (Part(4, 0, 14), Part(8, 14, 16))
-    assert cache_parts(16, CompileConfig(kv_bits=8)) == (Part(8, 0, 16),)
-    assert cache_parts(16, CompileConfig(kv_bits=3, low_fraction=0.25)) == (Part(2, 0, 4), Part(3, 4, 14), Part(8, 14, 16))
+    assert cache_parts(16, CompileConfig(), "key") == (Part(4, 0, 14), Part(8, 14, 16))
+    assert cache_parts(16, CompileConfig(kv_bits=8), "key") == (Part(8, 0, 16),)
+    three = CompileConfig(kv_bits=3, low_fraction=0.25)
+    assert cache_parts(16, three, "key") == (Part(2, 0, 4), Part(3, 4, 14), Part(8, 14, 16))
+
+
+def test_sites_may_have_fractions_of_their_own():
+    config = CompileConfig(site_fractions="mlp=1/4, o=0,key=1/2")
+    assert config.fractions() == {"attention": 1 / 8, "mlp": 1 / 4, "o": 0, "down": 1 / 8, "key": 1 / 2, "value": 1 / 8}
+    assert cache_parts(16, config, "key") == (Part(4, 0, 8), Part(8, 8, 16))
+    assert [p.start for p in linear_parts(64, config, "mlp")] == [0, 48] and len(linear_parts(64, config, "o")) == 1
+    assert sizes(64, config, "attention", "mlp") == [48, 8, 8]  # a rotation crosses no border of either
+    assert sizes(16, config, "value", "o") == [14, 2] and sizes(64, config, "o") == [64]
 
 
 def test_fractions_that_do_not_fit_say_so():

@@ -6,17 +6,16 @@ is spread over the columns still to come:
     q_j = round(w_j)        e_j = (w_j - q_j) / U_jj        w_i -= e_j U_ji   for i > j
 
 sum_j e_j^2 is then the row's output error, diag(dW H dW^T). Where the quantized model's input x~ (H is its moment) is
-not the original x, D = sum (x - x~)^T x~ lets the weight make up for the difference, min ||Q x~ - W x||:
+not the original x, the weight can make up for the difference:
 
-    triangular (GPTAQ)      w_i += w_j P_ji as column j is rounded,        P = alpha triu(D U^T, 1) U
-    full                    W + alpha W D H^-1 is quantized instead of W;  alpha = 1 is the exact least-squares target
+    GPTAQ           w_i += w_j P_ji as column j is rounded,    P = alpha triu(D U^T, 1) U,    D = sum (x - x~)^T x~
+    least squares   W + alpha G H^-1 is quantized instead of W,    G = sum (y - W x~)^T x~,   y what the output should be
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from torch import Tensor
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts
 from resq_compiler.numerics.weights import Clip, QuantizedWeight, check_weight, search_scale
-
-Correction = Literal["triangular", "full"]
 
 _DAMPING_RETRIES = 3
 
@@ -55,28 +52,27 @@ def gptq(
     norm: float = 2.4,
     weighted_clip: bool = False,
     cross: Tensor | None = None,
-    alpha: float = 0.25,
-    correction: Correction = "triangular",
+    output_gap: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> GptqResult:
     """Quantize a weight, compensating each column's rounding in the columns after it.
 
     Columns go in part order (low first, 8-bit last, so the accurate columns absorb the error). Scales are searched on
-    the weight before the loop ("full": on the corrected one) and stay fixed. Rows are independent: stack linears that
+    the weight before the loop (with output_gap: on the corrected one) and stay fixed. Rows are independent: stack linears that
     share an input, then `weights.split_rows`.
 
     Args:    w: [N, K] floating point.    hessian: [K, K] sum x^T x at any scale.    parts: cover K, ascending bits.
              block_size: columns handled one by one before errors move on as a matrix product; the result depends on it
              by rounding only.    damping: fraction of mean(diag H).    act_order: within each part, columns by
              descending diag H.    clip, norm: see search_scale; weighted_clip weighs its errors by diag H.
-             cross: [K, K] D above, same scale as hessian.    alpha, correction: how much and how D is used.
+             cross: [K, K] D above, same scale as hessian.    output_gap: [N, K] G above, same scale; not both.
+             alpha: how much of the correction is made; 1 is all of it (GPTQModel's default for GPTAQ is 0.25).
     Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N].
     Raises:  QuantError: shapes, options or values not usable; H not positive definite even with 100x the damping.
     Source:  GPTQ (arXiv 2210.17323) algorithm 1; GPTAQ (arXiv 2504.02692). Differs: errors move on by recursive
-             halving; dead columns are rounded, not zeroed; P multiplies the unrounded w_j also beyond a block; "full".
+             halving; dead columns are rounded, not zeroed; P multiplies the unrounded w_j also beyond a block; output_gap.
     """
-    _check(w, hessian, cross, parts, block_size, damping)
-    if correction not in ("triangular", "full"):
-        raise QuantError(f"gptq: correction must be 'triangular' or 'full', got {correction!r}")
+    _check(w, hessian, cross, output_gap, parts, block_size, damping)
     w = w.detach().float()
     moment = hessian.to(torch.float64)
     diagonal = moment.diagonal()
@@ -85,11 +81,9 @@ def gptq(
     upper, used = _inverse_factor(moment[order][:, order] if act_order else moment, dead, damping)
     feedback = None
     if cross is not None:
-        towards = cross.to(upper)[order][:, order] @ upper.t()
-        if correction == "triangular":
-            feedback = alpha * torch.triu(towards, 1) @ upper
-        else:
-            w = w.index_add(1, order, (w[:, order].to(upper) @ towards @ upper).float(), alpha=alpha)
+        feedback = alpha * torch.triu(cross.to(upper)[order][:, order] @ upper.t(), 1) @ upper
+    if output_gap is not None:
+        w = w.index_add(1, order, (output_gap.to(upper)[:, order] @ upper.t() @ upper).float(), alpha=alpha)
     weighting = diagonal if weighted_clip else None
     scales = [_part_scale(w, p, clip, norm, weighting) for p in parts]
     loop = _Loop(w.t()[order].contiguous(), upper, feedback, parts, scales, block_size)
@@ -195,16 +189,21 @@ def _inverse_factor(moment: Tensor, dead: Tensor, damping: float) -> tuple[Tenso
 
 
 def _check(
-    w: Tensor, hessian: Tensor, cross: Tensor | None, parts: Sequence[Part], block_size: int, damping: float
-) -> None:
+    w: Tensor, hessian: Tensor, cross: Tensor | None, output_gap: Tensor | None, parts: Sequence[Part],
+    block_size: int, damping: float,
+) -> None:  # fmt: skip
     check_weight(w, "gptq")
     check_parts(parts, w.shape[1])
-    k = w.shape[1]
-    for name, matrix in (("hessian", hessian), ("cross", cross)):
+    n, k = w.shape
+    if cross is not None and output_gap is not None:
+        raise QuantError("gptq: give cross (GPTAQ) or output_gap (least squares), not both")
+    for name, matrix, rows in (("hessian", hessian, k), ("cross", cross, k), ("output_gap", output_gap, n)):
         if matrix is None:
             continue
-        if matrix.shape != (k, k):
-            raise QuantError(f"gptq: {name} must be [{k}, {k}] for a weight [N, {k}], got {tuple(matrix.shape)}")
+        if matrix.shape != (rows, k):
+            raise QuantError(
+                f"gptq: {name} must be [{rows}, {k}] for a weight [{n}, {k}], got {tuple(matrix.shape)}"
+            )
         if not bool(matrix.isfinite().all()):
             bad = int((~matrix.isfinite()).sum())
             raise QuantError(f"gptq: {name} holds {bad} NaN or infinite entries; check the calibration data")

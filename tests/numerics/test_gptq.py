@@ -201,13 +201,13 @@ def test_gptaq_lowers_the_mismatched_error(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_full_correction_quantizes_the_least_squares_weight(act_order: bool) -> None:
+def test_output_gap_quantizes_the_least_squares_weight(act_order: bool) -> None:
     w, x, seen = mismatch(64)
     parts, h, d = parts_for(64, 1 / 8), moment(seen), (x - seen).T @ seen
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     target = (w.double() + w.double() @ d @ torch.linalg.inv(damped)).float()
     want = gptq(target, h, parts, act_order=act_order)
-    got = gptq(w, h, parts, cross=d, alpha=1.0, correction="full", act_order=act_order)
+    got = gptq(w, h, parts, output_gap=w.double() @ d, act_order=act_order)
     for a, b in zip(got.parts, want.parts, strict=True):
         assert (a.qdata == b.qdata).float().mean() > 0.999  # the two float32 targets may differ in the last bit
     triangular = gptq(w, h, parts, cross=d, alpha=1.0, act_order=act_order)
@@ -243,8 +243,10 @@ def test_refusals() -> None:
         gptq(w, h * float("nan"), parts)
     with pytest.raises(QuantError, match="negative diagonal"):
         gptq(w, -h, parts)
-    with pytest.raises(QuantError, match="correction"):
-        gptq(w, h, parts, cross=h, correction="both")
+    with pytest.raises(QuantError, match="output_gap must be"):
+        gptq(w, h, parts, output_gap=h)
+    with pytest.raises(QuantError, match="not both"):
+        gptq(w, h, parts, cross=h, output_gap=w)
     with pytest.raises(QuantError, match="damping > 0"):
         gptq(w, h, parts, damping=0.0)
     with pytest.raises(QuantError, match="without gaps"):

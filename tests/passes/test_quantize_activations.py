@@ -33,10 +33,11 @@ def test_granularity_of_o_proj(granularity, groups, build):
     assert {n.args[2] for n in quantizers(built.gm)} == groups
 
 
-def test_clip_holds_for_all_but_the_output_projection(build):
+def test_clip_holds_for_narrow_codes_but_not_for_the_output_projection(build):
+    """8 bits lose more by clipping than by a wide step: on SmolLM2 perplexity went up by a tenth."""
     built = build("llama", "quantize-kv-cache", activation_clip=0.9, weight_method="rtn")
-    clips = {n.args[3] for n in quantizers(built.gm) if n.args[2] == 1}
-    assert clips == {0.9} and {n.args[3] for n in quantizers(built.gm) if n.args[2] == 4} == {1.0}
+    clips = {(n.args[1], n.args[2]): n.args[3] for n in quantizers(built.gm)}  # (bits, groups)
+    assert clips == {(4, 1): 0.9, (8, 1): 1.0, (4, 4): 1.0, (8, 4): 1.0}
 
 
 def test_leaves_alone(build):

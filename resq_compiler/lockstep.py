@@ -1,0 +1,85 @@
+"""All calibration batches through a graph together, one stretch of nodes at a time, with weights that change between stretches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler import ops
+from resq_compiler.executor import Schedule, Stretch, first_tokens, shared_values
+from resq_compiler.graph_tools import aten, is_call
+
+CHEAP = {
+    ops.rms_norm, ops.columns, ops.merge_heads, ops.quantize, ops.dequantize, aten.layer_norm.default,
+}  # computed again rather than kept  # fmt: skip
+ROOM = 1 / 3  # of the weights: values of all batches that would need more are computed again too
+
+
+class Lockstep:
+    """Advances several batches through a graph together: what a stretch learns about the weights comes from all of them.
+
+    Between two stretches every batch keeps what the way to the goal needs, unless it grew by more than `room` bytes over all batches:
+    then the next stretch starts where this one did. The results are the same to the bit.
+    states: for each batch, the values kept so far. shared: values that no stretch changes (masks, rotary tables).
+    """
+
+    def __init__(self, gm: GraphModule, states: list[dict[Node, Any]], shared: list[dict[Node, Any]], room: float):
+        self.gm, self.states, self.shared, self.room = gm, states, shared, room
+
+    @classmethod
+    def begin(cls, gm: GraphModule, batches: Sequence[Tensor], start: Node) -> Lockstep:
+        """All batches of token ids [b, length], run to the value `start`."""
+        tables = {shape: shared_values(gm, ids, start) for shape, ids in {b.shape: b for b in batches}.items()}
+        states = []
+        for ids in batches:
+            env = dict(first_tokens(gm, ids))
+            Schedule(gm, [start], env).run(env)
+            states.append({start: env[start]})
+        room = sum(t.nbytes for t in gm.state_dict().values()) * ROOM
+        return cls(gm, states, [tables[b.shape] for b in batches], room)
+
+    def known(self, batch: int = 0) -> dict[Node, Any]:
+        """The values at hand for a batch, in a new dict."""
+        return {**self.shared[batch], **self.states[batch]}
+
+    def run(self, targets: Iterable[Node], goal: Node, see: Callable[[int, dict[Node, Any]], None]) -> None:
+        """Compute targets on the way to goal; `see` gets the number of every batch and its values."""
+        plan = Stretch(self.gm, targets, self.known(), goal)
+        moves = True if goal in plan.alive else None
+        kept = plan.alive if moves else not_cheap(plan.alive, set(self.shared[0]))
+        for i, (state, shared) in enumerate(zip(self.states, self.shared, strict=True)):
+            env = {**shared, **state}
+            plan.run(env)
+            see(i, env)
+            after = {n: v for n, v in env.items() if n in kept and n not in shared}
+            if moves is None:
+                moves = (_bytes(after) - _bytes(state)) * len(self.states) <= self.room
+            if moves:
+                state.clear()
+                state.update(after)
+
+    def advance(self, goal: Node) -> None:
+        """Run to a value that all later ones come from, and forget everything before it."""
+        self.run([goal], goal, lambda i, env: None)
+
+
+def not_cheap(values: set[Node], given: set[Node]) -> set[Node]:
+    """Without the given values and those that cheap operators make of the others."""
+    kept: set[Node] = set()
+
+    def cheap(node: Node) -> bool:
+        ready = all(n.op != "call_function" or n in kept or n in given or cheap(n) for n in node.all_input_nodes)
+        return ready and is_call(node, *CHEAP)
+
+    for node in sorted(values - given):
+        if not cheap(node):
+            kept.add(node)
+    return kept
+
+
+def _bytes(values: dict[Node, Any]) -> int:
+    """Memory of tensors and of the codes of quantized activations."""
+    return sum(v.qdata.nbytes if isinstance(v, ops.QuantizedActivation) else v.nbytes for v in values.values())
