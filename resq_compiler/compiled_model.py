@@ -126,6 +126,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self._graph_module = None if hasattr(runner, "quantized_graph") else graph
         if self._graph_module is None:
             graph.graph.owning_module = None  # facts refer to nodes, which must not keep the weights alive
+        del self._runner  # one that was a module, registered as such, may be followed by one that is none
         self._runner, self.backend = runner, name
         self._add_stages(graph, getattr(runner, "stages", []))
         return self

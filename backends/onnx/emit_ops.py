@@ -79,13 +79,20 @@ def project(low: Lowering, node: Node) -> Value:
 
 @emits(ops.project_heads)
 def project_heads(low: Lowering, node: Node) -> Value:
-    """x U with a basis for each key/value head; heads go first for the batched product."""
+    """x U with a basis for each key/value head. Token-major heads stay so, as rows of one: a transposition between two products
+    and a blocked QuantizeLinear is one that ONNX Runtime 1.31 moves through the quantizer without moving its block axis."""
     x, u, *inverse = node.args
     matrix = low.tensor(u)  # type: ignore[arg-type]
     turned = bool(inverse[0]) if inverse else bool(node.kwargs.get("inverse", False))
     matrix = matrix.swapaxes(1, 2) if turned else matrix
     heads = int(x.meta["val"].shape[1])  # type: ignore[union-attr]
-    return Value(low.b.op("MatMul", low.exact(x), low.b.constant(np.repeat(matrix, heads // len(matrix), 0))))
+    each = low.b.constant(np.repeat(matrix, heads // len(matrix), 0))
+    value = low.value(x)
+    if isinstance(value, Value) and value.heads and value.split:
+        rows = low.b.op("Unsqueeze", low.by_head(value), low.b.ints(-2))
+        turned_rows = low.b.op("Squeeze", low.b.op("MatMul", rows, each), low.b.ints(-2))
+        return Value(turned_rows, value.heads, split=True, by_head=True)
+    return Value(low.b.op("MatMul", low.exact(x), each))
 
 
 @emits(ops.hadamard)

@@ -16,6 +16,8 @@ from resq_compiler.backends.triton import rope_cache as rope_kernel
 from resq_compiler.backends.triton.formats import HeadLayout, PackedWeight, PartLayout
 from torch import Tensor
 
+from resq_compiler import ops
+
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -44,15 +46,16 @@ def _fake_codes(x: Tensor, lead: tuple[int, ...], layouts: tuple[PartLayout, ...
 @torch.library.custom_op("resq_triton::norm_quantize", mutates_args=())
 def norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float, clip: float,
-    bits: list[int], widths: list[int], groups: int,
+    clip_high: float, bits: list[int], widths: list[int], groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x [..., K] -> (low, high, scale, zero_point); see norm_quantize.py."""
-    results = norm_kernel.norm_quantize(_rows(x), layouts_of(bits, widths, groups), norm, weight, bias, eps, clip)
+    layouts = layouts_of(bits, widths, groups)
+    results = norm_kernel.norm_quantize(_rows(x), layouts, norm, weight, bias, eps, clip, clip_high)
     return _codes(_rows(x), results, x.shape[:-1])
 
 
 @norm_quantize.register_fake
-def _(x, weight, bias, norm, eps, clip, bits, widths, groups):
+def _(x, weight, bias, norm, eps, clip, clip_high, bits, widths, groups):
     return _fake_codes(x, x.shape[:-1], layouts_of(bits, widths, groups))
 
 
@@ -95,21 +98,41 @@ def _(
 
 @torch.library.custom_op("resq_triton::hadamard_quantize", mutates_args=())
 def hadamard_quantize(
-    gate: Tensor, up: Tensor | None, bits: int, activation: str, transpose: bool, clip: float
+    gate: Tensor, up: Tensor | None, bits: list[int], widths: list[int], activation: str, transpose: bool, clips: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gate, up [..., n] -> (low, high, scale, zero_point) of the transformed product; see hadamard_quantize.py."""
-    layout = PartLayout(bits, gate.shape[-1])
-    other = None if up is None else _rows(up)
-    codes, scale, zero_point = hadamard_kernel.hadamard_quantize(
-        _rows(gate), other, layout, activation, transpose, clip
-    )
-    results = (codes, None, scale, zero_point) if layout.packed else (None, codes, scale, zero_point)
-    return _codes(codes, results, gate.shape[:-1])
+    """gate, up [..., n] -> (low, high, scale, zero_point) of the transformed product; see hadamard_quantize.py.
+
+    Every part of the columns has a transform of its own, and a launch."""
+    gate_rows, up_rows = _rows(gate), None if up is None else _rows(up)
+    codes: dict[bool, Tensor] = {}
+    scales, zero_points, start = [], [], 0
+    for layout, clip in zip(layouts_of(bits, widths, 1), clips, strict=True):
+        columns = slice(start, start + layout.columns)
+        other = None if up_rows is None else up_rows[:, columns]
+        codes[layout.packed], scale, zero_point = hadamard_kernel.hadamard_quantize(
+            gate_rows[:, columns], other, layout, activation, transpose, clip
+        )
+        scales.append(scale)
+        zero_points.append(zero_point)
+        start += layout.columns
+    results = (codes.get(True), codes.get(False), torch.cat(scales, 1), torch.cat(zero_points, 1))
+    return _codes(next(iter(codes.values())), results, gate.shape[:-1])
 
 
 @hadamard_quantize.register_fake
-def _(gate, up, bits, activation, transpose, clip):
-    return _fake_codes(gate, gate.shape[:-1], (PartLayout(bits, gate.shape[-1]),))
+def _(gate, up, bits, widths, activation, transpose, clips):
+    return _fake_codes(gate, gate.shape[:-1], layouts_of(bits, widths, 1))
+
+
+@torch.library.custom_op("resq_triton::hadamard", mutates_args=())
+def hadamard(x: Tensor, transpose: bool, sizes: list[int]) -> Tensor:
+    """A transform that no kernel takes, in torch: one opaque operator, so that graphs with it compile."""
+    return ops.hadamard(x, transpose, sizes or None)
+
+
+@hadamard.register_fake
+def _(x, transpose, sizes):
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("resq_triton::rope_cache", mutates_args=("key_pages", "value_pages"))

@@ -23,12 +23,14 @@ from resq_compiler.backends.triton.hadamard_quantize import why_not_fused
 from resq_compiler.backends.triton.match import (
     Linear,
     cache_side,
+    clip_of,
     common_source,
     gated,
     launches,
     leftover,
     linear_from,
     part_layout,
+    split_hadamard,
     strip,
     why_not_linear,
 )
@@ -218,9 +220,10 @@ class _Lowering:
     def make_codes(self, key: tuple[Node, ...]) -> list[Codes]:
         layouts = [part_layout(node) for node in key]
         groups = launches(layouts)
-        clip = key[0].args[3] if len(key[0].args) > 3 else 1.0
+        clip = clip_of(key[0])
         if len(groups) == 1:
-            fused = self.attention_codes(key, layouts, clip) or self.hadamard_codes(key, layouts, clip)
+            same = all(clip_of(node) == clip for node in key)
+            fused = (self.attention_codes(key, layouts, clip) if same else None) or self.hadamard_codes(key, layouts)
             if fused is not None:
                 return [fused]
         source, norm = common_source(key)
@@ -242,7 +245,9 @@ class _Lowering:
                 else self.emit(aten.cat.default, (inputs, -1), nodes[0])
             )
             bits, widths = [la.bits for la in launch], [la.width for la in launch]
-            arguments = (x, weight, bias, name, eps, clip, bits, widths, launch[0].groups)
+            clips = {la.packed: clip_of(node) for la, node in zip(launch, nodes, strict=True)}
+            kept = (clips.get(True, 1.0), clips.get(False, 1.0))
+            arguments = (x, weight, bias, name, eps, *kept, bits, widths, launch[0].groups)
             made.append(Codes(launch, self.four(self.emit(triton_ops.norm_quantize.default, arguments, nodes[-1]))))
         return made
 
@@ -266,22 +271,16 @@ class _Lowering:
         node = self.emit(triton_ops.attention_quantize.default, (*arguments, bits, widths, clip), key[-1])
         return Codes(tuple(layouts), self.four(node))
 
-    def hadamard_codes(self, key: tuple[Node, ...], layouts: list[PartLayout], clip: float) -> Codes | None:
-        """down's input: hadamard(act(gate) * up), or hadamard of anything else, in one quantizer."""
-        source = key[0].args[0]
-        if len(key) != 1 or layouts[0].groups != 1 or not graph_tools.is_call(source, ops.hadamard):
-            return None
-        if (
-            why_not_fused(layouts[0].columns) is not None
-            or len(source.users) > 1
-            or len(source.args) > 2
-            and source.args[2] is not None
-        ):
+    def hadamard_codes(self, key: tuple[Node, ...], layouts: list[PartLayout]) -> Codes | None:
+        """down's input: hadamard(act(gate) * up), or hadamard of anything else, in one quantizer; parts have transforms of their own."""
+        source = split_hadamard(key, layouts)
+        if source is None or any(la.groups != 1 or why_not_fused(la.columns) is not None for la in layouts):
             return None
         transpose = bool(source.args[1]) if len(source.args) > 1 else False
         gate, up, activation = gated(source.args[0])
-        arguments = (gate, up, layouts[0].bits, activation, transpose, clip)
-        return Codes(tuple(layouts), self.four(self.emit(triton_ops.hadamard_quantize.default, arguments, key[0])))
+        bits, widths = [la.bits for la in layouts], [la.width for la in layouts]
+        arguments = (gate, up, bits, widths, activation, transpose, [clip_of(node) for node in key])
+        return Codes(tuple(layouts), self.four(self.emit(triton_ops.hadamard_quantize.default, arguments, key[-1])))
 
     # linears ------------------------------------------------------------------------------------------------------------
 
@@ -404,6 +403,7 @@ class _Lowering:
                 if layer is not None:
                     node.target = f"{kind}_pages_{i}"
                     node._rename(node.target)
+        self.transforms()
         self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         self.cast()
         graph_tools.delete_unused_tensors(self.gm)
@@ -412,6 +412,14 @@ class _Lowering:
                 self.reasons[node.name] = leftover(node)
         self.graph.lint()
         self.gm.recompile()
+
+    def transforms(self) -> None:
+        """Hadamard transforms that stay in torch."""
+        for node in list(self.graph.find_nodes(op="call_function", target=ops.hadamard)):
+            x, transpose, sizes = (*node.args, False, None)[:3] if len(node.args) < 3 else node.args
+            with self.graph.inserting_before(node):
+                new = self.emit(triton_ops.hadamard.default, (x, bool(transpose), list(sizes or ())), node)
+            node.replace_all_uses_with(new)
 
     def cast(self) -> None:
         """Float tensors that torch operators read, in the model's type."""

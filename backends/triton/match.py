@@ -123,6 +123,26 @@ def gated(node: Node) -> tuple[Node, Node | None, str]:
     return (gate.args[0], up, name) if name else (gate, up, "none")
 
 
+def split_hadamard(key: tuple[Node, ...], layouts: list[PartLayout]) -> Node | None:
+    """The hadamard node whose stretches the quantizers read, one each and in order; None if it is not that, or has other readers."""
+    inputs = [node.args[0] for node in key]
+    spans: list[tuple[int, int]] = []
+    if len(inputs) > 1:
+        if not all(graph_tools.is_call(x, ops.columns) for x in inputs):
+            return None
+        spans = [tuple(x.args[1:3]) for x in inputs]
+        inputs = [x.args[0] for x in inputs]
+    source = inputs[0]
+    if any(x is not source for x in inputs) or not graph_tools.is_call(source, ops.hadamard):
+        return None
+    stretches = source.args[2] if len(source.args) > 2 else None
+    widths = [la.columns for la in layouts]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    fits = spans == [(a, a + w) for a, w in zip(starts, widths, strict=True)] if spans else len(widths) == 1
+    same = stretches is None or list(stretches) == widths
+    return source if fits and same and len(source.users) == max(len(spans), 1) and (spans == [] or stretches is not None) else None
+
+
 def _activation(node: Node) -> str | None:
     if graph_tools.is_call(node, aten.gelu.default):
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" or node.args[1:] == ("tanh",) else "gelu"
@@ -161,6 +181,11 @@ def _same_input(a: Node, b: Node) -> bool:
     return a.meta["val"].shape == b.meta["val"].shape and a.args[0].args[1] != b.args[0].args[1]
 
 
+def clip_of(node: Node) -> float:
+    """The share of the range that a quantize node keeps."""
+    return node.args[3] if len(node.args) > 3 else 1.0
+
+
 def why_not_linear(linear: Linear) -> str | None:
     for piece in linear.pieces:
         xq = piece.args[0]
@@ -168,9 +193,9 @@ def why_not_linear(linear: Linear) -> str | None:
             return f"its input {xq} is not a quantize node"
         if "val" not in xq.args[0].meta:
             return f"the shape of {xq.args[0]} is not known"
-    keys = [(n.args[2:] + (1, 1.0)[len(n.args) - 2 :]) for n in linear.key]
-    if len(set(keys)) != 1:
-        return f"its parts differ in groups or clip: {keys}"
+    groups = [n.args[2] if len(n.args) > 2 else 1 for n in linear.key]
+    if len(set(groups)) != 1:
+        return f"its parts differ in groups: {groups}"
     columns = sum(part_layout(n).columns for n in linear.key)
     return f"{columns} input columns, one pass holds at most {MAX_COLUMNS}" if columns > MAX_COLUMNS else None
 

@@ -34,7 +34,7 @@ MAX_COLUMNS = 32768
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 
 
-def norm_quantize_ref(x, layouts, norm="none", weight=None, bias=None, eps=0.0, clip=1.0) -> tuple[Tensor, ...]:
+def norm_quantize_ref(x, layouts, norm="none", weight=None, bias=None, eps=0.0, clip=1.0, clip_high=1.0) -> tuple[Tensor, ...]:
     """The formula in torch; same arguments and results as `norm_quantize`."""
     y = x.float()
     if norm == "layer":
@@ -46,7 +46,8 @@ def norm_quantize_ref(x, layouts, norm="none", weight=None, bias=None, eps=0.0, 
     rows: dict[bool, Tensor] = {}
     scales, zero_points, start = [], [], 0
     for layout in layouts:
-        xq = quantize_activation(y[:, start : start + layout.columns], layout.bits, layout.groups, clip)
+        kept = clip if layout.packed else clip_high
+        xq = quantize_activation(y[:, start : start + layout.columns], layout.bits, layout.groups, kept)
         rows[layout.packed] = pack_rows(xq.qdata, layout)
         scales.append(xq.scale)
         zero_points.append(xq.zero_point)
@@ -89,9 +90,9 @@ def _quantize_run(
 @triton.jit
 def _norm_quantize_kernel(
     p_x, p_weight, p_bias, p_low, p_high, p_scale, p_zp, stride_x, eps,
-    NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, CLIP: tl.constexpr, GROUPS: tl.constexpr,
-    WIDTH_L: tl.constexpr, STRIDE_L: tl.constexpr, BITS_L: tl.constexpr,
-    WIDTH_H: tl.constexpr, STRIDE_H: tl.constexpr, BITS_H: tl.constexpr,
+    NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH_L: tl.constexpr, STRIDE_L: tl.constexpr, BITS_L: tl.constexpr, CLIP_L: tl.constexpr,
+    WIDTH_H: tl.constexpr, STRIDE_H: tl.constexpr, BITS_H: tl.constexpr, CLIP_H: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Program (row, group). A part of width 0 is absent."""
@@ -120,12 +121,12 @@ def _norm_quantize_kernel(
     p_zp += i_m * (PARTS * GROUPS) + i_g
     if WIDTH_L > 0:
         p_low += i_m * (STRIDE_L * GROUPS) + i_g * STRIDE_L
-        _quantize_run(b_l, p_low, p_scale, p_zp, WIDTH_L, STRIDE_L, BITS_L, CLIP, True, BLOCK_L)
+        _quantize_run(b_l, p_low, p_scale, p_zp, WIDTH_L, STRIDE_L, BITS_L, CLIP_L, True, BLOCK_L)
     if WIDTH_H > 0:
         p_high += i_m * (STRIDE_H * GROUPS) + i_g * STRIDE_H
         p_scale += GROUPS if WIDTH_L > 0 else 0
         p_zp += GROUPS if WIDTH_L > 0 else 0
-        _quantize_run(b_h, p_high, p_scale, p_zp, WIDTH_H, STRIDE_H, BITS_H, CLIP, False, BLOCK_H)
+        _quantize_run(b_h, p_high, p_scale, p_zp, WIDTH_H, STRIDE_H, BITS_H, CLIP_H, False, BLOCK_H)
 
 
 def norm_quantize(
@@ -136,11 +137,12 @@ def norm_quantize(
     bias: Tensor | None = None,
     eps: float = 0.0,
     clip: float = 1.0,
+    clip_high: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The formula above, in one launch.
 
     Args:    x: [M, K] floating point, rows may be strided.    layouts: one packed and/or one int8 part, low first, same groups.
-             norm: "none", "rms" or "layer".    weight, bias: [K].
+             norm: "none", "rms" or "layer".    weight, bias: [K].    clip, clip_high: of the packed and of the int8 part.
     Returns: (low [M, row_bytes] | None, high [M, row_bytes] | None, scale [M, parts * groups], zero_point, same shape, int32).
     Raises:  BackendError: the parts do not cover K, too many columns, or groups under a norm.
     """
@@ -163,8 +165,8 @@ def norm_quantize(
     pointers = [x if t is None else t for t in (weight, bias, *codes)]
     run(
         _norm_quantize_kernel, (rows, groups), x, *pointers, scale, zero_point, x.stride(0), eps,
-        NORM=NORMS[norm], HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, CLIP=clip, GROUPS=groups,
-        **shape, **options,
+        NORM=NORMS[norm], HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, CLIP_L=clip, CLIP_H=clip_high,
+        GROUPS=groups, **shape, **options,
     )  # fmt: skip
     return codes[0], codes[1], scale, zero_point
 

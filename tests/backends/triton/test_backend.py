@@ -53,6 +53,18 @@ def test_same_tokens_as_the_reference(family, compiled):
     assert torch.equal(ours.generate(ids, attention_mask=mask, **GREEDY), expected)
 
 
+def test_the_default_recipe(sharing):
+    """Down projections in two parts, each with a transform of its own; clips that differ between parts; bases and fractions of
+    their own for keys and sites."""
+    model = tiny_model("llama", intermediate_size=128)
+    few = dict(weight_method="rtn", calibration_samples=2, calibration_length=16)
+    for options in ({}, {"key_basis": "head", "site_fractions": "mlp=1/4,o=0,value=0"}):
+        reference = compiler.compile(model, tiny_tokens(2, 16), recipe="resq+", **few, **options)
+        ours, ids = sharing(reference).use_backend("triton"), tiny_tokens(2, 9)
+        assert _called(ours)["hadamard_quantize"] == 2 and _called(ours)["norm_quantize"] == 4
+        assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
+
+
 def test_a_block_is_nine_launches(compiled):
     reference, ours = compiled("llama")
     calls = _called(ours)

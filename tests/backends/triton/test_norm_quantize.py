@@ -22,15 +22,15 @@ CASES = [
 
 
 @pytest.mark.parametrize(("norm", "layouts", "has_weight", "has_bias"), CASES, ids=lambda v: v if isinstance(v, str) else None)
-@pytest.mark.parametrize("clip", [1.0, 0.9])
+@pytest.mark.parametrize("clip", [(1.0, 1.0), (0.9, 1.0), (0.9, 0.8)])
 def test_equals_the_reference(norm, layouts, has_weight, has_bias, clip, generator):
     k = sum(layout.columns for layout in layouts)
     # integers: their squares add exactly in float32, so the order of a reduction cannot move a code
     x = torch.randint(-40, 41, (5, k), generator=generator).float()
     weight = torch.rand(k, generator=generator) + 0.5 if has_weight else None
     bias = torch.randn(k, generator=generator) if has_bias else None
-    ours = norm_quantize(x, layouts, norm, weight, bias, 1e-5, clip)
-    reference = norm_quantize_ref(x, layouts, norm, weight, bias, 1e-5, clip)
+    ours = norm_quantize(x, layouts, norm, weight, bias, 1e-5, *clip)
+    reference = norm_quantize_ref(x, layouts, norm, weight, bias, 1e-5, *clip)
     for got, expected in zip(ours[:2], reference[:2], strict=True):
         assert (got is None) == (expected is None)
         assert got is None or torch.equal(got, expected)  # padding bytes included
