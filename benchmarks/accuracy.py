@@ -51,17 +51,11 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, help="a .txt file")
-    parser.add_argument("--model", default=EMBEDDED, help="directory, .gguf, hub id, or `embedded` (default)")
+    add_protocol(parser)
     parser.add_argument("--recipes", nargs="+", default=["resq", "quarot"])
     parser.add_argument("--weight-method", nargs="+", default=["rtn", "gptq"], choices=["rtn", "gptq"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="other options of the compiler")
-    parser.add_argument("--calibration-samples", type=int, default=64)
-    parser.add_argument("--calibration-length", type=int, default=512)
-    parser.add_argument("--skip", type=int, default=60000, help="tokens before the evaluated ones (default: 60000)")
-    parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--window-length", type=int, default=2048)
     parser.add_argument("--output", type=Path, default=Path("accuracy.jsonl"), help="rows, one JSON object a line")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -70,28 +64,44 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """What is compiled, calibrated on and evaluated."""
+    parser.add_argument("--text", type=Path, help="a .txt file")
+    parser.add_argument("--model", default=EMBEDDED, help="directory, .gguf, hub id, or `embedded` (default)")
+    parser.add_argument("--calibration-samples", type=int, default=64)
+    parser.add_argument("--calibration-length", type=int, default=512)
+    parser.add_argument("--skip", type=int, default=60000, help="tokens before the evaluated ones (default: 60000)")
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--window-length", type=int, default=2048)
+
+
+def protocol(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same, as it is kept in rows."""
+    return {
+        "model": arguments.model, "text": str(arguments.text), "skip": arguments.skip, "windows": arguments.windows,
+        "text_sha256": hashlib.sha256(arguments.text.read_bytes()).hexdigest()[:16], "window_length": arguments.window_length,
+    }  # fmt: skip
+
+
 def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The float model, then every recipe with every method and seed."""
-    text = arguments.text.read_bytes()
-    protocol = {
-        "model": arguments.model, "text": str(arguments.text), "text_sha256": hashlib.sha256(text).hexdigest()[:16],
-        "skip": arguments.skip, "windows": arguments.windows, "window_length": arguments.window_length,
-    }  # fmt: skip
-    jobs = [{**protocol, "recipe": "float", "weight_method": "-", "seed": 0, "options": {}}]
+    common = protocol(arguments)
+    jobs = [{**common, "recipe": "float", "weight_method": "-", "seed": 0, "options": {}}]
     options = dict(item.split("=", 1) for item in arguments.set)
     options = {name: convert(name, value) for name, value in options.items()}
     options |= {n: getattr(arguments, n) for n in ("calibration_samples", "calibration_length")}
     for recipe in arguments.recipes:
         for method in [OWN_METHOD[recipe]] if recipe in OWN_METHOD else arguments.weight_method:
             for seed in arguments.seeds:
-                jobs.append({**protocol, "recipe": recipe, "weight_method": method, "seed": seed, "options": options})
+                jobs.append({**common, "recipe": recipe, "weight_method": method, "seed": seed, "options": options})
     return jobs
 
 
 def key(row: dict[str, Any]) -> str:
     """What makes two rows the same run."""
     names = ("model", "text_sha256", "skip", "windows", "window_length", "recipe", "weight_method", "seed", "options")
-    return json.dumps([row[name] for name in names], sort_keys=True)
+    optional = [row.get(name) for name in ("compare", "self_written") if row.get(name)]
+    return json.dumps([row[name] for name in names] + optional, sort_keys=True)
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -120,6 +130,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     row = {**job, "load_before": environment.load_average(), "threads": torch.get_num_threads()}
     source = model_source(job["model"])
+    reference = None
     with Progress() as progress:
         if job["recipe"] == "float":
             model = load_model(source)
@@ -132,8 +143,11 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             raise SystemExit(
                 f"error: {job['text']}: {len(windows)} windows, expected {job['windows']}; give a longer text"
             )
-        found = evaluate(model, windows, progress=progress.of("evaluate"))
+        if job.get("compare"):
+            reference = load_model(source).model
+        found = evaluate(model, windows, reference, progress=progress.of("evaluate"))
     row |= {"perplexity": found.perplexity, "nll": found.nll, "evaluate_seconds": found.seconds}
+    row |= {"kl": found.kl, "top1_agreement": found.top1_agreement}
     row |= {"peak_memory_bytes": environment.peak_memory(), "load_after": environment.load_average()}
     return {**row, "versions": environment.versions(), "cpu": environment.cpu()["model"]}
 
@@ -143,8 +157,9 @@ def compile_job(job: dict[str, Any], source: str, progress: Any, row: dict[str, 
     from resq_compiler.compiler import compile
 
     began = time.perf_counter()
+    text = None if job.get("self_written") else Path(job["text"])
     model = compile(
-        source, Path(job["text"]), recipe=job["recipe"], weight_method=job["weight_method"], seed=job["seed"],
+        source, text, recipe=job["recipe"], weight_method=job["weight_method"], seed=job["seed"],
         progress=progress, **job["options"],
     )  # fmt: skip
     row["compile_seconds"] = time.perf_counter() - began
