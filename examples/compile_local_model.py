@@ -26,7 +26,7 @@ def main() -> None:
     compiled = resq_compiler.compile(
         arguments.model or embedded_model_path(),
         Path(arguments.text) if arguments.text else [demo_text()[0]],
-        recipe="resq",  # 4 bits, 8 for the 1/8 of directions with the most energy
+        recipe="resq+",  # 4 bits, 8 for the 1/8 of directions with the most energy
         calibration_samples=arguments.samples,
         calibration_length=arguments.length,
         progress=lambda step, done, total: print(f"{step} {done}/{total}"),

@@ -36,7 +36,7 @@ def compile(
     model: PreTrainedModel | str | Path,
     calib_data: Any = None,
     *,
-    recipe: str | CompileConfig = "resq",
+    recipe: str | CompileConfig = recipes.DEFAULT_RECIPE,
     backend: str = "reference",
     tokenizer: Any = None,
     topology: Any = None,
@@ -52,7 +52,8 @@ def compile(
     Args:    model: a PreTrainedModel (left as it is), a local directory, a hub id, or a GGUF file.
              calib_data: list of texts, token-id tensors, dict batches, a DataLoader or Dataset, a path to .txt or .jsonl;
              None: the model writes its own calibration text, seeded.
-             recipe: "resq", "quarot", "quik", "gptq", "rtn", or a CompileConfig. options: any field of CompileConfig.
+             recipe: "resq+" (ResQ and what was found to help), "resq" (as published), "quarot", "quik", "gptq", "rtn", or a
+             CompileConfig. options: any field of CompileConfig.
              backend: what computes: "reference" (PyTorch), "onnx" (ONNX Runtime) or "triton".
              tokenizer: for texts, when `model` does not come with one.
              topology: statements that override what is found in the graph: a dict, a YAML or a JSON file (topology_overrides.py).

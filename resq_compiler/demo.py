@@ -26,6 +26,7 @@ PROMPTS = (
     "Once upon a time, in a small village by the sea, there lived",
 )
 DESCRIPTIONS = {
+    "resq+": "ResQ with down projections split too, and clipped activations",
     "resq": "ResQ: 1/8 of the directions in 8 bits, by PCA",
     "quarot": "QuaRot: random rotations alone",
     "rtn": "rounding to nearest, no rotation",
@@ -39,7 +40,7 @@ class DemoOptions:
     """What the demo compiles and how much it looks at. The defaults take some minutes on two cores."""
 
     model: str | Path | None = None  # None: the embedded SmolLM2-135M-Instruct
-    recipes: tuple[str, ...] = ("resq", "quarot", "rtn")
+    recipes: tuple[str, ...] = ("resq+", "resq", "quarot", "rtn")
     calibration_samples: int = 32
     calibration_length: int = 512
     windows: int = 6

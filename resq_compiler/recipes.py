@@ -8,8 +8,13 @@ from resq_compiler.config import CompileConfig, check_names
 from resq_compiler.errors import ConfigError
 from resq_compiler.pipeline import Pass
 
+DEFAULT_RECIPE = "resq+"
+
 RECIPES: dict[str, dict[str, Any]] = {
     "resq": {},
+    "resq+": {
+        "down_proj": "energy-split", "activation_clip": 0.9, "gptq_act_order": True, "weight_clip": "hessian",
+    },
     "quarot": {"basis": "hadamard", "high_fraction": 0.0},
     "quik": {"basis": "outliers", "rotation": "none", "down_proj": "outliers"},
     "gptq": {"basis": "none", "down_proj": "none", "high_fraction": 0.0},
@@ -18,7 +23,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Options of each recipe that differ from the defaults of CompileConfig."""
 
 
-def resolve(recipe: str | CompileConfig = "resq", **options: Any) -> CompileConfig:
+def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> CompileConfig:
     """Options of a recipe with the user's on top. Raises ConfigError for unknown recipes, options and values."""
     if isinstance(recipe, CompileConfig):
         check_names(options)

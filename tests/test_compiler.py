@@ -87,7 +87,7 @@ def test_seeds(compile_tiny, tiny):
     """Same seed: same bytes. Another seed: other rotations. The global generator is where it was."""
     model = tiny("llama")
     state = torch.random.get_rng_state()
-    first = resq_compiler.compile(model, tiny_tokens(4, 32), **SHORT, **RTN)
+    first = resq_compiler.compile(model, tiny_tokens(4, 32), recipe="resq", **SHORT, **RTN)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert equal(first, compile_tiny("llama", **RTN)[0])
     assert not equal(first, compile_tiny("llama", **RTN, seed=1)[0])

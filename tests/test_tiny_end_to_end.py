@@ -60,9 +60,10 @@ def test_exact_passes_keep_the_logits_at_every_shape(family, tiny, compile_tiny)
             assert error <= EXACT, f"{family}, {name}, padded={padded}: {error:.2e}"
 
 
+@pytest.mark.parametrize("recipe", ["resq", "resq+"])
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_exact_passes_of_the_default_recipe_keep_the_logits(family, tiny, compile_tiny):
-    compiled, float_graph = compile_tiny(family)
+def test_exact_passes_of_a_recipe_keep_the_logits(family, recipe, tiny, compile_tiny):
+    compiled, float_graph = compile_tiny(family, recipe=recipe)
     given = inputs(2, 20, padded=True)
     got = graph_logits(float_graph, compiled.cache_specs, *given, 17, (1, 2))
     assert relative_error(got, eager_logits(tiny(family), *given)) <= EXACT

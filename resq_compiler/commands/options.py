@@ -14,16 +14,19 @@ from resq_compiler.config import CHOICES, CompileConfig, check_names
 from resq_compiler.errors import ConfigError
 
 HELP: dict[str, str] = {
-    "recipe": "named set of options: resq, quarot, quik, gptq, rtn",
+    "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn",
     "weight_bits": "bits of weights; 16: stay in float",
     "activation_bits": "bits of the inputs of linears; 16: stay in float",
     "kv_bits": "bits of cached keys and values; 16: stay in float",
     "high_bits": "bits of the high part",
     "high_fraction": "share of columns in the high part, such as 1/8; 0: none",
+    "site_fractions": "high fractions of single sites (attention, mlp, o, down, key, value), such as mlp=1/4,o=0",
     "low_bits": "bits of the low part",
     "low_fraction": "share of columns in a part below the main bits; 0: none",
     "rank_multiple": "columns of the high part are a multiple of this",
     "basis": "where the order of columns comes from",
+    "basis_weighting": "readers: directions also count by how much the weights (for U_C the queries) that read them amplify errors",
+    "key_basis": "U_C: one for all heads of a layer (shared), or for each key/value head",
     "rotation": "random rotation inside each part",
     "down_proj": "what is done to the input of down projections",
     "weight_method": "how weights are rounded",
@@ -31,7 +34,9 @@ HELP: dict[str, str] = {
     "gptq_damping": "added to the diagonal of GPTQ's moment, relative to its mean",
     "gptq_act_order": "GPTQ: columns by descending energy, inside each part",
     "gptq_on_quantized_activations": "GPTQ sees activations as they are at inference, quantized",
-    "activation_clip": "share of the range of activations that is kept",
+    "gptq_correction": "GPTQ also makes up for the error of the inputs: none, gptaq, or least squares towards the float output or residual",
+    "gptq_correction_alpha": "how much of that correction is made, 0 to 1",
+    "activation_clip": "share of the range of activations that is kept, in parts below 8 bits",
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
     "lm_head_bits": "bits of lm_head; none: stays in float",
@@ -44,7 +49,7 @@ HELP: dict[str, str] = {
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
     """--config and one flag for each option; flags that are not given leave no attribute behind."""
     parser.add_argument("--config", metavar="FILE", help="recipe file (YAML or JSON) with any of the options below")
-    group = parser.add_argument_group("options of the compiler (defaults are those of the recipe resq)")
+    group = parser.add_argument_group("options of the compiler (defaults are those of the recipe resq; README lists what resq+ changes)")
     for field in dataclasses.fields(CompileConfig):
         flag = "--" + field.name.replace("_", "-")
         text = f"{HELP[field.name]} (default: {_shown(field.default)})"
@@ -70,7 +75,7 @@ def chosen_config(arguments: argparse.Namespace) -> CompileConfig:
 
     values = read_recipe_file(arguments.config) if arguments.config else {}
     values |= {n: getattr(arguments, n) for n in given_options(arguments)}
-    return recipes.resolve(values.pop("recipe", "resq"), **values)
+    return recipes.resolve(values.pop("recipe", recipes.DEFAULT_RECIPE), **values)
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
