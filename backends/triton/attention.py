@@ -18,9 +18,18 @@ import triton
 import triton.language as tl
 from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
 from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, next_power_of_two, unpack_rows
-from resq_compiler.backends.triton.launch import arrival_counters, check_launch, isa, precision, processors, run, tiles
+from resq_compiler.backends.triton.launch import (
+    arrival_counters,
+    capability,
+    check_launch,
+    isa,
+    precision,
+    processors,
+    run,
+    tiles,
+)
 from resq_compiler.backends.triton.norm_quantize import norm_quantize_ref
-from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, BlockShape, meta, meta_cache
+from resq_compiler.backends.triton.shapes import GEMMA2_2B, LLAMA3_8B, SMOLLM2_135M, BlockShape, meta, meta_cache
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
@@ -410,20 +419,27 @@ def attention_tiles(rows: int, heads: int, total: int, head_dim: int, device: to
     warps = 8 if head_dim > 64 and isa() != "gcn" else 4  # fewest spills; the slow ahead-of-time tests check them
     default = dict(BLOCK_M=block_m, BLOCK_N=32, SPLIT=split, num_warps=warps, num_stages=2, enable_fp_fusion=False)
     if block_m == 16:  # more warps would repeat the same 16 rows
-        default |= dict(BLOCK_N=16, num_warps=2)
+        default |= dict(BLOCK_N=16, num_warps=2, num_stages=3 if capability(device) >= 100 else 2)
+    elif head_dim > 128 and capability(device) in range(80, 90):
+        default |= dict(BLOCK_M=16, BLOCK_N=16, num_warps=4)
+    elif head_dim > 128 and capability(device) == 90:
+        default |= dict(BLOCK_N=16, num_stages=1)
     return tiles("attention", device, (block_m, heads, head_dim), default)
 
 
-def _aot(shape: BlockShape, new: int, total: int) -> object:
+def _aot(shape: BlockShape, new: int, total: int, **options) -> object:
     q = meta(1, new, shape.heads, shape.head_dim)
     cache = meta_cache(shape, 1, total)
     mask = meta(1, total, dtype=torch.bool)
     layout = shape.cache()
-    return attention(q, *cache, mask, layout, layout, 0.1, total, out_layouts=shape.head_parts())
+    return attention(q, *cache, mask, layout, layout, 0.1, total, out_layouts=shape.head_parts(), **options)
 
 
 AOT_SIGNATURES = {
     "prefill_8b": lambda: _aot(LLAMA3_8B, 2048, 2048),
     "decode_8b": lambda: _aot(LLAMA3_8B, 1, 2048),
     "prefill_smollm2": lambda: _aot(SMOLLM2_135M, 512, 512),
+    "decode_smollm2": lambda: _aot(SMOLLM2_135M, 1, 2048),
+    "prefill_gemma2": lambda: _aot(GEMMA2_2B, 2048, 2048, window=1024, softcap=50.0),
+    "decode_gemma2": lambda: _aot(GEMMA2_2B, 1, 2048, window=1024, softcap=50.0),
 }

@@ -380,5 +380,6 @@ AOT_SIGNATURES = {
     "decode_o_8b": lambda: _aot(LLAMA3_8B.hidden, LLAMA3_8B.head_parts(), 1, True),
     "decode_gate_up_8b": lambda: _aot(2 * LLAMA3_8B.ffn, LLAMA3_8B.parts(), 1),
     "decode_down_8b": lambda: _aot(LLAMA3_8B.hidden, LLAMA3_8B.down_parts(), 1, True),
+    "decode_qkv_smollm2": lambda: _aot(SMOLLM2_135M.qkv_features, SMOLLM2_135M.parts(), 1),
     "prefill_qkv_smollm2": lambda: _aot(SMOLLM2_135M.qkv_features, SMOLLM2_135M.parts(), 512),
 }

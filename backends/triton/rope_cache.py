@@ -17,7 +17,7 @@ import triton.language as tl
 from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
 from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, next_power_of_two, pack_rows
 from resq_compiler.backends.triton.launch import check_launch, precision, run, tiles
-from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, BlockShape, meta, meta_cache
+from resq_compiler.backends.triton.shapes import GEMMA2_2B, LLAMA3_8B, SMOLLM2_135M, BlockShape, meta, meta_cache
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
@@ -279,4 +279,5 @@ AOT_SIGNATURES = {
     "prefill_8b": lambda: _aot(LLAMA3_8B, 2048),
     "decode_8b": lambda: _aot(LLAMA3_8B, 1),
     "prefill_smollm2": lambda: _aot(SMOLLM2_135M, 512),
+    "prefill_gemma2": lambda: _aot(GEMMA2_2B, 2048),
 }

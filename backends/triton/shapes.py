@@ -48,6 +48,7 @@ class BlockShape:
 
 SMOLLM2_135M = BlockShape("smollm2-135m", 576, 9, 3, 64, 1536)
 LLAMA3_8B = BlockShape("llama-3-8b", 4096, 32, 8, 128, 14336)
+GEMMA2_2B = BlockShape("gemma-2-2b", 2304, 8, 4, 256, 9216)  # the widest heads
 
 
 _DEVICES = ["meta"]
