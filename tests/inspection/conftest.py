@@ -16,7 +16,7 @@ def compiled(tmp_path_factory):
     directory = tmp_path_factory.mktemp("dump")
     model, held = tiny_model("llama"), []
     result = resq_compiler.compile(
-        model, tiny_tokens(4, 64), calibration_samples=4, calibration_length=64, weight_method="rtn", dump_dir=directory,
+        model, tiny_tokens(4, 64), recipe="resq", calibration_samples=4, calibration_length=64, weight_method="rtn", dump_dir=directory,
         on_float=held.append,
     )  # fmt: skip
     return SimpleNamespace(model=result, original=model, projected=held[0], dump=directory)

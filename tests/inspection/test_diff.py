@@ -52,7 +52,7 @@ def test_finds_what_changed(compiled, changed):
 
 def test_compiles_with_other_options(compiled, tmp_path):
     compile(
-        compiled.original, tiny_tokens(4, 64), calibration_samples=4, calibration_length=64, weight_method="rtn", kv_bits=8,
+        compiled.original, tiny_tokens(4, 64), recipe="resq", calibration_samples=4, calibration_length=64, weight_method="rtn", kv_bits=8,
         dump_dir=tmp_path,
     )  # fmt: skip
     found = compare(compiled.dump, tmp_path)

@@ -54,7 +54,8 @@ def test_noise_of_every_quantizer_and_weight_is_in_the_manifest(compiled):
 
 def test_dumps_of_equal_compiles_are_equal(compiled, tmp_path):
     again = compile(
-        tiny_model("llama"), tiny_tokens(4, 64), calibration_samples=4, calibration_length=64, weight_method="rtn", dump_dir=tmp_path
+        tiny_model("llama"), tiny_tokens(4, 64), recipe="resq", calibration_samples=4, calibration_length=64, weight_method="rtn",
+        dump_dir=tmp_path,
     )  # fmt: skip
     assert again.stages
     timed = {dump.TIMING, dump.PAGE}
