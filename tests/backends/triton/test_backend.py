@@ -27,7 +27,7 @@ def compiled(compile_tiny, sharing):
     """(family, backend options, **options) -> (reference model, the same on the kernels)."""
 
     def make(family: str, backend: dict | None = None, **options):
-        reference, _ = compile_tiny(family, weight_method="rtn", **options)
+        reference, _ = compile_tiny(family, **{"recipe": "resq", "weight_method": "rtn", **options})
         return reference, sharing(reference).use_backend("triton", **backend or {})
 
     return make
@@ -76,7 +76,7 @@ def test_a_block_is_nine_launches(compiled):
 
 def test_weights_are_held_once_and_packed():
     """4-bit codes take half a byte, and the int8 codes of the reference are gone; asked for, they come back bit for bit."""
-    options = dict(weight_method="rtn", calibration_samples=2, calibration_length=16)
+    options = dict(recipe="resq", weight_method="rtn", calibration_samples=2, calibration_length=16)
     model = compiler.compile(tiny_model("llama", hidden_size=256, intermediate_size=512), tiny_tokens(2, 16), **options)
     expected = {name: t.clone() for name, t in model.graph_module.named_buffers()}
     alive = {n: weakref.ref(t) for n, t in model.graph_module.named_buffers() if n.endswith("qdata")}
@@ -146,7 +146,7 @@ def test_everything_moves_with_the_module(compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(recipe="quarot"), dict(kv_bits=8)], ids=str)
+@pytest.mark.parametrize("options", [dict(recipe="quarot"), dict(recipe="resq+"), dict(kv_bits=8)], ids=str)
 def test_other_recipes(options, compiled):
     reference, ours = compiled("llama", **options)
     ids = tiny_tokens(2, 9)

@@ -43,7 +43,7 @@ def prompt() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def model(compiled, sharing):
-    return sharing(compiled("llama", weight_method="rtn")).use_backend("triton")
+    return sharing(compiled("llama", recipe="resq", weight_method="rtn")).use_backend("triton")
 
 
 def test_the_tokens_of_generate_by_steps_that_are_all_alike(model, prompt):
@@ -78,7 +78,7 @@ def test_logits_do_not_depend_on_the_room(model, prompt):
 def test_refusals(model, compiled, prompt):
     ids, mask = prompt
     with pytest.raises(BackendError, match="use_backend"):
-        StaticDecoder(compiled("llama", weight_method="rtn"), ids, mask)
+        StaticDecoder(compiled("llama", recipe="resq", weight_method="rtn"), ids, mask)
     with pytest.raises(BackendError, match="CUDA graphs need a GPU"):
         StaticDecoder(model, ids[:, :1]).capture()
 

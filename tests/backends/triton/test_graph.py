@@ -18,7 +18,7 @@ BLOCK_KERNELS = dict(norm_quantize=2, mixed_linear=4, rope_cache=1, attention_qu
 
 @pytest.fixture(scope="module")
 def lowered(compiled):
-    model = compiled("llama", weight_method="rtn")
+    model = compiled("llama", recipe="resq", weight_method="rtn")
     return lower.lower(graph_tools.snapshot(model.graph_module))
 
 
@@ -114,7 +114,7 @@ def test_it_compiles_without_a_graph_break(lowered, prompt, backend):
 
 
 def test_the_dump_of_a_model_has_the_lowered_graph(compiled, sharing, tmp_path):
-    model = sharing(compiled("llama", weight_method="rtn")).use_backend("triton")
+    model = sharing(compiled("llama", recipe="resq", weight_method="rtn")).use_backend("triton")
     directory = model.dump(tmp_path)
     manifest = dump.read_manifest(directory)
     last = manifest["stages"][-1]

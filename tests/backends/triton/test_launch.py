@@ -82,7 +82,7 @@ def test_without_a_gpu(monkeypatch, compiled):
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     message = "backend triton: torch sees no CUDA or ROCm device; .* backend='onnx' .* TRITON_INTERPRET=1 .* use backend='reference'"
-    model = compiled("llama", weight_method="rtn")
+    model = compiled("llama", recipe="resq", weight_method="rtn")
     with pytest.raises(BackendError, match=message):
         model.use_backend("triton")
     assert model.backend == "reference"  # as it was
