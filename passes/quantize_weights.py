@@ -184,6 +184,7 @@ def quantize_group(
     config, weight, inputs = ctx.config, stacked_weight(gm, group), list(source_of(group[0]))
     moment = SecondMoment(group[0].fact.name, weight.shape[1])
     runner.run(inputs, goal, lambda i, env: moment.update(side_by_side(env, inputs)))
+    memory.trim()  # of the activations, before the matrices of GPTQ
     result = gptq_core.gptq(
         weight, moment.mean(), group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order,
         clip="max" if config.weight_clip == "max" else "mse", weighted_clip=config.weight_clip == "hessian",

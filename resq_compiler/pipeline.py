@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from resq_compiler import memory, verify
 from resq_compiler.config import CompileConfig
-from resq_compiler.errors import PassError, ResqError, VerifyError
+from resq_compiler.errors import ModelError, PassError, ResqError, VerifyError
 
 log = logging.getLogger("resq_compiler")
 
@@ -97,6 +97,11 @@ class Pipeline:
         """Record the graph that passes start from and its outputs on the example inputs."""
         verify.propagate_shapes(gm, self.ctx.example_inputs)
         self.reference = self._outputs(gm)
+        if self.reference is not None and not bool(torch.isfinite(self.reference).all()):
+            raise ModelError(
+                "model: its logits on example tokens are NaN or infinite although its weights are finite: activations overflow float32; "
+                "check the weights, a damaged layer has very large ones"
+            )
         self._record(Stage(len(self.stages), name, "", copy_graph(gm.graph), 0, seconds, None))
 
     def run(self, gm: GraphModule, passes: Sequence[Pass]) -> None:
