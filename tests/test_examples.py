@@ -42,9 +42,9 @@ def run(monkeypatch, capsys):
 
 def test_compile_evaluate_generate(run, place):
     out = run("compile_local_model.py", place / "float", place / "text.txt", place / "compiled", *FAST)
-    assert "13-quantize-kv-cache" in out and "W4A4KV4 in" in out
+    assert "14-quantize-kv-cache" in out and "W4A4KV4 in" in out
     out = run("evaluate.py", place / "compiled", place / "float", place / "text.txt", "--length", 64, "--windows", 2)
-    assert "float perplexity" in out and "weights 4.38" in out and "SQNR" in out
+    assert "float perplexity" in out and "weights 4.50" in out and "SQNR" in out
     out = run("generate.py", place / "compiled", "Python is", "A", "--new-tokens", 3)
     assert out.count("[greedy]") == out.count("[sampled]") == 2
 

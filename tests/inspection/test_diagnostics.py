@@ -86,7 +86,7 @@ def test_all_switches_off_is_the_float_model_and_all_on_the_compiled_one(compile
     torch.testing.assert_close(runner.float_log_p, expected, atol=1e-4, rtol=1e-4)  # projections are exact up to rounding
     everything = runner.cost("kind", "everything", frozenset(runner.switches))
     measured = evaluate(compiled.model, IDS, compiled.original)
-    assert everything.perplexity == pytest.approx(measured.perplexity, rel=1e-3)  # integer products against float ones
+    assert everything.perplexity == pytest.approx(measured.perplexity, rel=5e-3)  # float products: a code on a rounding edge may flip
     assert everything.kl == pytest.approx(measured.kl, rel=0.05)  # evaluate leaves the last position out
 
 
