@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class _Scores:
     in_tanh: bool = False
     mask: Node | None = None
 
-    def emit(self, target: Callable, *args: object) -> Node:
+    def emit(self, target: Callable, *args: Any) -> Node:
         node = emit(self.gm.graph, target, args, self.like, self.made_by)
         values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         node.meta["val"] = target(*values)
@@ -173,7 +174,7 @@ def _step(scores: _Scores, gm: GraphModule, node: Node, inner: Node) -> str | No
     return None
 
 
-def _inwards(gm: GraphModule, node: object) -> list[Node] | None:
+def _inwards(gm: GraphModule, node: Any) -> list[Node] | None:
     """The nodes from one that a softmax reads to the product of queries and keys; None where none is reached."""
     if is_call(node, *PRODUCTS):
         return [node] if all(isinstance(a, Node) for a in node.args) else None
@@ -184,7 +185,7 @@ def _inwards(gm: GraphModule, node: object) -> list[Node] | None:
     return None
 
 
-def _operands(gm: GraphModule, node: object) -> list[Node]:
+def _operands(gm: GraphModule, node: Any) -> list[Node]:
     """Through which operands of an operator the way to the scores may go."""
     if is_call(node, *VIEW_OPS, *CASTS, aten.tanh.default):
         return [node.args[0]]
@@ -199,7 +200,7 @@ def _operands(gm: GraphModule, node: object) -> list[Node]:
     return []
 
 
-def _shown(gm: GraphModule, node: Node) -> list[Node]:
+def _shown(gm: GraphModule, node: Any) -> list[Node]:
     """The scores of a where or masked_fill whose other values hide."""
     if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return [node.args[0]] if _hides(gm, node.args[2]) else []
