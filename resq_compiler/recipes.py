@@ -13,7 +13,8 @@ DEFAULT_RECIPE = "resq+"
 RECIPES: dict[str, dict[str, Any]] = {
     "resq": {},
     "resq+": {
-        "down_proj": "energy-split", "activation_clip": 0.9, "gptq_act_order": True, "weight_clip": "hessian",
+        "down_proj": "energy-split", "activation_clip": 0.85, "basis_weighting": "readers", "gptq_act_order": True,
+        "weight_clip": "hessian",
     },
     "quarot": {"basis": "hadamard", "high_fraction": 0.0},
     "quik": {"basis": "outliers", "rotation": "none", "down_proj": "outliers"},
