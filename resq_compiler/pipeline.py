@@ -154,7 +154,8 @@ class Pipeline:
     def _outputs(self, gm: GraphModule) -> Tensor | None:
         if any(t.is_meta for t in gm.state_dict().values()):
             return None
-        return prefill_and_decode(gm, self.ctx.example_inputs)
+        outputs = prefill_and_decode(gm, self.ctx.example_inputs)
+        return None if outputs.is_meta else outputs
 
     def _record(self, stage: Stage) -> None:
         self.stages.append(stage)
