@@ -182,11 +182,10 @@ def quantize_group(
 ) -> list[weight_core.QuantizedWeight]:
     """GPTQ on the stacked weights of a group."""
     config, weight, inputs = ctx.config, stacked_weight(gm, group), list(source_of(group[0]))
-    moment = SecondMoment(group[0].fact.name, weight.shape[1])
-    runner.run(inputs, goal, lambda i, env: moment.update(side_by_side(env, inputs)))
-    memory.trim()  # of the activations, before the matrices of GPTQ
+    hessian = input_moment(group[0], inputs, runner, goal)
+    memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
     result = gptq_core.gptq(
-        weight, moment.mean(), group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order,
+        weight, hessian, group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order,
         clip="max" if config.weight_clip == "max" else "mse", weighted_clip=config.weight_clip == "hessian",
         **(teacher.correction(group, weight, inputs, goal, ctx) if teacher is not None else {}),
     )  # fmt: skip
@@ -196,6 +195,13 @@ def quantize_group(
             f"GPTQ on {where}: damping raised to {result.damping:g}, the calibration moment was not positive definite"
         )
     return result.parts
+
+
+def input_moment(site: Site, inputs: list[Node], runner: Lockstep, goal: Node) -> Tensor:
+    """Mean of x^T x over all calibration tokens, float64 [K, K]."""
+    moment = SecondMoment(site.fact.name, sum(map(graph_columns, site.nodes)))
+    runner.run(inputs, goal, lambda i, env: moment.update(side_by_side(env, inputs)))
+    return moment.mean()
 
 
 class Teacher:

@@ -15,14 +15,14 @@ from resq_compiler.graph_tools import aten, is_call
 CHEAP = {
     ops.rms_norm, ops.columns, ops.merge_heads, ops.quantize, ops.dequantize, aten.layer_norm.default,
 }  # computed again rather than kept  # fmt: skip
-ROOM = 1 / 3  # of the weights: values of all batches that would need more are computed again too
+ROOM = 1 / 8  # of the weights: where the values of all batches need more, those of the last batches are computed again too
 
 
 class Lockstep:
     """Advances several batches through a graph together: what a stretch learns about the weights comes from all of them.
 
-    Between two stretches every batch keeps what the way to the goal needs, unless it grew by more than `room` bytes over all batches:
-    then the next stretch starts where this one did. The results are the same to the bit.
+    Between two stretches a batch keeps what the way to the goal needs, as long as all that were kept grew by no more than `room` bytes:
+    the next stretch of the others starts where this one did. The results are the same to the bit.
     states: for each batch, the values kept so far. shared: values that no stretch changes (masks, rotary tables).
     """
 
@@ -47,17 +47,21 @@ class Lockstep:
 
     def run(self, targets: Iterable[Node], goal: Node, see: Callable[[int, dict[Node, Any]], None]) -> None:
         """Compute targets on the way to goal; `see` gets the number of every batch and its values."""
-        plan = Stretch(self.gm, targets, self.known(), goal)
-        moves = True if goal in plan.alive else None
-        kept = plan.alive if moves else not_cheap(plan.alive, set(self.shared[0]))
+        targets, spent = list(targets), 0
+        plans: dict[frozenset[Node], Stretch] = {}
         for i, (state, shared) in enumerate(zip(self.states, self.shared, strict=True)):
             env = {**shared, **state}
+            known = frozenset(env)
+            if known not in plans:
+                plans[known] = Stretch(self.gm, targets, known, goal)
+            plan = plans[known]
             plan.run(env)
             see(i, env)
+            kept = plan.alive if goal in plan.alive else not_cheap(plan.alive, set(shared))
             after = {n: v for n, v in env.items() if n in kept and n not in shared}
-            if moves is None:
-                moves = (_bytes(after) - _bytes(state)) * len(self.states) <= self.room
-            if moves:
+            growth = max(_bytes(after) - _bytes(state), 0)
+            if goal in kept or spent + growth <= self.room:
+                spent += growth
                 state.clear()
                 state.update(after)
 

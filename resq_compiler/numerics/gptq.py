@@ -78,7 +78,7 @@ def gptq(
     diagonal = moment.diagonal()
     order = _column_order(diagonal, parts, act_order)
     dead = diagonal[order] == 0
-    upper, used = _inverse_factor(moment[order][:, order] if act_order else moment, dead, damping)
+    upper, used = _inverse_factor(moment, order, damping)
     feedback = None
     if cross is not None:
         feedback = alpha * torch.triu(cross.to(upper)[order][:, order] @ upper.t(), 1) @ upper
@@ -164,22 +164,24 @@ def _column_order(diagonal: Tensor, parts: Sequence[Part], act_order: bool) -> T
     return torch.cat(pieces)
 
 
-def _inverse_factor(moment: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U upper triangular with U^T U = (H + damping)^-1, and the damping used.
+def _inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U upper triangular with U^T U = (H + damping)^-1, rows and columns of H in the given order, and the damping used.
 
     Factoring H with rows and columns reversed gives H = M M^T, M upper triangular; U = M^-1. One Cholesky factorization
-    and one triangular inverse: H^-1 itself is never formed.
+    and one triangular inverse in place: H^-1 itself is never formed, and few matrices of this size exist at a time.
     """
-    diagonal = moment.diagonal() + dead.to(moment)
+    backwards = order.flip(0)
+    damped = moment[backwards][:, backwards]
+    diagonal = damped.diagonal() + (damped.diagonal() == 0)
     mean = diagonal.mean()
-    damped = moment.flip(0, 1)  # a copy, whose diagonal alone changes: such matrices are the peak of a compile's memory
     for retry in range(_DAMPING_RETRIES):
         used = damping * 10**retry
-        damped.diagonal().copy_((diagonal + used * mean).flip(0))
+        damped.diagonal().copy_(diagonal + used * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            del damped
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+            inverse = torch.eye(len(lower), out=damped)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
             return inverse.flip(0, 1), used
     raise QuantError(
         f"gptq: the [{len(moment)}, {len(moment)}] second moment is not positive definite with damping {used:g} * "
