@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler import meta, ops
 from resq_compiler.graph_tools import aten, emit, is_call
+from resq_compiler.numerics.clip import best_clip
 from resq_compiler.partition import FLOAT_BITS
 from resq_compiler.pipeline import Pass, PassContext
 
@@ -49,7 +50,7 @@ def quantize_input(
     """Put a quantizer before one part of a linear."""
     x: Node = node.args[0]
     groups = part.heads if ctx.config.o_proj_granularity == "head" else 1
-    clip = ctx.config.activation_clip if part.heads == 1 and part.activation_bits < 8 else 1.0
+    clip = clip_of(part, ctx.config.activation_clip)
     key = (x, part.activation_bits, groups)
     if key not in shared:
         with gm.graph.inserting_after(x):
@@ -66,3 +67,10 @@ def quantize_input(
         image = emit(gm.graph, ops.dequantize, (codes,), x, QuantizeActivations.name)
     node.update_arg(0, image)
     return 1
+
+
+def clip_of(part: meta.LinearPart, wanted: float | str) -> float:
+    """Share of the range that the codes of a part cover: all of it at 8 bits, and in the narrow groups of output projections."""
+    if part.heads > 1 or part.activation_bits >= 8:
+        return 1.0
+    return best_clip(part.stop - part.start, part.activation_bits) if isinstance(wanted, str) else wanted

@@ -182,10 +182,11 @@ def quantize_group(
 ) -> list[weight_core.QuantizedWeight]:
     """GPTQ on the stacked weights of a group."""
     config, weight, inputs = ctx.config, stacked_weight(gm, group), list(source_of(group[0]))
-    hessian = input_moment(group[0], inputs, runner, goal)
+    stream = written_stream(group, ctx.topology) if config.gptq_token_weighting == "residual" else None
+    hessian = input_moment(group[0], inputs, stream, runner, goal)
     memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
     result = gptq_core.gptq(
-        weight, hessian, group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order,
+        weight, hessian, group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order, sweeps=config.gptq_sweeps,
         clip="max" if config.weight_clip == "max" else "mse", weighted_clip=config.weight_clip == "hessian",
         **(teacher.correction(group, weight, inputs, goal, ctx) if teacher is not None else {}),
     )  # fmt: skip
@@ -197,10 +198,22 @@ def quantize_group(
     return result.parts
 
 
-def input_moment(site: Site, inputs: list[Node], runner: Lockstep, goal: Node) -> Tensor:
-    """Mean of x^T x over all calibration tokens, float64 [K, K]."""
+def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lockstep, goal: Node) -> Tensor:
+    """Mean of x^T x over all calibration tokens, float64 [K, K].
+
+    With the residual stream after a linear that writes into it, tokens count by the inverse of its mean square there: norms divide
+    by it before anybody reads the stream. Else a few massive tokens are all that GPTQ sees (and damping is relative to).
+    """
     moment = SecondMoment(site.fact.name, sum(map(graph_columns, site.nodes)))
-    runner.run(inputs, goal, lambda i, env: moment.update(side_by_side(env, inputs)))
+
+    def see(batch: int, env: dict[Node, Any]) -> None:
+        x = side_by_side(env, inputs)
+        if stream is not None:
+            size = env[stream].flatten(0, -2).square().mean(-1, keepdim=True)
+            x = x * size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
+        moment.update(x)
+
+    runner.run(inputs if stream is None else [*inputs, stream], goal, see)
     return moment.mean()
 
 

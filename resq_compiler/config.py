@@ -27,8 +27,15 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "lm_head_bits": (None, 8),
     "basis_weighting": ("none", "readers"),
     "key_basis": ("shared", "head"),
+    "gptq_token_weighting": ("none", "residual"),
     "gptq_correction": ("none", "gptaq", "output", "residual"),
 }
+
+WHOLE_NUMBERS = {"rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "gptq_sweeps": 0, "seed": None}
+"""Options without a list of values, and the least that each may be."""
+
+WORDS: dict[str, tuple[str, ...]] = {"activation_clip": ("auto",)}
+"""Words that an option takes in place of a number."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,11 @@ class CompileConfig:
     gptq_damping: float = 0.01
     gptq_act_order: bool = False
     gptq_on_quantized_activations: bool = False
+    gptq_sweeps: int = 0
+    gptq_token_weighting: str = "none"
     gptq_correction: str = "none"
     gptq_correction_alpha: float = 1.0
-    activation_clip: float = 1.0
+    activation_clip: float | str = 1.0
     kv_clip: float = 1.0
     o_proj_granularity: str = "head"
     lm_head_bits: int | None = None
@@ -80,13 +89,26 @@ class CompileConfig:
         self._check_range("activation_clip", 0.1, 1)
         self._check_range("kv_clip", 0.1, 1)
         self._check_range("gptq_damping", 0, 1)
-        for name, least in (("rank_multiple", 1), ("calibration_samples", 1), ("calibration_length", 1), ("seed", None)):
+        for name, least in WHOLE_NUMBERS.items():
             self._check_whole(name, least)
         for name in ("gptq_act_order", "gptq_on_quantized_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
-
+        self._check_correction()
         self.fractions()
+
+    def _check_correction(self) -> None:
+        """Which details of GPTQ exclude each other."""
+        if self.gptq_correction != "none" and self.gptq_token_weighting != "none":
+            raise ConfigError(
+                f"options gptq_correction={self.gptq_correction} and gptq_token_weighting={self.gptq_token_weighting}: corrections "
+                "count all tokens alike; set one of the two to none"
+            )
+        if self.gptq_correction == "gptaq" and self.gptq_sweeps:
+            raise ConfigError(
+                f"options gptq_correction=gptaq and gptq_sweeps={self.gptq_sweeps}: sweeps aim at the layer's own output and would undo "
+                "the correction; set gptq_sweeps to 0, or gptq_correction to output"
+            )
 
     def fractions(self) -> dict[str, float]:
         """High fraction of every site: `high_fraction`, or what `site_fractions` says, as in "mlp=1/4,o=0"."""
@@ -115,8 +137,12 @@ class CompileConfig:
 
     def _check_range(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
+        words = WORDS.get(name, ())
+        if value in words:
+            return
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ConfigError(f"option {name}: expected a number from {low} to {high}; got {value!r}")
+            expected = " or ".join([f"a number from {low} to {high}", *words])
+            raise ConfigError(f"option {name}: expected {expected}; got {value!r}")
 
     @property
     def scheme(self) -> str:

@@ -27,7 +27,8 @@ def test_values_out_of_the_list_are_refused_with_the_list(name):
         ("rank_multiple", 2.0), ("calibration_samples", 0), ("calibration_length", -1), ("calibration_samples", True),
         ("seed", "x"), ("seed", 1.5), ("seed", None), ("gptq_act_order", "no"), ("gptq_on_quantized_activations", 1),
         ("weight_bits", 4.0), ("kv_bits", True), ("gptq_correction_alpha", 1.5), ("site_fractions", "mlp"), ("site_fractions", 3),
-        ("site_fractions", "head=1/8"), ("site_fractions", "mlp=0.6"),
+        ("site_fractions", "head=1/8"), ("site_fractions", "mlp=0.6"), ("activation_clip", "automatic"), ("kv_clip", "auto"),
+        ("gptq_sweeps", -1), ("gptq_sweeps", 1.0),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_with_the_option_and_the_value(name, value):
@@ -35,9 +36,22 @@ def test_values_out_of_range_are_refused_with_the_option_and_the_value(name, val
         CompileConfig(**{name: value})
 
 
-@pytest.mark.parametrize("values", [{"high_fraction": 0}, {"high_fraction": 0.5}, {"low_fraction": 0.5}, {"rank_multiple": 64}])
+EDGES = [
+    {"high_fraction": 0}, {"high_fraction": 0.5}, {"low_fraction": 0.5}, {"rank_multiple": 64}, {"activation_clip": "auto"}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", EDGES)
 def test_edges_are_allowed(values):
     assert CompileConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "values", [{"gptq_correction": "output", "gptq_token_weighting": "residual"}, {"gptq_correction": "gptaq", "gptq_sweeps": 2}]
+)
+def test_options_that_exclude_each_other_are_named(values):
+    with pytest.raises(ConfigError, match=" and ".join(f"{name}={value}" for name, value in values.items())):
+        CompileConfig(**values)
 
 
 def test_unknown_options_name_the_nearest():

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from resq_compiler.config import CHOICES, CompileConfig, check_names
+from resq_compiler.config import CHOICES, WORDS, CompileConfig, check_names
 from resq_compiler.errors import ConfigError
 
 HELP: dict[str, str] = {
@@ -34,9 +34,11 @@ HELP: dict[str, str] = {
     "gptq_damping": "added to the diagonal of GPTQ's moment, relative to its mean",
     "gptq_act_order": "GPTQ: columns by descending energy, inside each part",
     "gptq_on_quantized_activations": "GPTQ sees activations as they are at inference, quantized",
+    "gptq_sweeps": "rounds of coordinate descent on codes and scales after GPTQ",
+    "gptq_token_weighting": "residual: errors of layers that write into the residual stream count relative to its size at each token",
     "gptq_correction": "GPTQ also makes up for the error of the inputs: none, gptaq, or least squares towards the float output or residual",
     "gptq_correction_alpha": "how much of that correction is made, 0 to 1",
-    "activation_clip": "share of the range of activations that is kept, in parts below 8 bits",
+    "activation_clip": "share of the range of activations that is kept, in parts below 8 bits; auto: the best for normal columns, by width",
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
     "lm_head_bits": "bits of lm_head; none: stays in float",
@@ -101,7 +103,7 @@ def convert(name: str, value: Any) -> Any:
     if isinstance(value, str) and kind != "bool":
         return _parse(name, kind, value)
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    types = expected[kind.removesuffix(" | None")] + ((type(None),) if kind.endswith("None") else ())
+    types = expected[kind.partition(" | ")[0]] + ((type(None),) if kind.endswith("None") else ())
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise ConfigError(f"option {name}: expected {kind}; got {value!r}")
     return value
@@ -117,9 +119,12 @@ def _parse(name: str, kind: str, text: str) -> Any:
             return _known_word(name, text)
         if kind.endswith("None") and text.lower() == "none":
             return None
-        return float(Fraction(text)) if kind == "float" else int(text)
+        if text in WORDS.get(name, ()):
+            return text
+        return float(Fraction(text)) if kind.startswith("float") else int(text)
     except (ValueError, ZeroDivisionError) as error:
-        expected = "a number, such as 0.125 or 1/8" if kind == "float" else "a whole number"
+        number = "a number, such as 0.125 or 1/8" if kind.startswith("float") else "a whole number"
+        expected = ", or ".join([number, *WORDS.get(name, ())])
         raise ConfigError(f"option {name}: expected {expected}; got {text!r}") from error
 
 
@@ -145,7 +150,7 @@ def _argument(name: str) -> Callable[[str], Any]:
 def _metavar(name: str, kind: str) -> str:
     if name in CHOICES:
         return "{" + ",".join(str(c).lower() if c is None else str(c) for c in CHOICES[name]) + "}"
-    return {"int": "N", "float": "X"}.get(kind, "NAME")
+    return "|".join([{"int": "N", "float": "X"}.get(kind.partition(" | ")[0], "NAME"), *WORDS.get(name, ())])
 
 
 def _shown(value: Any) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from resq_compiler.errors import QuantError
+from resq_compiler.numerics.descent import descend
 from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts
 from resq_compiler.numerics.weights import Clip, QuantizedWeight, check_weight, search_scale
 
@@ -54,6 +55,7 @@ def gptq(
     cross: Tensor | None = None,
     output_gap: Tensor | None = None,
     alpha: float = 1.0,
+    sweeps: int = 0,
 ) -> GptqResult:
     """Quantize a weight, compensating each column's rounding in the columns after it.
 
@@ -67,17 +69,17 @@ def gptq(
              descending diag H.    clip, norm: see search_scale; weighted_clip weighs its errors by diag H.
              cross: [K, K] D above, same scale as hessian.    output_gap: [N, K] G above, same scale; not both.
              alpha: how much of the correction is made; 1 is all of it (GPTQModel's default for GPTAQ is 0.25).
+             sweeps: rounds of coordinate descent on codes and scales afterwards (descent.py); not with cross.
     Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N].
     Raises:  QuantError: shapes, options or values not usable; H not positive definite even with 100x the damping.
     Source:  GPTQ (arXiv 2210.17323) algorithm 1; GPTAQ (arXiv 2504.02692). Differs: errors move on by recursive
              halving; dead columns are rounded, not zeroed; P multiplies the unrounded w_j also beyond a block; output_gap.
     """
-    _check(w, hessian, cross, output_gap, parts, block_size, damping)
+    _check(w, hessian, cross, output_gap, parts, block_size, damping, sweeps)
     w = w.detach().float()
     moment = hessian.to(torch.float64)
     diagonal = moment.diagonal()
     order = _column_order(diagonal, parts, act_order)
-    dead = diagonal[order] == 0
     upper, used = _inverse_factor(moment, order, damping)
     feedback = None
     if cross is not None:
@@ -86,15 +88,20 @@ def gptq(
         w = w.index_add(1, order, (output_gap.to(upper)[:, order] @ upper.t() @ upper).float(), alpha=alpha)
     weighting = diagonal if weighted_clip else None
     scales = [_part_scale(w, p, clip, norm, weighting) for p in parts]
-    loop = _Loop(w.t()[order].contiguous(), upper, feedback, parts, scales, block_size)
+    columns = w.t()[order].contiguous()
+    loop = _Loop(columns.clone() if sweeps else columns, upper, feedback, parts, scales, block_size)
+    del upper
     loop.run(0, w.shape[1])
-    codes = torch.empty_like(loop.codes)
-    codes[order] = loop.codes
+    found, row_loss = loop.codes, loop.errors.double().square_().sum(0)
+    if sweeps:
+        found, scales, row_loss = descend(columns, _damped(moment, order, used).float(), found, scales, parts, sweeps, block_size)
+    codes = torch.empty_like(found)
+    codes[order] = found
     quantized = [
         QuantizedWeight(codes[p.start : p.stop].t().contiguous(), scale, p.bits)
         for p, scale in zip(parts, scales, strict=True)
     ]
-    return GptqResult(quantized, loop.errors.double().square_().sum(0), used, int(dead.sum()))
+    return GptqResult(quantized, row_loss, used, int((diagonal == 0).sum()))
 
 
 def hessian_error(w: Tensor, image: Tensor, hessian: Tensor) -> Tensor:
@@ -171,12 +178,9 @@ def _inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tens
     and one triangular inverse in place: H^-1 itself is never formed, and few matrices of this size exist at a time.
     """
     backwards = order.flip(0)
-    damped = moment[backwards][:, backwards]
-    diagonal = damped.diagonal() + (damped.diagonal() == 0)
-    mean = diagonal.mean()
     for retry in range(_DAMPING_RETRIES):
         used = damping * 10**retry
-        damped.diagonal().copy_(diagonal + used * mean)
+        damped = _damped(moment, backwards, used)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             inverse = torch.eye(len(lower), out=damped)
@@ -185,14 +189,23 @@ def _inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tens
             return inverse.flip(0, 1), used
     raise QuantError(
         f"gptq: the [{len(moment)}, {len(moment)}] second moment is not positive definite with damping {used:g} * "
-        f"mean(diag) (diagonal from {float(moment.diagonal().min()):g}, mean {float(mean):g}); check that it is "
+        f"mean(diag) (diagonal from {float(moment.diagonal().min()):g}, mean {float(moment.diagonal().mean()):g}); check that it is "
         "sum x^T x, or raise damping"
     )
 
 
+def _damped(moment: Tensor, order: Tensor, damping: float) -> Tensor:
+    """Rows and columns in the given order, the diagonal raised by `damping` of its mean; a dead column counts as 1."""
+    damped = moment[order][:, order]
+    diagonal = damped.diagonal()
+    diagonal += diagonal == 0
+    diagonal += damping * diagonal.mean()
+    return damped
+
+
 def _check(
     w: Tensor, hessian: Tensor, cross: Tensor | None, output_gap: Tensor | None, parts: Sequence[Part],
-    block_size: int, damping: float,
+    block_size: int, damping: float, sweeps: int,
 ) -> None:  # fmt: skip
     check_weight(w, "gptq")
     check_parts(parts, w.shape[1])
@@ -211,5 +224,7 @@ def _check(
             raise QuantError(f"gptq: {name} holds {bad} NaN or infinite entries; check the calibration data")
     if bool((hessian.diagonal() < 0).any()):
         raise QuantError("gptq: hessian has a negative diagonal entry; expected sum x^T x of the layer's input")
+    if cross is not None and sweeps:
+        raise QuantError("gptq: sweeps of coordinate descent aim at the layer's output; with cross (GPTAQ) sweeps must be 0")
     if block_size < 1 or not damping > 0:
         raise QuantError(f"gptq: need block_size >= 1 and damping > 0, got {block_size} and {damping}")

@@ -6,6 +6,7 @@ from resq_compiler.passes import QuantizeActivations
 
 from resq_compiler import executor, meta, ops
 from resq_compiler.graph_tools import aten
+from resq_compiler.numerics.clip import best_clip
 from resq_compiler.tiny import tiny_tokens
 
 BEFORE_WEIGHTS = {"gptq_on_quantized_activations": True}
@@ -38,6 +39,14 @@ def test_clip_holds_for_narrow_codes_but_not_for_the_output_projection(build):
     built = build("llama", "quantize-kv-cache", activation_clip=0.9, weight_method="rtn")
     clips = {(n.args[1], n.args[2]): n.args[3] for n in quantizers(built.gm)}  # (bits, groups)
     assert clips == {(4, 1): 0.9, (8, 1): 1.0, (4, 4): 1.0, (8, 4): 1.0}
+
+
+def test_automatic_clip_goes_by_width_and_bits(build):
+    """tiny llama: 56 of 64 columns of the stream in 4 bits, and 96 of down_proj's; 8 more in 8 bits."""
+    built = build("llama", "quantize-kv-cache", activation_clip="auto", activation_bits=3, weight_method="rtn")
+    found = {(n.args[1], n.args[0].meta["val"].shape[-1], n.args[3]) for n in quantizers(built.gm) if n.args[2] == 1}
+    assert found == {(bits, width, best_clip(width, bits)) for bits, width, _ in found}
+    assert len({clip for bits, _, clip in found if bits == 3}) == 2 and (8, 8, 1.0) in found
 
 
 def test_leaves_alone(build):

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from resq_compiler.passes import QuantizeWeights
+from resq_compiler.passes.quantize_weights import find_sites, input_moment, source_of, written_stream
 
 from resq_compiler import executor, graph_tools, lockstep, meta, ops
+from resq_compiler.lockstep import Lockstep
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics.quantized import Part
 from resq_compiler.numerics.weights import quantize_weight_rtn
@@ -179,6 +181,33 @@ def test_the_residual_target_is_least_squares_over_the_whole_gap(build):
     expected = whole + gap @ torch.linalg.inv(moment + ridge * torch.eye(len(moment), dtype=torch.float64))
     assert relative_error(output, x @ expected.T) < 0.01  # 8-bit codes
     assert relative_error(output, x @ whole.T) > 0.02  # the correction is not nothing
+
+
+def test_tokens_can_count_relative_to_the_residual_stream(build):
+    """Layers that write into the stream: the moment of x / rms(stream after it). Others: a plain moment, as no norm divides it."""
+    built = build("llama", "quantize-weights")
+    start, end = built.ctx.topology.blocks[0].start, built.ctx.topology.blocks[0].end
+    sites = {s.fact.role: s for s in find_sites(built.gm) if s.fact.block == 0}
+    streams = {role: written_stream([site], built.ctx.topology) for role, site in sites.items()}
+    assert streams["down"] is end and streams["o"] not in (None, end)
+    assert all(streams[role] is None for role in ("q", "k", "v", "gate", "up"))
+    windows = list(tiny_tokens(4, 32).split(2))
+    for role in ("o", "down"):
+        inputs, stream = list(source_of(sites[role])), streams[role]
+        found = input_moment(sites[role], inputs, stream, Lockstep.begin(built.gm, windows, start), end)
+        env = executor.first_tokens(built.gm, tiny_tokens(4, 32))
+        executor.Schedule(built.gm, [*inputs, stream], env).run(env)
+        x, r = torch.cat([env[n] for n in inputs], -1).flatten(0, 1).double(), env[stream].flatten(0, 1).double()
+        x = x / r.square().mean(-1, keepdim=True).sqrt()
+        assert relative_error(found, x.T @ x / len(x)) < 1e-6  # products in float32
+
+
+def test_token_weighting_changes_layers_that_write_into_the_stream(build):
+    plain = coded(build("llama", "quantize-activations").gm)
+    weighted = coded(build("llama", "quantize-activations", gptq_token_weighting="residual").gm)
+    different = {name for name in plain if not torch.equal(plain[name][0], weighted[name][0])}
+    assert {name for name in different if "layers.0" in name and "o_proj" not in name and "mlp" not in name} == set()
+    assert any("0.self_attn.o_proj" in name for name in different) and any("0.mlp.down_proj" in name for name in different)
 
 
 ROOM_FOR_SOME = 0.03  # of the weights: less than the values of all windows, more than those of one
