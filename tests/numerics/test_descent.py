@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from resq_compiler.errors import QuantError
 from resq_compiler.numerics.descent import descend
 from resq_compiler.numerics.gptq import gptq, hessian_error
 from resq_compiler.numerics.quantized import Part
 from resq_compiler.numerics.weights import dequantize_weight
-
-from resq_compiler.errors import QuantError
 
 PARTS = [Part(4, 0, 20), Part(8, 20, 24)]
 
