@@ -66,15 +66,13 @@ def _write_token_ref(page: Tensor, row: int, x: Tensor, layout: HeadLayout) -> N
 
 
 @triton.jit
-def _load_head(p_x, o_c, m_c, p_norm, eps, D: tl.constexpr, R: tl.constexpr, HAS_NORM: tl.constexpr, ROTATE: tl.constexpr,
-               p_cos, p_sin, m_t):  # fmt: skip
-    """[BT, BD] float32 of one head, normalized and rotated. p_x: row pointers [BT, 1]."""
-    m_x = m_t & m_c
-    y = tl.load(p_x + o_c, mask=m_x, other=0.0).to(tl.float32)
+def _load_head(p_x, o_c, inverse, p_norm, D: tl.constexpr, R: tl.constexpr, HAS_NORM: tl.constexpr, p_cos, p_sin, m_t):
+    """[BT, columns o_c] float32 of one head, normalized (inverse: 1 / rms) and rotated. p_x: row pointers [BT, 1]."""
+    m_c = o_c < D
+    y = tl.load(p_x + o_c, mask=m_t & m_c, other=0.0).to(tl.float32)
     if HAS_NORM:
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, 1) / D + eps))[:, None]
         y = y * inverse * tl.load(p_norm + o_c, mask=m_c, other=0.0).to(tl.float32)
-    if ROTATE:
+    if R > 0:
         m_r = o_c < R
         o_partner = tl.where(o_c < R // 2, o_c + R // 2, o_c - R // 2)
         partner = tl.load(p_x + o_partner, mask=m_t & m_r, other=0.0).to(tl.float32)
@@ -87,11 +85,30 @@ def _load_head(p_x, o_c, m_c, p_norm, eps, D: tl.constexpr, R: tl.constexpr, HAS
 
 
 @triton.jit
-def _project(y, p_u, o_c, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """y U on tensor cores, in the type of U (the model's): a float16 model rounds keys to float16 anyway."""
-    o_r = tl.arange(0, BLOCK_D)[:, None]
-    u = tl.load(p_u + o_r * D + o_c, mask=(o_r < D) & (o_c < D), other=0.0)
-    return tl.dot(y.to(u.dtype), u, input_precision=PRECISION)
+def _turned_head(
+    p_x, p_u, p_norm, eps, p_cos, p_sin, m_t, HU: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_NORM: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A query or key head, normalized, rotated and times U: [BT, BD] float32.
+
+    The product runs on tensor cores in the type of U (the model's): a float16 model rounds keys to float16 anyway. It takes BLOCK_K
+    rows of U at a time, since all of it, at 256 columns, is more than the shared memory of most GPUs.
+    """
+    o_c = tl.arange(0, BLOCK_D)[None, :]
+    inverse = 1.0
+    if HAS_NORM:
+        x = tl.load(p_x + o_c, mask=m_t & (o_c < D), other=0.0).to(tl.float32)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / D + eps))[:, None]
+    if HU == 0:
+        y = _load_head(p_x, o_c, inverse, p_norm, D, R, HAS_NORM, p_cos, p_sin, m_t)
+    else:
+        y = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+        for first in tl.range(0, D, BLOCK_K):
+            o_k = first + tl.arange(0, BLOCK_K)
+            x = _load_head(p_x, o_k[None, :], inverse, p_norm, D, R, HAS_NORM, p_cos, p_sin, m_t)
+            u = tl.load(p_u + o_k[:, None] * D + o_c, mask=(o_k[:, None] < D) & (o_c < D), other=0.0)
+            y = tl.dot(x.to(u.dtype), u, y, input_precision=PRECISION)
+    return y
 
 
 @triton.jit
@@ -140,7 +157,7 @@ def _rope_cache_kernel(
     BYTES_L_K: tl.constexpr, BYTES_H_K: tl.constexpr, PAGE_BYTES_K: tl.constexpr,
     LOW_V: tl.constexpr, HIGH_V: tl.constexpr, BITS_L_V: tl.constexpr, BITS_H_V: tl.constexpr,
     BYTES_L_V: tl.constexpr, BYTES_H_V: tl.constexpr, PAGE_BYTES_V: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (token block of the T = B * S rows, head): heads are HQ queries, then HK keys, then HK values."""
     i_t = tl.program_id(0)
@@ -149,7 +166,6 @@ def _rope_cache_kernel(
     m_row = o_t < T
     m_t = m_row[:, None]
     o_c = tl.arange(0, BLOCK_D)[None, :]
-    m_c = o_c < D
     o_b = o_t // S
     o_t64 = o_t.to(tl.int64)
     o_cos = (o_b * stride_cos_b + (o_t % S) * stride_cos_s)[:, None]
@@ -157,22 +173,22 @@ def _rope_cache_kernel(
     page = tl.load(p_table + o_b * stride_table + slot // PAGE, mask=m_row, other=0).to(tl.int64)
     if i_h < HQ:
         p_x = (p_q + o_t64 * stride_q + i_h * D)[:, None]
-        y = _load_head(p_x, o_c, m_c, p_qnorm, eps, D, R, HAS_NORM, R > 0, p_cos + o_cos, p_sin + o_cos, m_t)
-        if HU > 0:
-            y = _project(y, p_u + (i_h // (HQ // HU)) * D * D, o_c, D, BLOCK_D, PRECISION)
-        tl.store(p_out + (o_t64 * HQ + i_h)[:, None] * D + o_c, y.to(p_out.dtype.element_ty), mask=m_t & m_c)
+        p_own = p_u + (i_h // (HQ // HU) if HU > 0 else 0) * D * D
+        y = _turned_head(p_x, p_own, p_qnorm, eps, p_cos + o_cos, p_sin + o_cos, m_t,
+                         HU, D, R, HAS_NORM, PRECISION, BLOCK_T, BLOCK_D, BLOCK_K)  # fmt: skip
+        tl.store(p_out + (o_t64 * HQ + i_h)[:, None] * D + o_c, y.to(p_out.dtype.element_ty), mask=m_t & (o_c < D))
     elif i_h < HQ + HK:
         i_k = i_h - HQ
         p_x = (p_k + o_t64 * stride_k + i_k * D)[:, None]
-        y = _load_head(p_x, o_c, m_c, p_knorm, eps, D, R, HAS_NORM, R > 0, p_cos + o_cos, p_sin + o_cos, m_t)
-        if HU > 0:
-            y = _project(y, p_u + (i_k // (HK // HU)) * D * D, o_c, D, BLOCK_D, PRECISION)
+        p_own = p_u + (i_k // (HK // HU) if HU > 0 else 0) * D * D
+        y = _turned_head(p_x, p_own, p_knorm, eps, p_cos + o_cos, p_sin + o_cos, m_t,
+                         HU, D, R, HAS_NORM, PRECISION, BLOCK_T, BLOCK_D, BLOCK_K)  # fmt: skip
         _append(y, p_keys + (page * HK + i_k) * PAGE_BYTES_K, slot % PAGE, o_c, m_t, CLIP,
                 LOW_K, HIGH_K, BITS_L_K, BITS_H_K, BYTES_L_K, BYTES_H_K, BLOCK_T, BLOCK_D, PAGE)  # fmt: skip
     else:
         i_v = i_h - HQ - HK
         p_x = (p_v + o_t64 * stride_v + i_v * D)[:, None]
-        y = _load_head(p_x, o_c, m_c, p_knorm, eps, D, R, False, False, p_cos + o_cos, p_sin + o_cos, m_t)
+        y = tl.load(p_x + o_c, mask=m_t & (o_c < D), other=0.0).to(tl.float32)
         _append(y, p_values + (page * HK + i_v) * PAGE_BYTES_V, slot % PAGE, o_c, m_t, CLIP,
                 LOW_V, HIGH_V, BITS_L_V, BITS_H_V, BYTES_L_V, BYTES_H_V, BLOCK_T, BLOCK_D, PAGE)  # fmt: skip
 
@@ -213,7 +229,7 @@ def rope_cache(
     out = torch.empty(batch, new, heads, d, dtype=q.dtype, device=device)
     if out.numel() == 0:
         return out
-    options = tiles("rope_cache", device, (d, heads), rope_launch(batch * new, d))
+    options = tiles("rope_cache", device, (d, heads), rope_launch(batch * new, d, q.element_size()))
     grid = (triton.cdiv(batch * new, options["BLOCK_T"]), heads + 2 * kv_heads)
     optional = [q if t is None else t for t in (u, q_norm, k_norm)]
     run(
@@ -258,10 +274,11 @@ def _check_heads(
         raise BackendError(f"rope_cache: basis {tuple(u.shape)} for {k.shape[2]} key heads of {q.shape[3]}")
 
 
-def rope_launch(tokens: int, head_dim: int) -> dict:
-    """Tile and launch options."""
+def rope_launch(tokens: int, head_dim: int, item: int) -> dict:
+    """Tile and launch options for elements of `item` bytes; at most 32 KiB of U are in shared memory at a time."""
+    block_d = max(16, next_power_of_two(head_dim))
     return dict(
-        BLOCK_T=16 if tokens <= 16 else 32, BLOCK_D=max(16, next_power_of_two(head_dim)),
+        BLOCK_T=16 if tokens <= 16 else 32, BLOCK_D=block_d, BLOCK_K=min(block_d, 32768 // (block_d * item)),
         num_warps=4 if head_dim <= 64 else 8, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -280,4 +297,5 @@ AOT_SIGNATURES = {
     "decode_8b": lambda: _aot(LLAMA3_8B, 1),
     "prefill_smollm2": lambda: _aot(SMOLLM2_135M, 512),
     "prefill_gemma2": lambda: _aot(GEMMA2_2B, 2048),
+    "decode_gemma2": lambda: _aot(GEMMA2_2B, 1),
 }

@@ -63,6 +63,8 @@ CASES = {
     "qk-norm-partial-rotary": dict(past=60, new=17, heads=6, kv_heads=2, keys=HeadLayout(28, 4), values=HeadLayout(16, 16),
                                    norm=True, rotary=16),
     "wide-heads": dict(past=3, new=5, heads=2, kv_heads=1, keys=HeadLayout(224, 32), values=HeadLayout(224, 32)),
+    "basis-in-several-pieces": dict(past=3, new=5, heads=2, kv_heads=1, keys=HeadLayout(140, 20), values=HeadLayout(140, 20),
+                                    norm=True, rotary=80, bases=1),
     "no-rotary-no-basis": dict(past=3, new=7, heads=4, kv_heads=4, keys=HeadLayout(24, 0), values=HeadLayout(24, 0), bases=0, rotary=0),
 }  # fmt: skip
 
