@@ -126,6 +126,17 @@ def _key_scores(
 
 
 @triton.jit
+def _visible(o_t, o_slot, p_mask, T, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr):
+    """[BM, BN]: True where the query in slot o_slot sees token o_t."""
+    visible = o_t[None, :] <= o_slot[:, None]
+    if WINDOW > 0:
+        visible &= o_t[None, :] > o_slot[:, None] - WINDOW
+    if HAS_MASK:
+        visible &= (tl.load(p_mask + o_t, mask=o_t < T, other=0) != 0)[None, :]
+    return visible
+
+
+@triton.jit
 def _add_values(
     o_e, o_o, o_h, p, p_page, o_j, m_j,
     LOW: tl.constexpr, HIGH: tl.constexpr, BYTES_L: tl.constexpr, BYTES_H: tl.constexpr,
@@ -206,6 +217,45 @@ def _store_float(o_e, o_o, o_h, p_out, o_run, m_row, D: tl.constexpr, LOW: tl.co
 
 
 @triton.jit
+def _store_part(highest, total, o_e, o_o, o_x, p_parts, i_split,
+                BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """What this split of the cache found, as rows [highest, total, even, odd, high] of the workspace."""
+    p_own = p_parts + i_split * BLOCK_M * (2 * BLOCK_L + BLOCK_H + 2)
+    o_l = tl.arange(0, BLOCK_L)[None, :]
+    o_h = tl.arange(0, BLOCK_H)[None, :]
+    tl.store(p_own, highest)
+    tl.store(p_own + 1, total)
+    tl.store(p_own[:, None] + 2 + o_l, o_e)
+    tl.store(p_own[:, None] + 2 + BLOCK_L + o_l, o_o)
+    tl.store(p_own[:, None] + 2 + 2 * BLOCK_L + o_h, o_x)
+
+
+@triton.jit
+def _sum_of_parts(p_parts, SPLIT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(total, even, odd, high) over all splits, brought to one highest score; read past the L1 cache, which others did not fill."""
+    o_l = tl.arange(0, BLOCK_L)[None, :]
+    o_h = tl.arange(0, BLOCK_H)[None, :]
+    highest = tl.full((BLOCK_M,), -1.0e30, dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    o_e = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
+    o_o = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
+    o_x = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
+    for i_s in tl.range(SPLIT):
+        p_part = p_parts + i_s * BLOCK_M * (2 * BLOCK_L + BLOCK_H + 2)
+        b_high = tl.load(p_part, cache_modifier=".cg")
+        new = tl.maximum(highest, b_high)
+        shrink = tl.exp2(highest - new)
+        grow = tl.exp2(b_high - new)
+        total = total * shrink + grow * tl.load(p_part + 1, cache_modifier=".cg")
+        p_part = p_part[:, None] + 2
+        o_e = o_e * shrink[:, None] + grow[:, None] * tl.load(p_part + o_l, cache_modifier=".cg")
+        o_o = o_o * shrink[:, None] + grow[:, None] * tl.load(p_part + BLOCK_L + o_l, cache_modifier=".cg")
+        o_x = o_x * shrink[:, None] + grow[:, None] * tl.load(p_part + 2 * BLOCK_L + o_h, cache_modifier=".cg")
+        highest = new
+    return total, o_e, o_o, o_x
+
+
+@triton.jit
 def _attention_kernel(
     p_q, p_keys, p_values, p_table, p_start, p_mask, p_out, p_low, p_high, p_scale, p_zp, p_ws, p_count,
     S, T, stride_mask, stride_table, sm_scale, softcap,
@@ -257,11 +307,7 @@ def _attention_kernel(
         s = s * sm_scale
         if HAS_CAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
-        visible = o_t[None, :] <= o_slot[:, None]
-        if WINDOW > 0:
-            visible &= o_t[None, :] > o_slot[:, None] - WINDOW
-        if HAS_MASK:
-            visible &= (tl.load(p_mask + i_b * stride_mask + o_t, mask=o_t < T, other=0) != 0)[None, :]
+        visible = _visible(o_t, o_slot, p_mask + i_b * stride_mask, T, WINDOW, HAS_MASK)
         s = tl.where(visible, s * LOG2E, -1.0e30)
         new = tl.maximum(highest, tl.max(s, 1))
         shrink = tl.exp2(highest - new)
@@ -275,37 +321,13 @@ def _attention_kernel(
 
     if SPLIT > 1:
         i_tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        ROW: tl.constexpr = 2 * BLOCK_LV + BLOCK_HV + 2
-        p_ws += (i_tile.to(tl.int64) * SPLIT * BLOCK_M + tl.arange(0, BLOCK_M)) * ROW
-        p_own = p_ws + i_split * BLOCK_M * ROW
-        o_cl = tl.arange(0, BLOCK_LV)[None, :]
-        o_ch = tl.arange(0, BLOCK_HV)[None, :]
-        tl.store(p_own, highest)
-        tl.store(p_own + 1, total)
-        tl.store(p_own[:, None] + 2 + o_cl, o_e)
-        tl.store(p_own[:, None] + 2 + BLOCK_LV + o_cl, o_o)
-        tl.store(p_own[:, None] + 2 + 2 * BLOCK_LV + o_ch, o_x)
+        p_parts = p_ws + (i_tile.to(tl.int64) * SPLIT * BLOCK_M + tl.arange(0, BLOCK_M)) * (2 * BLOCK_LV + BLOCK_HV + 2)
+        _store_part(highest, total, o_e, o_o, o_x, p_parts, i_split, BLOCK_LV, BLOCK_HV, BLOCK_M)
         tl.debug_barrier()
         if tl.atomic_add(p_count + i_tile, 1, sem="acq_rel") != SPLIT - 1:
             return
         tl.store(p_count + i_tile, 0)
-        highest = tl.full((BLOCK_M,), -1.0e30, dtype=tl.float32)
-        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        o_e = tl.zeros((BLOCK_M, BLOCK_LV), dtype=tl.float32)
-        o_o = tl.zeros((BLOCK_M, BLOCK_LV), dtype=tl.float32)
-        o_x = tl.zeros((BLOCK_M, BLOCK_HV), dtype=tl.float32)
-        for i_s in tl.range(SPLIT):
-            p_part = p_ws + i_s * BLOCK_M * ROW
-            b_high = tl.load(p_part, cache_modifier=".cg")
-            new = tl.maximum(highest, b_high)
-            shrink = tl.exp2(highest - new)
-            grow = tl.exp2(b_high - new)
-            total = total * shrink + grow * tl.load(p_part + 1, cache_modifier=".cg")
-            p_part = p_part[:, None] + 2
-            o_e = o_e * shrink[:, None] + grow[:, None] * tl.load(p_part + o_cl, cache_modifier=".cg")
-            o_o = o_o * shrink[:, None] + grow[:, None] * tl.load(p_part + BLOCK_LV + o_cl, cache_modifier=".cg")
-            o_x = o_x * shrink[:, None] + grow[:, None] * tl.load(p_part + 2 * BLOCK_LV + o_ch, cache_modifier=".cg")
-            highest = new
+        total, o_e, o_o, o_x = _sum_of_parts(p_parts, SPLIT, BLOCK_LV, BLOCK_HV, BLOCK_M)
     # a padding query sees nothing: 0 instead of 0 / 0
     total = tl.where(total > 0.0, total, 1.0)[:, None]
     o_e = o_e / total
