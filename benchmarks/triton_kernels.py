@@ -199,10 +199,10 @@ def _bench(call: Callable) -> float:
 
 
 def _tune(call: Callable, bench: Callable) -> None:
-    """Try warps and stages for a call; keep what beats the default in the tuning file."""
+    """Try warps and stages for a call; keep in the tuning file what beats the default, or what an earlier run chose."""
     chosen = launch._tuned()
     for key in launch.requested_tiles(call):
-        best, best_ms = None, bench(call)
+        best, best_ms = chosen.get(key), bench(call)
         for candidate in CANDIDATES:
             chosen[key] = candidate
             try:

@@ -116,4 +116,8 @@ def test_tuning_keeps_what_is_faster(benchmark, monkeypatch, tmp_path):
     launch._tuned.cache_clear()  # as another process would read it
     call()
     assert used[-1] == dict(num_warps=8, num_stages=3)
+    benchmark._tune(call, lambda function: function() or 1.0)  # nothing is faster now: an earlier choice stays
+    launch._tuned.cache_clear()
+    call()
+    assert used[-1] == dict(num_warps=8, num_stages=3)
     launch._tuned.cache_clear()
