@@ -57,7 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.topology_file is not None:
         stated = Path(arguments.topology_file).expanduser().read_text(encoding="utf-8")
         common.write_text(output / TOPOLOGY_FILE, stated)
-    common.show(arguments, {"output": str(output), **record}, _text(record, output))
+    from resq_compiler.inspection.dump import target_directory
+
+    dumped = target_directory(arguments.dump)
+    common.show(arguments, {"output": str(output), "dump": dumped and str(dumped), **record}, _text(record, output, dumped))
     return 0
 
 
@@ -80,7 +83,7 @@ def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
     return compiled, time.perf_counter() - began
 
 
-def _text(record: dict[str, Any], output: Path) -> str:
+def _text(record: dict[str, Any], output: Path, dumped: Path | None) -> str:
     from resq_compiler.tables import megabytes, number
 
     bits, size = record["average_bits"], record["memory_bytes"]
@@ -93,4 +96,6 @@ def _text(record: dict[str, Any], output: Path) -> str:
         f"  {record['seconds']:.1f} s, peak memory {megabytes(record['peak_memory_bytes'])}",
         *(f"  note: {note}" for note in record["notes"]),
     ]
+    if dumped is not None:
+        lines.append(f"wrote {dumped}: every pass, and index.html to browse them; open it in a browser")
     return "\n".join(lines)

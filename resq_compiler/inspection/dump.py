@@ -216,8 +216,9 @@ def read_manifest(directory: Path | str) -> dict[str, Any]:
     directory = Path(directory)
     path = directory / MANIFEST
     if not path.is_file():
+        found = "a directory without one" if directory.is_dir() else "a file" if directory.exists() else "nothing"
         raise DumpError(
-            f"{directory}: expected a dump (a directory with {MANIFEST}), found none; "
+            f"{directory}: expected a dump (a directory with {MANIFEST}), found {found}; "
             "make one with `resq inspect MODEL --dump DIR` or compile(..., dump_dir=DIR)"
         )
     manifest = read_json(path)

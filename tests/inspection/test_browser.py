@@ -150,6 +150,22 @@ def test_a_click_on_a_node_shows_its_details(opened):
     assert "projection\nU_" in find(opened, "#details")[0].text
 
 
+def test_readers_are_named_with_the_operator_they_are_now(opened):
+    opened.execute_script("reveal(current, data.stage(current).nodes.find((r) => r.target === 'quantize').name)")
+    readers = find(opened, "#details .users")[0].text
+    assert "quantized_linear W8A8" in readers  # the name alone is that of the node before its inputs were quantized
+
+
+def test_nothing_is_cut_off_in_a_small_window(page):
+    page.set_window_size(1060, 570)
+    beyond = """const [name] = arguments; showTab(name); const bar = document.querySelector(`#${name} .toolbar`).getBoundingClientRect();
+        return [...document.querySelectorAll(`#${name} .toolbar > *`)].filter((e) => e.getBoundingClientRect().right > bar.right).length"""
+    try:
+        assert [page.execute_script(beyond, name) for name in ("graph", "compare")] == [0, 0]
+    finally:
+        page.set_window_size(1500, 900)
+
+
 def test_colours_by_noise(opened):
     from selenium.webdriver.support.ui import Select
 

@@ -114,6 +114,10 @@ def test_blocks_of_nodes_without_facts_come_from_modules():
 def test_not_a_dump(tmp_path):
     with pytest.raises(DumpError, match=r"expected a dump .*resq inspect MODEL --dump DIR"):
         dump.read_manifest(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name, found in (("absent", "nothing"), ("file", "a file")):
+        with pytest.raises(DumpError, match=rf"{name}: expected a dump .*, found {found}; "):
+            dump.read_manifest(tmp_path / name)
     (tmp_path / "dump.json").write_text("{")
     with pytest.raises(DumpError, match="cannot be read as JSON"):
         dump.read_manifest(tmp_path)

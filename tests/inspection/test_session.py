@@ -52,6 +52,7 @@ def test_compile_command_writes_a_dump(float_model, tmp_path, capsys):
     arguments = [str(float_model), "--recipe", "rtn", "--output", str(tmp_path / "model"), "--dump", str(tmp_path / "dump")]
     assert main(["compile", *arguments]) == 0
     assert read_manifest(tmp_path / "dump")["options"]["recipe"] == "rtn"
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'dump'}: every pass, and index.html to browse them; open it in a browser\n")
     assert main(["diff", str(tmp_path / "dump"), str(tmp_path / "dump")]) == 0
     assert capsys.readouterr().out.endswith("equal: options, graphs, bits and noise\n")
 

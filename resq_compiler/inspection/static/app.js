@@ -138,6 +138,9 @@ function measuredAt(site) {
 
 const link = (name) => `<a data-node="${esc(name)}">${esc(name)}</a>`;
 
+// A name keeps the operator that made the node; a pass may have given it another one since.
+const readerLine = (record) => `${link(record.name)}<span class="hint">${esc(record.target)} ${esc(record.bits)}</span>`;
+
 function details(stage, name) {
   const record = stage.byName.get(name);
   if (!record) return;
@@ -163,7 +166,8 @@ function details(stage, name) {
     (measured ? `<h3>Measured at ${esc(site.name.replace(/\.part\d+$/, ""))}</h3><dl>${measured}</dl>` : "") +
     `<h3>Call</h3><code>${esc(record.text)}</code>` +
     `<h3>Inputs</h3><dl>${record.inputs.map((n) => `<dt>${esc(stage.byName.get(n).op === "get_attr" ? "tensor" : "")}</dt><dd>${link(n)} <span class="hint">${esc(shapeText(stage.byName.get(n)))}</span></dd>`).join("")}</dl>` +
-    `<h3>Read by</h3><div>${users.slice(0, 40).map(link).join(", ") || "–"}${users.length > 40 ? ` and ${users.length - 40} more` : ""}</div>` +
+    `<h3>Read by</h3><div class="users">${users.slice(0, 40).map((n) => readerLine(stage.byName.get(n))).join("") || "–"}</div>` +
+    (users.length > 40 ? `<p class="hint">and ${users.length - 40} more</p>` : "") +
     `<h3>Stages</h3><div>${stages.length ? `${esc(stages[0])} … ${esc(stages[stages.length - 1])}` : ""}</div>`;
   for (const a of $("details").querySelectorAll("a[data-node]")) a.addEventListener("click", () => reveal(stage.index, a.dataset.node));
 }

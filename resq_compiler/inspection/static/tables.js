@@ -38,7 +38,7 @@ function linearsTable(element) {
       const chain = subgraphOf(stage, record).map((r) => `<a data-node="${esc(r.name)}" title="${esc(r.name)}">${esc(r.target)}</a>`).join(" → ");
       rows.push(`<tr><td><a data-linear="${esc(name)}">${esc(name)}</a></td><td>${esc(site.role)}</td><td class="number">${site.block ?? ""}</td>` +
         `<td>${original ? `<a data-stage="${at}" data-node="${esc(original)}" title="${esc(data.stages[at].info.label)}">${esc(original)}</a>` : ""}</td>` +
-        `<td class="number">${part ? part.index : ""}</td><td>${columns}</td><td class="bits"><span class="swatch" style="background:${colourOf(record.precision)}"></span>${esc(record.bits || "float")}</td>` +
+        `<td class="number">${part ? part.index : ""}</td><td class="columns">${columns}</td><td class="bits"><span class="swatch" style="background:${colourOf(record.precision)}"></span>${esc(record.bits || "float")}</td>` +
         `<td class="number">${noise.weight ?? ""}</td><td class="number">${noise.input ?? ""}</td><td class="chain">${chain}</td></tr>`);
     }
   }
@@ -86,7 +86,11 @@ function diagnostics(element) {
   element.addEventListener("click", (event) => event.target.dataset.node && reveal(stage.index, event.target.dataset.node));
 }
 
+// As one writes it: lists and tables of an option are JSON, nothing is none.
+const optionText = (value) => (value === null || value === "" || (typeof value === "object" && !Object.keys(value).length) ? "none" :
+  typeof value === "object" ? JSON.stringify(value) : String(value));
+
 function optionsTable(element) {
-  const rows = Object.entries(data.manifest.options).map(([option, value]) => ({ option, value: String(value) }));
+  const rows = Object.entries(data.manifest.options).map(([option, value]) => ({ option, value: optionText(value) }));
   element.innerHTML = `<h2>Options of this compile</h2>${anyTable(["option", "value"], rows)}<p class="hint">${esc(data.manifest.made_by)}</p>`;
 }
