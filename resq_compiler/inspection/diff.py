@@ -13,6 +13,7 @@ from resq_compiler.inspection import dump
 
 COMPARED = ("target", "text", "values", "module", "pass", "block", "bits", "facts")
 STAGE_FIELDS = ("options", "nodes", "rewrites", "relative_error", "failed", "failed_node")
+MEASURED = ("WeightNoise.relative",)  # differs from node to node: nodes are alike without having the same one
 Change = tuple[Any, Any]
 
 
@@ -100,11 +101,16 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
     return {f"{title}, {k.replace('_', ' ')}": v for key, title in kinds.items() for k, v in summary.get(key, {}).items()}
 
 
+def _kind(site: str) -> str:
+    """The name of a site without its block: blocks.*.key."""
+    return re.sub(r"\.\d+\.", ".*.", site, count=1)
+
+
 def _by_kind(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Change]:
     """Medians over blocks of what both dumps measured; the name of a kind is that of its sites without their block."""
     kinds: dict[str, list[str]] = {}
     for name in a.keys() & b.keys():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name, count=1), []).append(name)
+        kinds.setdefault(_kind(name), []).append(name)
     medians = {k: tuple(round(statistics.median(n[x] for x in names), 2) for n in (a, b)) for k, names in sorted(kinds.items())}
     return {k: pair for k, pair in medians.items() if pair[0] != pair[1]}
 
@@ -145,7 +151,7 @@ def _site_bits(directory: Path | str, manifest: dict[str, Any]) -> dict[str, str
 
 
 def difference_text(found: Difference, limit: int = 20) -> str:
-    """For the terminal: each section with at most `limit` lines."""
+    """For the terminal: each section with at most `limit` lines; a change that later stages keep is told once."""
     if found.empty:
         return "equal: options, graphs, bits and noise"
     lines = [f"A: {found.names[0]}", f"B: {found.names[1]}"]
@@ -153,10 +159,10 @@ def difference_text(found: Difference, limit: int = 20) -> str:
     _section(lines, "bits and sizes", [f"{k}: {_number(a)} -> {_number(b)}" for k, (a, b) in found.summary.items()], limit)
     only = [f"only in A: {label}" for label in found.only_a] + [f"only in B: {label}" for label in found.only_b]
     _section(lines, "passes", only, limit)
+    told: set[str] = set()
     for stage in found.stages:
-        if not stage.empty:
-            _section(lines, f"stage {stage.label}", _stage_lines(stage), limit)
-    _section(lines, "bits", [f"{k}: {a or '-'} -> {b or '-'}" for k, (a, b) in found.bits.items()], limit)
+        _section(lines, f"stage {stage.label}", _stage_lines(stage, told), limit)
+    _section(lines, "bits", _bits_lines(found.bits), limit)
     _section(lines, "noise by kind of site, dB (medians over blocks, largest change first)", _noise_lines(found.noise_by_kind), limit)
     _section(lines, "noise of each site, dB (largest change first)", _noise_lines(found.noise), limit)
     return "\n".join(lines)
@@ -172,26 +178,57 @@ def _section(lines: list[str], title: str, content: list[str], limit: int) -> No
         lines += [title, *(f"  {line}" for line in content[:limit]), *([f"  ... and {hidden} more"] if hidden > 0 else [])]
 
 
-def _stage_lines(stage: StageDifference) -> list[str]:
+def _stage_lines(stage: StageDifference, told: set[str]) -> list[str]:
+    """What a stage adds to what is told already, in groups: nodes alike in the fields that changed, and how, share a line."""
     lines = [f"{k}: {a} -> {b}" for k, (a, b) in stage.fields.items()]
     if stage.operators:
         lines.append("operators: " + ", ".join(f"{k} {a or 0} -> {b or 0}" for k, (a, b) in stage.operators.items()))
     lines += [f"+ %{name}" for name in stage.added] + [f"- %{name}" for name in stage.removed]
-    same = Counter(repr({k: v for k, v in c.items() if k != "text"}) for c in stage.changed.values())
-    shown = set()
+    groups: dict[str, list[str]] = {}
     for name, changes in stage.changed.items():
-        key = repr({k: v for k, v in changes.items() if k != "text"})
-        if key in shown:
-            continue
-        shown.add(key)
-        more = f" (and {same[key] - 1} alike)" if same[key] > 1 else ""
-        lines.append(f"~ %{name}: " + "; ".join(f"{k}: {a} -> {b}" for k, (a, b) in changes.items()) + more)
-    return lines
+        leaves = _leaf_changes(changes)
+        line = f"~ %{name}: " + "; ".join(f"{k}: {_shown(a)} -> {_shown(b)}" for k, (a, b) in leaves.items())
+        if line not in told:
+            groups.setdefault(repr([(k, None if k in MEASURED else pair) for k, pair in leaves.items() if k != "text"]), []).append(line)
+            told.add(line)
+    for members in groups.values():
+        alike = "alike but for the figures" if any(f" {k}: " in members[0] for k in MEASURED) else "alike"
+        lines.append(members[0] + (f" (and {len(members) - 1} {alike})" if len(members) > 1 else ""))
+    new = [line for line in lines if line not in told or line.startswith("~")]
+    told.update(new)
+    return new
+
+
+def _leaf_changes(changes: dict[str, Change]) -> dict[str, Change]:
+    """Changed fields, facts down to the single value: WeightNoise.relative instead of all facts of a node."""
+    return {k: v for field, (a, b) in changes.items() for k, v in _changes(_leaves(field, a), _leaves(field, b)).items()}
+
+
+def _leaves(path: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path.removeprefix("facts."): value}
+    return {k: leaf for key, inner in value.items() for k, leaf in _leaves(f"{path}.{key}", inner).items()}
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _bits_lines(bits: dict[str, Change]) -> list[str]:
+    """Sites of one kind that changed alike share a line."""
+    groups: dict[tuple[str, Any, Any], list[str]] = {}
+    for name, (a, b) in bits.items():
+        groups.setdefault((_kind(name), a, b), []).append(name)
+    return [
+        f"{kind if len(names) > 1 else names[0]}: {a or '-'} -> {b or '-'}" + (f" ({len(names)} blocks)" if len(names) > 1 else "")
+        for (kind, a, b), names in groups.items()
+    ]
 
 
 def _noise_lines(noise: dict[str, Change]) -> list[str]:
-    def size(pair: Change) -> float:
-        return abs(pair[1] - pair[0]) if None not in pair else float("inf")
-
-    ranked = sorted(noise.items(), key=lambda item: -size(item[1]))
-    return [f"{k}: {a} -> {b}" + (f" ({b - a:+.2f})" if None not in (a, b) else "") for k, (a, b) in ranked]
+    """Ranked changes; first, sites that one side alone has are counted."""
+    counts = [sum(pair[side] is None for pair in noise.values()) for side in (1, 0)]
+    lines = [f"only in {name}: {count} sites" for name, count in zip("AB", counts, strict=True) if count]
+    both = {k: pair for k, pair in noise.items() if None not in pair}
+    ranked = sorted(both.items(), key=lambda item: -abs(item[1][1] - item[1][0]))
+    return lines + [f"{k}: {a} -> {b} ({b - a:+.2f})" for k, (a, b) in ranked]

@@ -64,7 +64,7 @@ def test_compiles_with_other_options(compiled, tmp_path):
     last = next(s for s in found.stages if s.label == "13-quantize-kv-cache")
     assert not last.operators and {c["bits"] for c in last.changed.values() if "bits" in c} == {("4|8", "8")}
     text = difference_text(found)
-    assert "kv_bits: 4 -> 8" in text and "average bits, kv: 4.5" in text and "blocks.*.key" in text
+    assert "kv_bits: 4 -> 8" in text and "average bits, kv: 4.5" in text and "blocks.*.key: 4|8 -> 8 (2 blocks)" in text
 
 
 def test_a_pass_less_shows_in_the_numbers_of_operators(compiled, tmp_path):
@@ -76,6 +76,26 @@ def test_a_pass_less_shows_in_the_numbers_of_operators(compiled, tmp_path):
     last = next(s for s in found.stages if s.label.endswith("quantize-kv-cache"))
     assert last.operators["hadamard"] == (2, None) and last.operators["quantized_linear"] == (26, 14)
     assert "hadamard 2 -> 0" in difference_text(found)
+
+
+def test_a_change_that_later_stages_keep_is_told_once(compiled, changed):
+    for path in changed.glob("1[123]-*.json"):
+        stage = json.loads(path.read_text())
+        for node in stage["nodes"]:
+            if "WeightNoise" in node["facts"]:
+                node["facts"]["WeightNoise"]["relative"] *= 2
+        path.write_text(json.dumps(stage))
+    lines = [line for line in difference_text(compare(compiled.dump, changed)).splitlines() if "WeightNoise" in line]
+    assert len(lines) == 1 and "LinearPart" not in lines[0]  # the changed fact alone, of one node for all 26
+    assert lines[0].startswith("  ~ %") and lines[0].endswith("(and 25 alike but for the figures)")
+
+
+def test_sites_of_one_side_are_counted(compiled, changed):
+    manifest = json.loads((changed / "dump.json").read_text())
+    manifest["noise"] = {k: v for k, v in manifest["noise"].items() if v["kind"] != "kv"}
+    (changed / "dump.json").write_text(json.dumps(manifest))
+    lines = difference_text(compare(compiled.dump, changed)).splitlines()
+    assert lines[-1] == "  only in A: 4 sites"
 
 
 def test_stages_of_one_side_only(compiled, changed):
