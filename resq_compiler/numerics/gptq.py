@@ -50,7 +50,7 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = False,
     clip: Clip = "mse",
-    norm: float = 2.4,
+    norm: float = 2.0,
     weighted_clip: bool = False,
     cross: Tensor | None = None,
     output_gap: Tensor | None = None,

@@ -60,7 +60,7 @@ def split_rows(parts: Sequence[QuantizedWeight], rows: Sequence[int]) -> list[li
 
 
 def quantize_weight_rtn(
-    w: Tensor, parts: Sequence[Part], *, clip: Clip = "mse", norm: float = 2.4, column_weight: Tensor | None = None
+    w: Tensor, parts: Sequence[Part], *, clip: Clip = "mse", norm: float = 2.0, column_weight: Tensor | None = None
 ) -> list[QuantizedWeight]:
     """Round a weight to nearest, part by part.
 
@@ -87,7 +87,7 @@ def round_to_codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def search_scale(
-    w: Tensor, bits: int, *, clip: Clip = "mse", norm: float = 2.4, column_weight: Tensor | None = None
+    w: Tensor, bits: int, *, clip: Clip = "mse", norm: float = 2.0, column_weight: Tensor | None = None
 ) -> Tensor:
     """Scale of each row: the largest weight ("max") or the best of the 80 shrinks ("mse").
 
@@ -99,7 +99,8 @@ def search_scale(
              column's error; diag(H) with norm=2 makes the search aware of the layer's output.
     Returns: float32 [N], at least FLT_MIN (also for rows of zeros).
     Raises:  QuantError: w not finite, unknown clip, norm <= 0, column_weight of another length, negative or not finite.
-    Source:  GPTQ's find_params with the exponent and grid ResQ uses; differs: column_weight, early stop, 1.00 included.
+    Source:  GPTQ's find_params with the grid ResQ uses; differs: squares, not the power 2.4 (perplexity of
+             SmolLM2 with rounded weights, seed 0: 28.30, not 29.17), column_weight, early stop, 1.00 included.
     """
     check_weight(w, "search_scale")
     if clip not in ("mse", "max") or not norm > 0:
