@@ -21,27 +21,31 @@ import accuracy
 
 from resq_compiler.tables import number, table
 
-A_THEN_W, W_THEN_A = ({"gptq_on_quantized_activations": order} for order in (True, False))
+PLAIN_GPTQ = {"gptq_sweeps": 0, "gptq_token_weighting": "none"}  # what corrections can be combined with
+A_THEN_W = {**PLAIN_GPTQ, "gptq_on_quantized_activations": True}
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "resq": ("resq", {}, "the paper's method"),
     "resq+": ("resq+", {}, "the best of what follows"),
     "down hadamard": ("resq+", {"down_proj": "hadamard"}, "all of down_proj's input in 4 bits, as in the paper"),
     "no clip": ("resq+", {"activation_clip": 1.0}, "whole range of 4-bit activations"),
-    "orthogonal": ("resq+", {"rotation": "orthogonal"}, "random orthogonal rotations, not randomized Hadamard"),
-    "W then A": ("resq+", {**W_THEN_A, "gptq_correction": "none"}, "GPTQ sees float activations"),
-    "A then W": ("resq+", {**A_THEN_W, "gptq_correction": "none"}, "GPTQ sees quantized activations"),
-    "GPTAQ": ("resq+", {**A_THEN_W, "gptq_correction": "gptaq"}, "asymmetric calibration"),
-    "output": ("resq+", {**A_THEN_W, "gptq_correction": "output"}, "weights aim at the float layer's output"),
-    "residual": ("resq+", {**A_THEN_W, "gptq_correction": "residual"}, "weights aim at the float residual stream too"),
-    "no act-order": ("resq+", {"gptq_act_order": False}, "columns in the order of the basis"),
-    "mse clip": ("resq+", {"weight_clip": "mse"}, "weight scales searched on the weights alone"),
+    "clip 0.85": ("resq+", {"activation_clip": 0.85}, "the same share of the range whatever the width"),
     "plain bases": ("resq+", {"basis_weighting": "none"}, "bases of activations alone, not weighted by their readers"),
-    "clip 0.9": ("resq+", {"activation_clip": 0.9}, "a little less clipping"),
+    "mse clip": ("resq+", {"weight_clip": "mse"}, "weight scales searched on the weights alone"),
+    "no act-order": ("resq+", {"gptq_act_order": False}, "columns in the order of the basis"),
+    "no sweeps": ("resq+", {"gptq_sweeps": 0}, "GPTQ without coordinate descent after it"),
+    "tokens alike": ("resq+", {"gptq_token_weighting": "none"}, "GPTQ counts massive tokens by their size"),
+    "orthogonal": ("resq+", {"rotation": "orthogonal"}, "random orthogonal rotations, not randomized Hadamard"),
+    "plain GPTQ": ("resq+", PLAIN_GPTQ, "neither sweeps nor token weights: what the next four start from"),
+    "A then W": ("resq+", A_THEN_W, "GPTQ sees quantized activations"),
+    "GPTAQ": ("resq+", {**A_THEN_W, "gptq_correction": "gptaq"}, "asymmetric calibration"),
+    "output": ("resq+", {**A_THEN_W, "gptq_correction": "output"}, "weights aim at the float layer's output (Qronos but for its first column)"),
+    "residual": ("resq+", {**A_THEN_W, "gptq_correction": "residual"}, "weights aim at the float residual stream too"),
     "key head": ("resq+", {"key_basis": "head"}, "U_C for each key/value head"),
-    "bits moved": ("resq+", {"site_fractions": "mlp=1/4,o=0,key=1/4,value=0"}, "more 8-bit columns for gate, up and keys"),
+    "bits moved": ("resq+", {"site_fractions": "mlp=1/4,o=0,key=1/4,value=0"}, "more 8-bit columns for gate, up and keys, none for o and values"),
     "kv clip": ("resq+", {"kv_clip": 0.95}, "0.95 of the range of keys and values"),
+    "o per token": ("resq+", {"o_proj_granularity": "token"}, "one scale a token for the input of output projections"),
     "self-written": ("resq+", {}, "calibrated on text that the model writes"),
-    "16 windows": ("resq+", {"calibration_samples": 16}, "a quarter of the calibration tokens"),
+    "1/4 of the text": ("resq+", {"calibration_samples": 16}, "a quarter of the calibration tokens"),
 }
 
 

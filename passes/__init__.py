@@ -1,5 +1,6 @@
 """The passes, one file each. Each file says what it rewrites; `resq_compiler.recipes` says in which order they run."""
 
+from resq_compiler.passes.allocate_bits import AllocateBits
 from resq_compiler.passes.canonicalize import Canonicalize
 from resq_compiler.passes.compute_bases import ComputeBases
 from resq_compiler.passes.find_topology import FindTopology
@@ -16,6 +17,6 @@ from resq_compiler.passes.split_fused import SplitFused
 from resq_compiler.passes.untie_embeddings import UntieEmbeddings
 
 __all__ = [
-    "Canonicalize", "ComputeBases", "FindTopology", "FoldNorms", "FuseProjections", "InsertProjections", "NameAttention",
+    "AllocateBits", "Canonicalize", "ComputeBases", "FindTopology", "FoldNorms", "FuseProjections", "InsertProjections", "NameAttention",
     "PartitionLinears", "QuantizeActivations", "QuantizeKvCache", "QuantizeWeights", "ReorderChannels", "SplitFused", "UntieEmbeddings",
 ]  # fmt: skip

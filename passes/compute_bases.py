@@ -19,6 +19,6 @@ class ComputeBases(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         if calibration.needs_moments(ctx.config):
-            ctx.moments = calibration.calibrate(gm, ctx)
+            ctx.moments = ctx.moments or calibration.calibrate(gm, ctx)
         ctx.bases = calibration.make_bases(gm, ctx.moments, ctx.topology, ctx.config)
         return 0

@@ -48,7 +48,7 @@ class InsertProjections(Pass):
                 done += insert_key(gm, block.attention, bases.key[block.index], block.index)
             for feed_forward in block.feed_forwards:
                 if ctx.config.down_proj in ("hadamard", "energy-split") and feed_forward.down not in topology.floats:
-                    done += insert_hadamard(gm, feed_forward.down, ctx)
+                    done += insert_hadamard(gm, feed_forward.down, ctx, block.index)
         return done
 
 
@@ -113,11 +113,12 @@ def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int)
     return 2
 
 
-def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext) -> int:
+def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -> int:
     """U_D and its inverse before a down projection."""
     x = down.args[0]
     width = x.meta["val"].shape[-1]
-    stretches = tuple(sizes(width, ctx.config, "down")) if ctx.config.down_proj == "energy-split" else None
+    split = ctx.config.down_proj == "energy-split"
+    stretches = tuple(sizes(width, ctx.config, "down", block=block)) if split else None
     for plan in map(hadamard_plan, stretches or (width,)):
         if not plan.full_width:
             ctx.note(f"U_D on {plan.n} channels is a block transform of width {plan.block}: {plan.reason}")

@@ -57,11 +57,11 @@ class PartitionLinears(Pass):
         if site.role == "o":
             assert site.block is not None
             attention = topology.blocks[site.block].attention
-            parts = linear_parts(attention.value_dim, ctx.config, "o")
+            parts = linear_parts(attention.value_dim, ctx.config, "o", block=site.block)
             return split(gm, linear, site, parts, attention.num_heads, pieces)
         width = linear_weight(gm, linear).shape[1]
         kind = SITE_OF_ROLE[site.role]
-        parts = linear_parts(width, ctx.config, kind, split=kind != "down" or ctx.config.down_proj in SPLIT_DOWN)
+        parts = linear_parts(width, ctx.config, kind, kind != "down" or ctx.config.down_proj in SPLIT_DOWN, site.block)
         return split(gm, linear, site, parts, 1, pieces)
 
 

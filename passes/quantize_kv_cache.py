@@ -35,7 +35,8 @@ class QuantizeKvCache(Pass):
                 new = cache.args[1]
                 if is_call(new, ops.quantize_dequantize):
                     continue
-                parts = tuple((p.bits, p.start, p.stop) for p in cache_parts(new.meta["val"].shape[-1], ctx.config, kind))
+                width = new.meta["val"].shape[-1]
+                parts = tuple((p.bits, p.start, p.stop) for p in cache_parts(width, ctx.config, kind, block.index))
                 with gm.graph.inserting_after(new):
                     image = emit(gm.graph, ops.quantize_dequantize, (new, parts, ctx.config.kv_clip), new, self.name)
                 site = meta.QuantizerSite(f"blocks.{block.index}.{kind}", "kv", block.index, parts[0][0])

@@ -199,7 +199,9 @@ def _basis(
         return permutation(moment.diagonal())
     p, spectrum = principal_basis(moment)
     spectra[purpose] = spectrum
-    return p @ part_rotation(sizes(width, config, *BASIS_SITES[purpose.partition(".")[0]]), config.rotation, draw)
+    kind, *where = purpose.split(".")  # residual, value.BLOCK.HEAD, key.BLOCK or key.BLOCK.HEAD
+    columns = sizes(width, config, *BASIS_SITES[kind], block=int(where[0]) if where else None)
+    return p @ part_rotation(columns, config.rotation, draw)
 
 
 def needs_moments(config: CompileConfig) -> bool:

@@ -91,7 +91,7 @@ def compile(
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
         _run_passes(pipeline, captured.graph_module, config, on_float)
         compiled = CompiledModel(
-            hf_config, captured.graph_module, config, captured.cache, generation_config=generation_config, tokenizer=tokenizer,
+            hf_config, captured.graph_module, ctx.config, captured.cache, generation_config=generation_config, tokenizer=tokenizer,
             stages=pipeline.stages, notes=ctx.notes, topology=ctx.topology, source=source,
             sample_ids=None if windows is None else windows[:1],
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -11,6 +12,9 @@ from resq_compiler.errors import ConfigError
 
 SITES = ("attention", "mlp", "o", "down", "key", "value")
 """Where high fractions may differ: inputs of q/k/v, gate/up, o and down, and cached keys and values."""
+
+SITES_OF_BLOCKS = SITES[2:]
+"""Those that may differ between blocks too, as in down.3; the others share U_A."""
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "weight_bits": (2, 3, 4, 5, 6, 7, 8, 16),
@@ -53,6 +57,7 @@ class CompileConfig:
     high_bits: int = 8
     high_fraction: float = 1 / 8
     site_fractions: str = ""
+    average_bits: float | None = None
     low_bits: int = 2
     low_fraction: float = 0.0
     rank_multiple: int = 1
@@ -95,6 +100,7 @@ class CompileConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
         self._check_correction()
+        self._check_average()
         self.fractions()
 
     def _check_correction(self) -> None:
@@ -110,24 +116,28 @@ class CompileConfig:
                 "the correction; set gptq_sweeps to 0, or gptq_correction to output"
             )
 
+    def _check_average(self) -> None:
+        if self.average_bits is None:
+            return
+        main = min(self.weight_bits, self.activation_bits, self.kv_bits)
+        self._check_range("average_bits", main, (main + self.high_bits) / 2)  # at most half of the columns are high
+        if self.basis != "pca" or self.low_fraction or self.site_fractions:
+            raise ConfigError(
+                "option average_bits: shares out high columns by the spectra of a pca basis, in two parts; expected basis=pca, "
+                f"low_fraction=0 and no site_fractions; got basis={self.basis}, low_fraction={self.low_fraction}, "
+                f"site_fractions={self.site_fractions!r}"
+            )
+
+    def fraction(self, site: str, block: int | None = None) -> float:
+        """High fraction of a site (of SITES), in a block where blocks differ."""
+        found = self.fractions()
+        return found.get(f"{site}.{block}", found.get(site, self.high_fraction))
+
     def fractions(self) -> dict[str, float]:
-        """High fraction of every site: `high_fraction`, or what `site_fractions` says, as in "mlp=1/4,o=0"."""
-        found = dict.fromkeys(SITES, self.high_fraction)
+        """What `site_fractions` says, by site or site.block, as in "mlp=1/4,down.3=0"."""
         if not isinstance(self.site_fractions, str):
             raise ConfigError(f"option site_fractions: expected text such as mlp=1/4,o=0; got {self.site_fractions!r}")
-        for item in filter(None, self.site_fractions.replace(" ", "").split(",")):
-            name, _, value = item.partition("=")
-            try:
-                fraction = float(Fraction(value))
-            except (ValueError, ZeroDivisionError):
-                fraction = -1.0
-            if name not in SITES or not 0 <= fraction <= 0.5:
-                raise ConfigError(
-                    f"option site_fractions: expected SITE=FRACTION with a site out of {', '.join(SITES)} and a fraction from 0 to 1/2, "
-                    f"separated by commas; got {item!r}"
-                )
-            found[name] = fraction
-        return found
+        return dict(parse_fractions(self.site_fractions))
 
     def _check_whole(self, name: str, least: int | None) -> None:
         value = getattr(self, name)
@@ -158,6 +168,27 @@ class CompileConfig:
         """Inverse of `to_dict`; an option that does not exist is a ConfigError that names the nearest one."""
         check_names(values)
         return cls(**values)
+
+
+@functools.cache
+def parse_fractions(text: str) -> tuple[tuple[str, float], ...]:
+    """Pairs of SITE[.BLOCK] and its fraction. Raises ConfigError."""
+    found = {}
+    for item in filter(None, text.replace(" ", "").split(",")):
+        name, _, value = item.partition("=")
+        site, dot, block = name.partition(".")
+        try:
+            fraction = float(Fraction(value))
+        except (ValueError, ZeroDivisionError):
+            fraction = -1.0
+        known = site in SITES if not dot else site in SITES_OF_BLOCKS and block.isdecimal()
+        if not known or not 0 <= fraction <= 0.5:
+            raise ConfigError(
+                f"option site_fractions: expected SITE=FRACTION with a site out of {', '.join(SITES)} ({', '.join(SITES_OF_BLOCKS)} "
+                f"also for one block, as in down.3) and a fraction from 0 to 1/2, separated by commas; got {item!r}"
+            )
+        found[f"{site}.{int(block)}" if dot else site] = fraction
+    return tuple(found.items())
 
 
 def check_names(values: dict[str, Any]) -> None:

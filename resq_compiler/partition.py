@@ -21,21 +21,23 @@ class ColumnPart:
     activation_bits: int
 
 
-def column_parts(width: int, config: CompileConfig, site: str) -> tuple[Part, ...]:
-    """The split of a width at a site (config.SITES) by the fractions alone. The bits in it only name the parts: 4, 8 (and 2)."""
+def column_parts(width: int, config: CompileConfig, site: str, block: int | None = None) -> tuple[Part, ...]:
+    """The split of a width at a site (config.SITES) of a block by the fractions alone. The bits in it only name the parts: 4, 8 (and 2)."""
     return parts_for(
-        width, config.fractions()[site], low_bits=4, high_bits=8, lowest_fraction=config.low_fraction, lowest_bits=2,
+        width, config.fraction(site, block), low_bits=4, high_bits=8, lowest_fraction=config.low_fraction, lowest_bits=2,
         rank_multiple=config.rank_multiple,
     )  # fmt: skip
 
 
-def sizes(width: int, config: CompileConfig, *sites: str) -> list[int]:
+def sizes(width: int, config: CompileConfig, *sites: str, block: int | None = None) -> list[int]:
     """Columns between one part's border and the next, ascending in precision: of all sites that share a basis."""
-    borders = sorted({0} | {p.stop for site in sites for p in column_parts(width, config, site)})
+    borders = sorted({0} | {p.stop for site in sites for p in column_parts(width, config, site, block)})
     return [stop - start for start, stop in itertools.pairwise(borders)]
 
 
-def linear_parts(width: int, config: CompileConfig, site: str, split: bool = True) -> tuple[ColumnPart, ...]:
+def linear_parts(
+    width: int, config: CompileConfig, site: str, split: bool = True, block: int | None = None
+) -> tuple[ColumnPart, ...]:
     """Parts of a linear's input. One part where `split` is off or the main bits already reach the high ones."""
     weight, activation = config.weight_bits, config.activation_bits
     if not split or min(weight, activation) >= config.high_bits:
@@ -43,7 +45,7 @@ def linear_parts(width: int, config: CompileConfig, site: str, split: bool = Tru
     bits = {2: config.low_bits, 8: config.high_bits}
     return tuple(
         ColumnPart(p.start, p.stop, _bits(weight, bits.get(p.bits)), _bits(activation, bits.get(p.bits)))
-        for p in column_parts(width, config, site)
+        for p in column_parts(width, config, site, block)
     )
 
 
@@ -51,10 +53,10 @@ def _bits(main: int, special: int | None) -> int:
     return main if special is None or main == FLOAT_BITS else special
 
 
-def cache_parts(width: int, config: CompileConfig, site: str) -> tuple[Part, ...]:
+def cache_parts(width: int, config: CompileConfig, site: str, block: int | None = None) -> tuple[Part, ...]:
     """Parts of a cached key or value (the site) of one head."""
     main = config.kv_bits
     if main >= config.high_bits:
         return (Part(main, 0, width),)
     bits = {2: config.low_bits, 4: main, 8: config.high_bits}
-    return tuple(Part(bits[p.bits], p.start, p.stop) for p in column_parts(width, config, site))
+    return tuple(Part(bits[p.bits], p.start, p.stop) for p in column_parts(width, config, site, block))

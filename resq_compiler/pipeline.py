@@ -41,7 +41,7 @@ class PassContext:
     notes: list[str] = field(
         default_factory=list
     )  # what a user should know: approximations, projections that stay online
-    statistics: dict[str, Any] = field(default_factory=dict)  # per-site numbers for reports
+    lines: list[str] = field(default_factory=list)  # text that the running pass adds to its stage, such as a table
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def note(self, message: str) -> None:
@@ -77,6 +77,7 @@ class Stage:
     exact: bool = True
     failed: str | None = None  # the message of the error
     failed_node: str | None = None  # the node it names
+    lines: tuple[str, ...] = ()  # what the pass has to say, such as the table of a search
 
     @property
     def label(self) -> str:
@@ -116,6 +117,7 @@ class Pipeline:
         index, options = len(self.stages), option_text(item)
         memory.release(gm)
         rewrites = 0
+        self.ctx.lines.clear()
         try:
             rewrites = item.run(gm, self.ctx)
             gm.graph.eliminate_dead_code()
@@ -135,7 +137,8 @@ class Pipeline:
             raise PassError(f"pass {index} {item.name}: {what}") from error
         seconds = time.perf_counter() - start
         log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, error)
-        self._record(Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact))
+        lines = tuple(self.ctx.lines)
+        self._record(Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact, lines=lines))
 
     def _compare(self, gm: GraphModule, item: Pass) -> float | None:
         if self.reference is None:

@@ -13,8 +13,8 @@ DEFAULT_RECIPE = "resq+"
 RECIPES: dict[str, dict[str, Any]] = {
     "resq": {},
     "resq+": {
-        "down_proj": "energy-split", "activation_clip": 0.85, "basis_weighting": "readers", "gptq_act_order": True,
-        "weight_clip": "hessian",
+        "down_proj": "energy-split", "activation_clip": "auto", "basis_weighting": "readers", "weight_clip": "hessian",
+        "gptq_act_order": True, "gptq_token_weighting": "residual", "gptq_sweeps": 4,
     },
     "quarot": {"basis": "hadamard", "high_fraction": 0.0},
     "quik": {"basis": "outliers", "rotation": "none", "down_proj": "outliers"},
@@ -38,6 +38,7 @@ def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> Com
 def passes_for(config: CompileConfig) -> list[Pass]:
     """The whole pipeline, in order. Passes before quantize-* are exact."""
     from resq_compiler.passes import (
+        AllocateBits,
         Canonicalize,
         ComputeBases,
         FindTopology,
@@ -56,6 +57,8 @@ def passes_for(config: CompileConfig) -> list[Pass]:
 
     exact: list[Pass] = [Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology(), FoldNorms()]
     reorder = config.down_proj in ("energy-split", "outliers")
+    if config.average_bits is not None:
+        exact.append(AllocateBits())
     if config.basis != "none" or reorder:
         exact.append(ComputeBases())
     if reorder:

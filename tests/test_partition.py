@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from resq_compiler.config import CompileConfig
+from resq_compiler.config import SITES, CompileConfig
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import Part
 from resq_compiler.partition import ColumnPart, cache_parts, column_parts, linear_parts, sizes
@@ -64,8 +64,9 @@ def test_cache_parts():
 
 
 def test_sites_may_have_fractions_of_their_own():
-    config = CompileConfig(site_fractions="mlp=1/4, o=0,key=1/2")
-    assert config.fractions() == {"attention": 1 / 8, "mlp": 1 / 4, "o": 0, "down": 1 / 8, "key": 1 / 2, "value": 1 / 8}
+    config = CompileConfig(site_fractions="mlp=1/4, o=0,key=1/2,down.1=1/2")
+    assert [config.fraction(site) for site in SITES] == [1 / 8, 1 / 4, 0, 1 / 8, 1 / 2, 1 / 8]
+    assert config.fraction("down", 1) == 1 / 2 and config.fraction("down", 0) == 1 / 8 and config.fraction("key", 1) == 1 / 2
     assert cache_parts(16, config, "key") == (Part(4, 0, 8), Part(8, 8, 16))
     assert [p.start for p in linear_parts(64, config, "mlp")] == [0, 48] and len(linear_parts(64, config, "o")) == 1
     assert sizes(64, config, "attention", "mlp") == [48, 8, 8]  # a rotation crosses no border of either

@@ -72,7 +72,8 @@ class DumpWriter:
         entry = stage_entry(stage, len(nodes))
         self.manifest["stages"].append(entry)
         self.seconds[stage.label] = round(stage.seconds, 4)
-        header = [f"{k}: {v}" for k, v in entry.items() if v not in (None, "") and k != "label"]
+        header = [f"{k}: {v}" for k, v in entry.items() if v not in (None, "") and k not in ("label", "lines")]
+        header += stage.lines
         write_file(
             self.directory / f"{stage.label}.txt", text.graph_text([stage.label, *header], nodes, stage.failed_node)
         )
@@ -95,6 +96,7 @@ class DumpWriter:
         from resq_compiler.inspection import page
 
         if compiled is not None:
+            self.manifest["options"] = compiled.options.to_dict()  # as passes resolved them
             self.manifest["notes"] = list(compiled.notes)
             self.manifest["summary"] = report.describe(compiled)
             self.manifest["noise"] = measured_noise(compiled, tokens)
@@ -183,6 +185,7 @@ def stage_entry(stage: Stage, nodes: int) -> dict[str, Any]:
     return {
         "label": stage.label, "name": stage.name, "options": stage.options, "nodes": nodes, "rewrites": stage.rewrites,
         "relative_error": error, "exact": stage.exact, "failed": stage.failed, "failed_node": stage.failed_node,
+        "lines": list(stage.lines),
     }  # fmt: skip
 
 
