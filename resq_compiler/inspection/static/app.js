@@ -122,6 +122,7 @@ function overview(stage) {
   const { info } = stage;
   $("details").innerHTML = `<h2>${esc(info.label)}</h2>` + (info.failed ? `<p class="failed-text">${esc(info.failed)}</p>` : "") +
     (info.options ? `<p><code>${esc(info.options)}</code></p>` : "") +
+    (info.lines?.length ? `<pre>${esc(info.lines.join("\n"))}</pre>` : "") +
     `<p class="hint">Click a block to unfold it, a node for its details. Shapes are those of the example inputs.</p><h3>Operators</h3><dl class="counts">${rows}</dl>`;
 }
 
