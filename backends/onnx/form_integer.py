@@ -7,8 +7,8 @@ stored codes and z the stored zero point of a row,
     Σ_k (u - z) w = Σ_k (u - c) w - (z - c) Σ_k w
 
 and the second sum is done inside the same product: z is appended as extra columns of u, and -Σ_k w, cut into int8 pieces, as extra
-rows of w. int32 throughout; then float32(acc) * (scale_x * scale_w), as the law. ONNX Runtime makes
-MatMulInteger, Cast, Mul one MatMulIntegerToFloat. INT4 weights are cast to int8 at load: 4 bits on disk.
+rows of w. int32 throughout; then float32(acc) * scale_w * scale_x. ONNX Runtime makes MatMulInteger, Cast and the Mul by
+scale_w one MatMulIntegerToFloat. INT4 weights are cast to int8 at load: 4 bits on disk.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class IntegerForm(Form):
         padded = low.once(("padded", source.codes), lambda: self._padded(low, source, rows))
         accumulator = b.op("MatMulInteger", padded, weight, b.constant(np.uint8(stored_zero(source.bits))))
         scales = b.constant(np.concatenate([t.scales for t in terms]), name=f"{terms[0].name}.scales")
-        return b.op("Mul", b.op("Cast", accumulator, to=TensorProto.FLOAT), b.op("Mul", source.scale, scales))
+        by_column = b.op("Mul", b.op("Cast", accumulator, to=TensorProto.FLOAT), b.op("Mul", runtime_one(low), scales))
+        return b.op("Mul", by_column, source.scale)
 
     @staticmethod
     def _padded(low: Lowering, source: Codes, rows: int) -> str:
@@ -319,6 +320,17 @@ def stacked_bias(members: list[LinearSum]) -> np.ndarray:
             for m in members
         ]
     )
+
+
+def runtime_one(low: Lowering) -> str:
+    """1.0, [1], known only at run time, in the place of the scale of the rows: ONNX Runtime fuses products whose scale is a product of
+    two. Scales of rows inside the fused operator are multiplied by one thread, after the product; a Mul runs in all threads."""
+
+    def make() -> str:
+        size = low.size("input_ids", 1)
+        return low.b.op("Cast", low.b.op("Equal", size, size), to=TensorProto.FLOAT)
+
+    return low.once("one", make)
 
 
 def sum_of(low: Lowering, names: list[str]) -> str:
