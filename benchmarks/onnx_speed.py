@@ -5,7 +5,8 @@
 COMPILED_DIR: from `resq compile`, FLOAT_MODEL: what it was compiled from. Every round measures every row once, so load on the
 machine hits all rows alike; medians over rounds, and the ratio to ONNX Runtime float32, which the same emitter exports from the
 float graph, with the same fused operators and session options. --genai: directories of onnxruntime-genai's own builder.
---profile: where the time goes, by kind of operator, for prefill and decode.
+--profile: where the time goes, by kind of operator, for prefill and decode, and a lower bound: what would be left if quantizers, sums,
+scales and splits took no time at all, beside half the time of float32 in the same run.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def measure(step: Step) -> float:
     return time.perf_counter() - began
 
 
-def compare(arguments: argparse.Namespace, made: list[tuple[str, Callable[[int], Any]]]) -> None:
-    """Both phases of every row, interleaved."""
+def compare(arguments: argparse.Namespace, made: list[tuple[str, Callable[[int], Any]]]) -> dict[str, float]:
+    """Both phases of every row, interleaved. Returns the milliseconds of the first row, by phase."""
     prefill = {name: make(arguments.prompt) for name, make in made}
     decode = {name: make(arguments.context) for name, make in made}
     times: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
@@ -192,8 +193,11 @@ def compare(arguments: argparse.Namespace, made: list[tuple[str, Callable[[int],
             best_ratio = min(times[base, phase]) / best
             cells.append(f"{1 / median:8.1f} ({1 / best:7.1f}) x{ratio:4.2f} (x{best_ratio:4.2f})")
         print(f"{name:34s} " + "  ".join(cells), flush=True)
+    sizes = {"prefill": arguments.prompt, "decode": 1}
+    return {phase: 1e3 * statistics.median(times[base, phase]) * size for phase, size in sizes.items()}
 
 
+REMOVABLE = ("quantize and dequantize", "sums, scales, splits")
 CATEGORIES = {
     "integer products": ("MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"),
     "attention and cache": ("Attention", "Softmax", "GroupQueryAttention"),
@@ -222,8 +226,8 @@ def category(event: dict[str, Any]) -> str:
     return "float products" if "MatMul" in operator else "sums, scales, splits"
 
 
-def profile_phases(path: Path, prompt: int, context: int, vocabulary: int) -> None:
-    """Time by category, the fastest of several runs of every node."""
+def profile_phases(path: Path, prompt: int, context: int, vocabulary: int, float_ms: dict[str, float]) -> None:
+    """Time by category, the fastest of several runs of every node. float_ms: of float32, by phase."""
     import onnxruntime
 
     for label, new, past in (("prefill", prompt, 0), ("decode", 1, context)):
@@ -237,11 +241,11 @@ def profile_phases(path: Path, prompt: int, context: int, vocabulary: int) -> No
         for _ in range(8 if new > 1 else 40):
             model._run(ids, before, past)
         events = json.loads(Path(model.session.end_profiling()).read_text())
-        report(label, events, new)
+        report(label, events, new, float_ms[label])
 
 
-def report(label: str, events: list[dict[str, Any]], new: int) -> None:
-    """Print the table of one phase."""
+def report(label: str, events: list[dict[str, Any]], new: int, float_ms: float) -> None:
+    """Print the table of one phase, and its lower bound without the profiler's share, taken as the time of the cheapest node."""
     best: dict[tuple[str, str], float] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -258,6 +262,9 @@ def report(label: str, events: list[dict[str, Any]], new: int) -> None:
     print(f"\n{label}: {everything / 1e3:.1f} ms in {sum(counts.values())} nodes")
     for name, duration in totals.most_common():
         print(f"  {name:26s} {duration / 1e3:8.2f} ms {100 * duration / everything:5.1f} %  {counts[name]:5d} nodes")
+    cheapest = min(best.values())
+    least = sum(duration - cheapest * counts[name] for name, duration in totals.items() if name not in REMOVABLE)
+    print(f"  lower bound, were {' and '.join(REMOVABLE)} free: {least / 1e3:.1f} ms; half of float32: {float_ms / 2:.1f} ms")
 
 
 MEMORY_PROBE = """
@@ -328,12 +335,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="onnx-speed-") as directory:
         work = Path(directory)
         made = list(rows(arguments, work))
-        compare(arguments, made)
+        float_ms = compare(arguments, made)
         report_memory(work, arguments.profiles)
         if arguments.long_context and "ort" in arguments.profiles:
             report_cache(arguments.compiled, work, arguments.long_context)
         if arguments.profile:
-            profile_phases(work / "ort" / export.MODEL_FILE, arguments.prompt, arguments.context, 1000)
+            profile_phases(work / "ort" / export.MODEL_FILE, arguments.prompt, arguments.context, 1000, float_ms)
 
 
 if __name__ == "__main__":
