@@ -46,7 +46,7 @@ def test_tables_are_complete():
     for name in (*CompileConfig().to_dict(), *recipes.RECIPES):
         if name != "recipe":
             assert f"`{name}`" in README, name
-    for item in recipes.passes_for(recipes.resolve("resq", down_proj="energy-split")):
+    for item in recipes.passes_for(recipes.resolve("resq", down_proj="energy-split", average_bits=4.5)):
         assert f"| {item.name} |" in README, item.name
     for name in (n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, errors.ResqError)):
         assert name in README, name
