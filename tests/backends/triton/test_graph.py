@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from resq_compiler.backends.triton import lower
+from resq_compiler.backends.triton.attention import read_cache_ref
 from torch import Tensor
 
 from resq_compiler import graph_tools
@@ -39,9 +40,15 @@ def run(module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
 
 
 def assert_same(ours, expected) -> None:
-    # the same kernels on the same operands; only rotary angles and the like, which a compiler may fuse, may round differently
+    # the same kernels on the same operands; what torch computes between them may round differently
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(ours[1], expected[1], strict=True))
+
+
+def images(lowered, prompt, pages: list[Tensor]) -> list[Tensor]:
+    """The keys and values of the prompt in pages, dequantized."""
+    layouts = [layout for pair in lowered.caches for layout in pair]
+    return [read_cache_ref(p, prompt[3], layout, prompt[0].shape[1]) for p, layout in zip(pages, layouts, strict=True)]
 
 
 def test_every_value_has_a_shape(lowered):
@@ -110,7 +117,13 @@ def test_it_exports_with_dynamic_shapes_and_is_saved(lowered, prompt, tmp_path):
 def test_it_compiles_without_a_graph_break(lowered, prompt, backend):
     torch._dynamo.reset()
     compiled = torch.compile(lowered.graph_module, backend=backend, fullgraph=True)
-    assert_same(run(compiled, prompt), run(lowered.graph_module, prompt))
+    ours, expected = run(compiled, prompt), run(lowered.graph_module, prompt)
+    if backend == "inductor":  # has cosines and sines of its own, so scales differ in their last bits; a moved code would show
+        both = ((logits, *images(lowered, prompt, pages)) for logits, pages in (ours, expected))
+        for mine, theirs in zip(*both, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    else:
+        assert_same(ours, expected)
 
 
 def test_the_dump_of_a_model_has_the_lowered_graph(compiled, sharing, tmp_path):
