@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from resq_compiler.backends.onnx.plan import LinearSum, Plan
 
 PIECE = 127  # largest magnitude of one correction row
+WIDEST = 2**14  # columns of products with scales of rows outside; wider ones, logits, wait for memory, and would take it twice
 
 
 class IntegerForm(Form):
@@ -122,8 +123,10 @@ class IntegerForm(Form):
         padded = low.once(("padded", source.codes), lambda: self._padded(low, source, rows))
         accumulator = b.op("MatMulInteger", padded, weight, b.constant(np.uint8(stored_zero(source.bits))))
         scales = b.constant(np.concatenate([t.scales for t in terms]), name=f"{terms[0].name}.scales")
-        by_column = b.op("Mul", b.op("Cast", accumulator, to=TensorProto.FLOAT), b.op("Mul", runtime_one(low), scales))
-        return b.op("Mul", by_column, source.scale)
+        total = b.op("Cast", accumulator, to=TensorProto.FLOAT)
+        if codes.shape[1] > WIDEST:
+            return b.op("Mul", total, b.op("Mul", source.scale, scales))
+        return b.op("Mul", b.op("Mul", total, b.op("Mul", runtime_one(low), scales)), source.scale)
 
     @staticmethod
     def _padded(low: Lowering, source: Codes, rows: int) -> str:
