@@ -4,7 +4,8 @@
     weight_only_linear(x, q, scale) -> quantized_linear(quantize(x, bits), q, scale)
 
 One quantizer for each value and width, shared by the linears that read it (q, k, v; gate, up). Per token; the input of an
-output projection per token and head, or per token (`o_proj_granularity`).
+output projection per token and head, or per token (`o_proj_granularity`). How much of the range the codes cover is `activation_clip`;
+"auto" searches it for each of them, on calibration tokens.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from resq_compiler import meta, ops
+from resq_compiler import executor, graph_tools, memory, meta, ops
 from resq_compiler.graph_tools import aten, emit, is_call
-from resq_compiler.numerics.clip import best_clip
+from resq_compiler.numerics.clip import ClipSearch
 from resq_compiler.partition import FLOAT_BITS
 from resq_compiler.pipeline import Pass, PassContext
 
 SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip
+
+SEARCH_TOKENS = 4096  # shares that are nearly as good are all that more tokens would tell apart
 
 
 @dataclass(frozen=True)
@@ -34,30 +37,37 @@ class QuantizeActivations(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         shared: dict[tuple, Node] = {}
         done = 0
-        for node in list(gm.graph.nodes):
-            part = meta.get(node, meta.LinearPart)
-            if part is None or part.activation_bits == FLOAT_BITS:
-                continue
-            coded = is_call(node.args[0], ops.dequantize)
-            if is_call(node, aten.linear.default, ops.weight_only_linear) and not coded:
-                done += quantize_input(gm, node, part, ctx, shared)
+        clips = search_clips(gm, ctx) if ctx.config.activation_clip == "auto" else {}
+        for node, part in open_parts(gm):
+            clip = clips.get(node.args[0], ctx.config.activation_clip) if may_clip(part) else 1.0
+            done += quantize_input(gm, node, part, clip, ctx, shared)
         return done
 
 
+def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
+    """Linears whose input is to be quantized and still float."""
+    found = []
+    for node in gm.graph.nodes:
+        part = meta.get(node, meta.LinearPart)
+        if part is None or part.activation_bits == FLOAT_BITS:
+            continue
+        coded = is_call(node.args[0], ops.dequantize)
+        if is_call(node, aten.linear.default, ops.weight_only_linear) and not coded:
+            found.append((node, part))
+    return found
+
+
 def quantize_input(
-    gm: GraphModule, node: Node, part: meta.LinearPart, ctx: PassContext, shared: dict[tuple, Node]
+    gm: GraphModule, node: Node, part: meta.LinearPart, clip: float, ctx: PassContext, shared: dict[tuple, Node]
 ) -> int:
     """Put a quantizer before one part of a linear."""
     x: Node = node.args[0]
     groups = part.heads if ctx.config.o_proj_granularity == "head" else 1
-    clip = clip_of(part, ctx.config.activation_clip)
     key = (x, part.activation_bits, groups)
     if key not in shared:
         with gm.graph.inserting_after(x):
             new = emit(gm.graph, ops.quantize, (x, part.activation_bits, groups, clip), x, QuantizeActivations.name)
-        where = f"blocks.{part.site.block}" if part.site.block is not None else "lm_head"
-        name = f"{where}.{SITE_NAMES[part.site.role]}.part{part.index}"
-        shared[key] = meta.put(new, meta.QuantizerSite(name, "activation", part.site.block, part.activation_bits))
+        shared[key] = meta.put(new, meta.QuantizerSite(name_of(part), "activation", part.site.block, part.activation_bits))
     codes = shared[key]
     if is_call(node, ops.weight_only_linear):
         node.target = ops.quantized_linear
@@ -69,8 +79,31 @@ def quantize_input(
     return 1
 
 
-def clip_of(part: meta.LinearPart, wanted: float | str) -> float:
-    """Share of the range that the codes of a part cover: all of it at 8 bits, and in the narrow groups of output projections."""
-    if part.heads > 1 or part.activation_bits >= 8:
-        return 1.0
-    return best_clip(part.stop - part.start, part.activation_bits) if isinstance(wanted, str) else wanted
+def search_clips(gm: GraphModule, ctx: PassContext) -> dict[Node, float]:
+    """For every value in question, the share of its range that loses least on calibration tokens; told in the stage."""
+    sites = {node.args[0]: part for node, part in open_parts(gm) if may_clip(part)}
+    if not sites:
+        return {}
+    assert ctx.calibration is not None
+    searches = {x: ClipSearch(part.activation_bits) for x, part in sites.items()}
+    taps = {x: search.update for x, search in searches.items()}
+    schedule = executor.Schedule(gm, [ctx.topology.blocks[-1].end], graph_tools.placeholders(gm.graph))
+    windows = ctx.calibration[: max(1, SEARCH_TOKENS // ctx.calibration.shape[1])]
+    batches = executor.batches(windows)
+    for i, ids in enumerate(batches):
+        ctx.progress("search clips", i, len(batches))
+        schedule.run(executor.first_tokens(gm, ids), taps)
+        memory.trim()
+    ctx.lines += [f"clip of {name_of(sites[x])}: {search.best():g}" for x, search in searches.items()]
+    return {x: search.best() for x, search in searches.items()}
+
+
+def may_clip(part: meta.LinearPart) -> bool:
+    """All of the range is covered at 8 bits, and in the narrow groups of output projections."""
+    return part.heads == 1 and part.activation_bits < 8
+
+
+def name_of(part: meta.LinearPart) -> str:
+    """Of the quantizer before a part of a linear."""
+    where = f"blocks.{part.site.block}" if part.site.block is not None else "lm_head"
+    return f"{where}.{SITE_NAMES[part.site.role]}.part{part.index}"

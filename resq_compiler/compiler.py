@@ -124,7 +124,9 @@ def needs_calibration(config: CompileConfig) -> bool:
     """True when a recipe looks at activations at all."""
     from resq_compiler.calibration import needs_moments
 
-    return needs_moments(config) or (config.weight_method == "gptq" and config.weight_bits < 16)
+    gptq = config.weight_method == "gptq" and config.weight_bits < 16
+    searches_clips = config.activation_clip == "auto" and config.activation_bits < 8
+    return needs_moments(config) or gptq or searches_clips
 
 
 def _calibration(
