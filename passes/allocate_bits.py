@@ -5,9 +5,9 @@ them high, the relative error of a quantized value is about
 
     4^-b sum_{i > r} e_i / sum e   +   4^-h sum_{i <= r} e_i / sum e
 
-and every value counts alike. Columns go, a few at a time, to the site where they lower the sum most for what they cost: weights of
-the linears that read a column, or bits of the cache. Linears and cache have a budget each. The result replaces `site_fractions`;
-the table is in this stage's text in a dump. Needs `average_bits`.
+and counts as many times as there are weights (or cache entries) that meet it. Columns go, a few at a time, to the site where they lower
+the sum most for what they cost: weights of the linears that read a column, or bits of the cache. Linears and cache have a budget each.
+The result replaces `site_fractions`; the table is in this stage's text in a dump. Needs `average_bits`.
 
 Source: reverse water-filling on the eigenvalues (as in rate-distortion theory), restricted to two widths.
 """
@@ -35,19 +35,18 @@ STEPS = 32  # of a site's columns: one step gives width / STEPS of them the high
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A site whose share of high columns is free: energies descending, summing to 1; `values`: how many quantized values it stands for."""
+    """A site whose share of high columns is free: energies descending, summing to 1; cost: of a column, the weights that read it."""
 
     site: str
     energies: Tensor
-    cost: float  # of one column
+    cost: float
     main_bits: int
     high_bits: int
-    values: int = 1
 
     def error(self, high: int) -> float:
-        """Summed relative error with `high` columns at the high bits."""
+        """Relative error with `high` columns at the high bits, times the weights of the site."""
         kept = float(self.energies[:high].sum())
-        return self.values * ((1 - kept) * 4.0**-self.main_bits + kept * 4.0**-self.high_bits)
+        return self.cost * len(self.energies) * ((1 - kept) * 4.0**-self.main_bits + kept * 4.0**-self.high_bits)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def linear_choices(gm: GraphModule, ctx: PassContext) -> list[Choice]:
     attention = [n for b in blocks for n in (b.attention.q, b.attention.k, b.attention.v)]
     mlp = [n for b in blocks for f in b.feed_forwards for n in (*f.gates, *f.ups)]
     choices = [
-        Choice(site, stream, sum(out_features(gm, n) for n in linears), *bits, values=len(blocks))
+        Choice(site, stream, sum(out_features(gm, n) for n in linears), *bits)
         for site, linears in (("attention", attention), ("mlp", mlp))
     ]
     for block in blocks:
@@ -90,7 +89,7 @@ def linear_choices(gm: GraphModule, ctx: PassContext) -> list[Choice]:
             downs = [f.down for f in block.feed_forwards]
             energy = torch.stack([normalized(moments.down_energy[d]) for d in downs]).mean(0)
             cost = sum(out_features(gm, d) for d in downs)
-            choices.append(Choice(f"down.{block.index}", energy, cost, *bits, values=len(downs)))
+            choices.append(Choice(f"down.{block.index}", energy, cost, *bits))
     return choices
 
 
