@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler import graph_tools
 
-TOKENS_PER_BATCH = 2048  # large enough for matrix products to run at full speed, small against the weights
+TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed, small against the weights
 
 
 class Schedule:
