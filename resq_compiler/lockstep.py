@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import ops
+from resq_compiler import memory, ops
 from resq_compiler.executor import Schedule, Stretch, first_tokens, shared_values
 from resq_compiler.graph_tools import aten, is_call
 
@@ -64,6 +64,8 @@ class Lockstep:
                 spent += growth
                 state.clear()
                 state.update(after)
+            del env, after
+            memory.trim()
 
     def advance(self, goal: Node) -> None:
         """Run to a value that all later ones come from, and forget everything before it."""
