@@ -258,14 +258,17 @@ class Teacher:
     def _gap(self, wanted: list[Node], made: list[Node], inputs: list[Node], goal: Node) -> Tensor:
         """mean over tokens of (wanted in the float model - made by the student)^T inputs of the student, float64."""
         twins = [self.twin[n] for n in wanted]
-        plan = executor.Schedule(self.student.gm, [*made, *inputs], self.student.known())
+        plans: dict[frozenset[Node], executor.Schedule] = {}  # batches may differ in what they have kept
         total = torch.zeros((), dtype=torch.float64)
         tokens = 0
 
         def see(batch: int, env: dict[Node, Any]) -> None:
             nonlocal total, tokens
             seen = self.student.known(batch)
-            plan.run(seen)
+            known = frozenset(seen)
+            if known not in plans:
+                plans[known] = executor.Schedule(self.student.gm, [*made, *inputs], known)
+            plans[known].run(seen)
             x = side_by_side(seen, inputs)
             gap = side_by_side(env, twins) - side_by_side(seen, made)
             total = total + (gap.mT @ x).double()

@@ -213,7 +213,10 @@ def test_token_weighting_changes_layers_that_write_into_the_stream(build):
 ROOM_FOR_SOME = 0.03  # of the weights: less than the values of all windows, more than those of one
 
 
-@pytest.mark.parametrize("options", [{}, {"gptq_on_quantized_activations": True}], ids=str)
+ROOMS = [{}, {"gptq_on_quantized_activations": True}, {"gptq_on_quantized_activations": True, "gptq_correction": "residual"}]
+
+
+@pytest.mark.parametrize("options", ROOMS, ids=str)
 def test_values_that_are_computed_again_change_nothing(options, build, monkeypatch):
     """With room for nothing every stretch of a block starts at its start; with room for all none does: the same bits.
 
