@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from resq_compiler import graph_tools, hf, memory, recipes
+from resq_compiler import graph_tools, hf, memory, products, recipes
 from resq_compiler.capture import Captured, capture
 from resq_compiler.compiled_model import CompiledModel
 from resq_compiler.config import CompileConfig
@@ -65,7 +65,7 @@ def compile(
     Raises:  BackendError before any work if the backend cannot run here; ConfigError, ModelError, DataError, CaptureError,
              TopologyError, PassError: each says what to do.
     """
-    config = recipes.resolve(recipe, **options)
+    config = products.resolve(recipes.resolve(recipe, **options))
     check_backend(backend)
     overrides = read_overrides(topology)
     dump_dir = target_directory(dump_dir)
@@ -86,6 +86,8 @@ def compile(
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
     ctx = PassContext(config, captured.example_inputs, windows, overrides, progress=report, work=work)
+    if windows is not None and config.calibration_dtype != "float32":
+        ctx.note(f"calibration: linears computed in {config.calibration_dtype}, sums in float32; calibration_dtype=float32 for all of it")
     with recording(dump_dir, source, config.to_dict(), on_stage) as record:
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)

@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "key_basis": ("shared", "head"),
     "gptq_token_weighting": ("none", "residual"),
     "gptq_correction": ("none", "gptaq", "output", "residual"),
+    "calibration_dtype": ("auto", "float32", "bfloat16"),
 }
 
 WHOLE_NUMBERS = {"rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "gptq_sweeps": 0, "seed": None}
@@ -81,6 +82,7 @@ class CompileConfig:
     lm_head_bits: int | None = None
     calibration_samples: int = 64
     calibration_length: int = 512
+    calibration_dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools
+from resq_compiler import graph_tools, products
 
 TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed, small against the weights
 
@@ -80,9 +80,10 @@ def run_nodes(
     taps: dict[Node, Callable[[Any], None]],
 ) -> None:  # fmt: skip
     """Run nodes in order on env, dropping released values."""
+    substitutes = products.substitutes()
     for node in order:
         if node not in env:
-            env[node] = graph_tools.run_node(gm, node, env)
+            env[node] = graph_tools.run_node(gm, node, env, substitutes)
         if node in taps:
             taps[node](env[node])
         for dead in release.get(node, ()):

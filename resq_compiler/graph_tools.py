@@ -128,15 +128,15 @@ def evaluate(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
     return env[node]
 
 
-def run_node(gm: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
-    """Run one node on values from env."""
+def run_node(gm: GraphModule, node: Node, env: Mapping[Node, Any], substitutes: Mapping[object, Callable] | None = None) -> Any:
+    """Run one node on values from env; substitutes: operators to call instead of its own."""
     if node.op == "get_attr":
         return get_tensor(gm, node)
     if node.op != "call_function":
         raise AssertionError(f"no value given for {node.op} node {node.name}")
     args = torch.fx.node.map_arg(node.args, lambda n: env[n])
     kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
-    return node.target(*args, **kwargs)
+    return (substitutes or {}).get(node.target, node.target)(*args, **kwargs)
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from resq_compiler import memory, verify
+from resq_compiler import memory, products, verify
 from resq_compiler.config import CompileConfig
 from resq_compiler.errors import ModelError, PassError, ResqError, VerifyError
 
@@ -119,7 +119,8 @@ class Pipeline:
         rewrites = 0
         self.ctx.lines.clear()
         try:
-            rewrites = item.run(gm, self.ctx)
+            with products.linears_in(self.ctx.config.calibration_dtype):
+                rewrites = item.run(gm, self.ctx)
             gm.graph.eliminate_dead_code()
             gm.recompile()
             verify.check_graph(gm)

@@ -16,6 +16,8 @@ from resq_compiler.numerics.rotation import part_rotation
 
 _ROWS_PER_CHUNK = 4096
 """Rows multiplied in float32 before their product joins the float64 sum: bounds the rounding of long batches."""
+_STRIPE = 288
+"""Rows of a moment that are computed at a time, from the diagonal on: the rest is their mirror image."""
 
 
 class SecondMoment:
@@ -151,7 +153,15 @@ def _gram(rows: Tensor) -> Tensor:
     wide = _wide(rows)
     if wide.dim() == 3:
         wide = wide.transpose(0, 1)
-    return wide.mT @ wide
+        return wide.mT @ wide
+    gram = wide.new_empty(wide.shape[1], wide.shape[1])
+    for i in range(0, len(gram), _STRIPE):
+        here = slice(i, i + _STRIPE)
+        torch.mm(wide[:, here].mT, wide[:, i:], out=gram[here, i:])
+    for i in range(_STRIPE, len(gram), _STRIPE):
+        here = slice(i, i + _STRIPE)
+        gram[here, :i] = gram[:i, here].mT
+    return gram
 
 
 def _wide(rows: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""In what precision the linears of calibration runs are computed: bfloat16 where the processor multiplies it natively.
+
+Calibration measures second moments, and 4-bit codes are 100 times coarser than bfloat16's relative error of 2^-9: what is lost is less than
+what another draw of rotations changes (figures: README). Only linears are rounded, inputs and weights; sums inside a product are float32,
+and so is everything else: residual stream, norms, attention, moments, GPTQ. Nothing of this is left in the compiled model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resq_compiler import ops
+from resq_compiler.config import CompileConfig
+from resq_compiler.graph_tools import aten
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NATIVE = ("avx512_bf16", "amx_bf16")
+"""Instruction sets, as torch.cpu.get_capabilities() names them; elsewhere bfloat16 is emulated, and slower than float32."""
+
+_dtype = torch.float32
+
+
+def resolve(config: CompileConfig) -> CompileConfig:
+    """The same options with the dtype that "auto" stands for on this machine: recorded with the result, it repeats it elsewhere.
+
+    "auto" is float32 where GPTQ makes up for what the quantized model's values lack: those differences are small against the values.
+    """
+    if config.calibration_dtype != "auto":
+        return config
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name) for name in NATIVE)
+    dtype = "bfloat16" if native and config.gptq_correction == "none" else "float32"
+    return dataclasses.replace(config, calibration_dtype=dtype)
+
+
+@contextlib.contextmanager
+def linears_in(dtype: str) -> Iterator[None]:
+    """Inside, `substitutes` are those of a value of `calibration_dtype`; "auto" that nobody resolved is float32."""
+    global _dtype
+    before, _dtype = _dtype, DTYPES.get(dtype, torch.float32)
+    try:
+        yield
+    finally:
+        _dtype = before
+
+
+def substitutes() -> Mapping[object, Callable]:
+    """Operators to call instead of a node's own, in calibration runs."""
+    return {} if _dtype == torch.float32 else _ROUNDED
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = F.linear(x.to(_dtype), weight.to(_dtype)).to(x.dtype)
+    return y if bias is None else y.add_(bias)
+
+
+def _weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+    """The codes are exact in bfloat16; their scales stay float32."""
+    return _linear(x, qdata).mul_(scale)
+
+
+_ROUNDED: Mapping[object, Callable] = {aten.linear.default: _linear, ops.weight_only_linear: _weight_only_linear}
