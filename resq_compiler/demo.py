@@ -175,6 +175,7 @@ def _try_recipe(
         progress=lambda step, done, total: progress(f"{recipe}: {step}", done, total),
     )  # fmt: skip
     seconds = time.perf_counter() - began
+    compiled.source = loaded.source  # a file, where compile() saw an instance: `resq inspect` reads it again
     entry = measure(
         compiled, windows, loaded.model, progress=lambda done, total: progress(f"{recipe}: evaluate", done, total)
     )

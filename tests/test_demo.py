@@ -9,6 +9,7 @@ import pytest
 from resq_compiler import cli, demo
 from resq_compiler.checkpoint import load
 from resq_compiler.errors import ConfigError
+from resq_compiler.inspection.saved import recorded_source
 from resq_compiler.tiny import tiny_model, tiny_tokenizer
 
 SMALL = [
@@ -45,6 +46,7 @@ def test_demo_writes_model_and_report(model, tmp_path, capsys):
     assert result["tokens"] == {"calibration": 128, "evaluation": 128}
     assert result["float"]["perplexity"] > 1 and f"{result['float']['perplexity']:.3f}" in out
     assert load(tmp_path / "model").options.recipe == "resq"
+    assert recorded_source(tmp_path / "model")[1] == str(model)
     written = (tmp_path / "report.md").read_text()
     assert written.startswith("# ") and all(prompt in written and prompt in out for prompt in demo.PROMPTS)
     assert cli.main([*arguments, *SMALL, "--json", "--recipes", "rtn"]) == 0  # again, over what is there
