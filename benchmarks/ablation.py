@@ -1,24 +1,37 @@
 """What each idea beyond the paper gains or costs: the ablation table of the README.
 
-    python benchmarks/ablation.py --text wikitext2-valid.txt --seeds 0 1 2
+    python benchmarks/ablation.py --text wikitext2-valid.txt --seeds 0 1 2 --jobs 2
     python benchmarks/ablation.py --model out/small-opt --text out/small-opt/text.txt \
         --windows 60 --window-length 256 --skip HELD_OUT --calibration-length 256
 
 Every line is `resq` or `resq+` with one thing changed. The protocol is that of accuracy.py; KL divergence and top-1 agreement
-are against the float model on the same windows. Rows are kept in --output and not run again; every one has its own process.
+are against the float model on the same windows. Rows are kept in --output and not run again.
+
+What all rows share is done once: loading, capture, the exact passes before the bases, second moments and the float logits. Each row
+is then a fork of that process with one thread, --jobs of them at a time; its seconds are those of the passes that follow.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import accuracy
+import torch
 
+from resq_compiler import calibration, compiler, environment, models, products
+from resq_compiler.commands.common import model_source
+from resq_compiler.compiled_model import CompiledModel
+from resq_compiler.data import calibration_windows, text_windows
+from resq_compiler.evaluation import evaluate
+from resq_compiler.pipeline import PassContext, Pipeline
+from resq_compiler.recipes import passes_for, resolve
 from resq_compiler.tables import number, table
 
 PLAIN_GPTQ = {"gptq_sweeps": 0, "gptq_token_weighting": "none"}  # what corrections can be combined with
@@ -53,16 +66,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
 def main() -> None:
     """Run what is missing and print the table."""
     arguments = parse()
-    jobs = {(name, seed): make_job(arguments, name, seed) for name in arguments.variants for seed in arguments.seeds}
+    jobs = {(name, seed): make_job(arguments, name, seed) for seed in arguments.seeds for name in arguments.variants}
     base = make_job(arguments, "resq", 0) | {"recipe": "float", "weight_method": "-", "options": {}}
     known = accuracy.read_rows(arguments.output)
-    wanted = {("float", 0): base, **jobs}
-    for i, ((name, seed), job) in enumerate(wanted.items(), 1):
-        if accuracy.key(job) not in known:
-            sys.stderr.write(f"[{i}/{len(wanted)}] {name} seed {seed}\n")
-            row = known[accuracy.key(job)] = accuracy.in_own_process(job)
-            with arguments.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+    missing = [job for job in (base, *jobs.values()) if accuracy.key(job) not in known]
+    if missing:
+        run_all(arguments, base, missing)
+        known = accuracy.read_rows(arguments.output)
     rows = {name: [known[accuracy.key(jobs[name, seed])] for seed in arguments.seeds] for name in arguments.variants}
     sys.stdout.write(make_table(rows, known[accuracy.key(base)]) + "\n")
 
@@ -73,6 +83,7 @@ def parse() -> argparse.Namespace:
     accuracy.add_protocol(parser)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each with one thread (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("ablation.jsonl"), help="rows, one JSON object a line")
     arguments = parser.parse_args()
     if arguments.text is None:
@@ -81,11 +92,109 @@ def parse() -> argparse.Namespace:
 
 
 def make_job(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """What accuracy.py needs to run a variant."""
+    """What a row is known by."""
     recipe, options, _ = VARIANTS[name]
     sizes = {n: getattr(arguments, n) for n in ("calibration_samples", "calibration_length")}
     job = {"recipe": recipe, "weight_method": "gptq", "seed": seed, "options": {**sizes, **options}, "compare": True}
     return {**accuracy.protocol(arguments), **job, "self_written": name == "self-written"}
+
+
+class Bench:
+    """The float model up to the point where rows part, and what they are compared with."""
+
+    @torch.no_grad()
+    def __init__(self, arguments: argparse.Namespace, base: dict[str, Any]):
+        torch.set_num_threads(1)  # a fork of a process with a pool of threads may hang
+        self.text = arguments.text
+        self.loaded = models.load_model(model_source(arguments.model))
+        self.windows = text_windows(self.text, self.loaded.tokenizer, arguments.window_length, arguments.windows, skip=arguments.skip)
+        if len(self.windows) < arguments.windows:
+            raise SystemExit(f"error: {self.text}: {len(self.windows)} windows, expected {arguments.windows}; give a longer text")
+        self.logits = {tuple(w.tolist()): self.loaded.model(w[None]) for w in self.windows}
+        captured = compiler._capture_float32(self.loaded.model, False, lambda *step: None)
+        self.gm, self.cache = captured.graph_module, captured.cache
+        self.config = products.resolve(resolve("resq+", calibration_samples=arguments.calibration_samples,
+                                               calibration_length=arguments.calibration_length))  # fmt: skip
+        self.ctx = PassContext(self.config, captured.example_inputs, self.calibration(base))
+        self.pipeline = Pipeline(self.ctx)
+        self.pipeline.start(self.gm)
+        first = passes_for(self.config)
+        self.shared = [p.name for p in first].index("compute-bases")
+        self.pipeline.run(self.gm, first[: self.shared])
+        with products.linears_in(self.config.calibration_dtype):
+            self.moments = calibration.calibrate(self.gm, self.ctx)
+
+    def reference(self, ids: torch.Tensor) -> Any:
+        """The float model on one of the windows."""
+        return self.logits[tuple(ids[0].tolist())]
+
+    def calibration(self, job: dict[str, Any]) -> torch.Tensor:
+        """Windows of the text's beginning, or of what the model writes."""
+        own = job.get("self_written")
+        return calibration_windows(
+            None if own else self.text, model=self.loaded.model, tokenizer=self.loaded.tokenizer, seed=job["seed"],
+            samples=job["options"].get("calibration_samples", 1), sequence_length=job["options"].get("calibration_length", 1),
+            vocab_size=self.loaded.model.config.get_text_config().vocab_size, progress=lambda done, total: None,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def row(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Run the passes that a job asks for and evaluate; call it in a fork, it changes the graph."""
+        row = {**job, "load_before": environment.load_average(), "threads": torch.get_num_threads()}
+        model, seconds = self.loaded.model, 0.0
+        if job["recipe"] != "float":
+            config = products.resolve(resolve(job["recipe"], weight_method="gptq", seed=job["seed"], **job["options"]))
+            own = job["self_written"] or config.calibration_samples != self.config.calibration_samples
+            began = time.perf_counter()
+            ctx = PassContext(config, self.ctx.example_inputs, self.calibration(job) if own else self.ctx.calibration)
+            ctx.topology, ctx.moments = self.ctx.topology, None if own else self.moments
+            self.pipeline.ctx = ctx
+            self.pipeline.run(self.gm, passes_for(config)[self.shared :])
+            seconds = time.perf_counter() - began
+            model = CompiledModel(model.config, self.gm, ctx.config, self.cache, topology=ctx.topology)
+        found = evaluate(model, self.windows, self.reference)
+        row |= {"perplexity": found.perplexity, "kl": found.kl, "top1_agreement": found.top1_agreement, "compile_seconds": seconds}
+        return {**row, "versions": environment.versions(), "cpu": environment.cpu()["model"]}
+
+
+def run_all(arguments: argparse.Namespace, base: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
+    """Fork for every job, --jobs at a time; each appends its row to --output."""
+    sys.stderr.write("load, capture, calibrate ...\n")
+    bench = Bench(arguments, {**base, "options": make_job(arguments, "resq", 0)["options"]})
+    running: set[int] = set()
+    for i, job in enumerate(jobs, 1):
+        while len(running) >= arguments.jobs:
+            running.discard(wait())
+        sys.stderr.write(f"[{i}/{len(jobs)}] {job['recipe']} {job['options']} seed {job['seed']}\n")
+        running.add(fork(bench, job, arguments.output))
+    while running:
+        running.discard(wait())
+
+
+def fork(bench: Bench, job: dict[str, Any], output: Path) -> int:
+    """Start a row in a process of its own."""
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        line = json.dumps(bench.row(job)) + "\n"
+        with output.open("a", encoding="utf-8") as file:
+            file.write(line)
+        code = 0
+    except BaseException as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait() -> int:
+    """The next process that ends; stop if it failed."""
+    child, status = os.wait()
+    if status:
+        sys.exit("error: a row failed; its message is above, rows that were finished are kept")
+    return child
 
 
 def make_table(rows: dict[str, list[dict[str, Any]]], base: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_speed.py COMPILED_DIR FLOAT_MODEL [--genai DIR ...] [--rounds 7] [--profile]
 
-COMPILED_DIR: from `resq compile`, FLOAT_MODEL: what it was compiled from. Every round measures every row once, so load on the
+COMPILED_DIR: from `resq compile`, FLOAT_MODEL: what it was compiled from (or `embedded`). Every round measures every row once, so load on the
 machine hits all rows alike; medians over rounds, and the ratio to ONNX Runtime float32, which the same emitter exports from the
 float graph, with the same fused operators and session options. --genai: directories of onnxruntime-genai's own builder.
 --profile: where the time goes, by kind of operator, for prefill and decode, and a lower bound: what would be left if quantizers, sums,
@@ -34,6 +34,7 @@ from resq_compiler.backends.onnx.profiles import FLUSH_DENORMALS, PREFILL_CHUNK
 
 from resq_compiler import compiler, load
 from resq_compiler.capture import CacheSpec
+from resq_compiler.commands.common import model_source
 from resq_compiler.models import load_model
 
 VOCABULARY_SEED = 0
@@ -331,6 +332,7 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
+    arguments.float_model = model_source(arguments.float_model)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     with tempfile.TemporaryDirectory(prefix="onnx-speed-") as directory:
         work = Path(directory)
