@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of recorded launches for GPUs that are not here, and what the machine code says.
 
-    python -m resq_compiler.backends.triton.aot [--target sm_86] [--case NAME] [--list]     -> one JSON line a kernel
+    python -m resq_compiler.backends.triton.aot [--target sm_86] [--case NAME] [--dtype float32] [--list]     -> one JSON line a kernel
 
 Must run in a process without TRITON_INTERPRET=1: Triton decides at import whether a kernel is interpreted or compiled.
 A case is a call of a wrapper on meta tensors (`AOT_SIGNATURES` beside each kernel), so what is compiled here, constants, tile
@@ -23,11 +23,13 @@ from pathlib import Path
 
 import torch
 from resq_compiler.backends.triton.launch import Launch, interpreted, recording
+from resq_compiler.backends.triton.shapes import floats_of
 from resq_compiler.backends.triton.targets import TARGETS, Target
 
 from resq_compiler.errors import BackendError
 
 KERNEL_MODULES = ("norm_quantize", "mixed_linear", "hadamard_quantize", "rope_cache", "attention")
+FLOATS = {"float16": torch.float16, "float32": torch.float32}
 MATRIX_OPCODES = (r"(mma\.sync\S+|wgmma\.mma_async\S+|tcgen05\.mma\S+)", r"(v_mfma_\w+)")
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
@@ -159,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
     parser.add_argument("--case", action="append", help="module/name, or a part of it; default: all")
+    parser.add_argument("--dtype", choices=sorted(FLOATS), default="float16", help="of what is not integer (default: float16)")
     parser.add_argument("--list", action="store_true", help="print the case names and stop")
     options = parser.parse_args(arguments)
     chosen = [(n, c) for n, c in cases() if not options.case or any(part in n for part in options.case)]
@@ -167,8 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for name, call in chosen:
         for target in [] if options.list else options.target or TARGETS:
-            for compiled in compile_case(name, call, TARGETS[target]):
-                print(json.dumps(asdict(compiled)), flush=True)
+            with floats_of(FLOATS[options.dtype]):
+                for compiled in compile_case(name, call, TARGETS[target]):
+                    print(json.dumps(asdict(compiled)), flush=True)
         if options.list:
             print(name)
     return 0

@@ -376,7 +376,7 @@ def attention(
     if rows == 0:
         return out if out_layouts is None else codes
     blocks = _part_blocks(key_layout, value_layout)
-    options = attention_tiles(new * (heads // kv_heads), batch * kv_heads, total, d, device)
+    options = attention_tiles(new * (heads // kv_heads), batch * kv_heads, total, d, device, q.element_size())
     n_tiles = triton.cdiv(new * (heads // kv_heads), options["BLOCK_M"])
     split, row_floats = options["SPLIT"], 2 * blocks["BLOCK_LV"] + blocks["BLOCK_HV"] + 2
     size = n_tiles * batch * kv_heads * split * options["BLOCK_M"] * row_floats if split > 1 else 1
@@ -433,8 +433,11 @@ def _allocate(q: Tensor, out_layouts: tuple[PartLayout, ...] | None):
     return None, (codes.get(True), codes.get(False), scale, torch.empty_like(scale, dtype=torch.int32))
 
 
-def attention_tiles(rows: int, heads: int, total: int, head_dim: int, device: torch.device) -> dict:
-    """Tile and launch options; a long cache read by few programs is split until there are four programs a processor."""
+def attention_tiles(rows: int, heads: int, total: int, head_dim: int, device: torch.device, element_size: int) -> dict:
+    """Tile and launch options; a long cache read by few programs is split until there are four programs a processor.
+
+    element_size: bytes of an element of q; products of float32 are three of tf32, and take three times the registers.
+    """
     block_m = 16 if rows <= 16 else 64
     programs = triton.cdiv(rows, block_m) * heads
     split = max(1, min(32, 4 * processors(device) // programs, triton.cdiv(total, PAGE)))
@@ -446,7 +449,16 @@ def attention_tiles(rows: int, heads: int, total: int, head_dim: int, device: to
         default |= dict(BLOCK_M=16, BLOCK_N=16, num_warps=4)
     elif head_dim > 128 and capability(device) == 90:
         default |= dict(BLOCK_N=16, num_stages=1)
-    return tiles("attention", device, (block_m, heads, head_dim), default)
+    if element_size == 4:
+        default |= _float32_tiles(block_m, head_dim)
+    return tiles("attention", device, (block_m, heads, head_dim, element_size), default)
+
+
+def _float32_tiles(block_m: int, head_dim: int) -> dict:
+    """The fewest spills of those tried."""
+    if block_m == 16 or head_dim <= 128:
+        return dict(BLOCK_N=16, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 
 
 def _aot(shape: BlockShape, new: int, total: int, **options) -> object:

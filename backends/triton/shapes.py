@@ -52,6 +52,7 @@ GEMMA2_2B = BlockShape("gemma-2-2b", 2304, 8, 4, 256, 9216)  # the widest heads
 
 
 _DEVICES = ["meta"]
+_FLOATS = [torch.float16]
 
 
 @contextlib.contextmanager
@@ -64,9 +65,19 @@ def allocated_on(device: str) -> Iterator[None]:
         _DEVICES.pop()
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.float16, random: bool = False) -> Tensor:
+@contextlib.contextmanager
+def floats_of(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, `meta` makes tensors of this dtype where the caller names none: what a model's floats are (else float16)."""
+    _FLOATS.append(dtype)
+    try:
+        yield
+    finally:
+        _FLOATS.pop()
+
+
+def meta(*shape: int, dtype: torch.dtype | None = None, random: bool = False) -> Tensor:
     """An unallocated tensor; where `allocated_on` allocates, zeros, or `random` codes or small floats: power depends on data."""
-    device = _DEVICES[-1]
+    device, dtype = _DEVICES[-1], dtype or _FLOATS[-1]
     if not random or device == "meta":
         return torch.zeros(shape, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(0)

@@ -68,6 +68,15 @@ def test_every_kernel_on(target):
 
 
 @pytest.mark.slow
+def test_float32_does_not_spill_with_heads_of_up_to_128_columns():
+    """Attention in float32 takes three tf32 products for each: three times the registers."""
+    kernels = compile_in_subprocess("--target", "sm_86", "--dtype", "float32")
+    assert len(kernels) == len(list(aot.cases()))
+    spilling = {kernel["case"] for kernel in kernels if kernel["spills"]}
+    assert spilling <= {"attention/prefill_gemma2", "attention/decode_gemma2"}, kernels  # heads of 256
+
+
+@pytest.mark.slow
 def test_unpacking_is_three_instructions_for_eight_columns():
     """Masking four bytes at a time: without it the loop has 1729 instructions for 64 matrix instructions, with it 342."""
     (kernel,) = compile_in_subprocess("--target", "sm_86", "--case", "mixed_linear/prefill_down_8b")
