@@ -41,6 +41,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "resq+": ("resq+", {}, "the best of what follows"),
     "down hadamard": ("resq+", {"down_proj": "hadamard"}, "all of down_proj's input in 4 bits, as in the paper"),
     "no clip": ("resq+", {"activation_clip": 1.0}, "whole range of 4-bit activations"),
+    "clip input": ("resq+", {"activation_clip": "auto"}, "clips searched on the error of the input"),
+    "clip output": ("resq+", {"activation_clip": "output"}, "clips searched on the error of the output"),
     "clip 0.85": ("resq+", {"activation_clip": 0.85}, "the same share of the range at every site"),
     "plain bases": ("resq+", {"basis_weighting": "none"}, "bases of activations alone, not weighted by their readers"),
     "mse clip": ("resq+", {"weight_clip": "mse"}, "weight scales searched on the weights alone"),

@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_speed.py COMPILED_DIR FLOAT_MODEL [--genai DIR ...] [--rounds 7] [--profile]
 
-COMPILED_DIR: from `resq compile`, FLOAT_MODEL: what it was compiled from (or `embedded`). Every round measures every row once, so load on the
+COMPILED_DIR: from `resq compile`, FLOAT_MODEL: what it was made from (or `embedded`). Every round measures every row once, so load on the
 machine hits all rows alike; medians over rounds, and the ratio to ONNX Runtime float32, which the same emitter exports from the
 float graph, with the same fused operators and session options. --genai: directories of onnxruntime-genai's own builder.
 --profile: where the time goes, by kind of operator, for prefill and decode, and a lower bound: what would be left if quantizers, sums,

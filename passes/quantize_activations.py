@@ -5,7 +5,7 @@
 
 One quantizer for each value and width, shared by the linears that read it (q, k, v; gate, up). Per token; the input of an
 output projection per token and head, or per token (`o_proj_granularity`). How much of the range the codes cover is `activation_clip`;
-"auto" searches it for each of them, on calibration tokens.
+"auto" searches it for each of them on calibration tokens, by the error of the input, "output" by that of the linears that read it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler import executor, graph_tools, memory, meta, ops
@@ -24,6 +26,7 @@ from resq_compiler.pipeline import Pass, PassContext
 SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip
 
+SEARCHED = ("auto", "output")
 SEARCH_TOKENS = 4096  # shares that are nearly as good are all that more tokens would tell apart
 
 
@@ -37,7 +40,7 @@ class QuantizeActivations(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         shared: dict[tuple, Node] = {}
         done = 0
-        clips = search_clips(gm, ctx) if ctx.config.activation_clip == "auto" else {}
+        clips = search_clips(gm, ctx) if ctx.config.activation_clip in SEARCHED else {}
         for node, part in open_parts(gm):
             clip = clips.get(node.args[0], ctx.config.activation_clip) if may_clip(part) else 1.0
             done += quantize_input(gm, node, part, clip, ctx, shared)
@@ -81,11 +84,20 @@ def quantize_input(
 
 def search_clips(gm: GraphModule, ctx: PassContext) -> dict[Node, float]:
     """For every value in question, the share of its range that loses least on calibration tokens; told in the stage."""
-    sites = {node.args[0]: part for node, part in open_parts(gm) if may_clip(part)}
+    readers: dict[Node, list[Node]] = {}
+    sites: dict[Node, meta.LinearPart] = {}
+    for node, part in open_parts(gm):
+        if may_clip(part):
+            sites[node.args[0]] = part
+            readers.setdefault(node.args[0], []).append(node)
     if not sites:
         return {}
     assert ctx.calibration is not None
-    searches = {x: ClipSearch(part.activation_bits) for x, part in sites.items()}
+    by_output = ctx.config.activation_clip == "output"
+    searches = {
+        x: ClipSearch(part.activation_bits, torch.cat([float_weight(gm, n) for n in readers[x]]) if by_output else None)
+        for x, part in sites.items()
+    }
     taps = {x: search.update for x, search in searches.items()}
     schedule = executor.Schedule(gm, [ctx.topology.blocks[-1].end], graph_tools.placeholders(gm.graph))
     windows = ctx.calibration[: max(1, SEARCH_TOKENS // ctx.calibration.shape[1])]
@@ -96,6 +108,12 @@ def search_clips(gm: GraphModule, ctx: PassContext) -> dict[Node, float]:
         memory.trim()
     ctx.lines += [f"clip of {name_of(sites[x])}: {search.best():g}" for x, search in searches.items()]
     return {x: search.best() for x, search in searches.items()}
+
+
+def float_weight(gm: GraphModule, node: Node) -> Tensor:
+    """Weight [N, K] of a linear, the float image of its codes where it has codes."""
+    weight = graph_tools.get_tensor(gm, node.args[1])
+    return weight * graph_tools.get_tensor(gm, node.args[2])[:, None] if is_call(node, ops.weight_only_linear) else weight
 
 
 def may_clip(part: meta.LinearPart) -> bool:

@@ -127,7 +127,7 @@ def needs_calibration(config: CompileConfig) -> bool:
     from resq_compiler.calibration import needs_moments
 
     gptq = config.weight_method == "gptq" and config.weight_bits < 16
-    searches_clips = config.activation_clip == "auto" and config.activation_bits < 8
+    searches_clips = isinstance(config.activation_clip, str) and config.activation_bits < 8
     return needs_moments(config) or gptq or searches_clips
 
 

@@ -20,11 +20,15 @@ class ClipSearch:
     """Error of each share over all rows seen: sum over rows of |Q(x) - x|^2 / |x|^2. Rows count alike, however large.
 
     Relative, because what reads the layer's output is a norm; a massive token would else decide alone.
+
+    readers: [N, width], the weights that read the rows. With them the error is |(Q(x) - x) readers^T|^2 / |x|^2: what is cut off lies
+    in the direction of x, which weights amplify, and what is rounded lies in any; the error of the input counts both alike.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, readers: Tensor | None = None) -> None:
         self.bits = bits
         self.errors = torch.zeros(len(SHARES), dtype=torch.float64)
+        self.readers = None if readers is None else _factor(readers)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -32,9 +36,20 @@ class ClipSearch:
         rows = x.detach().flatten(0, -2).float()
         energy = rows.square().sum(-1).clamp_min(torch.finfo(rows.dtype).tiny)
         for i, share in enumerate(SHARES):
-            error = dequantize(quantize_activation(rows, self.bits, clip=share)).sub_(rows).square_().sum(-1)
+            gap = dequantize(quantize_activation(rows, self.bits, clip=share)).sub_(rows)
+            error = (gap if self.readers is None else gap @ self.readers).square_().sum(-1)
             self.errors[i] += (error / energy).sum().double()
 
     def best(self) -> float:
         """The share with the least error."""
         return SHARES[int(self.errors.argmin())]
+
+
+def _factor(readers: Tensor) -> Tensor:
+    """F [width, n] with |e F| = |e readers^T| for every row e, n at most width: a Cholesky factor where that is smaller."""
+    rows, width = readers.shape
+    if rows <= width:
+        return readers.mT.contiguous().float()
+    gram = readers.double().mT @ readers.double()
+    gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.linalg.cholesky(gram).float()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from resq_compiler.numerics.clip import SHARES, ClipSearch
+from resq_compiler.numerics.quantized import dequantize, quantize_activation
 
 
 def search(x: torch.Tensor, bits: int = 4) -> float:
@@ -34,3 +35,28 @@ def test_large_rows_do_not_decide_alone():
     massive = 1e4 * torch.ones(3, 504)
     massive[:, ::2] *= -1
     assert search(torch.cat((normal, massive))) == search(normal) < 1
+
+
+def test_with_readers_the_error_is_that_of_their_outputs():
+    """Against the definition, for more readers than columns (a factor of their moment) and for fewer."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(50, 64, generator=generator)
+    for count in (16, 200):
+        readers = torch.randn(count, 64, generator=generator)
+        found = ClipSearch(4, readers)
+        found.update(x)
+        for i, share in enumerate(SHARES):
+            gap = (dequantize(quantize_activation(x, 4, clip=share)) - x).double()
+            expected = ((gap @ readers.double().T).square().sum(-1) / x.double().square().sum(-1)).sum()
+            torch.testing.assert_close(found.errors[i], expected, rtol=1e-5, atol=0)
+
+
+def test_what_is_cut_off_costs_more_where_readers_see_the_sum():
+    """All columns have one sign: a cut lowers their sum in every row, rounding errors cancel in it."""
+    x = torch.randn(300, 504, generator=torch.Generator().manual_seed(3)).abs()
+    ratio = {}
+    for name, readers in (("input", None), ("sum", torch.ones(1, 504))):
+        found = ClipSearch(4, readers)
+        found.update(x)
+        ratio[name] = float(found.errors[SHARES.index(0.8)] / found.errors[0])
+    assert ratio["input"] < 1.2 and ratio["sum"] > 2

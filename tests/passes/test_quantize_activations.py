@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from resq_compiler.passes import QuantizeActivations
+from resq_compiler.passes.quantize_activations import may_clip, open_parts, search_clips
 
-from resq_compiler import executor, meta, ops
+from resq_compiler import executor, graph_tools, meta, ops
 from resq_compiler.graph_tools import aten
 from resq_compiler.numerics.clip import SHARES
 from resq_compiler.tiny import tiny_tokens
@@ -58,6 +59,27 @@ def test_searched_clips_lose_least(build):
             for share in SHARES
         }
         assert error[node.args[3]] <= min(error.values()) * (1 + 1e-5)  # float32 sums
+
+
+@pytest.mark.parametrize("options", [{"weight_method": "rtn"}, BEFORE_WEIGHTS], ids=str)
+def test_searches_by_output_see_the_weights_that_read(options, build):
+    """Float ones before weights are quantized, the image of codes after: all linears of one input, and the right columns of them."""
+    built = build("llama", "quantize-activations", activation_clip="output", activation_bits=3, **options)
+    before = {node.args[0]: [] for node, part in open_parts(built.gm) if may_clip(part)}
+    for node, part in open_parts(built.gm):
+        if may_clip(part):
+            weight = graph_tools.get_tensor(built.gm, node.args[1]).float()
+            scale = 1.0 if options is BEFORE_WEIGHTS else graph_tools.get_tensor(built.gm, node.args[2])[:, None]
+            before[node.args[0]].append(weight * scale)
+    env = executor.first_tokens(built.gm, built.ctx.calibration)
+    executor.Schedule(built.gm, list(before), env).run(env)
+    clips = search_clips(built.gm, built.ctx)
+    assert clips.keys() == before.keys() and {len(w) for w in before.values()} == {1, 2, 3}
+    for node, weights in before.items():
+        x, readers = env[node].flatten(0, -2), torch.cat(weights).double()
+        gaps = {s: (ops.dequantize(ops.quantize(x, 3, 1, s)) - x).double() for s in SHARES}
+        error = {s: float(((gap @ readers.T).square().sum(-1) / x.double().square().sum(-1)).sum()) for s, gap in gaps.items()}
+        assert error[clips[node]] <= min(error.values()) * (1 + 1e-5)
 
 
 def test_the_search_is_told(build):
