@@ -5,7 +5,7 @@
 
 One quantizer for each value and width, shared by the linears that read it (q, k, v; gate, up). Per token; the input of an
 output projection per token and head, or per token (`o_proj_granularity`). How much of the range the codes cover is `activation_clip`;
-"auto" searches it for each of them on calibration tokens, by the error of the input, "output" by that of the linears that read it.
+"input" searches it for each of them on calibration tokens, by the error of the value, "output" by that of the linears that read it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from resq_compiler.pipeline import Pass, PassContext
 SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip
 
-SEARCHED = ("auto", "output")
-SEARCH_TOKENS = 4096  # shares that are nearly as good are all that more tokens would tell apart
+SEARCHED = ("input", "output")
+SEARCH_TOKENS = 2048  # shares that are nearly as good are all that more tokens would tell apart
 
 
 @dataclass(frozen=True)

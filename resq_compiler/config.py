@@ -39,7 +39,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
 WHOLE_NUMBERS = {"rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "gptq_sweeps": 0, "seed": None}
 """Options without a list of values, and the least that each may be."""
 
-WORDS: dict[str, tuple[str, ...]] = {"activation_clip": ("auto", "output")}
+WORDS: dict[str, tuple[str, ...]] = {"activation_clip": ("input", "output")}
 """Words that an option takes in place of a number."""
 
 

@@ -13,7 +13,7 @@ DEFAULT_RECIPE = "resq+"
 RECIPES: dict[str, dict[str, Any]] = {
     "resq": {},
     "resq+": {
-        "down_proj": "energy-split", "activation_clip": "auto", "basis_weighting": "readers", "weight_clip": "hessian",
+        "down_proj": "energy-split", "activation_clip": "output", "basis_weighting": "readers", "weight_clip": "hessian",
         "gptq_act_order": True, "gptq_token_weighting": "residual", "gptq_sweeps": 4,
     },
     "quarot": {"basis": "hadamard", "high_fraction": 0.0},

@@ -40,7 +40,7 @@ HELP: dict[str, str] = {
     "gptq_correction": "GPTQ also makes up for the error of the inputs: none, gptaq, or least squares towards the float output or residual",
     "gptq_correction_alpha": "how much of that correction is made, 0 to 1",
     "activation_clip": "share of the range of activations that is kept, in parts below 8 bits; searched for each site by the error of the "
-    "input (auto) or of the linears that read it (output)",
+    "value (input) or of the linears that read it (output)",
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
     "lm_head_bits": "bits of lm_head; none: stays in float",

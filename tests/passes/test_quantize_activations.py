@@ -44,7 +44,7 @@ def test_clip_holds_for_narrow_codes_but_not_for_the_output_projection(build):
 
 def test_searched_clips_lose_least(build):
     """Every other share, put in the place of the one found, has a larger error on the tokens of the search (relative, row by row)."""
-    built = build("llama", "quantize-kv-cache", activation_clip="auto", activation_bits=3, weight_method="rtn")
+    built = build("llama", "quantize-kv-cache", activation_clip="input", activation_bits=3, weight_method="rtn")
     nodes = [n for n in quantizers(built.gm) if n.args[1] == 3 and n.args[2] == 1]
     before = build("llama", "quantize-activations", activation_bits=3, weight_method="rtn").gm  # float inputs, as the search sees them
     names = {n.name: n for n in before.graph.nodes}
@@ -83,7 +83,7 @@ def test_searches_by_output_see_the_weights_that_read(options, build):
 
 
 def test_the_search_is_told(build):
-    built = build("llama", "quantize-activations", activation_clip="auto", weight_method="rtn")
+    built = build("llama", "quantize-activations", activation_clip="input", weight_method="rtn")
     built.pipeline.run(built.gm, [QuantizeActivations()])
     lines = built.pipeline.stages[-1].lines
     assert len(lines) == 6 and all(line.startswith("clip of blocks.") for line in lines)
