@@ -38,7 +38,8 @@ def test_values_out_of_range_are_refused_with_the_option_and_the_value(name, val
 
 
 EDGES = [
-    {"high_fraction": 0}, {"high_fraction": 0.5}, {"low_fraction": 0.5}, {"rank_multiple": 64}, {"activation_clip": "input"}, {"activation_clip": "output"}
+    {"high_fraction": 0}, {"high_fraction": 0.5}, {"low_fraction": 0.5}, {"rank_multiple": 64},
+    {"activation_clip": "input"}, {"activation_clip": "output"}
 ]  # fmt: skip
 
 
