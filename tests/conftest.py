@@ -161,7 +161,7 @@ def compile_tiny(tiny, captured):
         key = (family, *sorted(options.items()))
         if key not in made:
             graphs: list[GraphModule] = []
-            defaults = {"recipe": "resq", "calibration_samples": 4, "calibration_length": 32}
+            defaults = {"recipe": "resq", "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}
             with mock.patch.object(compiler, "capture", lambda model: captured(family)):
                 compiled = compiler.compile(
                     tiny(family), tiny_tokens(4, 32), on_float=graphs.append, **{**defaults, **options}

@@ -13,7 +13,7 @@ from resq_compiler.pipeline import relative_error
 from resq_compiler.recipes import RECIPES
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
-SHORT = {"calibration_samples": 4, "calibration_length": 32}
+SHORT = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}  # as compile_tiny
 RTN = {"weight_method": "rtn"}
 
 

@@ -14,7 +14,7 @@ from resq_compiler import calibration, compiler, resume
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
-SMALL = {"calibration_samples": 4, "calibration_length": 32}
+SMALL = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}  # as compile_tiny
 
 
 @pytest.fixture
