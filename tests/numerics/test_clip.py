@@ -51,6 +51,12 @@ def test_with_readers_the_error_is_that_of_their_outputs():
             torch.testing.assert_close(found.errors[i], expected, rtol=1e-5, atol=0)
 
 
+def test_readers_that_are_zero_leave_the_whole_range():
+    found = ClipSearch(4, torch.zeros(200, 64))
+    found.update(torch.randn(20, 64, generator=torch.Generator().manual_seed(4)))
+    assert found.best() == 1.0
+
+
 def test_what_is_cut_off_costs_more_where_readers_see_the_sum():
     """All columns have one sign: a cut lowers their sum in every row, rounding errors cancel in it."""
     x = torch.randn(300, 504, generator=torch.Generator().manual_seed(3)).abs()
