@@ -51,5 +51,5 @@ def _factor(readers: Tensor) -> Tensor:
     if rows <= width:
         return readers.mT.contiguous().float()
     gram = readers.double().mT @ readers.double()
-    gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    gram.diagonal().add_((1e-9 * gram.diagonal().mean()).clamp_min(1e-80))
     return torch.linalg.cholesky(gram).float()

@@ -51,9 +51,14 @@ def test_with_readers_the_error_is_that_of_their_outputs():
             torch.testing.assert_close(found.errors[i], expected, rtol=1e-5, atol=0)
 
 
-def test_readers_that_are_zero_leave_the_whole_range():
-    found = ClipSearch(4, torch.zeros(200, 64))
-    found.update(torch.randn(20, 64, generator=torch.Generator().manual_seed(4)))
+@pytest.mark.parametrize("denormals", ["kept", "flushed"])
+def test_readers_that_are_zero_leave_the_whole_range(denormals):
+    torch.set_flush_denormal(denormals == "flushed")
+    try:
+        found = ClipSearch(4, torch.zeros(200, 64))
+        found.update(torch.randn(20, 64, generator=torch.Generator().manual_seed(4)))
+    finally:
+        torch.set_flush_denormal(False)
     assert found.best() == 1.0
 
 
