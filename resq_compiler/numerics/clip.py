@@ -14,10 +14,12 @@ from resq_compiler.numerics.quantized import dequantize, quantize_activation
 
 SHARES = tuple(round(1 - 0.05 * i, 2) for i in range(11))
 """Candidates, the whole range first: it wins ties."""
+ROWS = 256  # after so many, and so many more, shares far from the best are given up
+FAR = 1.15
 
 
 class ClipSearch:
-    """Error of each share over all rows seen: sum over rows of |Q(x) - x|^2 / |x|^2. Rows count alike, however large.
+    """Error of each share over all rows seen: sum over rows of |Q(x) - x|^2 / |x|^2, infinite once given up. Rows count alike, however large.
 
     Relative, because what reads the layer's output is a norm; a massive token would else decide alone.
 
@@ -33,12 +35,13 @@ class ClipSearch:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Add rows [..., width], float."""
-        rows = x.detach().flatten(0, -2).float()
-        energy = rows.square().sum(-1).clamp_min(torch.finfo(rows.dtype).tiny)
-        for i, share in enumerate(SHARES):
-            gap = dequantize(quantize_activation(rows, self.bits, clip=share)).sub_(rows)
-            error = (gap if self.readers is None else gap @ self.readers).square_().sum(-1)
-            self.errors[i] += (error / energy).sum().double()
+        for rows in x.detach().flatten(0, -2).float().split(ROWS):
+            energy = rows.square().sum(-1).clamp_min(torch.finfo(rows.dtype).tiny)
+            for i in self.errors.isfinite().nonzero().flatten().tolist():
+                gap = dequantize(quantize_activation(rows, self.bits, clip=SHARES[i])).sub_(rows)
+                error = (gap if self.readers is None else gap @ self.readers).square_().sum(-1)
+                self.errors[i] += (error / energy).sum().double()
+            self.errors[self.errors > FAR * self.errors.min()] = torch.inf
 
     def best(self) -> float:
         """The share with the least error."""
