@@ -19,7 +19,7 @@ FAR = 1.15
 
 
 class ClipSearch:
-    """Error of each share over all rows seen: sum over rows of |Q(x) - x|^2 / |x|^2, infinite once given up. Rows count alike, however large.
+    """Error of each share over all rows seen: sum over rows of |Q(x) - x|^2 / |x|^2; infinite once it is given up. Rows count alike.
 
     Relative, because what reads the layer's output is a norm; a massive token would else decide alone.
 
