@@ -55,8 +55,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "output": ("resq+", {**A_THEN_W, "gptq_correction": "output"}, "weights aim at the float layer's output, nearly Qronos"),
     "residual": ("resq+", {**A_THEN_W, "gptq_correction": "residual"}, "weights aim at the float residual stream too"),
     "key head": ("resq+", {"key_basis": "head"}, "U_C for each key/value head"),
+    "allocation": ("resq+", {"allocation": "sensitivity"}, "as many 8-bit columns, shared out by how far predictions feel each site"),
     "bits moved": ("resq+", {"site_fractions": "mlp=1/4,o=0,key=1/4,value=0"}, "more 8-bit columns for mlp inputs and keys"),
-    "budget": ("resq+", {"average_bits": 4.5}, "8-bit columns shared out by allocate-bits"),
+    "damping 0.01": ("resq+", {"gptq_damping": 0.01}, "GPTQ's usual damping"),
     "kv clip": ("resq+", {"kv_clip": 0.95}, "0.95 of the range of keys and values"),
     "o per token": ("resq+", {"o_proj_granularity": "token"}, "one scale a token for the input of output projections"),
     "self-written": ("resq+", {}, "calibrated on text that the model writes"),
@@ -120,7 +121,7 @@ class Bench:
         self.pipeline = Pipeline(self.ctx)
         self.pipeline.start(self.gm)
         first = passes_for(self.config)
-        self.shared = [p.name for p in first].index("compute-bases")
+        self.shared = [p.name for p in first].index("fold-norms") + 1
         self.pipeline.run(self.gm, first[: self.shared])
         with products.linears_in(self.config.calibration_dtype):
             self.moments = calibration.calibrate(self.gm, self.ctx)

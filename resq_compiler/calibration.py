@@ -143,7 +143,7 @@ def make_bases(gm: GraphModule | None, moments: Moments | None, topology: Topolo
     for block in topology.blocks:
         a, i = block.attention, block.index
         if moments:
-            values, keys = _head_moments(gm, moments, block, config)
+            values, keys = head_moments(gm, moments, block, config)
             u = torch.stack([_basis(m, a.value_dim, config, f"value.{i}.{g}", bases.spectra) for g, m in enumerate(values)])
             names = [f"key.{i}"] if len(keys) == 1 else [f"key.{i}.{g}" for g in range(len(keys))]
             each = [_basis(m, a.head_dim, config, n, bases.spectra) for m, n in zip(keys, names, strict=True)]
@@ -157,8 +157,8 @@ def make_bases(gm: GraphModule | None, moments: Moments | None, topology: Topolo
     return bases
 
 
-def _head_moments(gm: GraphModule | None, moments: Moments, block: Block, config: CompileConfig) -> tuple[Tensor, Tensor]:
-    """Moments of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
+def head_moments(gm: GraphModule | None, moments: Moments, block: Block, config: CompileConfig) -> tuple[Tensor, Tensor]:
+    """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
     value, key, query = (m[block.index].mean() for m in (moments.value, moments.key, moments.query))
     if config.key_basis == "shared":
         key, query = key.mean(0, keepdim=True), query.mean(0, keepdim=True)
@@ -174,11 +174,16 @@ def _residual_basis(
     if config.basis == "outliers":
         assert moments is not None and moments.residual_peak is not None
         return permutation(moments.residual_peak)
-    moment = moments.residual.mean() if moments else None
-    if moment is not None and config.basis_weighting == "readers":
-        assert gm is not None
-        moment = weigh(moment, residual_readers(gm, topology))
+    moment = residual_moment(gm, moments, topology, config) if moments else None
     return _basis(moment, topology.hidden_size, config, "residual", spectra)
+
+
+def residual_moment(gm: GraphModule | None, moments: Moments, topology: Topology, config: CompileConfig) -> Tensor:
+    """The moment whose eigenvectors are the basis of the residual stream [d, d]."""
+    if config.basis_weighting != "readers":
+        return moments.residual.mean()
+    assert gm is not None
+    return weigh(moments.residual.mean(), residual_readers(gm, topology))
 
 
 def permutation(size: Tensor) -> Tensor:

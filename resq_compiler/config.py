@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "o_proj_granularity": ("head", "token"),
     "lm_head_bits": (None, 8),
     "basis_weighting": ("none", "readers"),
+    "allocation": ("equal", "sensitivity"),
     "key_basis": ("shared", "head"),
     "gptq_token_weighting": ("none", "residual"),
     "gptq_correction": ("none", "gptaq", "output", "residual"),
@@ -58,6 +59,7 @@ class CompileConfig:
     high_bits: int = 8
     high_fraction: float = 1 / 8
     site_fractions: str = ""
+    allocation: str = "equal"
     average_bits: float | None = None
     low_bits: int = 2
     low_fraction: float = 0.0
@@ -102,7 +104,7 @@ class CompileConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
         self._check_correction()
-        self._check_average()
+        self._check_allocation()
         self.fractions()
 
     def _check_correction(self) -> None:
@@ -118,17 +120,21 @@ class CompileConfig:
                 "the correction; set gptq_sweeps to 0, or gptq_correction to output"
             )
 
-    def _check_average(self) -> None:
-        if self.average_bits is None:
-            return
-        main = min(self.weight_bits, self.activation_bits, self.kv_bits)
-        self._check_range("average_bits", main, (main + self.high_bits) / 2)  # at most half of the columns are high
-        if self.basis != "pca" or self.low_fraction or self.site_fractions:
+    def _check_allocation(self) -> None:
+        if self.average_bits is not None:
+            main = min(self.weight_bits, self.activation_bits, self.kv_bits)
+            self._check_range("average_bits", main, (main + self.high_bits) / 2)  # at most half of the columns are high
+        if self.allocates and (self.basis != "pca" or self.low_fraction or self.site_fractions):
             raise ConfigError(
-                "option average_bits: shares out high columns by the spectra of a pca basis, in two parts; expected basis=pca, "
-                f"low_fraction=0 and no site_fractions; got basis={self.basis}, low_fraction={self.low_fraction}, "
-                f"site_fractions={self.site_fractions!r}"
+                f"option {'allocation' if self.average_bits is None else 'average_bits'}: shares out high columns along a pca basis, "
+                "in two parts; expected basis=pca, low_fraction=0 and no site_fractions, or allocation=equal without average_bits; got "
+                f"basis={self.basis}, low_fraction={self.low_fraction}, site_fractions={self.site_fractions!r}"
             )
+
+    @property
+    def allocates(self) -> bool:
+        """Whether sites and blocks get the share of high columns that pays there; a budget asks for it too."""
+        return self.allocation == "sensitivity" or self.average_bits is not None
 
     def fraction(self, site: str, block: int | None = None) -> float:
         """High fraction of a site (of SITES), in a block where blocks differ."""

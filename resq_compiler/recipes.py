@@ -14,7 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "resq": {},
     "resq+": {
         "down_proj": "energy-split", "activation_clip": "output", "basis_weighting": "readers", "weight_clip": "hessian",
-        "gptq_act_order": True, "gptq_token_weighting": "residual", "gptq_sweeps": 4,
+        "gptq_act_order": True, "gptq_token_weighting": "residual", "gptq_sweeps": 4, "gptq_damping": 0.03,
     },
     "quarot": {"basis": "hadamard", "high_fraction": 0.0},
     "quik": {"basis": "outliers", "rotation": "none", "down_proj": "outliers"},
@@ -57,7 +57,7 @@ def passes_for(config: CompileConfig) -> list[Pass]:
 
     exact: list[Pass] = [Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology(), FoldNorms()]
     reorder = config.down_proj in ("energy-split", "outliers")
-    if config.average_bits is not None:
+    if config.allocates:
         exact.append(AllocateBits())
     if config.basis != "none" or reorder:
         exact.append(ComputeBases())

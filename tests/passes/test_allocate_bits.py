@@ -71,9 +71,25 @@ def test_the_table_is_in_the_stage_and_in_the_dump(compile_tiny, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [{"average_bits": 3.9}, {"average_bits": 6.5}, {"average_bits": 4.5, "site_fractions": "o=0"},
-     {"average_bits": 4.5, "recipe": "quarot"}, {"average_bits": 4.5, "low_fraction": 0.25}],
+     {"average_bits": 4.5, "recipe": "quarot"}, {"average_bits": 4.5, "low_fraction": 0.25},
+     {"allocation": "sensitivity", "basis": "hadamard"}],
     ids=str,
 )  # fmt: skip
 def test_budgets_that_cannot_be_spent_are_refused(options):
-    with pytest.raises(ConfigError, match="option average_bits: "):
+    with pytest.raises(ConfigError, match="option (average_bits|allocation): "):
         resolve(**{"recipe": "resq", **options})
+
+
+def test_without_a_budget_it_is_that_of_equal_shares(compile_tiny):
+    """1/4 of the columns of keys and values, not the same number for all."""
+    model, _ = compile_tiny("llama", **PLUS, allocation="sensitivity", high_fraction=0.25)
+    shares = model.options.fractions()
+    cache = [shares[f"{s}.{i}"] for s in ("key", "value") for i in range(2)]
+    assert sum(cache) / 4 == pytest.approx(0.25, abs=1 / 16) and len(set(cache)) > 1
+    assert model.options.allocation == "equal"  # a compile of the recorded options gives the same model
+
+
+def test_families_without_gates(compile_tiny):
+    """One linear before the activation, and none of a fused kind."""
+    model, _ = compile_tiny("opt", **PLUS, allocation="sensitivity")
+    assert {"mlp", "down.0", "o.1"} <= set(model.options.fractions())
