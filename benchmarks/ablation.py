@@ -85,6 +85,7 @@ def parse() -> argparse.Namespace:
     accuracy.add_protocol(parser)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of all rows but where a row changes them")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each with one thread (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("ablation.jsonl"), help="rows, one JSON object a line")
     arguments = parser.parse_args()
@@ -97,8 +98,8 @@ def make_job(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, A
     """What a row is known by."""
     recipe, options, _ = VARIANTS[name]
     sizes = {n: getattr(arguments, n) for n in ("calibration_samples", "calibration_length")}
-    job = {"recipe": recipe, "weight_method": "gptq", "seed": seed, "options": {**sizes, **options}, "compare": True}
-    return {**accuracy.protocol(arguments), **job, "self_written": name == "self-written"}
+    job = {"recipe": recipe, "weight_method": "gptq", "seed": seed, "options": {**sizes, **accuracy.given(arguments), **options}}
+    return {**accuracy.protocol(arguments), **job, "compare": True, "self_written": name == "self-written"}
 
 
 class Bench:

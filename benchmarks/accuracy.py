@@ -5,6 +5,8 @@
 Text is tokenized without special tokens. Calibration: the first 32768 tokens as 64 windows of 512. Evaluation: tokens 60000 to
 100960 as 20 windows of 2048, perplexity over all predicted positions, float32 between the integers. Every row runs in a
 process of its own, so that its peak memory is its own, and is appended to --output; rows that are there are not run again.
+
+"float tok/s" says how fast the machine was just then: the float model in eager PyTorch on a prompt of 512 tokens, median of 5.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -87,14 +90,17 @@ def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The float model, then every recipe with every method and seed."""
     common = protocol(arguments)
     jobs = [{**common, "recipe": "float", "weight_method": "-", "seed": 0, "options": {}}]
-    options = dict(item.split("=", 1) for item in arguments.set)
-    options = {name: convert(name, value) for name, value in options.items()}
-    options |= {n: getattr(arguments, n) for n in ("calibration_samples", "calibration_length")}
+    options = given(arguments) | {n: getattr(arguments, n) for n in ("calibration_samples", "calibration_length")}
     for recipe in arguments.recipes:
         for method in [OWN_METHOD[recipe]] if recipe in OWN_METHOD else arguments.weight_method:
             for seed in arguments.seeds:
                 jobs.append({**common, "recipe": recipe, "weight_method": method, "seed": seed, "options": options})
     return jobs
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of --set."""
+    return {name: convert(name, value) for name, value in (item.split("=", 1) for item in arguments.set)}
 
 
 def key(row: dict[str, Any]) -> str:
@@ -149,7 +155,21 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     row |= {"perplexity": found.perplexity, "nll": found.nll, "evaluate_seconds": found.seconds}
     row |= {"kl": found.kl, "top1_agreement": found.top1_agreement}
     row |= {"peak_memory_bytes": environment.peak_memory(), "load_after": environment.load_average()}
+    row["float_tokens_per_second"] = prefill_speed(reference or load_model(source).model)
     return {**row, "versions": environment.versions(), "cpu": environment.cpu()["model"]}
+
+
+def prefill_speed(model: Any, length: int = 512, rounds: int = 5) -> float:
+    """Prompt tokens per second of a transformers model, median; one round before is not counted."""
+    import torch
+
+    ids, seconds = torch.arange(length)[None], []
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            began = time.perf_counter()
+            model(ids)
+            seconds.append(time.perf_counter() - began)
+    return length / statistics.median(seconds[1:])
 
 
 def compile_job(job: dict[str, Any], source: str, progress: Any, row: dict[str, Any]) -> Any:
@@ -182,7 +202,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
         lines += [_line(row, base, str(row["seed"]) if recipe != "float" else "-") for row in members]
         if len(members) > 1:
             mean = sum(row["perplexity"] for row in members) / len(members)
-            lines.append((recipe, method, "mean", number(mean), number(mean / base), *["-"] * 6))
+            lines.append((recipe, method, "mean", number(mean), number(mean / base), *["-"] * 7))
     header = (
         "recipe",
         "weights",
@@ -195,6 +215,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
         "evaluate s",
         "peak GB",
         "load",
+        "float tok/s",
     )
     return table(header, lines, markdown=True)
 
@@ -205,6 +226,7 @@ def _line(row: dict[str, Any], base: float, seed: str) -> tuple[str, ...]:
     return (
         row["recipe"], row["weight_method"], seed, number(row["perplexity"]), number(row["perplexity"] / base),
         *(number(value, 0) for value in times), number(peak / 1e9, 2), number(row["load_before"], 1),
+        number(row.get("float_tokens_per_second"), 0),
     )  # fmt: skip
 
 
