@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from resq_compiler.numerics import quantized
 from resq_compiler.numerics.hadamard import hadamard_plan, hadamard_transform
@@ -76,6 +77,24 @@ def causal_mask(attention_mask: Tensor, input_ids: Tensor, window: int | None = 
     return visible[None, None] & attention_mask[:, None, None, :].bool()
 
 
+def is_causal(mask: Tensor, new: int) -> bool:
+    """Whether a mask is the triangle of `new` tokens, no padding, no past, no window: the kernel then skips half of the products.
+
+    On a CPU the result is the same to the bit, in half of the time. A mask is looked at once for all layers; a traced one has no values.
+    """
+    if type(mask) is not Tensor or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if mask.dtype != torch.bool or new < 2 or mask.shape[1:] != (1, new, new):
+        return False
+    if mask not in _causal:
+        triangle = torch.ones(new, new, dtype=torch.bool).tril()
+        _causal[mask] = bool(torch.equal(mask, triangle.expand_as(mask)))
+    return _causal[mask]
+
+
+_causal: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 @op
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
@@ -86,7 +105,9 @@ def attention(
     """
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        causal = mask is not None and is_causal(mask, q.shape[2])
+        mask = None if causal else mask
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     if grouped:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap

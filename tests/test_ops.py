@@ -88,6 +88,26 @@ def test_attention_is_eager_attention_of_transformers(softcap, kv_heads, boolean
     torch.testing.assert_close(ops.merge_heads(got), expected.flatten(2), **ROUNDING)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_triangles_take_the_kernel_that_skips_half_and_other_masks_do_not(randn, kv_heads, monkeypatch):
+    """Bit for bit what the mask gives; padding, a window, a past or one token more is no triangle."""
+    seen = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", lambda *a, **k: (seen.append(k["is_causal"]), sdpa(*a, **k))[1])
+    q, k, v = randn(2, 3, 70, 16), randn(2, kv_heads, 70, 16), randn(2, kv_heads, 70, 16)
+    ids, ones = torch.zeros(2, 70, dtype=torch.long), torch.ones(2, 70, dtype=torch.long)
+    mask = ops.causal_mask(ones, ids)
+    expected = sdpa(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=kv_heads != 3)
+    assert torch.equal(ops.attention(q, k, v, mask, 0.3), expected) and seen.pop()
+    padded = ones.clone()
+    padded[1, :2] = 0
+    for other in (ops.causal_mask(padded, ids), ops.causal_mask(ones, ids, 20), mask.float().log()):
+        ops.attention(q, k, v, other, 0.3)
+        assert not seen.pop()
+    ops.attention(q[:, :, :9], k, v, ops.causal_mask(ones, ids[:, :9]), 0.3)
+    assert not seen.pop()
+
+
 def test_attention_without_a_mask_and_one_key_returns_its_value(randn):
     v = randn(1, 1, 1, 8)
     got = ops.attention(randn(1, 2, 3, 8), randn(1, 1, 1, 8), v, None, 1.0)
