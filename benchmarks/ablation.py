@@ -36,6 +36,7 @@ from resq_compiler.tables import number, table
 
 PLAIN_GPTQ = {"gptq_sweeps": 0, "gptq_token_weighting": "none"}  # what corrections can be combined with
 A_THEN_W = {**PLAIN_GPTQ, "gptq_on_quantized_activations": True}
+MOVED = "mlp=1/4,o=0,key=1/4,value=0"
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "resq": ("resq", {}, "the paper's method"),
     "resq+": ("resq+", {}, "the best of what follows"),
@@ -55,8 +56,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "output": ("resq+", {**A_THEN_W, "gptq_correction": "output"}, "weights aim at the float layer's output, nearly Qronos"),
     "residual": ("resq+", {**A_THEN_W, "gptq_correction": "residual"}, "weights aim at the float residual stream too"),
     "key head": ("resq+", {"key_basis": "head"}, "U_C for each key/value head"),
-    "allocation": ("resq+", {"allocation": "sensitivity"}, "as many 8-bit columns, shared out by how far predictions feel each site"),
-    "bits moved": ("resq+", {"site_fractions": "mlp=1/4,o=0,key=1/4,value=0"}, "more 8-bit columns for mlp inputs and keys"),
+    "equal shares": ("resq+", {"allocation": "equal"}, "1/8 of the columns in 8 bits at every site, whatever the forecast"),
+    "always shared": ("resq+", {"average_bits": 4.5}, "shared out by sensitivity, however little the forecast gains"),
+    "bits moved": ("resq+", {"allocation": "equal", "site_fractions": MOVED}, "more 8-bit columns for mlp inputs and keys"),
     "damping 0.01": ("resq+", {"gptq_damping": 0.01}, "GPTQ's usual damping"),
     "kv clip": ("resq+", {"kv_clip": 0.95}, "0.95 of the range of keys and values"),
     "o per token": ("resq+", {"o_proj_granularity": "token"}, "one scale a token for the input of output projections"),

@@ -7,8 +7,8 @@ them high, the relative error of a quantized value is about
 
 and counts by how far it moves the model's predictions (sensitivity.py). Columns go, a few at a time, to the site where they lower the sum
 most for what they cost: weights of the linears that read a column, or bits of the cache. Linears and cache have a budget each.
-The budget is `average_bits`, or what equal shares of `high_fraction` cost. The result replaces `site_fractions`; the table is in this
-stage's text in a dump.
+The budget is `average_bits`, or what equal shares of `high_fraction` cost, and then the shares stay equal where the forecast gains less
+than a tenth. The result replaces `site_fractions`; the table is in this stage's text in a dump.
 
 Source: reverse water-filling on the eigenvalues (as in rate-distortion theory), restricted to two widths.
 """
@@ -32,6 +32,7 @@ from resq_compiler.pipeline import Pass, PassContext
 from resq_compiler.tables import number, table
 
 STEPS = 32  # of a site's columns: one step gives width / STEPS of them the high bits
+WORTH = 0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: see README)
 DOWN_STEPS = 16  # parts of down projections are Hadamard transforms: multiples of width / 16 have orders of small factors
 
 
@@ -68,10 +69,14 @@ class AllocateBits(Pass):
         felt = sensitivity.measure(gm, ctx)
         budgets = [linear_choices(gm, ctx, felt), cache_choices(gm, ctx, felt)]
         found = {c: n for choices in budgets if choices for c, n in spend(choices, config).items()}
-        shares = ",".join(f"{c.site}={n}/{len(c.energies)}" for c, n in found.items())
+        fall = forecast_fall(found, config)
+        worth = config.average_bits is not None or fall >= WORTH
+        shares = ",".join(f"{c.site}={n}/{len(c.energies)}" for c, n in found.items()) if worth else ""
         ctx.config = dataclasses.replace(config, site_fractions=shares, allocation="equal", average_bits=None)
+        result = "" if worth else f": below {100 * WORTH:g} %, so the shares stay equal, and the table says what they would have been"
+        ctx.lines += [f"forecast of the error: {100 * fall:.1f} % lower than with equal shares{result}"]
         ctx.lines += describe(found, config).splitlines()
-        return len(found)
+        return len(found) if worth else 0
 
 
 def linear_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) -> list[Choice]:
@@ -152,6 +157,17 @@ def step(choice: Choice, config: CompileConfig) -> int:
     return max(config.rank_multiple, least // config.rank_multiple * config.rank_multiple)
 
 
+def forecast_fall(found: dict[Choice, int], config: CompileConfig) -> float:
+    """By how much the sum of all errors is below that of equal shares, relative."""
+    before = sum(c.error(equal(c, config)) for c in found)
+    return 1 - sum(c.error(n) for c, n in found.items()) / before if before else 0.0
+
+
+def equal(choice: Choice, config: CompileConfig) -> int:
+    """High columns of a site if all have the same share."""
+    return round(len(choice.energies) * share(choice, config))
+
+
 def share(choice: Choice, config: CompileConfig) -> float:
     """High columns that equal shares would give."""
     if config.average_bits is None:
@@ -169,9 +185,8 @@ def describe(found: dict[Choice, int], config: CompileConfig) -> str:
     rows = []
     for choice, high in found.items():
         width, span = len(choice.energies), choice.high_bits - choice.main_bits
-        equal = round(width * share(choice, config))
         bits = choice.main_bits + span * high / width
-        change = 100 * (choice.error(high) / choice.error(equal) - 1)
+        change = 100 * (choice.error(high) / choice.error(equal(choice, config)) - 1)
         weight, kept = float(choice.energies.sum()), float(choice.energies[:high].sum())
         part = number(100 * kept / weight, 1)
         rows.append((choice.site, str(width), str(high), number(bits, 2), number(weight, 3), part, f"{change:+.1f}"))

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from resq_compiler.passes import allocate_bits
 from resq_compiler.passes.allocate_bits import Choice, spend
 
 from resq_compiler.config import CompileConfig
@@ -52,17 +53,18 @@ def test_average_of_the_result_is_the_budget(compile_tiny):
 def test_columns_follow_the_shares(compile_tiny):
     """The same shares written by hand give the same model, to the bit."""
     model, _ = compile_tiny("llama", **PLUS, average_bits=4.75)
-    again, _ = compile_tiny("llama", **PLUS, site_fractions=model.options.site_fractions)
+    again, _ = compile_tiny("llama", **PLUS, allocation="equal", site_fractions=model.options.site_fractions)
     ids = tiny_tokens(2, 12)
     assert torch.equal(model(ids).logits, again(ids).logits)
-    plain, _ = compile_tiny("llama", **PLUS)
+    plain, _ = compile_tiny("llama", **PLUS, allocation="equal")
     assert not torch.equal(model(ids).logits, plain(ids).logits)
 
 
 def test_the_table_is_in_the_stage_and_in_the_dump(compile_tiny, tmp_path):
     model, _ = compile_tiny("llama", **PLUS, average_bits=4.75)
     stage = next(s for s in model.stages if s.name == "allocate-bits")
-    assert stage.lines[0].split()[:3] == ["site", "columns", "high"] and len(stage.lines) == 2 + 10
+    assert "% lower than with equal shares" in stage.lines[0]
+    assert stage.lines[1].split()[:3] == ["site", "columns", "high"] and len(stage.lines) == 1 + 2 + 10
     model.dump(tmp_path)
     text = (tmp_path / f"{stage.label}.txt").read_text()
     assert all(line in text for line in stage.lines)
@@ -89,7 +91,17 @@ def test_without_a_budget_it_is_that_of_equal_shares(compile_tiny):
     assert model.options.allocation == "equal"  # a compile of the recorded options gives the same model
 
 
+def test_shares_stay_equal_where_the_forecast_gains_little(compile_tiny, monkeypatch):
+    monkeypatch.setattr(allocate_bits, "WORTH", 0.9)
+    model, _ = compile_tiny("llama", **PLUS, allocation="sensitivity", seed=1)
+    assert model.options.site_fractions == ""
+    assert "so the shares stay equal" in next(s for s in model.stages if s.name == "allocate-bits").lines[0]
+    plain, _ = compile_tiny("llama", **PLUS, seed=1, allocation="equal")
+    ids = tiny_tokens(2, 12)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
 def test_families_without_gates(compile_tiny):
     """One linear before the activation, and none of a fused kind."""
-    model, _ = compile_tiny("opt", **PLUS, allocation="sensitivity")
+    model, _ = compile_tiny("opt", **PLUS, average_bits=4.5)
     assert {"mlp", "down.0", "o.1"} <= set(model.options.fractions())

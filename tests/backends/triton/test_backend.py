@@ -58,10 +58,12 @@ def test_the_default_recipe(sharing):
     their own for keys and sites."""
     model = tiny_model("llama", intermediate_size=128)
     few = dict(weight_method="rtn", calibration_samples=2, calibration_length=16)
-    for options in ({}, {"key_basis": "head", "site_fractions": "mlp=1/4,o=0,value=0"}):
+    equal = {"allocation": "equal"}
+    for options in (equal, {**equal, "key_basis": "head", "site_fractions": "mlp=1/4,o=0,value=0"}, {"average_bits": 4.75}):
         reference = compiler.compile(model, tiny_tokens(2, 16), recipe="resq+", **few, **options)
         ours, ids = sharing(reference).use_backend("triton"), tiny_tokens(2, 9)
-        assert _called(ours)["hadamard_quantize"] == 2 and _called(ours)["norm_quantize"] == 4
+        if "allocation" in options:
+            assert _called(ours)["hadamard_quantize"] == 2 and _called(ours)["norm_quantize"] == 4
         assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
 
