@@ -65,6 +65,12 @@ class AllocateBits(Pass):
         config = ctx.config
         if not config.allocates:
             return 0
+        if min(config.weight_bits, config.activation_bits, config.kv_bits) >= config.high_bits or (
+            config.average_bits is None and config.high_fraction == 0
+        ):
+            ctx.config = dataclasses.replace(config, allocation="equal", average_bits=None)
+            ctx.lines.append("nothing to share out: all columns have the same bits")
+            return 0
         ctx.moments = ctx.moments or calibration.calibrate(gm, ctx)
         felt = sensitivity.measure(gm, ctx)
         budgets = [linear_choices(gm, ctx, felt), cache_choices(gm, ctx, felt)]

@@ -22,7 +22,7 @@ HELP: dict[str, str] = {
     "high_fraction": "share of columns in the high part, such as 1/8; 0: none",
     "site_fractions": "high fractions of single sites (attention, mlp, o, down, key, value), such as mlp=1/4,o=0,down.3=1/2",
     "allocation": "sensitivity: high columns go to the sites and blocks where predictions feel them most, as many as equal shares have",
-    "average_bits": "a budget for that, in place of what equal shares cost: so many bits on average",
+    "average_bits": "a budget to share out in that way in any case: so many bits on average",
     "low_bits": "bits of the low part",
     "low_fraction": "share of columns in a part below the main bits; 0: none",
     "rank_multiple": "columns of the high part are a multiple of this",

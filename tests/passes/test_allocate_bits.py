@@ -101,6 +101,14 @@ def test_shares_stay_equal_where_the_forecast_gains_little(compile_tiny, monkeyp
     assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
+@pytest.mark.parametrize("options", [{"high_fraction": 0.0}, {"weight_bits": 8, "activation_bits": 8, "kv_bits": 8}], ids=str)
+def test_nothing_is_measured_where_all_columns_are_alike(compile_tiny, options, monkeypatch):
+    monkeypatch.setattr(allocate_bits.sensitivity, "measure", None)
+    model, _ = compile_tiny("llama", **PLUS, allocation="sensitivity", **options)
+    stage = next(s for s in model.stages if s.name == "allocate-bits")
+    assert stage.rewrites == 0 and stage.lines == ("nothing to share out: all columns have the same bits",)
+
+
 def test_families_without_gates(compile_tiny):
     """One linear before the activation, and none of a fused kind."""
     model, _ = compile_tiny("opt", **PLUS, average_bits=4.5)
