@@ -171,7 +171,7 @@ def part_linear(gm: GraphModule, root: Node, rows: Tensor, index: int) -> Node:
             continue
         value = graph_tools.get_tensor(gm, arg)[rows.to("cpu")]
         base = str(arg.target).removesuffix(f".{label}")
-        tensors.append(graph_tools.add_tensor(gm, f"{base}.part{index}.{label}", value, SplitFused.name))
+        tensors.append(graph_tools.add_tensor(gm, f"{base}.split{index}.{label}", value, SplitFused.name))
     with gm.graph.inserting_after(root):
         new = emit(gm.graph, LINEAR, (root.args[0], *tensors), root, SplitFused.name)
     new.meta["val"] = root.meta["val"][..., : len(rows)]

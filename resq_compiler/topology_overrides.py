@@ -195,7 +195,7 @@ class LinearNames:
 
 
 def linear_name(node: Node) -> str:
-    """What a linear is called: its module in the model, with `.partN` where it is some rows of a fused one."""
+    """What a linear is called: its module in the model, with `.splitN` where it is some rows of a fused one."""
     return str(node.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
 
 

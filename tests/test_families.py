@@ -60,6 +60,17 @@ def test_exact_passes_keep_the_logits(name):
     check_exact(name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORK)
+def test_bits_are_shared_out(name):
+    """Gradients reach every site of every structure, and the default recipe ends in a model that computes."""
+    sizes = {"calibration_samples": 4, "calibration_length": 32, "weight_method": "rtn"}
+    compiled = resq_compiler.compile(small(name), tiny_tokens(4, 32), average_bits=4.75, **sizes)
+    stage = next(s for s in compiled.stages if s.name == "allocate-bits")
+    assert len(stage.lines) == 1 + 2 + stage.rewrites > 10
+    assert compiled(tiny_tokens(2, 20, seed=5)).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["bloom", "gptj"])
 def test_attention_in_single_operators(name):
     """ALiBi over flattened heads; interleaved rotary embedding of some channels."""
