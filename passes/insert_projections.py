@@ -118,8 +118,9 @@ def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -
     x = down.args[0]
     width = x.meta["val"].shape[-1]
     split = ctx.config.down_proj == "energy-split"
-    stretches = tuple(sizes(width, ctx.config, "down", block=block)) if split else None
-    for plan in map(hadamard_plan, stretches or (width,)):
+    parts = tuple(sizes(width, ctx.config, "down", block=block)) if split else (width,)
+    stretches = parts if len(parts) > 1 else None
+    for plan in map(hadamard_plan, parts):
         if not plan.full_width:
             ctx.note(f"U_D on {plan.n} channels is a block transform of width {plan.block}: {plan.reason}")
     turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D"))

@@ -102,7 +102,7 @@ def hadamard(low: Lowering, node: Node) -> Value:
     transpose = bool(argument(node, 1, "transpose", False))
     sizes = argument(node, 2, "sizes", None)
     x = low.exact(node.args[0])
-    if sizes is None:
+    if sizes is None or len(sizes) == 1:
         return Value(hadamard_factors(low, x, width, transpose))
     pieces = low.b.op("Split", x, low.b.ints(*sizes), outputs=len(sizes), axis=-1)
     return Value(
