@@ -42,7 +42,7 @@ def run(monkeypatch, capsys):
 
 def test_compile_evaluate_generate(run, place):
     out = run("compile_local_model.py", place / "float", place / "text.txt", place / "compiled", *FAST)
-    assert "14-quantize-kv-cache" in out and "W4A4KV4 in" in out
+    assert "15-quantize-kv-cache" in out and "W4A4KV4 in" in out
     out = run("evaluate.py", place / "compiled", place / "float", place / "text.txt", "--length", 64, "--windows", 2)
     assert "float perplexity" in out and "weights 4.50" in out and "SQNR" in out
     out = run("generate.py", place / "compiled", "Python is", "A", "--new-tokens", 3)
