@@ -25,7 +25,7 @@ from resq_compiler.numerics.seeds import generator
 from resq_compiler.pipeline import PassContext
 from resq_compiler.topology import Topology
 
-TOKENS = 1024  # two halves of them order SmolLM2's sites alike
+TOKENS = 1024  # two sets of so many agree on SmolLM2's sites within a third
 LENGTH = 256  # of a window: bounds what is kept for the backward pass
 
 
