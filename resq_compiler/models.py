@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +71,11 @@ def load_model(source: PreTrainedModel | str | Path, dtype: torch.dtype = torch.
     if not isinstance(source, (str, Path)):
         raise ModelError(f"load_model: expected {_EXPECTED}; got {type(source).__name__}")
     location = _locate(source)
-    model = _load_weights(location, dtype)
+    with _read_once(location):
+        model = _load_weights(location, dtype)
+        tokenizer = _load_tokenizer(location)
     check_model(model)
-    return LoadedModel(model, _load_tokenizer(location), f"{location} ({type(model).__name__})")
+    return LoadedModel(model, tokenizer, f"{location} ({type(model).__name__})")
 
 
 def embedded_model_path() -> Path:
@@ -187,6 +192,22 @@ def _load_weights(location: _Location, dtype: torch.dtype) -> PreTrainedModel:
             f"{missing[0]}; transformers would fill them with random numbers: check that all files were downloaded"
         )
     return model.eval()
+
+
+@contextlib.contextmanager
+def _read_once(location: _Location) -> Iterator[None]:
+    """Inside, transformers parses the head of a GGUF file (a vocabulary, mostly) once, not for each of config, weights and tokenizer."""
+    if not location.gguf_file or importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 def _not_loaded(location: _Location, what: str, error: Exception) -> str:

@@ -112,6 +112,33 @@ def test_refuses_checkpoints(tmp_path, values, message):
         load_model(tmp_path)
 
 
+def test_a_gguf_file_is_parsed_once(monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    opened = []
+    reader = lambda path: opened.append(path) or object()  # noqa: E731
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
+    with pytest.raises(KeyError), models._read_once(models._Location("somewhere", "a.gguf")):
+        assert gguf.GGUFReader("a.gguf") is gguf.GGUFReader("a.gguf")
+        assert gguf.GGUFReader("b.gguf") is not gguf.GGUFReader("a.gguf")
+        raise KeyError
+    assert opened == ["a.gguf", "b.gguf"] and gguf.GGUFReader is reader, "as it was, also after an error"
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_parsed_once(monkeypatch):
+    import gguf
+
+    opened = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path, *arguments):
+            opened.append(path)
+            super().__init__(path, *arguments)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    assert load_model(embedded_model_path()).tokenizer is not None and len(opened) == 1
+
+
 def test_takes_an_instance_that_came_from_a_gguf_file():
     """transformers leaves the file's format in the configuration, though the weights are float."""
     model = tiny_model("llama")
