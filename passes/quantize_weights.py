@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, graph_tools, memory, meta, ops, resume
+from resq_compiler import executor, graph_tools, memory, meta, ops, products, resume
 from resq_compiler.config import CompileConfig
 from resq_compiler.graph_tools import aten, emit, is_call
 from resq_compiler.lockstep import Lockstep
@@ -204,7 +204,7 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
     With the residual stream after a linear that writes into it, tokens count by the inverse of its mean square there: norms divide
     by it before anybody reads the stream. Else a few massive tokens are all that GPTQ sees (and damping is relative to).
     """
-    moment = SecondMoment(site.fact.name, sum(map(graph_columns, site.nodes)))
+    moment = SecondMoment(site.fact.name, sum(map(graph_columns, site.nodes)), dtype=products.dtype())
 
     def see(batch: int, env: dict[Node, Any]) -> None:
         x = side_by_side(env, inputs)

@@ -1,8 +1,9 @@
-"""In what precision the linears of calibration runs are computed: bfloat16 where the processor multiplies it natively.
+"""In what precision linears and second moments of calibration runs are computed: bfloat16 where the processor multiplies it natively.
 
 Calibration measures second moments, and 4-bit codes are 100 times coarser than bfloat16's relative error of 2^-9: what is lost is less than
-what another draw of rotations changes (figures: README). Only linears are rounded, their inputs, weights and results; sums inside a product
-are float32, and so is everything else: residual stream, norms, attention, moments, GPTQ. Nothing of this is left in the compiled model.
+what another draw of rotations changes (figures: README). Rounded are linears (inputs, weights, results) and the products of second moments,
+but for loud tokens (numerics/basis.py); sums inside a product are float32, and so is everything else: residual stream, norms, attention and
+GPTQ. Nothing of this is left in the compiled model.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ def linears_in(dtype: str) -> Iterator[None]:
         yield
     finally:
         _dtype = before
+
+
+def dtype() -> torch.dtype:
+    """What linears, and second moments of their inputs, are computed in here."""
+    return _dtype
 
 
 def substitutes() -> Mapping[object, Callable]:

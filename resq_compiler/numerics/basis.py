@@ -18,19 +18,40 @@ _ROWS_PER_CHUNK = 4096
 """Rows multiplied in float32 before their product joins the float64 sum: bounds the rounding of long batches."""
 _STRIPE = 288
 """Rows of a moment that are computed at a time, from the diagonal on: the rest is their mirror image."""
+_TOKENS_PENDING = 8192
+"""Tokens whose products are summed in float32 before the sum joins the float64 one, whose addition costs as much as a product."""
+_LOUD = 8
+"""A token of so many times the median size is multiplied in float32: rounding its products would drown the others'."""
 
 
 class SecondMoment:
-    """Running sum of xᵀx at one site, over tokens: products in x's precision (float32 at least), the sum in float64.
+    """Running sum of xᵀx at one site, over tokens: products, and sums of up to 8192 tokens, in x's precision
+    (float32 at least), the whole sum in float64.
 
     site: name used in messages. dim: d. groups: G when every token has G vectors with a moment each (heads), else None.
-    total: float64 [d, d], or [G, d, d]. tokens: how many tokens were added.
+    total: float64 [d, d], or [G, d, d]. tokens: how many tokens were added. dtype: bfloat16 rounds float32 tokens and the
+    product of each chunk to it (not with groups, and not the loudest tokens); the sums inside a product are float32.
     """
 
-    def __init__(self, site: str, dim: int, groups: int | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, site: str, dim: int, groups: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         self.site, self.dim, self.groups, self.tokens = site, dim, groups, 0
+        self._gram = _rounded_gram if dtype == torch.bfloat16 and groups is None else _gram
         shape = (dim, dim) if groups is None else (groups, dim, dim)
-        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._pending: Tensor | None = None
+        self._tokens_pending = 0
+
+    @property
+    def total(self) -> Tensor:
+        """The sum over all tokens, float64."""
+        self._flush()
+        return self._total
+
+    @total.setter
+    def total(self, value: Tensor) -> None:
+        self._total, self._pending, self._tokens_pending = value, None, 0
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -46,12 +67,26 @@ class SecondMoment:
             )
         rows = x.detach().reshape(-1, *tail)
         first, *others = rows.split(_ROWS_PER_CHUNK)
-        addition = _gram(first).to(self.total.device)  # apart from the total, which a rejected batch must not touch
+        addition = self._gram(first).to(self._total.device)  # apart from the sums, which a rejected batch must not touch
         for chunk in others:
-            addition = addition.to(self.total) + _gram(chunk).to(self.total)
+            addition = addition.to(self._total) + self._gram(chunk).to(self._total)
         self._require_finite(addition, rows)
-        self.total += addition
-        self.tokens += rows.shape[0]
+        self._add(addition, rows.shape[0])
+
+    def _add(self, addition: Tensor, tokens: int) -> None:
+        self.tokens += tokens
+        if addition.dtype == torch.float64 or tokens > _TOKENS_PENDING:
+            self._total += addition
+            return
+        if self._tokens_pending + tokens > _TOKENS_PENDING:
+            self._flush()
+        self._pending = addition.float() if self._pending is None else self._pending.add_(addition)
+        self._tokens_pending += tokens
+
+    def _flush(self) -> None:
+        if self._pending is not None:
+            self._total += self._pending
+            self._pending, self._tokens_pending = None, 0
 
     def merge(self, other: SecondMoment) -> None:
         """Add another accumulator of the same site shape. Raises: QuantError: dim or groups differ."""
@@ -154,6 +189,23 @@ def _gram(rows: Tensor) -> Tensor:
     if wide.dim() == 3:
         wide = wide.transpose(0, 1)
         return wide.mT @ wide
+    return _by_stripes(wide)
+
+
+def _rounded_gram(rows: Tensor) -> Tensor:
+    """xᵀx of rows [T, d] with products in bfloat16 -> bfloat16 [d, d]; float32 where a few loud rows are added in float32."""
+    if rows.dtype != torch.float32:
+        return _gram(rows)
+    size = torch.linalg.vector_norm(rows, dim=1)
+    loud = size > _LOUD * size.median()
+    rounded = rows.bfloat16()
+    if not bool(loud.any()):
+        return _by_stripes(rounded)
+    return _by_stripes(rounded.masked_fill_(loud[:, None], 0)).float() + _by_stripes(rows[loud])
+
+
+def _by_stripes(wide: Tensor) -> Tensor:
+    """xᵀx of rows [T, d], one half computed and the other copied."""
     gram = wide.new_empty(wide.shape[1], wide.shape[1])
     for i in range(0, len(gram), _STRIPE):
         here = slice(i, i + _STRIPE)

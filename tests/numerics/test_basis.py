@@ -36,6 +36,31 @@ def test_moment_equals_numpy():
     torch.testing.assert_close(moment.mean(), expected / 15000, rtol=0, atol=1e-6 * scale / 15000)  # the same
 
 
+def test_bfloat16_products_are_near_and_symmetric():
+    """300 columns need two stripes. Rounding is random, so it averages out over tokens."""
+    x = activations(4096, 300)
+    moment = SecondMoment("site", 300, dtype=torch.bfloat16)
+    moment.update(x[:2048])
+    moment.update(x[2048:])
+    exact = x.double().T @ x.double()
+    assert torch.equal(moment.total, moment.total.T)
+    assert float(torch.linalg.matrix_norm(moment.total - exact)) < 2**-9 * float(torch.linalg.matrix_norm(exact))
+    assert not torch.equal(moment.total, exact.float().double())
+
+
+def test_loud_tokens_do_not_drown_the_others_in_bfloat16():
+    """One token of 1000 times the size: what is left without it is as near as if it had never been there."""
+    x = activations(2048, 64)
+    x[7] *= 1000
+    moment = SecondMoment("site", 64, dtype=torch.bfloat16)
+    moment.update(x)
+    loud = x[7].double()
+    quiet = torch.cat((x[:7], x[8:])).double()
+    exact = quiet.T @ quiet
+    error = moment.total - torch.outer(loud, loud) - exact
+    assert float(torch.linalg.matrix_norm(error)) < 0.01 * float(torch.linalg.matrix_norm(exact))
+
+
 def test_float64_inputs_stay_float64():
     x = activations(100, 6).double()
     moment = SecondMoment("site", 6)
