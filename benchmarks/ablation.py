@@ -149,7 +149,8 @@ class Bench:
         model, seconds = self.loaded.model, 0.0
         if job["recipe"] != "float":
             config = products.resolve(resolve(job["recipe"], weight_method="gptq", seed=job["seed"], **job["options"]))
-            own = job["self_written"] or config.calibration_samples != self.config.calibration_samples
+            sizes = [(c.calibration_samples, c.basis_samples) for c in (config, self.config)]
+            own = job["self_written"] or sizes[0] != sizes[1]
             began = time.perf_counter()
             ctx = PassContext(config, self.ctx.example_inputs, self.calibration(job) if own else self.ctx.calibration)
             ctx.topology, ctx.moments = self.ctx.topology, None if own else self.moments

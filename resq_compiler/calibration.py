@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, memory, resume
+from resq_compiler import executor, memory, products, resume
 from resq_compiler.config import CompileConfig
 from resq_compiler.errors import DataError
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
@@ -68,7 +68,7 @@ def calibrate(gm: GraphModule, ctx: PassContext) -> Moments:
         return moments
     taps = _taps(topology, moments)
     schedule = executor.Schedule(gm, [topology.blocks[-1].end], list(gm.graph.find_nodes(op="placeholder")))
-    batches = executor.batches(ctx.calibration)
+    batches = executor.batches(basis_windows(ctx.calibration, ctx.config))
     for i, ids in enumerate(batches):
         ctx.progress("calibrate", i, len(batches))
         schedule.run(executor.first_tokens(gm, ids), taps)
@@ -78,6 +78,12 @@ def calibrate(gm: GraphModule, ctx: PassContext) -> Moments:
     return moments
 
 
+def basis_windows(windows: Tensor, config: CompileConfig) -> Tensor:
+    """`basis_samples` of the calibration windows, spread evenly over them; all of them where there are no more."""
+    count = min(config.basis_samples, len(windows))
+    return windows[torch.arange(count) * len(windows) // count]
+
+
 def _empty_moments(topology: Topology) -> Moments:
     value, key, query = [], [], []
     for block in topology.blocks:
@@ -85,7 +91,7 @@ def _empty_moments(topology: Topology) -> Moments:
         value.append(SecondMoment(f"block {block.index} values", a.value_dim, groups=a.num_kv_heads))
         key.append(SecondMoment(f"block {block.index} keys", a.head_dim, groups=a.num_kv_heads))
         query.append(SecondMoment(f"block {block.index} queries", a.head_dim, groups=a.num_kv_heads))
-    return Moments(SecondMoment("residual stream", topology.hidden_size), value, key, query)
+    return Moments(SecondMoment("residual stream", topology.hidden_size, dtype=products.dtype()), value, key, query)
 
 
 def _taps(topology: Topology, moments: Moments) -> dict:

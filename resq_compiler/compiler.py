@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from resq_compiler import graph_tools, hf, memory, products, recipes
+from resq_compiler.calibration import needs_moments
 from resq_compiler.capture import Captured, capture
 from resq_compiler.compiled_model import CompiledModel
 from resq_compiler.config import CompileConfig
@@ -87,7 +88,12 @@ def compile(
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
     ctx = PassContext(config, captured.example_inputs, windows, overrides, progress=report, work=work)
     if windows is not None and config.calibration_dtype != "float32":
-        ctx.note(f"calibration: linears computed in {config.calibration_dtype}, sums in float32; calibration_dtype=float32 for all of it")
+        ctx.note(
+            f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
+            "calibration_dtype=float32 for all of it"
+        )
+    if windows is not None and needs_moments(config) and config.basis_samples < len(windows):
+        ctx.note(f"calibration: bases and channel order from {config.basis_samples} of {len(windows)} windows (basis_samples)")
     with recording(dump_dir, source, config.to_dict(), on_stage) as record:
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
@@ -124,8 +130,6 @@ def check_backend(name: str) -> None:
 
 def needs_calibration(config: CompileConfig) -> bool:
     """True when a recipe looks at activations at all."""
-    from resq_compiler.calibration import needs_moments
-
     gptq = config.weight_method == "gptq" and config.weight_bits < 16
     searches_clips = isinstance(config.activation_clip, str) and config.activation_bits < 8
     return needs_moments(config) or gptq or searches_clips

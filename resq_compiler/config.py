@@ -37,7 +37,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "calibration_dtype": ("auto", "float32", "bfloat16"),
 }
 
-WHOLE_NUMBERS = {"rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "gptq_sweeps": 0, "seed": None}
+WHOLE_NUMBERS = {
+    "rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "gptq_sweeps": 0, "seed": None,
+}  # fmt: skip
 """Options without a list of values, and the least that each may be."""
 
 WORDS: dict[str, tuple[str, ...]] = {"activation_clip": ("input", "output")}
@@ -84,6 +86,7 @@ class CompileConfig:
     lm_head_bits: int | None = None
     calibration_samples: int = 64
     calibration_length: int = 512
+    basis_samples: int = 16
     calibration_dtype: str = "auto"
     seed: int = 0
 

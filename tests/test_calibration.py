@@ -60,6 +60,20 @@ def test_keys_are_taken_after_rope(build, tiny):
         torch.testing.assert_close(built.ctx.moments.key[i].mean().mean(0), keys @ keys.T / keys.shape[1], rtol=1e-4, atol=1e-5)
 
 
+def test_bases_see_some_of_the_windows_evenly(build):
+    built = build("llama", "insert-projections")
+    windows = torch.arange(40).reshape(10, 4)
+    chosen = [calibration.basis_windows(windows, resolve("resq", basis_samples=n))[:, 0].tolist() for n in (1, 4, 10, 99)]
+    assert chosen == [[0], [0, 8, 20, 28], list(range(0, 40, 4)), list(range(0, 40, 4))]
+    config, built.ctx.config = built.ctx.config, resolve("resq", basis_samples=2)
+    try:
+        found = calibration.calibrate(built.gm, built.ctx)
+    finally:
+        built.ctx.config = config
+    blocks = len(built.ctx.topology.blocks)
+    assert found.value[0].tokens == 2 * 32 and found.residual.tokens == 2 * 32 * 2 * blocks
+
+
 def gaussian_moments(built, spectrum: torch.Tensor):
     """Moments of a zero-mean Gaussian with known covariance Q diag(spectrum) Qᵀ, for the residual stream; real ones elsewhere."""
     generator = torch.Generator().manual_seed(3)

@@ -47,7 +47,8 @@ HELP: dict[str, str] = {
     "lm_head_bits": "bits of lm_head; none: stays in float",
     "calibration_samples": "windows of calibration text",
     "calibration_length": "tokens in a window",
-    "calibration_dtype": "of the linears in calibration runs; auto: bfloat16 where the processor has it, else float32",
+    "basis_samples": "how many of these windows bases and the order of channels are taken from, spread evenly",
+    "calibration_dtype": "of linears and second moments in calibration runs; auto: bfloat16 where the processor has it, else float32",
     "seed": "of rotations and of self-written calibration text",
 }
 
