@@ -70,7 +70,7 @@ def compile(
     check_backend(backend)
     overrides = read_overrides(topology)
     dump_dir = target_directory(dump_dir)
-    memory.map_large_blocks()
+    memory.tune_allocator()
     hf.register()  # so that the directory of a compiled model is recognized
     if isinstance(model, CompiledModel):
         raise ModelError(f"model: already compiled ({model.options.scheme}); give the float model it was made from")
@@ -94,7 +94,7 @@ def compile(
         )
     if windows is not None and needs_moments(config) and config.basis_samples < len(windows):
         ctx.note(f"calibration: bases and channel order from {config.basis_samples} of {len(windows)} windows (basis_samples)")
-    with recording(dump_dir, source, config.to_dict(), on_stage) as record:
+    with recording(dump_dir, source, config.to_dict(), on_stage) as record, memory.settled():
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
         _run_passes(pipeline, captured.graph_module, config, on_float)

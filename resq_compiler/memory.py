@@ -6,16 +6,19 @@ over the heap and hold hundreds of megabytes. Elsewhere these functions only col
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 LARGE_BLOCK = 8 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
+KEPT = 256 * 2**20  # free bytes at the end of the heap that stay until `trim`; glibc gives back what exceeds 128 KB at every free
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 SMALL_MODEL = 64 * 2**20  # below this many bytes a collection, up to 0.6 s in a large process, gives back nothing
 
 
@@ -28,10 +31,27 @@ def _glibc() -> Any:
     return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
 
 
-def map_large_blocks() -> None:
-    """From now on blocks of LARGE_BLOCK bytes go back to the system as soon as they are freed."""
+def tune_allocator() -> None:
+    """From now on blocks of LARGE_BLOCK bytes go back to the system as soon as they are freed, and smaller ones at `trim`."""
     if _glibc() is not None:
         _glibc().mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        _glibc().mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Inside, collections pass over all objects that exist now: hundreds of thousands, of torch and what it imports, half a second each.
+
+    Where somebody else froze objects before, theirs must not be thawed: then nothing is done.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def trim() -> None:
