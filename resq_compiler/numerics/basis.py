@@ -5,6 +5,7 @@ The moment is the uncentred sum of xᵀx over tokens, so moments of batches, fil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,14 +20,14 @@ _ROWS_PER_CHUNK = 4096
 _STRIPE = 288
 """Rows of a moment that are computed at a time, from the diagonal on: the rest is their mirror image."""
 _TOKENS_PENDING = 8192
-"""Tokens whose products are summed in float32 before the sum joins the float64 one, whose addition costs as much as a product."""
+"""Tokens whose float32 products are summed in float32 before the sum joins the float64 one, whose addition costs as much as a product."""
 _LOUD = 8
 """A token of so many times the median size is multiplied in float32: rounding its products would drown the others'."""
 
 
 class SecondMoment:
     """Running sum of xᵀx at one site, over tokens: products, and sums of up to 8192 tokens, in x's precision
-    (float32 at least), the whole sum in float64.
+    (float32 at least), the whole sum in float64; of rounded products the whole sum in float32, which is finer by far.
 
     site: name used in messages. dim: d. groups: G when every token has G vectors with a moment each (heads), else None.
     total: float64 [d, d], or [G, d, d]. tokens: how many tokens were added. dtype: bfloat16 rounds float32 tokens and the
@@ -38,8 +39,9 @@ class SecondMoment:
     ) -> None:
         self.site, self.dim, self.groups, self.tokens = site, dim, groups, 0
         self._gram = _rounded_gram if dtype == torch.bfloat16 and groups is None else _gram
-        shape = (dim, dim) if groups is None else (groups, dim, dim)
-        self._total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._room = math.inf if self._gram is _rounded_gram else _TOKENS_PENDING
+        self._device = torch.device(device)
+        self._total: Tensor | None = None
         self._pending: Tensor | None = None
         self._tokens_pending = 0
 
@@ -47,6 +49,9 @@ class SecondMoment:
     def total(self) -> Tensor:
         """The sum over all tokens, float64."""
         self._flush()
+        if self._total is None:
+            shape = (self.dim, self.dim) if self.groups is None else (self.groups, self.dim, self.dim)
+            self._total = torch.zeros(shape, dtype=torch.float64, device=self._device)
         return self._total
 
     @total.setter
@@ -67,25 +72,25 @@ class SecondMoment:
             )
         rows = x.detach().reshape(-1, *tail)
         first, *others = rows.split(_ROWS_PER_CHUNK)
-        addition = self._gram(first).to(self._total.device)  # apart from the sums, which a rejected batch must not touch
+        addition = self._gram(first).to(self._device)  # apart from the sums, which a rejected batch must not touch
         for chunk in others:
-            addition = addition.to(self._total) + self._gram(chunk).to(self._total)
+            addition = addition.double() + self._gram(chunk).to(self._device)
         self._require_finite(addition, rows)
         self._add(addition, rows.shape[0])
 
     def _add(self, addition: Tensor, tokens: int) -> None:
         self.tokens += tokens
-        if addition.dtype == torch.float64 or tokens > _TOKENS_PENDING:
-            self._total += addition
+        if addition.dtype == torch.float64 or tokens > self._room:
+            self.total += addition
             return
-        if self._tokens_pending + tokens > _TOKENS_PENDING:
+        if self._tokens_pending + tokens > self._room:
             self._flush()
         self._pending = addition.float() if self._pending is None else self._pending.add_(addition)
         self._tokens_pending += tokens
 
     def _flush(self) -> None:
         if self._pending is not None:
-            self._total += self._pending
+            self._total = self._pending.double() if self._total is None else self._total.add_(self._pending)
             self._pending, self._tokens_pending = None, 0
 
     def merge(self, other: SecondMoment) -> None:
