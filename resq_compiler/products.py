@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from resq_compiler import ops
 from resq_compiler.config import CompileConfig
@@ -57,18 +58,26 @@ def dtype() -> torch.dtype:
 
 
 def substitutes() -> Mapping[object, Callable]:
-    """Operators to call instead of a node's own, in calibration runs."""
-    return {} if _dtype == torch.float32 else _ROUNDED
+    """Operators to call instead of a node's own, in one calibration run."""
+    if _dtype == torch.float32:
+        return {}
+    rounded = _Rounded(_dtype)
+    return {aten.linear.default: rounded.linear, ops.weight_only_linear: rounded.weight_only_linear}
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = F.linear(x.to(_dtype), weight.to(_dtype)).to(x.dtype)
-    return y if bias is None else y.add_(bias)
+class _Rounded:
+    """Linears in another dtype; a value that several of them read is rounded once, and forgotten with the value."""
 
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-def _weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
-    """The codes are exact in bfloat16; their scales stay float32."""
-    return _linear(x, qdata).mul_(scale)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x not in self.values:
+            self.values[x] = x.to(self.dtype)
+        y = F.linear(self.values[x], weight.to(self.dtype)).to(x.dtype)
+        return y if bias is None else y.add_(bias)
 
-
-_ROUNDED: Mapping[object, Callable] = {aten.linear.default: _linear, ops.weight_only_linear: _weight_only_linear}
+    def weight_only_linear(self, x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+        """The codes are exact in bfloat16; their scales stay float32."""
+        return self.linear(x, qdata).mul_(scale)

@@ -90,3 +90,18 @@ def test_a_compile_says_so_and_stays_close():
     assert narrow.options.calibration_dtype == "bfloat16"
     with torch.no_grad():
         assert relative_error(narrow(ids).logits, wide(ids).logits) < 0.05  # 8-bit noise of two draws
+
+
+def test_a_value_is_rounded_once_for_all_that_read_it_and_forgotten_with_it(operands):
+    x, w, _ = operands
+    with products.linears_in("bfloat16"):
+        linear = products.substitutes()[aten.linear.default]
+    first, second = linear(x, w), linear(x, w)
+    assert torch.equal(first, second) and torch.equal(first, F.linear(x.bfloat16(), w.bfloat16()).float())
+    kept = linear.__self__.values
+    assert len(kept) == 1
+    own = x.clone()
+    linear(own, w)
+    assert len(kept) == 2
+    del own
+    assert len(kept) == 1
