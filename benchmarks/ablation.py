@@ -34,10 +34,11 @@ from resq_compiler.pipeline import PassContext, Pipeline
 from resq_compiler.recipes import passes_for, resolve
 from resq_compiler.tables import number, table
 
-PLAIN_GPTQ = {"gptq_sweeps": 0, "gptq_token_weighting": "none"}  # what corrections can be combined with
-A_THEN_W = {**PLAIN_GPTQ, "gptq_on_quantized_activations": True}
+TOKENS_ALIKE = {"gptq_token_weighting": "none"}  # what corrections can be combined with
+A_THEN_W = {**TOKENS_ALIKE, "gptq_on_quantized_activations": True}
 MOVED = "mlp=1/4,o=0,key=1/4,value=0"
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "quarot": ("quarot", {}, "random Hadamard rotations, everything in 4 bits"),
     "resq": ("resq", {}, "the paper's method"),
     "resq+": ("resq+", {}, "the best of what follows"),
     "down hadamard": ("resq+", {"down_proj": "hadamard"}, "all of down_proj's input in 4 bits, as in the paper"),
@@ -47,10 +48,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "plain bases": ("resq+", {"basis_weighting": "none"}, "bases of activations alone, not weighted by their readers"),
     "mse clip": ("resq+", {"weight_clip": "mse"}, "weight scales searched on the weights alone"),
     "no act-order": ("resq+", {"gptq_act_order": False}, "columns in the order of the basis"),
-    "no sweeps": ("resq+", {"gptq_sweeps": 0}, "GPTQ without coordinate descent after it"),
-    "tokens alike": ("resq+", {"gptq_token_weighting": "none"}, "GPTQ counts massive tokens by their size"),
+    "sweeps": ("resq+", {"gptq_sweeps": 4}, "coordinate descent on codes and scales after GPTQ"),
+    "tokens alike": ("resq+", TOKENS_ALIKE, "GPTQ counts massive tokens by their size; what `A then W` and the next three start from"),
     "orthogonal": ("resq+", {"rotation": "orthogonal"}, "random orthogonal rotations, not randomized Hadamard"),
-    "plain GPTQ": ("resq+", PLAIN_GPTQ, "neither sweeps nor token weights: what the next four start from"),
     "A then W": ("resq+", A_THEN_W, "GPTQ sees quantized activations"),
     "GPTAQ": ("resq+", {**A_THEN_W, "gptq_correction": "gptaq"}, "asymmetric calibration"),
     "output": ("resq+", {**A_THEN_W, "gptq_correction": "output"}, "weights aim at the float layer's output, nearly Qronos"),
