@@ -14,6 +14,7 @@ is then a fork of that process with one thread, --jobs of them at a time; its se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -62,6 +63,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "damping 0.01": ("resq+", {"gptq_damping": 0.01}, "GPTQ's usual damping"),
     "kv clip": ("resq+", {"kv_clip": 0.95}, "0.95 of the range of keys and values"),
     "o per token": ("resq+", {"o_proj_granularity": "token"}, "one scale a token for the input of output projections"),
+    "prefix": ("resq+", {"prefix_tokens": "auto"}, "tokens with massive activations before every sequence (PrefixQuant)"),
     "self-written": ("resq+", {}, "calibrated on text that the model writes"),
     "1/4 of the text": ("resq+", {"calibration_samples": 16}, "a quarter of the calibration tokens"),
 }
@@ -120,7 +122,8 @@ class Bench:
         self.gm, self.cache = captured.graph_module, captured.cache
         self.config = products.resolve(resolve("resq+", calibration_samples=arguments.calibration_samples,
                                                calibration_length=arguments.calibration_length))  # fmt: skip
-        self.ctx = PassContext(self.config, captured.example_inputs, self.calibration(base))
+        bos = self.loaded.model.config.get_text_config().bos_token_id
+        self.ctx = PassContext(self.config, captured.example_inputs, self.calibration(base), bos_token=bos)
         self.pipeline = Pipeline(self.ctx)
         self.pipeline.start(self.gm)
         first = passes_for(self.config)
@@ -152,8 +155,9 @@ class Bench:
             sizes = [(c.calibration_samples, c.basis_samples) for c in (config, self.config)]
             own = job["self_written"] or sizes[0] != sizes[1]
             began = time.perf_counter()
-            ctx = PassContext(config, self.ctx.example_inputs, self.calibration(job) if own else self.ctx.calibration)
-            ctx.topology, ctx.moments = self.ctx.topology, None if own else self.moments
+            ctx = dataclasses.replace(self.ctx, config=config, notes=[], lines=[])
+            ctx.calibration = self.calibration(job) if own else self.ctx.calibration
+            ctx.moments = None if own else self.moments
             self.pipeline.ctx = ctx
             self.pipeline.run(self.gm, passes_for(config)[self.shared :])
             seconds = time.perf_counter() - began

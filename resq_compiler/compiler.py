@@ -86,7 +86,8 @@ def compile(
     captured = _capture_float32(loaded.model, own, report)
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
-    ctx = PassContext(config, captured.example_inputs, windows, overrides, progress=report, work=work)
+    bos = hf_config.get_text_config().bos_token_id
+    ctx = PassContext(config, captured.example_inputs, windows, overrides, bos_token=bos, progress=report, work=work)
     if windows is not None and config.calibration_dtype != "float32":
         ctx.note(
             f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
@@ -132,7 +133,7 @@ def needs_calibration(config: CompileConfig) -> bool:
     """True when a recipe looks at activations at all."""
     gptq = config.weight_method == "gptq" and config.weight_bits < 16
     searches_clips = isinstance(config.activation_clip, str) and config.activation_bits < 8
-    return needs_moments(config) or gptq or searches_clips
+    return needs_moments(config) or gptq or searches_clips or config.prefix_tokens != "none"
 
 
 def _calibration(

@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "gptq_token_weighting": ("none", "residual"),
     "gptq_correction": ("none", "gptaq", "output", "residual"),
     "calibration_dtype": ("auto", "float32", "bfloat16"),
+    "prefix_tokens": ("none", "auto"),
 }
 
 WHOLE_NUMBERS = {
@@ -83,6 +84,7 @@ class CompileConfig:
     activation_clip: float | str = 1.0
     kv_clip: float = 1.0
     o_proj_granularity: str = "head"
+    prefix_tokens: str = "none"
     lm_head_bits: int | None = None
     calibration_samples: int = 64
     calibration_length: int = 512

@@ -63,6 +63,18 @@ def append_cache(past: Tensor, new: Tensor) -> Tensor:
 
 
 @op
+def prepend(prefix: Tensor, x: Tensor) -> Tensor:
+    """Keys or values that every sequence sees first: prefix [1, G, P, D], x [B, G, T, D] -> [B, G, P + T, D]."""
+    return torch.cat((prefix.expand(x.shape[0], -1, -1, -1), x), -2)
+
+
+@op
+def see_prefix(mask: Tensor, length: int) -> Tensor:
+    """A mask with `length` more keys in front, which every query attends to: bool [B, 1, S, T] -> [B, 1, S, length + T]."""
+    return F.pad(mask, (length, 0), value=True)
+
+
+@op
 def causal_mask(attention_mask: Tensor, input_ids: Tensor, window: int | None = None) -> Tensor:
     """Which keys a query may see: bool [B, 1, S, T], True = attend; at most `window` keys back when given.
 

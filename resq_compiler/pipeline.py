@@ -38,6 +38,7 @@ class PassContext:
     moments: Any = None  # resq_compiler.calibration.Moments, set by compute-bases where a recipe needs them
     bases: Any = None  # resq_compiler.calibration.Bases, set by compute-bases
     work: Any = None  # resq_compiler.resume.WorkDirectory, where finished work of an interrupted compile is kept
+    bos_token: int | None = None  # what the model's texts begin with
     notes: list[str] = field(
         default_factory=list
     )  # what a user should know: approximations, projections that stay online

@@ -36,7 +36,7 @@ def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> Com
 
 
 def passes_for(config: CompileConfig) -> list[Pass]:
-    """The whole pipeline, in order. Passes before quantize-* are exact."""
+    """The whole pipeline, in order. Passes before insert-prefix and quantize-* are exact."""
     from resq_compiler.passes import (
         AllocateBits,
         Canonicalize,
@@ -44,6 +44,7 @@ def passes_for(config: CompileConfig) -> list[Pass]:
         FindTopology,
         FoldNorms,
         FuseProjections,
+        InsertPrefix,
         InsertProjections,
         NameAttention,
         PartitionLinears,
@@ -66,6 +67,7 @@ def passes_for(config: CompileConfig) -> list[Pass]:
     if config.basis != "none" or config.down_proj != "none":
         exact += [InsertProjections(), FuseProjections()]
     exact.append(PartitionLinears())
+    prefix: list[Pass] = [InsertPrefix()] if config.prefix_tokens != "none" else []
     weights: list[Pass] = [QuantizeWeights()] if config.weight_bits < 16 or config.lm_head_bits else []
     activations: list[Pass] = [QuantizeActivations(), QuantizeKvCache()]
-    return exact + (activations + weights if config.gptq_on_quantized_activations else weights + activations)
+    return exact + prefix + (activations + weights if config.gptq_on_quantized_activations else weights + activations)

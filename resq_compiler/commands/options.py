@@ -44,6 +44,7 @@ HELP: dict[str, str] = {
     "value (input) or of the linears that read it (output)",
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
+    "prefix_tokens": "auto: tokens with massive activations are found in calibration, and their keys and values go before every sequence",
     "lm_head_bits": "bits of lm_head; none: stays in float",
     "calibration_samples": "windows of calibration text",
     "calibration_length": "tokens in a window",
