@@ -159,6 +159,22 @@ def causal_mask(low: Lowering, node: Node) -> Value:
     return Value(b.op("And", visible, present))
 
 
+@emits(ops.see_prefix)
+def see_prefix(low: Lowering, node: Node) -> Value:
+    """bool [B, 1, S, P + T]: the mask with P columns of True in front."""
+    count, visible = int(node.args[1]), low.b.constant(np.bool_(True))  # type: ignore[arg-type]
+    return Value(low.b.op("Pad", low.exact(node.args[0]), low.b.ints(0, 0, 0, count, 0, 0, 0, 0), visible))
+
+
+@emits(ops.prepend)
+def prepend(low: Lowering, node: Node) -> Value:
+    """Constant keys or values in front of the cache's, for every row of the batch."""
+    prefix, cache = node.args
+    values = low.value(prefix).name
+    shape = low.b.op("Concat", low.size("input_ids", 0), low.b.ints(*prefix.meta["val"].shape[1:]), axis=0)  # type: ignore[union-attr]
+    return Value(low.b.op("Concat", low.b.op("Expand", values, shape), low.exact(cache), axis=2))
+
+
 @emits(ops.append_cache)
 def append_cache(low: Lowering, node: Node) -> Cache:
     """Left to the attention operator, or to the output, whichever takes it."""
