@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "o per token": ("resq+", {"o_proj_granularity": "token"}, "one scale a token for the input of output projections"),
     "prefix": ("resq+", {"prefix_tokens": "auto"}, "tokens with massive activations before every sequence (PrefixQuant)"),
     "self-written": ("resq+", {}, "calibrated on text that the model writes"),
-    "1/4 of the text": ("resq+", {"calibration_samples": 16}, "a quarter of the calibration tokens"),
+    "4 windows": ("resq+", {"calibration_samples": 4}, "calibrated on 4 windows of text only"),
 }
 
 
