@@ -147,6 +147,8 @@ class _Lowering:
 
     def attention(self, node: Node) -> str | None:
         q, k, v, mask, scale, softcap = (*node.args, *[None] * (6 - len(node.args)))
+        if graph_tools.is_call(mask, ops.see_prefix):
+            return "it has prefix tokens, which the kernel does not take: compile with prefix_tokens=none"
         if not graph_tools.is_call(mask, ops.causal_mask) or mask.args[0] is not self.inputs[1]:
             return "its mask is not causal_mask(attention_mask, ...), which is all the kernel computes"
         sides = [cache_side(x, self.inputs) for x in (k, v)]

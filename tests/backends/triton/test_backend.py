@@ -10,6 +10,7 @@ import pytest
 import torch
 from resq_compiler.backends.triton.cache import PagedTensor, fresh
 from resq_compiler.backends.triton.shapes import LLAMA3_8B
+from resq_compiler.passes import insert_prefix
 from safetensors.torch import load_file
 
 from resq_compiler import compiler, graph_tools
@@ -173,6 +174,16 @@ def test_a_float_cache_is_refused_with_the_reason(compiled):
     ids = tiny_tokens(2, 9)
     assert len(ours.runner.reasons) == 2 and ours.runner.caches == [None, None]
     assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
+
+
+def test_prefix_tokens_are_refused_or_left_to_pytorch(compiled, monkeypatch):
+    monkeypatch.setattr(insert_prefix, "MASSIVE", 1.5)  # a random model has no massive tokens
+    with pytest.raises(BackendError, match="(?s)attention.*prefix tokens.*prefix_tokens=none.*allow_fallback=True"):
+        compiled("llama", prefix_tokens="auto")
+    reference, ours = compiled("llama", dict(allow_fallback=True), prefix_tokens="auto")
+    ids = tiny_tokens(2, 9)
+    assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
+
 
 
 def test_a_cache_of_another_backend_is_refused(compiled):
