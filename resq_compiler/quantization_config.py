@@ -17,7 +17,7 @@ from resq_compiler.config import CompileConfig
 from resq_compiler.errors import CheckpointError, ConfigError
 
 QUANT_METHOD = "resq"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"  # 1.0 kept codes of 3, 5, 6 and 7 bits in bytes; tensors say how they are kept, so it is read too
 """Major: older readers must refuse. Minor: they may read."""
 
 

@@ -136,8 +136,13 @@ def cache_bytes_per_token(compiled: CompiledModel) -> int:
         if not parts:
             total += 4 * heads * width
         for bits, start, stop in parts:
-            total += heads * (packed_length(stop - start, bits) + (SCALE_BITS + ZERO_POINT_BITS) / 8)
+            total += heads * (packed_length(stop - start, _cache_width(bits)) + (SCALE_BITS + ZERO_POINT_BITS) / 8)
     return math.ceil(total)
+
+
+def _cache_width(bits: int) -> int:
+    """Of a code in packed caches, which want whole codes in a byte."""
+    return bits if bits in (2, 4) else 8
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Tensors of a compiled graph on disk: safetensors files, with 4-bit and 2-bit codes packed (numerics/packing.py).
+"""Tensors of a compiled graph on disk: safetensors files, with codes below 8 bits packed (numerics/packing.py).
 
 `describe` says how each tensor is kept: {"dtype", "shape"} as in memory, "bits" where codes are packed, "same_as" where two names
 share one tensor. The description is written with the graph, and `read` checks the files against it.
@@ -23,7 +23,7 @@ from resq_compiler.graph_tools import is_call
 from resq_compiler.numerics.packing import pack, packed_length, unpack
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PACKED_BITS = (2, 4)
+PACKED_BITS = range(2, 8)
 
 
 def describe(gm: GraphModule) -> dict[str, dict[str, Any]]:

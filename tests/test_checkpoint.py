@@ -157,7 +157,7 @@ def test_auto_classes_open_it(saved, compiled):
 
 def test_quantization_config(saved):
     config = json.loads((saved / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == "1.0" and config["scheme"] == "W4A4KV4"
+    assert config["format_version"] == "1.1" and config["scheme"] == "W4A4KV4"
     groups = config["transform_config"]["config_groups"]
     assert {name: group["online"] for name, group in groups.items()} == {
         "U_A": False, "U_B": False, "U_C": True, "U_D": True,

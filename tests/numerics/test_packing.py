@@ -24,9 +24,17 @@ def test_round_trip(bits: int, shape: tuple[int, ...]) -> None:
 
 
 def test_every_code_of_every_position_survives() -> None:
-    for bits in (2, 4):
+    for bits in (2, 3, 4):
         grid = torch.cartesian_prod(*[torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8)] * 3)
         assert torch.equal(unpack(pack(grid, bits), bits, 3), grid)
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_codes_follow_each_other_bit_by_bit(bits: int) -> None:
+    """Against Python's own integers: the packed bytes, read as one little-endian number."""
+    q = codes((13,), bits)
+    whole = sum((int(code) % 2**bits) << (bits * i) for i, code in enumerate(q))
+    assert bytes(pack(q, bits).tolist()) == whole.to_bytes(packed_length(13, bits), "little")
 
 
 def test_layout_is_the_one_on_disk() -> None:
