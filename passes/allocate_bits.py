@@ -1,21 +1,24 @@
-"""allocate-bits: spend a budget of average bits where spectra and sensitivities say it pays. Changes nothing but the fractions.
+"""allocate-bits: spend a budget of bits where spectra and sensitivities say it pays. Changes nothing but the shares of sites.
 
-Each site may give some of its columns the high bits. With b main and h high bits, energies e_1 >= e_2 >= ... of its directions, and r of
-them high, the relative error of a quantized value is about
+Each site may give some of its columns more bits than the main ones, or fewer. With energies e_1 >= e_2 >= ... of its directions, and
+b_i bits for direction i, the relative error of a quantized value is about
 
-    4^-b sum_{i > r} e_i / sum e   +   4^-h sum_{i <= r} e_i / sum e
+    sum_i 4^-b_i e_i / sum e
 
-and counts by how far it moves the model's predictions (sensitivity.py). Columns go, a few at a time, to the site where they lower the sum
-most for what they cost: weights of the linears that read a column, or bits of the cache. Linears and cache have a budget each.
-The budget is `average_bits`, or what equal shares of `high_fraction` cost, and then the shares stay equal where the forecast gains less
-than a tenth. The result replaces `site_fractions`; the table is in this stage's text in a dump.
+and counts by how far it moves the model's predictions (sensitivity.py). Sites go from split to split, each time the one that lowers the
+sum most for what it costs: bits of the weights that read the columns, or bits of the cache. Linears and cache have a budget each.
+`allocation` says what splits there are: "sensitivity", shares of columns at `high_bits`; "widths", also 5 to 8 bits for them, and shares
+of columns at `low_bits`, so that the paper's 8/4/2 and 6/4/2 are among them. The budget is `average_bits` or `model_megabytes`, or what
+equal shares of `high_fraction` cost, and then the shares stay equal where the forecast gains less than a tenth. The result replaces
+`site_fractions`; the table is in this stage's text in a dump.
 
-Source: reverse water-filling on the eigenvalues (as in rate-distortion theory), restricted to two widths.
+Source: reverse water-filling on the eigenvalues (as in rate-distortion theory), restricted to widths that kernels have.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import itertools
 from dataclasses import dataclass
@@ -25,23 +28,41 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from resq_compiler import calibration, graph_tools, sensitivity
+from resq_compiler import calibration, graph_tools, sensitivity, size_budget
 from resq_compiler.config import CompileConfig
+from resq_compiler.errors import PassError
 from resq_compiler.numerics.basis import principal_basis
 from resq_compiler.pipeline import Pass, PassContext
 from resq_compiler.tables import number, table
 
-STEPS = 32  # of a site's columns: one step gives width / STEPS of them the high bits
+STEPS = 32  # of a site's columns: one step gives width / STEPS of them other bits
 WORTH = 0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: see README)
 DOWN_STEPS = 16  # parts of down projections are Hadamard transforms: multiples of width / 16 have orders of small factors
+WIDTHS = (5, 6, 7, 8)  # of the high part, with allocation="widths"
+MOST_LOW = 4  # at most 1 / MOST_LOW of a site's columns are below the main bits
+
+
+@dataclass(frozen=True)
+class Split:
+    """Columns above the main bits and below them, and the bits of each."""
+
+    high: int
+    high_bits: int
+    low: int = 0
+    low_bits: int = 2
+
+    def said(self, width: int, config: CompileConfig) -> str:
+        """In the words of `site_fractions`, after the equals sign."""
+        high = f"{self.high}/{width}" + (f"@{self.high_bits}" if self.high and self.high_bits != config.high_bits else "")
+        return high + (f":{self.low}/{width}@{self.low_bits}" if self.low else "")
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A site whose share of high columns is free.
+    """A site whose split is free.
 
     energies: of its directions, those that get high bits first; each weighted by how far errors move predictions, in nats a token.
-    cost: of a column, the weights that read it, or the cache entries.
+    cost: of a bit of a column, the weights that read it, or the cache entries. main_bits, high_bits: what equal shares have.
     """
 
     site: str
@@ -50,14 +71,39 @@ class Choice:
     main_bits: int
     high_bits: int
 
-    def error(self, high: int) -> float:
-        """Movement of the predictions with `high` columns at the high bits, up to a factor that all sites share."""
-        return float(self.energies[high:].sum() * 4.0**-self.main_bits + self.energies[:high].sum() * 4.0**-self.high_bits)
+    @property
+    def width(self) -> int:
+        return len(self.energies)
+
+    @functools.cached_property
+    def _sums(self) -> list[float]:
+        return [0.0, *self.energies.cumsum(0).tolist()]
+
+    def error(self, split: Split) -> float:
+        """Movement of the predictions, up to a factor that all sites share."""
+        sums, middle = self._sums, self.width - split.low
+        high, main, low = sums[split.high], sums[middle] - sums[split.high], sums[-1] - sums[middle]
+        return high * 4.0**-split.high_bits + main * 4.0**-self.main_bits + low * 4.0**-split.low_bits
+
+    def price(self, split: Split) -> float:
+        """Bits beyond the main ones, times cost; below zero where low columns save more than high ones take."""
+        return self.cost * (split.high * (split.high_bits - self.main_bits) - split.low * (self.main_bits - split.low_bits))
+
+    def splits(self, config: CompileConfig) -> list[Split]:
+        """All that the site may become."""
+        step_, half = step(self, config), self.width // 2
+        counts = range(step_, half + 1, step_)
+        wide = config.allocation == "widths"
+        widths = [w for w in WIDTHS if w > self.main_bits] if wide else [self.high_bits]
+        can_sink = wide and config.low_bits < self.main_bits and not self.site.startswith(("key", "value"))
+        lows = [0, *(n for n in counts if n <= self.width // MOST_LOW)] if can_sink else [0]
+        pairs = [(0, self.high_bits), *itertools.product(counts, widths)]
+        return [Split(high, bits, low, config.low_bits) for (high, bits), low in itertools.product(pairs, lows)]
 
 
 @dataclass(frozen=True)
 class AllocateBits(Pass):
-    """Set `site_fractions`."""
+    """Set `site_fractions`. Raises PassError: the budget is out of reach."""
 
     name: ClassVar[str] = "allocate-bits"
 
@@ -65,23 +111,31 @@ class AllocateBits(Pass):
         config = ctx.config
         if not config.allocates:
             return 0
+        settled = {"allocation": "equal", "average_bits": None, "model_megabytes": None}
+        asked = config.average_bits is not None or config.model_megabytes is not None
         if min(config.weight_bits, config.activation_bits, config.kv_bits) >= config.high_bits or (
-            config.average_bits is None and config.high_fraction == 0
+            not asked and config.high_fraction == 0
         ):
-            ctx.config = dataclasses.replace(config, allocation="equal", average_bits=None)
+            ctx.config = dataclasses.replace(config, **settled)
             ctx.lines.append("nothing to share out: all columns have the same bits")
             return 0
         ctx.moments = ctx.moments or calibration.calibrate(gm, ctx)
         felt = sensitivity.measure(gm, ctx)
-        budgets = [linear_choices(gm, ctx, felt), cache_choices(gm, ctx, felt)]
-        found = {c: n for choices in budgets if choices for c, n in spend(choices, config).items()}
-        fall = forecast_fall(found, config)
-        worth = config.average_bits is not None or fall >= WORTH
-        shares = ",".join(f"{c.site}={n}/{len(c.energies)}" for c, n in found.items()) if worth else ""
-        ctx.config = dataclasses.replace(config, site_fractions=shares, allocation="equal", average_bits=None)
+        averages = (size_budget.average_bits(gm, ctx), config.average_bits)
+        budgets = [(linear_choices(gm, ctx, felt), averages[0]), (cache_choices(gm, ctx, felt), averages[1])]
+        found: dict[Choice, Split] = {}
+        before = 0.0
+        for choices, average in budgets:
+            if choices:
+                found |= spend(choices, extra_bits(choices[0], config, average), config)
+                before += sum(c.error(equal(c, config, average)) for c in choices)
+        fall = 1 - sum(c.error(s) for c, s in found.items()) / before if before else 0.0
+        worth = asked or fall >= WORTH
+        shares = ",".join(f"{c.site}={s.said(c.width, config)}" for c, s in found.items()) if worth else ""
+        ctx.config = dataclasses.replace(config, site_fractions=shares, **settled)
         result = "" if worth else f": below {100 * WORTH:g} %, so the shares stay equal, and the table says what they would have been"
         ctx.lines += [f"forecast of the error: {100 * fall:.1f} % lower than with equal shares{result}"]
-        ctx.lines += describe(found, config).splitlines()
+        ctx.lines += describe(found, config, averages).splitlines()
         return len(found) if worth else 0
 
 
@@ -129,56 +183,56 @@ def along(moment: Tensor, weighted: Tensor) -> Tensor:
     return torch.einsum("gij,gik,gkj->j", basis.expand(len(weighted), -1, -1), weighted, basis.expand(len(weighted), -1, -1)).flip(0)
 
 
-def spend(choices: list[Choice], config: CompileConfig) -> dict[Choice, int]:
-    """High columns of every site: greedily the largest fall of the error for its cost, which is optimal up to the last step.
+def spend(choices: list[Choice], extra: float, config: CompileConfig) -> dict[Choice, Split]:
+    """The split of every site: from the cheapest on, always the change that lowers the error most for its price.
 
-    (The fall gets smaller with every step where weighted energies descend as those of the basis do, which they nearly do.)
+    extra: bits a column beyond the main ones, on average. Among a site's splits that walks the lower convex hull of error over price, so
+    that the result is optimal up to the last change that fits.
     """
-    left = sum(c.cost * len(c.energies) for c in choices) * share(choices[0], config)
-    found = dict.fromkeys(choices, 0)
+    options = {c: sorted((c.price(s), c.error(s), i, s) for i, s in enumerate(c.splits(config))) for c in choices}
+    found = {c: rows[0] for c, rows in options.items()}
+    left = sum(c.cost * c.width for c in choices) * extra - sum(row[0] for row in found.values())
+    if left < 0:
+        raise PassError(
+            f"a budget of {choices[0].main_bits + extra:.2f} average bits is less than the {choices[0].main_bits} main bits take; raise "
+            "it, lower weight_bits, or say allocation=widths, which may also take bits away"
+        )
     order = itertools.count()
+    waiting: list[tuple[float, int, Choice, tuple]] = []
 
     def offer(choice: Choice) -> None:
-        columns = found[choice] + step(choice, config)
-        if columns <= len(choice.energies) // 2:
-            gain = choice.error(found[choice]) - choice.error(columns)
-            heapq.heappush(waiting, (-gain / (choice.cost * step(choice, config)), next(order), choice))
+        price, error, *_ = found[choice]
+        better = [row for row in options[choice] if row[1] < error and price < row[0] <= price + left]
+        if better:
+            row = min(better, key=lambda row: (row[1] - error) / (row[0] - price))
+            heapq.heappush(waiting, ((row[1] - error) / (row[0] - price), next(order), choice, row))
 
-    waiting: list[tuple[float, int, Choice]] = []
     for choice in choices:
         offer(choice)
     while waiting:
-        _, _, choice = heapq.heappop(waiting)
-        price = choice.cost * step(choice, config)
-        if price <= left:
-            left -= price
-            found[choice] += step(choice, config)
-            offer(choice)
-    return found
+        _, _, choice, row = heapq.heappop(waiting)
+        if row[0] - found[choice][0] <= left:
+            left -= row[0] - found[choice][0]
+            found[choice] = row
+        offer(choice)
+    return {choice: row[3] for choice, row in found.items()}
 
 
 def step(choice: Choice, config: CompileConfig) -> int:
     """Columns given at a time."""
-    least = len(choice.energies) // (DOWN_STEPS if choice.site.startswith("down") else STEPS)
+    least = choice.width // (DOWN_STEPS if choice.site.startswith("down") else STEPS)
     return max(config.rank_multiple, least // config.rank_multiple * config.rank_multiple)
 
 
-def forecast_fall(found: dict[Choice, int], config: CompileConfig) -> float:
-    """By how much the sum of all errors is below that of equal shares, relative."""
-    before = sum(c.error(equal(c, config)) for c in found)
-    return 1 - sum(c.error(n) for c, n in found.items()) / before if before else 0.0
+def extra_bits(choice: Choice, config: CompileConfig, average: float | None) -> float:
+    """The budget of a column beyond the main bits: of an average, or of equal shares."""
+    return config.high_fraction * (choice.high_bits - choice.main_bits) if average is None else average - choice.main_bits
 
 
-def equal(choice: Choice, config: CompileConfig) -> int:
-    """High columns of a site if all have the same share."""
-    return round(len(choice.energies) * share(choice, config))
-
-
-def share(choice: Choice, config: CompileConfig) -> float:
-    """High columns that equal shares would give."""
-    if config.average_bits is None:
-        return config.high_fraction
-    return (config.average_bits - choice.main_bits) / (choice.high_bits - choice.main_bits)
+def equal(choice: Choice, config: CompileConfig, average: float | None) -> Split:
+    """The split of a site if all have the same share of high columns."""
+    share = extra_bits(choice, config, average) / (choice.high_bits - choice.main_bits)
+    return Split(max(0, round(choice.width * share)), choice.high_bits)
 
 
 def out_features(gm: GraphModule, linear: object) -> int:
@@ -186,15 +240,16 @@ def out_features(gm: GraphModule, linear: object) -> int:
     return int(graph_tools.get_tensor(gm, linear.args[1]).shape[0])  # type: ignore[attr-defined]
 
 
-def describe(found: dict[Choice, int], config: CompileConfig) -> str:
-    """The table: what each site got, and its predicted error against that of equal shares."""
+def describe(found: dict[Choice, Split], config: CompileConfig, averages: tuple[float | None, float | None]) -> str:
+    """The table: what each site got, and its predicted error against that of equal shares; averages: of linears and of the cache."""
     rows = []
-    for choice, high in found.items():
-        width, span = len(choice.energies), choice.high_bits - choice.main_bits
-        bits = choice.main_bits + span * high / width
-        change = 100 * (choice.error(high) / choice.error(equal(choice, config)) - 1)
-        weight, kept = float(choice.energies.sum()), float(choice.energies[:high].sum())
+    for choice, split in found.items():
+        bits = choice.main_bits + choice.price(split) / choice.cost / choice.width
+        plain = equal(choice, config, averages[choice.site.startswith(("key", "value"))])
+        change = 100 * (choice.error(split) / choice.error(plain) - 1)
+        weight, kept = float(choice.energies.sum()), float(choice.energies[: split.high].sum())
+        high, low = (f"{n} at {b}" if n else "0" for n, b in ((split.high, split.high_bits), (split.low, split.low_bits)))
         part = number(100 * kept / weight, 1)
-        rows.append((choice.site, str(width), str(high), number(bits, 2), number(weight, 3), part, f"{change:+.1f}"))
-    header = ("site", "columns", "high", "bits", "sensitivity", "of it in high %", "error against equal shares %")
+        rows.append((choice.site, str(choice.width), high, low, number(bits, 2), number(weight, 3), part, f"{change:+.1f}"))
+    header = ("site", "columns", "high", "low", "bits", "sensitivity", "of it in high %", "error against equal shares %")
     return table(header, rows)

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from resq_compiler.errors import ConfigError
-
-SITES = ("attention", "mlp", "o", "down", "key", "value")
-"""Where high fractions may differ: inputs of q/k/v, gate/up, o and down, and cached keys and values."""
-
-SITES_OF_BLOCKS = SITES[2:]
-"""Those that may differ between blocks too, as in down.3; the others share U_A."""
+from resq_compiler.shares import Shares, parse_shares
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "weight_bits": (2, 3, 4, 5, 6, 7, 8, 16),
@@ -30,7 +23,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "o_proj_granularity": ("head", "token"),
     "lm_head_bits": (None, 8),
     "basis_weighting": ("none", "readers"),
-    "allocation": ("equal", "sensitivity"),
+    "allocation": ("equal", "sensitivity", "widths"),
     "key_basis": ("shared", "head"),
     "gptq_token_weighting": ("none", "residual"),
     "gptq_correction": ("none", "gptaq", "output", "residual"),
@@ -64,6 +57,7 @@ class CompileConfig:
     site_fractions: str = ""
     allocation: str = "equal"
     average_bits: float | None = None
+    model_megabytes: float | None = None
     low_bits: int = 2
     low_fraction: float = 0.0
     rank_multiple: int = 1
@@ -110,7 +104,7 @@ class CompileConfig:
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
         self._check_correction()
         self._check_allocation()
-        self.fractions()
+        self.site_shares()
 
     def _check_correction(self) -> None:
         """Which details of GPTQ exclude each other."""
@@ -128,29 +122,38 @@ class CompileConfig:
     def _check_allocation(self) -> None:
         if self.average_bits is not None:
             main = min(self.weight_bits, self.activation_bits, self.kv_bits)
-            self._check_range("average_bits", main, (main + self.high_bits) / 2)  # at most half of the columns are high
+            least = main - max(0, main - self.low_bits) / 4 if self.allocation == "widths" else main
+            self._check_range("average_bits", least, (main + self.high_bits) / 2)  # at most half of the columns are high
+        if self.model_megabytes is not None:
+            self._check_range("model_megabytes", 0, float("inf"))
+            if self.average_bits is not None or min(self.weight_bits, self.activation_bits) >= self.high_bits:
+                raise ConfigError(
+                    "option model_megabytes: expected no average_bits beside it, and weight_bits or activation_bits below high_bits; got "
+                    f"average_bits={self.average_bits}, weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
+                )
         if self.allocates and (self.basis != "pca" or self.low_fraction or self.site_fractions):
+            option = next((n for n in ("average_bits", "model_megabytes") if getattr(self, n) is not None), "allocation")
             raise ConfigError(
-                f"option {'allocation' if self.average_bits is None else 'average_bits'}: shares out high columns along a pca basis, "
-                "in two parts; expected basis=pca, low_fraction=0 and no site_fractions, or allocation=equal without average_bits; got "
-                f"basis={self.basis}, low_fraction={self.low_fraction}, site_fractions={self.site_fractions!r}"
+                f"option {option}: shares out columns along a pca basis; expected basis=pca, low_fraction=0 and no site_fractions, or "
+                f"allocation=equal without average_bits and model_megabytes; got basis={self.basis}, low_fraction={self.low_fraction}, "
+                f"site_fractions={self.site_fractions!r}"
             )
 
     @property
     def allocates(self) -> bool:
         """Whether sites and blocks get the share of high columns that pays there; a budget asks for it too."""
-        return self.allocation == "sensitivity" or self.average_bits is not None
+        return self.allocation != "equal" or self.average_bits is not None or self.model_megabytes is not None
 
-    def fraction(self, site: str, block: int | None = None) -> float:
-        """High fraction of a site (of SITES), in a block where blocks differ."""
-        found = self.fractions()
-        return found.get(f"{site}.{block}", found.get(site, self.high_fraction))
+    def shares(self, site: str, block: int | None = None) -> Shares:
+        """Of a site (of shares.SITES), in a block where blocks differ."""
+        found, common = self.site_shares(), Shares(self.high_fraction, self.high_bits, self.low_fraction, self.low_bits)
+        return dataclasses.replace(common, **found.get(f"{site}.{block}", found.get(site, {})))
 
-    def fractions(self) -> dict[str, float]:
-        """What `site_fractions` says, by site or site.block, as in "mlp=1/4,down.3=0"."""
+    def site_shares(self) -> dict[str, dict[str, Any]]:
+        """What `site_fractions` says: fields of Shares by site or site.block."""
         if not isinstance(self.site_fractions, str):
             raise ConfigError(f"option site_fractions: expected text such as mlp=1/4,o=0; got {self.site_fractions!r}")
-        return dict(parse_fractions(self.site_fractions))
+        return parse_shares(self.site_fractions)
 
     def _check_whole(self, name: str, least: int | None) -> None:
         value = getattr(self, name)
@@ -181,27 +184,6 @@ class CompileConfig:
         """Inverse of `to_dict`; an option that does not exist is a ConfigError that names the nearest one."""
         check_names(values)
         return cls(**values)
-
-
-@functools.cache
-def parse_fractions(text: str) -> tuple[tuple[str, float], ...]:
-    """Pairs of SITE[.BLOCK] and its fraction. Raises ConfigError."""
-    found = {}
-    for item in filter(None, text.replace(" ", "").split(",")):
-        name, _, value = item.partition("=")
-        site, dot, block = name.partition(".")
-        try:
-            fraction = float(Fraction(value))
-        except (ValueError, ZeroDivisionError):
-            fraction = -1.0
-        known = site in SITES if not dot else site in SITES_OF_BLOCKS and block.isdecimal()
-        if not known or not 0 <= fraction <= 0.5:
-            raise ConfigError(
-                f"option site_fractions: expected SITE=FRACTION with a site out of {', '.join(SITES)} ({', '.join(SITES_OF_BLOCKS)} "
-                f"also for one block, as in down.3) and a fraction from 0 to 1/2, separated by commas; got {item!r}"
-            )
-        found[f"{site}.{int(block)}" if dot else site] = fraction
-    return tuple(found.items())
 
 
 def check_names(values: dict[str, Any]) -> None:

@@ -22,9 +22,10 @@ class ColumnPart:
 
 
 def column_parts(width: int, config: CompileConfig, site: str, block: int | None = None) -> tuple[Part, ...]:
-    """The split of a width at a site (config.SITES) of a block by the fractions alone. The bits in it only name the parts: 4, 8 (and 2)."""
+    """The split of a width at a site (of shares.SITES) of a block by the shares alone. The bits in it only name the parts: 4, 8 (and 2)."""
+    shares = config.shares(site, block)
     return parts_for(
-        width, config.fraction(site, block), low_bits=4, high_bits=8, lowest_fraction=config.low_fraction, lowest_bits=2,
+        width, shares.high, low_bits=4, high_bits=8, lowest_fraction=shares.low, lowest_bits=2,
         rank_multiple=config.rank_multiple,
     )  # fmt: skip
 
@@ -39,10 +40,10 @@ def linear_parts(
     width: int, config: CompileConfig, site: str, split: bool = True, block: int | None = None
 ) -> tuple[ColumnPart, ...]:
     """Parts of a linear's input. One part where `split` is off or the main bits already reach the high ones."""
-    weight, activation = config.weight_bits, config.activation_bits
-    if not split or min(weight, activation) >= config.high_bits:
+    weight, activation, shares = config.weight_bits, config.activation_bits, config.shares(site, block)
+    if not split or min(weight, activation) >= shares.high_bits:
         return (ColumnPart(0, width, weight, activation),)
-    bits = {2: config.low_bits, 8: config.high_bits}
+    bits = {2: shares.low_bits, 8: shares.high_bits}
     return tuple(
         ColumnPart(p.start, p.stop, _bits(weight, bits.get(p.bits)), _bits(activation, bits.get(p.bits)))
         for p in column_parts(width, config, site, block)
@@ -55,8 +56,8 @@ def _bits(main: int, special: int | None) -> int:
 
 def cache_parts(width: int, config: CompileConfig, site: str, block: int | None = None) -> tuple[Part, ...]:
     """Parts of a cached key or value (the site) of one head."""
-    main = config.kv_bits
-    if main >= config.high_bits:
+    main, shares = config.kv_bits, config.shares(site, block)
+    if main >= shares.high_bits:
         return (Part(main, 0, width),)
-    bits = {2: config.low_bits, 4: main, 8: config.high_bits}
+    bits = {2: shares.low_bits, 4: main, 8: shares.high_bits}
     return tuple(Part(bits[p.bits], p.start, p.stop) for p in column_parts(width, config, site, block))

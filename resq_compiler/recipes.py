@@ -24,6 +24,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Options of each recipe that differ from the defaults of CompileConfig."""
 
 
+SHARES_STATED = {"site_fractions": "", "low_fraction": 0.0, "basis": "pca"}
+"""Options that leave nothing to share out, and their usual values."""
+
+
 def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> CompileConfig:
     """Options of a recipe with the user's on top. Raises ConfigError for unknown recipes, options and values."""
     if isinstance(recipe, CompileConfig):
@@ -32,7 +36,10 @@ def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> Com
     if recipe not in RECIPES:
         raise ConfigError(f"recipe: expected one of {', '.join(RECIPES)}; got {recipe!r}")
     check_names(options)
-    return CompileConfig.from_dict({**RECIPES[recipe], **options, "recipe": recipe})
+    values = {**RECIPES[recipe], **options}
+    if any(options.get(name, usual) != usual for name, usual in SHARES_STATED.items()) and "allocation" not in options:
+        values["allocation"] = "equal"  # shares that a user states are not shared out again
+    return CompileConfig.from_dict({**values, "recipe": recipe})
 
 
 def passes_for(config: CompileConfig) -> list[Pass]:

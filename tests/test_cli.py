@@ -223,6 +223,8 @@ def test_dry_run_reads_no_weights(place, capsys, tmp_path):
     assert plan["bytes"]["float32_weights"] == sum(p.numel() for p in tiny_model("llama").parameters()) * 4
     assert [p["name"] for p in plan["passes"]][-1] == "quantize-kv-cache"
     assert "nothing was compiled" in run(capsys, "compile", tmp_path, "--dry-run")[1]
+    sized = run(capsys, "compile", tmp_path, "--dry-run", "--json", "--model-megabytes", "0.5")[1]
+    assert json.loads(sized)["bytes"]["compiled"] == 500_000
 
 
 def test_env(capsys):

@@ -28,6 +28,7 @@ def test_values_out_of_the_list_are_refused_with_the_list(name):
         ("seed", "x"), ("seed", 1.5), ("seed", None), ("gptq_act_order", "no"), ("gptq_on_quantized_activations", 1),
         ("weight_bits", 4.0), ("kv_bits", True), ("gptq_correction_alpha", 1.5), ("site_fractions", "mlp"), ("site_fractions", 3),
         ("site_fractions", "head=1/8"), ("site_fractions", "mlp=0.6"), ("site_fractions", "mlp.3=0"), ("site_fractions", "down.x=0"),
+        ("site_fractions", "mlp=1/4@9"), ("site_fractions", "mlp=1/4:2"), ("site_fractions", "mlp=@6"), ("allocation", "all"),
         ("activation_clip", "automatic"), ("kv_clip", "auto"),
         ("gptq_sweeps", -1), ("gptq_sweeps", 1.0),
     ],

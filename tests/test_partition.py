@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from resq_compiler.config import SITES, CompileConfig
+from resq_compiler.config import CompileConfig
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import Part
 from resq_compiler.partition import ColumnPart, cache_parts, column_parts, linear_parts, sizes
+from resq_compiler.shares import SITES, Shares, parse_shares
 
 
 def linear(width, split=True, **options):
@@ -65,12 +66,24 @@ def test_cache_parts():
 
 def test_sites_may_have_fractions_of_their_own():
     config = CompileConfig(site_fractions="mlp=1/4, o=0,key=1/2,down.1=1/2")
-    assert [config.fraction(site) for site in SITES] == [1 / 8, 1 / 4, 0, 1 / 8, 1 / 2, 1 / 8]
-    assert config.fraction("down", 1) == 1 / 2 and config.fraction("down", 0) == 1 / 8 and config.fraction("key", 1) == 1 / 2
+    assert [config.shares(site).high for site in SITES] == [1 / 8, 1 / 4, 0, 1 / 8, 1 / 2, 1 / 8]
+    assert [config.shares(*place).high for place in (("down", 1), ("down", 0), ("key", 1))] == [1 / 2, 1 / 8, 1 / 2]
     assert cache_parts(16, config, "key") == (Part(4, 0, 8), Part(8, 8, 16))
     assert [p.start for p in linear_parts(64, config, "mlp")] == [0, 48] and len(linear_parts(64, config, "o")) == 1
     assert sizes(64, config, "attention", "mlp") == [48, 8, 8]  # a rotation crosses no border of either
     assert sizes(16, config, "value", "o") == [14, 2] and sizes(64, config, "o") == [64]
+
+
+def test_sites_may_have_bits_of_their_own():
+    """High and low parts of any width, beside sites that have the common ones."""
+    config = CompileConfig(site_fractions="mlp=1/4@6,down.1=1/8:1/4@3,key=1/4@5,attention=0:1/8")
+    assert parse_shares(config.site_fractions)["down.1"] == {"high": 1 / 8, "low": 1 / 4, "low_bits": 3}
+    assert config.shares("down", 1) == Shares(1 / 8, 8, 1 / 4, 3) and config.shares("value") == Shares(1 / 8, 8, 0.0, 2)
+    assert linear_parts(64, config, "mlp") == (ColumnPart(0, 48, 4, 4), ColumnPart(48, 64, 6, 6))
+    assert [(p.start, p.weight_bits) for p in linear_parts(64, config, "down", block=1)] == [(0, 3), (16, 4), (56, 8)]
+    assert [(p.start, p.weight_bits) for p in linear_parts(64, config, "attention")] == [(0, 2), (8, 4)]
+    assert cache_parts(16, config, "key") == (Part(4, 0, 12), Part(5, 12, 16))
+    assert sizes(64, config, "attention", "mlp") == [8, 40, 16]
 
 
 def test_fractions_that_do_not_fit_say_so():

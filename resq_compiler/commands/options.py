@@ -20,9 +20,12 @@ HELP: dict[str, str] = {
     "kv_bits": "bits of cached keys and values; 16: stay in float",
     "high_bits": "bits of the high part",
     "high_fraction": "share of columns in the high part, such as 1/8; 0: none",
-    "site_fractions": "high fractions of single sites (attention, mlp, o, down, key, value), such as mlp=1/4,o=0,down.3=1/2",
-    "allocation": "sensitivity: high columns go to the sites and blocks where predictions feel them most, as many as equal shares have",
+    "site_fractions": "shares of single sites (attention, mlp, o, down, key, value): SITE[.BLOCK]=HIGH[@BITS][:LOW[@BITS]], such as "
+    "mlp=1/4,o=0,down.3=1/2@6",
+    "allocation": "sensitivity: high columns go to the sites and blocks where predictions feel them most; widths: at 5 to 8 bits, and "
+    "low columns too",
     "average_bits": "a budget to share out in that way in any case: so many bits on average",
+    "model_megabytes": "the same, as the size of the compiled model in MB, embeddings and all",
     "low_bits": "bits of the low part",
     "low_fraction": "share of columns in a part below the main bits; 0: none",
     "rank_multiple": "columns of the high part are a multiple of this",

@@ -51,13 +51,15 @@ def _parameter_bytes(name: str) -> dict[str, int]:
 def _estimates(sizes: dict[str, int], config: CompileConfig, windows: bool) -> dict[str, int]:
     high = config.high_fraction if config.weight_bits < config.high_bits else 0.0
     bits = config.weight_bits * (1 - high) + config.high_bits * high if config.weight_bits < 16 else 32
+    bits = bits if config.average_bits is None else config.average_bits
+    compiled = round(sizes["linears"] * bits / 32) + 2 * sizes["embeddings"]
     tokens = config.calibration_samples * config.calibration_length if windows else 0
     activations = FLOAT_BYTES * tokens * sizes["hidden"] if config.weight_method == "gptq" else 0
     moments = 3 * DOUBLE_BYTES * sizes["widest"] ** 2 if windows else 0
     untied = sizes["embeddings"]  # lm_head gets its own copy
     return {
         "float32_weights": sizes["all"],
-        "compiled": round(sizes["linears"] * bits / 32) + 2 * sizes["embeddings"],
+        "compiled": compiled if config.model_megabytes is None else round(config.model_megabytes * 10**6),
         "calibration": activations + moments,
         "peak": 2 * sizes["all"] + untied + activations + moments,
     }

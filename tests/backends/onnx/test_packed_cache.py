@@ -15,8 +15,8 @@ from tests.backends.onnx.conftest import example, reference, relative
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_bits": 3}, {"low_fraction": 1 / 8}, {"average_bits": 4.75}],
-    ids=["4/8 bits", "3/8 bits", "2/4/8 bits", "shared out"],
+    "options", [{}, {"kv_bits": 3}, {"low_fraction": 1 / 8}, {"average_bits": 4.75}, {"average_bits": 4.5, "allocation": "widths"}],
+    ids=["4/8 bits", "3/8 bits", "2/4/8 bits", "shared out", "widths"],
 )  # fmt: skip
 def test_generation_matches_reference(compile_tiny, tmp_path, options):
     compiled, _ = compile_tiny("llama", weight_method="rtn", lm_head_bits=8, **options)

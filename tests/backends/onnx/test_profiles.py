@@ -101,6 +101,7 @@ OPTIONS = [
     {"activation_clip": 0.9, "kv_clip": 0.95},
     {"recipe": "resq+", "key_basis": "head", "allocation": "equal", "site_fractions": "mlp=1/4,o=0"},
     {"recipe": "resq+", "average_bits": 4.75},
+    {"recipe": "resq+", "allocation": "widths", "average_bits": 4.0},
     {"weight_bits": 3, "activation_bits": 5, "kv_bits": 6},
     pytest.param({"low_fraction": 1 / 8}, marks=pytest.mark.slow),
     {"activation_bits": 16},

@@ -60,10 +60,11 @@ def test_the_default_recipe(sharing):
     model = tiny_model("llama", intermediate_size=128)
     few = dict(weight_method="rtn", calibration_samples=2, calibration_length=16)
     equal = {"allocation": "equal"}
-    for options in (equal, {**equal, "key_basis": "head", "site_fractions": "mlp=1/4,o=0,value=0"}, {"average_bits": 4.75}):
+    widths = {**equal, "site_fractions": "mlp=1/4@6,o=1/4@5,key=1/4@6,value=1/4@7,down.1=1/4@6"}
+    for options in (equal, {**equal, "key_basis": "head", "site_fractions": "mlp=1/4,o=0,value=0"}, {"average_bits": 4.75}, widths):
         reference = compiler.compile(model, tiny_tokens(2, 16), recipe="resq+", **few, **options)
         ours, ids = sharing(reference).use_backend("triton"), tiny_tokens(2, 9)
-        if "allocation" in options:
+        if options.get("allocation") and options is not widths:
             assert _called(ours)["hadamard_quantize"] == 2 and _called(ours)["norm_quantize"] == 4
         assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
