@@ -6,6 +6,7 @@
     project_heads(split_heads(linear(x, W)), U)   -> split_heads(linear(x, blockdiag(U)ᵀ W))
     linear(merge_heads(project_heads(x, U, inverse)), W) -> linear(merge_heads(x), W blockdiag(U))
     linear(hadamard(x, transpose), W)             -> linear(x, W H)
+    linear(project_blocks(x, U, order, inverse), W) -> linear(x, project_blocks(W, U, order))
 
 What meets none of these stays an operator of the graph (online): U_C, the Hadamard transform itself, U_A in post-norm models.
 """
@@ -37,11 +38,11 @@ class FuseProjections(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         exact = _float64_bases(ctx)
-        done = 0
-        for node in list(gm.graph.nodes):
-            if is_call(node, ops.project, ops.project_heads, ops.hadamard):
-                done += fuse(gm, node, exact)
-                memory.trim()  # the weights before
+        found = [n for n in gm.graph.nodes if is_call(n, ops.project, ops.project_heads, ops.project_blocks, ops.hadamard)]
+        left, before = found, None
+        while left != before:  # an inverse may meet a linear only once the one behind it is gone
+            left, before = [n for n in left if not fuse(gm, n, exact)], left
+        done = len(found) - len(left)
         gm.graph.eliminate_dead_code()
         graph_tools.delete_unused_tensors(gm)
         return done
@@ -51,6 +52,7 @@ def _float64_bases(ctx: PassContext) -> dict[str, Tensor]:
     bases = ctx.bases or Bases()
     table = {"resq.U_A": bases.residual}
     table |= {f"resq.U_B.{i}": u for i, u in enumerate(bases.value or [])}
+    table |= {f"resq.U_D.{down.name}": u for down, (u, _) in bases.down.items()}
     return {name: u for name, u in table.items() if u is not None}
 
 
@@ -63,12 +65,13 @@ def fuse(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> int:
     if fused:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
+        memory.trim()  # the weights before
     return int(fused)
 
 
 def fuse_forward(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> bool:
     """Into the linear or embedding that makes the value, if nothing else reads it."""
-    if is_call(node, ops.hadamard):
+    if is_call(node, ops.hadamard, ops.project_blocks):
         return False
     u = bases[str(node.args[1].target)]
     source = node.args[0]
@@ -95,17 +98,20 @@ def fuse_inverse(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> bool:
         return False
     for reader in readers:
         weight = linear_weight(gm, reader)
-        replace_weight(gm, reader, by_row_chunks(weight, _column_change(node, weight, bases)))
+        replace_weight(gm, reader, by_row_chunks(weight, _column_change(gm, node, weight, bases)))
     return True
 
 
-def _column_change(node: Node, weight: Tensor, bases: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def _column_change(gm: GraphModule, node: Node, weight: Tensor, bases: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """The map W -> W U for the input columns of a weight."""
     if is_call(node, ops.hadamard):
         return lambda w: ops.hadamard(w, False, node.args[2])
     u = bases[str(node.args[1].target)]
     if is_call(node, ops.project):
         return lambda w: w @ u
+    if is_call(node, ops.project_blocks):
+        order = graph_tools.get_tensor(gm, node.args[2])
+        return lambda w: ops.project_blocks(w, u, order)
     heads = _repeat(u, weight.shape[1] // u.shape[-1])
     return lambda w: torch.einsum("nhd,hde->nhe", w.unflatten(1, heads.shape[:2]), heads).flatten(1)
 

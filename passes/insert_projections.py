@@ -5,7 +5,8 @@
          and the projection stays an operator of its own.
     U_B  values: project_heads before the cache, inverse after attention.
     U_C  queries and keys, after RoPE: project both; the product q kᵀ does not change.
-    U_D  input of down projections: Hadamard transform and its inverse; inside each part where channels are split by energy.
+    U_D  input of down projections: Hadamard transform and its inverse; inside each part where channels are split by energy. Before it,
+         with down_proj="block-pca", the principal directions of blocks of 64 channels: 64 multiplications a channel, online.
 
 Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
 """
@@ -25,6 +26,8 @@ from resq_compiler.numerics.hadamard import hadamard_plan
 from resq_compiler.partition import sizes
 from resq_compiler.pipeline import Pass, PassContext
 from resq_compiler.topology import Attention, Topology
+
+TRANSFORMED = ("hadamard", "energy-split", "block-pca")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class InsertProjections(Pass):
             if bases.key is not None and ctx.config.kv_bits < 16:
                 done += insert_key(gm, block.attention, bases.key[block.index], block.index)
             for feed_forward in block.feed_forwards:
-                if ctx.config.down_proj in ("hadamard", "energy-split") and feed_forward.down not in topology.floats:
+                if ctx.config.down_proj in TRANSFORMED and feed_forward.down not in topology.floats:
                     done += insert_hadamard(gm, feed_forward.down, ctx, block.index)
+                    done += insert_down_blocks(gm, feed_forward.down, ctx) if feed_forward.down in bases.down else 0
         return done
 
 
@@ -117,7 +121,7 @@ def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -
     """U_D and its inverse before a down projection."""
     x = down.args[0]
     width = x.meta["val"].shape[-1]
-    split = ctx.config.down_proj == "energy-split"
+    split = ctx.config.down_proj != "hadamard"
     parts = tuple(sizes(width, ctx.config, "down", block=block)) if split else (width,)
     stretches = parts if len(parts) > 1 else None
     for plan in map(hadamard_plan, parts):
@@ -125,4 +129,17 @@ def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -
             ctx.note(f"U_D on {plan.n} channels is a block transform of width {plan.block}: {plan.reason}")
     turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D"))
     insert_after(gm, turned, [down], ops.hadamard, (True, stretches), meta.Projection("U_D", inverse=True))
+    return 2
+
+
+def insert_down_blocks(gm: GraphModule, down: Node, ctx: PassContext) -> int:
+    """Principal directions of blocks of channels before the Hadamard transform of a down projection, and back behind its inverse."""
+    basis, order = ctx.bases.down[down]
+    name, dtype = f"resq.U_D.{down.name}", graph_tools.get_tensor(gm, down.args[1]).dtype
+    u = graph_tools.add_tensor(gm, name, basis.to(dtype), InsertProjections.name)
+    columns = graph_tools.add_tensor(gm, f"{name}_order", order, InsertProjections.name)
+    back = down.args[0]
+    turn = back.args[0]
+    insert_after(gm, back, [down], ops.project_blocks, (u, columns, True), meta.Projection("U_D", inverse=True))
+    insert_after(gm, turn.args[0], [turn], ops.project_blocks, (u, columns, False), meta.Projection("U_D"))
     return 2

@@ -24,7 +24,7 @@ from resq_compiler.topology import Topology
 
 LINEAR = aten.linear.default
 SITE_OF_ROLE = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp", "down": "down"}
-SPLIT_DOWN = ("energy-split", "outliers")
+SPLIT_DOWN = ("energy-split", "block-pca", "outliers")
 
 
 @dataclass(frozen=True)

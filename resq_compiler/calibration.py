@@ -6,6 +6,7 @@ Source: ResQ, arXiv 2412.14363, section 4; eigenvectors of uncentred second mome
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,11 @@ from resq_compiler.topology import Block, Topology
 BASIS_SITES = {"residual": ("attention", "mlp"), "value": ("value", "o"), "key": ("key",)}
 """Sites that share a basis; its rotations stay between the borders of all their parts."""
 
+BLOCK = 64
+"""Channels of a down projection's input that share a basis with down_proj="block-pca": their largest common divisor with the width."""
+PEAKED, PEAKED_COUNTS = 64, 1000
+"""A token whose largest channel is so many times its median one is massive, and counts as so many with basis_token_weighting="massive"."""
+
 log = logging.getLogger("resq_compiler")
 
 
@@ -35,6 +41,7 @@ class Moments:
 
     residual: all inputs of attention and feed-forward, pooled. value, key, query: per block and key/value head, [G, D, D].
     down_energy: mean square of every input channel of down projections, by node. Peaks are absolute maxima, same sites.
+    down_blocks: of blocks of neighbouring channels there, [G, D, D], where a recipe asks for them.
     """
 
     residual: SecondMoment
@@ -44,18 +51,21 @@ class Moments:
     down_energy: dict[Node, Tensor] = field(default_factory=dict)
     residual_peak: Tensor | None = None
     down_peak: dict[Node, Tensor] = field(default_factory=dict)
+    down_blocks: dict[Node, SecondMoment] = field(default_factory=dict)
 
 
 @dataclass
 class Bases:
     """Orthogonal bases in float64, columns [low | high]; None where a recipe has none.
 
-    residual U_A [d, d]; value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; spectra: ascending eigenvalues by name.
+    residual U_A [d, d]; value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; down: what stands before U_D's Hadamard
+    transform, blocks [G, D, D] and the order of their columns by ascending energy, by down projection; spectra: ascending eigenvalues.
     """
 
     residual: Tensor | None = None
     value: list[Tensor] | None = None
     key: list[Tensor] | None = None
+    down: dict[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -63,10 +73,10 @@ def calibrate(gm: GraphModule, ctx: PassContext) -> Moments:
     """Run the calibration windows through the float graph and sum second moments at every site of a basis."""
     topology: Topology = ctx.topology
     assert ctx.calibration is not None
-    moments = _empty_moments(topology)
+    moments = _empty_moments(topology, ctx.config)
     if resume.load_moments(ctx, moments):
         return moments
-    taps = _taps(topology, moments)
+    taps = _taps(topology, moments, PEAKED_COUNTS if ctx.config.basis_token_weighting == "massive" else 1)
     schedule = executor.Schedule(gm, [topology.blocks[-1].end], list(gm.graph.find_nodes(op="placeholder")))
     batches = executor.batches(basis_windows(ctx.calibration, ctx.config))
     for i, ids in enumerate(batches):
@@ -84,21 +94,27 @@ def basis_windows(windows: Tensor, config: CompileConfig) -> Tensor:
     return windows[torch.arange(count) * len(windows) // count]
 
 
-def _empty_moments(topology: Topology) -> Moments:
+def _empty_moments(topology: Topology, config: CompileConfig) -> Moments:
     value, key, query = [], [], []
     for block in topology.blocks:
         a = block.attention
         value.append(SecondMoment(f"block {block.index} values", a.value_dim, groups=a.num_kv_heads))
         key.append(SecondMoment(f"block {block.index} keys", a.head_dim, groups=a.num_kv_heads))
         query.append(SecondMoment(f"block {block.index} queries", a.head_dim, groups=a.num_kv_heads))
-    return Moments(SecondMoment("residual stream", topology.hidden_size, dtype=products.dtype()), value, key, query)
+    moments = Moments(SecondMoment("residual stream", topology.hidden_size, dtype=products.dtype()), value, key, query)
+    if config.down_proj == "block-pca":
+        for down in (f.down for block in topology.blocks for f in block.feed_forwards):
+            width = int(down.args[0].meta["val"].shape[-1])
+            size = math.gcd(width, BLOCK)
+            moments.down_blocks[down] = SecondMoment(f"input of {down.name}", size, groups=width // size)
+    return moments
 
 
-def _taps(topology: Topology, moments: Moments) -> dict:
+def _taps(topology: Topology, moments: Moments, massive_counts: int) -> dict:
     taps: dict = {}
     for group in topology.residual.readers:
         if topology.head not in group.linears:
-            _add(taps, group.value, lambda x: _residual(moments, x))
+            _add(taps, group.value, lambda x: _residual(moments, x, massive_counts))
     for i, block in enumerate(topology.blocks):
         a = block.attention
         _add(taps, a.value_cache.args[1], lambda x, i=i: moments.value[i].update(x.transpose(1, 2)))
@@ -114,9 +130,13 @@ def _add(taps: dict, node: Node, tap: object) -> None:
     taps[node] = tap if before is None else (lambda x: (before(x), tap(x)))
 
 
-def _residual(moments: Moments, x: Tensor) -> None:
+def _residual(moments: Moments, x: Tensor, massive_counts: int) -> None:
     moments.residual.update(x)
     rows = x.flatten(0, -2)
+    if massive_counts > 1:
+        size = rows.abs()
+        massive = rows[size.amax(1) > PEAKED * size.median(1).values]
+        moments.residual.update(massive * math.sqrt(massive_counts - 1))
     peak = torch.maximum(rows.amax(0), -rows.amin(0))
     moments.residual_peak = peak if moments.residual_peak is None else torch.maximum(moments.residual_peak, peak)
 
@@ -134,6 +154,9 @@ def _channels(moments: Moments, node: Node, x: Tensor) -> None:
     if node in moments.down_energy:
         energy, peak = energy + moments.down_energy[node], torch.maximum(peak, moments.down_peak[node])
     moments.down_energy[node], moments.down_peak[node] = energy, peak
+    if node in moments.down_blocks:
+        moment = moments.down_blocks[node]
+        moment.update(rows.unflatten(-1, (moment.groups, moment.dim)))
 
 
 def make_bases(gm: GraphModule | None, moments: Moments | None, topology: Topology, config: CompileConfig) -> Bases:
@@ -142,9 +165,10 @@ def make_bases(gm: GraphModule | None, moments: Moments | None, topology: Topolo
     basis "pca": eigenvectors of the moments, then a random rotation inside each part. "hadamard": a random rotation of the
     whole width (QuaRot). "outliers": a permutation that puts the channels with the largest peaks last (QUIK).
     """
+    down = {n: block_basis(m.mean()) for n, m in moments.down_blocks.items()} if moments else {}
     if config.basis == "none":
-        return Bases()
-    bases = Bases(value=[], key=[])
+        return Bases(down=down)
+    bases = Bases(value=[], key=[], down=down)
     bases.residual = _residual_basis(gm, moments, topology, config, bases.spectra)
     for block in topology.blocks:
         a, i = block.attention, block.index
@@ -192,6 +216,12 @@ def residual_moment(gm: GraphModule | None, moments: Moments, topology: Topology
     return weigh(moments.residual.mean(), residual_readers(gm, topology))
 
 
+def block_basis(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of each block of a moment [G, D, D], and the order that puts all their directions by ascending energy [G·D]."""
+    basis, energies = principal_basis(moment)
+    return basis, energies.flatten().argsort(stable=True)
+
+
 def permutation(size: Tensor) -> Tensor:
     """The orthogonal matrix that orders channels by ascending size: x P has the largest last."""
     order = size.argsort(stable=True)
@@ -217,4 +247,4 @@ def _basis(
 
 def needs_moments(config: CompileConfig) -> bool:
     """True when a recipe looks at activations before the weights move."""
-    return config.basis in ("pca", "outliers") or config.down_proj in ("energy-split", "outliers")
+    return config.basis in ("pca", "outliers") or config.down_proj in ("energy-split", "block-pca", "outliers")

@@ -17,12 +17,13 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "low_bits": (2, 3, 4, 5, 6, 7, 8),
     "basis": ("pca", "hadamard", "outliers", "none"),
     "rotation": ("hadamard", "orthogonal", "none"),
-    "down_proj": ("hadamard", "energy-split", "outliers", "none"),
+    "down_proj": ("hadamard", "energy-split", "block-pca", "outliers", "none"),
     "weight_method": ("rtn", "gptq"),
     "weight_clip": ("mse", "hessian", "max"),
     "o_proj_granularity": ("head", "token"),
     "lm_head_bits": (None, 8),
     "basis_weighting": ("none", "readers"),
+    "basis_token_weighting": ("none", "massive"),
     "allocation": ("equal", "sensitivity", "widths"),
     "key_basis": ("shared", "head"),
     "gptq_token_weighting": ("none", "residual"),
@@ -63,6 +64,7 @@ class CompileConfig:
     rank_multiple: int = 1
     basis: str = "pca"
     basis_weighting: str = "none"
+    basis_token_weighting: str = "none"
     key_basis: str = "shared"
     rotation: str = "hadamard"
     down_proj: str = "hadamard"

@@ -141,6 +141,14 @@ def project_heads(x: Tensor, u: Tensor, inverse: bool = False) -> Tensor:
 
 
 @op
+def project_blocks(x: Tensor, u: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
+    """x blockdiag(U) with its columns in `order` (inverse: the transposed map): x [..., G·D], u [G, D, D] orthogonal, order [G·D] (U_D)."""
+    if inverse:
+        return torch.einsum("...gd,ged->...ge", x.index_select(-1, order.argsort()).unflatten(-1, u.shape[:2]), u).flatten(-2)
+    return torch.einsum("...gd,gde->...ge", x.unflatten(-1, u.shape[:2]), u).flatten(-2).index_select(-1, order)
+
+
+@op
 def hadamard(x: Tensor, transpose: bool = False, sizes: Sequence[int] | None = None) -> Tensor:
     """x H / sqrt(n) (transpose: x Hᵀ / sqrt(n)) over the last dimension as a fast transform (U_D); `sizes`: one H for each stretch."""
     if sizes is None:

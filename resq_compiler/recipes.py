@@ -67,7 +67,7 @@ def passes_for(config: CompileConfig) -> list[Pass]:
     reorder = config.down_proj in ("energy-split", "outliers")
     if config.allocates:
         exact.append(AllocateBits())
-    if config.basis != "none" or reorder:
+    if config.basis != "none" or reorder or config.down_proj == "block-pca":
         exact.append(ComputeBases())
     if reorder:
         exact.append(ReorderChannels())

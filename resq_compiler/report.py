@@ -222,7 +222,7 @@ def _kind(tensor: Node) -> str:
     user = next(iter(tensor.users), None)
     if is_call(user, aten.embedding.default):
         return "embeddings"
-    return "projections" if is_call(user, ops.project, ops.project_heads) else "other"
+    return "projections" if is_call(user, ops.project, ops.project_heads, ops.project_blocks) else "other"
 
 
 def _weight_bytes(gm: GraphModule, node: Node, part: meta.LinearPart) -> int:

@@ -150,7 +150,8 @@ def _moments_to_tensors(found: Moments) -> dict[str, Tensor]:
 
 def _accumulators(found: Moments) -> dict[str, Any]:
     lists = {f"{kind}.{i}": m for kind in ("value", "key", "query") for i, m in enumerate(getattr(found, kind))}
-    return {"residual": found.residual, **lists}
+    blocks = {f"down_blocks.{node.name}": moment for node, moment in found.down_blocks.items()}
+    return {"residual": found.residual, **lists, **blocks}
 
 
 def block_codes(ctx: PassContext, block: int) -> list[list[QuantizedWeight]] | None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resq_compiler import calibration
+from resq_compiler import calibration, ops
 from resq_compiler.calibration import Bases, make_bases, needs_moments, permutation
 from resq_compiler.errors import DataError
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
@@ -72,6 +72,33 @@ def test_bases_see_some_of_the_windows_evenly(build):
         built.ctx.config = config
     blocks = len(built.ctx.topology.blocks)
     assert found.value[0].tokens == 2 * 32 and found.residual.tokens == 2 * 32 * 2 * blocks
+
+
+def test_massive_tokens_count_as_many(build):
+    """Against the sum by hand: a row whose peak is 64 times its median counts 1000 times."""
+    built = build("llama", "insert-projections")
+    moments = calibration._empty_moments(built.ctx.topology, resolve("resq"))
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
+    x[1, 2, 7] = 900.0
+    x[2, 0, 5] = 20.0  # large, but not so large
+    calibration._residual(moments, x, calibration.PEAKED_COUNTS)
+    rows = x.flatten(0, 1).double()
+    expected = rows.T @ rows + 999 * torch.outer(rows[7], rows[7])
+    torch.testing.assert_close(moments.residual.total, expected, rtol=1e-5, atol=1e-2)  # products in float32 of up to 1e9
+
+
+def test_block_pca_puts_more_energy_last_than_channels_do(build, tiny):
+    """The last 1/8 of what the transform reads, in the eager model's values: eigenvalues majorize a diagonal."""
+    built, seen = build("llama", "insert-projections", down_proj="block-pca"), hooked(tiny("llama"), tiny_tokens(4, 32))
+    shares = []
+    for i, (u, order) in enumerate(built.ctx.bases.down.values()):
+        x = seen[f"model.layers.{i}.mlp.down_proj"]
+        torch.testing.assert_close(u.mT @ u, torch.eye(u.shape[-1], dtype=torch.float64).expand_as(u), rtol=0, atol=1e-10)
+        energy = ops.project_blocks(x, u, order).square().sum(0)
+        assert bool((energy.diff() > -1e-4 * energy.max()).all())  # ascending; moments are sums of float32
+        plain = x.square().sum(0).sort().values
+        shares.append((energy[-20:].sum() / energy.sum(), plain[-20:].sum() / plain.sum()))
+    assert len(shares) == 2 and all(ours > channels for ours, channels in shares)
 
 
 def gaussian_moments(built, spectrum: torch.Tensor):

@@ -130,6 +130,13 @@ def test_project_heads_gives_query_heads_the_basis_of_their_group(inverse, randn
         torch.testing.assert_close(got[:, head], x[:, head] @ basis, **ROUNDING)
 
 
+def test_project_blocks_is_a_block_diagonal_product_with_columns_in_order(randn):
+    x, u, order = randn(2, 5, 12), torch.linalg.qr(randn(3, 4, 4))[0], torch.tensor([11, 0, 5, 2, 9, 1, 3, 10, 4, 8, 6, 7])
+    got = ops.project_blocks(x, u, order)
+    torch.testing.assert_close(got, (x @ torch.block_diag(*u))[..., order], **ROUNDING)
+    torch.testing.assert_close(ops.project_blocks(got, u, order, True), x, rtol=1e-5, atol=1e-5)  # two float32 products
+
+
 @pytest.mark.parametrize("sizes", [None, (12, 4), (20,)])
 def test_hadamard_is_orthogonal_and_transpose_is_its_inverse(sizes, randn):
     x = randn(3, sum(sizes) if sizes else 24)

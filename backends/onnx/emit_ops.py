@@ -11,6 +11,7 @@ from resq_compiler.backends.onnx.values import Cache, Codes, Value
 from torch.fx import Node
 
 from resq_compiler import ops
+from resq_compiler.errors import BackendError
 from resq_compiler.graph_tools import aten, is_call, placeholders
 from resq_compiler.numerics.hadamard import hadamard_plan
 
@@ -93,6 +94,18 @@ def project_heads(low: Lowering, node: Node) -> Value:
         turned_rows = low.b.op("Squeeze", low.b.op("MatMul", rows, each), low.b.ints(-2))
         return Value(turned_rows, value.heads, split=True, by_head=True)
     return Value(low.b.op("MatMul", low.exact(x), each))
+
+
+@emits(ops.project_blocks)
+def project_blocks(low: Lowering, node: Node) -> Value:
+    """x blockdiag(U), columns reordered: a small product for each block."""
+    x, u, order, *inverse = node.args
+    if inverse and inverse[0]:
+        raise BackendError(f"node {node.name}: an inverse of project_blocks is not emitted; fuse-projections multiplies it into a weight")
+    groups, size, _ = u.meta["val"].shape  # type: ignore[union-attr]
+    rows = low.b.op("Reshape", low.exact(x), low.b.ints(0, 0, groups, 1, size))
+    turned = low.b.op("Reshape", low.b.op("MatMul", rows, low.exact(u)), low.b.ints(0, 0, groups * size))
+    return Value(low.b.op("Gather", turned, low.exact(order), axis=-1))
 
 
 @emits(ops.hadamard)

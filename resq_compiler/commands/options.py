@@ -31,6 +31,7 @@ HELP: dict[str, str] = {
     "rank_multiple": "columns of the high part are a multiple of this",
     "basis": "where the order of columns comes from",
     "basis_weighting": "readers: directions also count by how much the weights (for U_C the queries) that read them amplify errors",
+    "basis_token_weighting": "massive: tokens with massive activations count a thousandfold in U_A, so that it covers them",
     "key_basis": "U_C: one for all heads of a layer (shared), or for each key/value head",
     "rotation": "random rotation inside each part",
     "down_proj": "what is done to the input of down projections",

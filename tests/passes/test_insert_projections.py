@@ -54,8 +54,20 @@ def test_energy_split_transforms_inside_each_part(build):
     assert {n.args[2] for n in transforms} == {(140, 20)}
 
 
+def test_block_pca_stands_around_the_transform(build):
+    """x -> blocks -> Hadamard -> inverse -> inverse -> down."""
+    built = build("llama", "insert-projections", down_proj="block-pca")
+    assert InsertProjections().run(built.gm, built.ctx) == 26
+    node = built.ctx.topology.blocks[0].feed_forwards[0].down
+    chain = [node := node.args[0] for _ in range(4)]
+    assert [n.target for n in chain] == [ops.project_blocks, ops.hadamard, ops.hadamard, ops.project_blocks]
+    assert [meta.get(n, meta.Projection).inverse for n in chain] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "gpt_neox"])
-@pytest.mark.parametrize("options", [{}, {"recipe": "quarot"}, {"recipe": "quik"}, {"rotation": "orthogonal"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"down_proj": "block-pca"}, {"recipe": "quarot"}, {"recipe": "quik"}, {"rotation": "orthogonal"}], ids=str
+)
 def test_numerics(family, options, build):
     built = build(family, "insert-projections", double=True, **options)
     built.pipeline.run(built.gm, [InsertProjections()])

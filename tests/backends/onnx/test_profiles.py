@@ -103,6 +103,7 @@ OPTIONS = [
     {"recipe": "resq+", "average_bits": 4.75},
     {"recipe": "resq+", "allocation": "widths", "average_bits": 4.0},
     {"weight_bits": 3, "activation_bits": 5, "kv_bits": 6},
+    {"down_proj": "block-pca"},
     pytest.param({"low_fraction": 1 / 8}, marks=pytest.mark.slow),
     {"activation_bits": 16},
     {"kv_bits": 16},

@@ -186,6 +186,13 @@ def test_prefix_tokens_are_refused_or_left_to_pytorch(compiled, monkeypatch):
     assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
 
+def test_block_pca_is_multiplied_by_pytorch(compiled):
+    """Everything else goes to the kernels."""
+    reference, ours = compiled("llama", down_proj="block-pca")
+    ids = tiny_tokens(2, 9)
+    assert _called(ours)["mixed_linear"] >= 8 and _called(ours)["attention_quantize"] == 2
+    assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
+
 
 def test_a_cache_of_another_backend_is_refused(compiled):
     reference, ours = compiled("llama")
