@@ -37,16 +37,19 @@ from resq_compiler.tables import number, table
 
 TOKENS_ALIKE = {"gptq_token_weighting": "none"}  # what corrections can be combined with
 A_THEN_W = {**TOKENS_ALIKE, "gptq_on_quantized_activations": True}
+EQUAL = {"allocation": "equal"}
 MOVED = "mlp=1/4,o=0,key=1/4,value=0"
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "quarot": ("quarot", {}, "random Hadamard rotations, everything in 4 bits"),
     "resq": ("resq", {}, "the paper's method"),
     "resq+": ("resq+", {}, "the best of what follows"),
     "down hadamard": ("resq+", {"down_proj": "hadamard"}, "all of down_proj's input in 4 bits, as in the paper"),
+    "block-pca": ("resq+", {"down_proj": "block-pca"}, "principal directions of blocks of 64 channels there; 64 products a channel online"),
     "no clip": ("resq+", {"activation_clip": 1.0}, "whole range of 4-bit activations"),
     "clip input": ("resq+", {"activation_clip": "input"}, "clips searched on the error of the value, not of the linears that read it"),
     "clip 0.85": ("resq+", {"activation_clip": 0.85}, "the same share of the range at every site"),
     "plain bases": ("resq+", {"basis_weighting": "none"}, "bases of activations alone, not weighted by their readers"),
+    "massive in U_A": ("resq+", {"basis_token_weighting": "massive"}, "U_A covers massive tokens: each counts as 1000"),
     "mse clip": ("resq+", {"weight_clip": "mse"}, "weight scales searched on the weights alone"),
     "no act-order": ("resq+", {"gptq_act_order": False}, "columns in the order of the basis"),
     "sweeps": ("resq+", {"gptq_sweeps": 4}, "coordinate descent on codes and scales after GPTQ"),
@@ -57,16 +60,26 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "output": ("resq+", {**A_THEN_W, "gptq_correction": "output"}, "weights aim at the float layer's output, nearly Qronos"),
     "residual": ("resq+", {**A_THEN_W, "gptq_correction": "residual"}, "weights aim at the float residual stream too"),
     "key head": ("resq+", {"key_basis": "head"}, "U_C for each key/value head"),
-    "equal shares": ("resq+", {"allocation": "equal"}, "1/8 of the columns in 8 bits at every site, whatever the forecast"),
-    "always shared": ("resq+", {"average_bits": 4.5}, "shared out by sensitivity, however little the forecast gains"),
-    "bits moved": ("resq+", {"allocation": "equal", "site_fractions": MOVED}, "more 8-bit columns for mlp inputs and keys"),
+    "equal shares": ("resq+", EQUAL, "1/8 of the columns in 8 bits at every site, whatever the forecast"),
+    "always shared": ("resq+", {"average_bits": 4.5}, "8-bit columns shared out by sensitivity, however little the forecast gains"),
+    "widths": ("resq+", {"allocation": "widths", "average_bits": 4.5}, "the same budget, high columns of 5 to 8 bits, low ones of 2"),
+    "1/4 at 6 bits": ("resq+", {**EQUAL, "high_fraction": 1 / 4, "high_bits": 6}, "the same 4.5 bits: twice the high columns, 6 bits each"),
+    "8/4/2": ("resq+", {**EQUAL, "low_fraction": 1 / 8}, "1/8 of the columns in 2 bits: 4.25 average bits"),
+    "6/4/2": ("resq+", {**EQUAL, "low_fraction": 1 / 8, "high_bits": 6}, "the paper's split at 4 average bits"),
+    "5 bits": ("resq+", {"average_bits": 5.0}, "a budget of 5 average bits, shared out by sensitivity"),
+    "bits moved": ("resq+", {**EQUAL, "site_fractions": MOVED}, "more 8-bit columns for mlp inputs and keys"),
     "damping 0.01": ("resq+", {"gptq_damping": 0.01}, "GPTQ's usual damping"),
     "kv clip": ("resq+", {"kv_clip": 0.95}, "0.95 of the range of keys and values"),
     "o per token": ("resq+", {"o_proj_granularity": "token"}, "one scale a token for the input of output projections"),
     "prefix": ("resq+", {"prefix_tokens": "auto"}, "tokens with massive activations before every sequence (PrefixQuant)"),
     "self-written": ("resq+", {}, "calibrated on text that the model writes"),
     "4 windows": ("resq+", {"calibration_samples": 4}, "calibrated on 4 windows of text only"),
+    "64 windows": ("resq+", {"calibration_samples": 64}, "calibrated on 64 windows"),
+    "112 windows": ("resq+", {"calibration_samples": 112}, "calibrated on 112 windows"),
 }
+
+MOMENTS = ("calibration_samples", "basis_samples", "basis_token_weighting")
+"""Options of second moments: rows where one differs from resq+ take their own, as those do whose text or sites differ."""
 
 
 def main() -> None:
@@ -152,8 +165,8 @@ class Bench:
         model, seconds = self.loaded.model, 0.0
         if job["recipe"] != "float":
             config = products.resolve(resolve(job["recipe"], weight_method="gptq", seed=job["seed"], **job["options"]))
-            sizes = [(c.calibration_samples, c.basis_samples) for c in (config, self.config)]
-            own = job["self_written"] or sizes[0] != sizes[1]
+            own = job["self_written"] or config.down_proj == "block-pca"
+            own = own or any(getattr(config, name) != getattr(self.config, name) for name in MOMENTS)
             began = time.perf_counter()
             ctx = dataclasses.replace(self.ctx, config=config, notes=[], lines=[])
             ctx.calibration = self.calibration(job) if own else self.ctx.calibration
