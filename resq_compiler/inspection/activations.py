@@ -19,7 +19,17 @@ from torch.fx import GraphModule, Node
 from resq_compiler import executor, graph_tools, meta, ops
 from resq_compiler.graph_tools import is_call
 from resq_compiler.inspection import statistics
-from resq_compiler.inspection.noise import Taps, add_tap, energies, quantizer_of, ratio_db, site_energies, weight_noise
+from resq_compiler.inspection.noise import (
+    Taps,
+    add_tap,
+    energies,
+    quantizer_of,
+    ratio_db,
+    scaled_rows,
+    site_energies,
+    weight_noise,
+    without_zero,
+)
 from resq_compiler.inspection.statistics import SiteStatistics
 from resq_compiler.topology import Topology
 
@@ -33,8 +43,9 @@ class Diagnostics:
     """Everything that was measured; names of sites are blocks.N.KIND.
 
     before, after: statistics by site. high_energy: share of the energy in the high part, by site. noise_db: of each site after
-    quantization; raw_noise_db: of the original values quantized whole, at the main bits. weight_db: by linear. spectra:
-    ascending eigenvalues of second moments, by name. channels: size of each channel raw, after P and after U, by site.
+    quantization; raw_noise_db: of the original values quantized whole, at the main bits. one_sided: share of the rows with a scale
+    whose range does not hold zero, by site. weight_db: by linear. spectra: ascending eigenvalues of second moments, by name. channels:
+    size of each channel raw, after P and after U, by site.
     """
 
     tokens: int
@@ -43,6 +54,7 @@ class Diagnostics:
     high_energy: dict[str, float] = field(default_factory=dict)
     noise_db: dict[str, float] = field(default_factory=dict)
     raw_noise_db: dict[str, float] = field(default_factory=dict)
+    one_sided: dict[str, float] = field(default_factory=dict)
     weight_db: dict[str, float] = field(default_factory=dict)
     bits: dict[str, float] = field(default_factory=dict)
     massive: list[dict[str, Any]] = field(default_factory=list)
@@ -197,9 +209,28 @@ def measure_after(
 
     for name, nodes in compiled_sites(gm).items():
         _tap_together(taps, nodes, lambda pieces, name=name: see(name, pieces))
+    _tap_ranges(result, gm, taps)
     _add_noise(result, gm, site_energies(gm, ids, taps))
     for pool, moment in moments.items():
         result.spectra[pool] = torch.linalg.eigvalsh(moment.double()).clamp_min(0)
+
+
+def _tap_ranges(result: Diagnostics, gm: GraphModule, taps: Taps) -> None:
+    """Count the rows of every quantizer whose range does not hold zero; parts of a site together."""
+    counts: dict[str, list[int]] = {}
+
+    def see(node: Node, name: str, x: Tensor) -> None:
+        total = counts.setdefault(name, [0, 0])
+        for rows in scaled_rows(node, x):
+            total[0] += without_zero(rows)
+            total[1] += len(rows)
+        result.one_sided[name] = total[0] / total[1]
+
+    for node in gm.graph.nodes:
+        site = meta.get(node, meta.QuantizerSite)
+        if site is not None:
+            name = re.sub(r"\.part\d+$", "", site.name)
+            add_tap(taps, node.args[0], lambda x, node=node, name=name: see(node, name, x))
 
 
 def _pool(site: str) -> str | None:

@@ -13,6 +13,7 @@ from resq_compiler.inspection.attribution import Costs
 ACTIVATIONS, ATTRIBUTION, TITLES = "activations.json", "attribution.json", "plots/titles.json"
 SITE_COLUMNS = (
     "site", "min", "max", "kurtosis", "QSUR", "SQNR raw", "max after U", "kurtosis after U", "QSUR after U", "energy in high part", "SQNR",
+    "without 0 %",
 )  # fmt: skip
 Table = dict[str, Any]
 
@@ -46,6 +47,7 @@ def site_rows(found: Diagnostics) -> list[dict[str, Any]]:
             "site": name, "min": _short(before.low), "max": _short(before.high), "kurtosis": _short(before.kurtosis),
             "QSUR": _short(before.qsur), "SQNR raw": found.raw_noise_db.get(name),
             "energy in high part": _short(found.high_energy.get(name)), "SQNR": found.noise_db.get(name),
+            "without 0 %": _short(None if name not in found.one_sided else 100 * found.one_sided[name]),
         }  # fmt: skip
         if after is not None:
             peak = max(after.high, -after.low)

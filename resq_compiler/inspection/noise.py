@@ -81,6 +81,18 @@ def energies(x: Tensor, image: Tensor) -> tuple[float, float]:
     return tuple(float(v.square().sum(-1, dtype=torch.float32).sum(dtype=torch.float64)) for v in (x, image - x))
 
 
+def scaled_rows(node: Node, x: Tensor) -> list[Tensor]:
+    """The values of x that share a scale of a quantizer node, as rows: [rows, width], a matrix for each part."""
+    if is_call(node, ops.quantize):
+        return [x.reshape(-1, x.shape[-1] // (node.args[2] if len(node.args) > 2 else 1))]
+    return [x[..., start:stop].flatten(0, -2) for _, start, stop in node.args[1]]
+
+
+def without_zero(rows: Tensor) -> int:
+    """How many rows lie on one side of zero, so that a range that must include zero is wider than theirs."""
+    return int(((rows.amin(-1) > 0) | (rows.amax(-1) < 0)).sum())
+
+
 def weight_noise(gm: GraphModule) -> dict[str, float]:
     """Decibels of each quantized weight, by linear.partN."""
     result = {}
