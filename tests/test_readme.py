@@ -14,7 +14,8 @@ from resq_compiler.tiny import TINY_FAMILIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+SHELL = [line for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines() if line]
 
 
 def test_commands_parse():
@@ -33,6 +34,13 @@ def test_make_targets_and_scripts_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for line in (line for line in SHELL if line.startswith("python ")):
         assert (ROOT / line.split()[1]).is_file(), line
+
+
+def test_links_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page.parent, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
+    local = [folder / link for folder, link in links if "://" not in link]
+    assert len(local) >= 4 and all(path.exists() for path in local)
 
 
 def test_python_compiles():
