@@ -26,12 +26,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from resq_compiler import calibration, graph_tools, sensitivity, size_budget
+from resq_compiler.calibration import Moments
 from resq_compiler.config import CompileConfig
 from resq_compiler.errors import PassError
 from resq_compiler.numerics.basis import principal_basis
+from resq_compiler.partition import SPLIT_DOWN
 from resq_compiler.pipeline import Pass, PassContext
 from resq_compiler.tables import number, table
 
@@ -157,12 +159,24 @@ def linear_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) -
         values, _ = calibration.head_moments(gm, moments, block, config)
         energies = along(values.repeat_interleave(a.num_heads // a.num_kv_heads, 0), felt[f"o.{i}"])
         choices.append(Choice(f"o.{i}", energies, out_features(gm, a.o) * a.num_heads, *bits))
-        if config.down_proj == "energy-split":
+        if config.down_proj in SPLIT_DOWN:
             downs = [f.down for f in block.feed_forwards]
-            order = torch.stack([moments.down_energy[d] for d in downs]).sum(0).argsort(descending=True, stable=True)
-            cost = sum(out_features(gm, d) for d in downs)
-            choices.append(Choice(f"down.{i}", felt[f"down.{i}"].sum(0)[order], cost, *bits))
+            energies = down_energies(moments, downs, felt[f"down.{i}"].sum(0), config.down_proj)
+            choices.append(Choice(f"down.{i}", energies, sum(out_features(gm, d) for d in downs), *bits))
     return choices
+
+
+def down_energies(moments: Moments, downs: list[Node], weighted: Tensor, kind: str) -> Tensor:
+    """Weighted energies [width] of a down projection's channels in the order in which they get high bits.
+
+    With block-pca of its directions, as if errors of channels did not add up: sensitivities have no more than a diagonal there.
+    """
+    if kind == "block-pca":
+        basis, order = calibration.block_basis(torch.stack([moments.down_blocks[d].mean() for d in downs]).sum(0))
+        along_blocks = torch.einsum("gcd,gc->gd", basis.square(), weighted.unflatten(0, basis.shape[:2]))
+        return along_blocks.flatten()[order].flip(0)
+    size = moments.down_energy if kind == "energy-split" else moments.down_peak
+    return weighted[torch.stack([size[d] for d in downs]).sum(0).argsort(descending=True, stable=True)]
 
 
 def cache_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) -> list[Choice]:

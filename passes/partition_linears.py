@@ -18,13 +18,12 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler import graph_tools, memory, meta, ops
 from resq_compiler.graph_tools import aten, emit, is_call
-from resq_compiler.partition import ColumnPart, linear_parts
+from resq_compiler.partition import SPLIT_DOWN, ColumnPart, linear_parts
 from resq_compiler.pipeline import Pass, PassContext
 from resq_compiler.topology import Topology
 
 LINEAR = aten.linear.default
 SITE_OF_ROLE = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp", "down": "down"}
-SPLIT_DOWN = ("energy-split", "block-pca", "outliers")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from resq_compiler.errors import DataError
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
 from resq_compiler.numerics.rotation import part_rotation
 from resq_compiler.numerics.seeds import generator
-from resq_compiler.partition import sizes
+from resq_compiler.partition import SPLIT_DOWN, sizes
 from resq_compiler.pipeline import PassContext
 from resq_compiler.readers import residual_readers, value_readers, weigh
 from resq_compiler.topology import Block, Topology
@@ -104,10 +104,15 @@ def _empty_moments(topology: Topology, config: CompileConfig) -> Moments:
     moments = Moments(SecondMoment("residual stream", topology.hidden_size, dtype=products.dtype()), value, key, query)
     if config.down_proj == "block-pca":
         for down in (f.down for block in topology.blocks for f in block.feed_forwards):
-            width = int(down.args[0].meta["val"].shape[-1])
+            width = input_width(down)
             size = math.gcd(width, BLOCK)
             moments.down_blocks[down] = SecondMoment(f"input of {down.name}", size, groups=width // size)
     return moments
+
+
+def input_width(linear: Node) -> int:
+    """in_features of a linear of the graph."""
+    return int(linear.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
 
 
 def _taps(topology: Topology, moments: Moments, massive_counts: int) -> dict:
@@ -247,4 +252,4 @@ def _basis(
 
 def needs_moments(config: CompileConfig) -> bool:
     """True when a recipe looks at activations before the weights move."""
-    return config.basis in ("pca", "outliers") or config.down_proj in ("energy-split", "block-pca", "outliers")
+    return config.basis in ("pca", "outliers") or config.down_proj in SPLIT_DOWN

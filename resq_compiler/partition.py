@@ -9,6 +9,8 @@ from resq_compiler.config import CompileConfig
 from resq_compiler.numerics.quantized import Part, parts_for
 
 FLOAT_BITS = 16  # what the options call "not quantized"
+SPLIT_DOWN = ("energy-split", "block-pca", "outliers")
+"""Values of `down_proj` that give the input of down projections parts; the others quantize it whole, at the main bits."""
 
 
 @dataclass(frozen=True)

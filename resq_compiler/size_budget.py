@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch.fx import GraphModule
 
 from resq_compiler import graph_tools
+from resq_compiler.calibration import BLOCK, input_width
 from resq_compiler.errors import PassError
 from resq_compiler.partition import FLOAT_BITS
 from resq_compiler.pipeline import PassContext
@@ -51,7 +54,7 @@ def fixed_bytes(gm: GraphModule, ctx: PassContext) -> int:
 
 
 def projection_bytes(ctx: PassContext) -> int:
-    """Bases that stay online: U_C, U_A where norms write into the stream, U_B where values are no plain linear; float32."""
+    """Bases that stay online: U_C, U_A where norms write into the stream, U_B where values are no plain linear, blocks of U_D; float32."""
     topology, config = ctx.topology, ctx.config
     values = 0 if topology.residual.fusable else topology.hidden_size**2
     for block in topology.blocks:
@@ -60,4 +63,7 @@ def projection_bytes(ctx: PassContext) -> int:
             values += a.head_dim**2 * (a.num_kv_heads if config.key_basis == "head" else 1)
         if not a.value_is_linear:
             values += a.num_kv_heads * a.value_dim**2
+        if config.down_proj == "block-pca":
+            widths = [input_width(f.down) for f in block.feed_forwards]
+            values += sum(n * math.gcd(n, BLOCK) + 2 * n for n in widths)  # and the order of columns, in int64
     return 4 * values
