@@ -41,7 +41,7 @@ STEPS = 32  # of a site's columns: one step gives width / STEPS of them other bi
 WORTH = 0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: see README)
 DOWN_STEPS = 16  # parts of down projections are Hadamard transforms: multiples of width / 16 have orders of small factors
 WIDTHS = (5, 6, 7, 8)  # of the high part, with allocation="widths"
-MOST_LOW = 4  # at most 1 / MOST_LOW of a site's columns are below the main bits
+MOST_LOW = 4  # at most 1 / MOST_LOW of a site's columns are below the main bits, as CompileConfig.least_average counts on
 
 
 @dataclass(frozen=True)

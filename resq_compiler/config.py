@@ -124,14 +124,13 @@ class CompileConfig:
     def _check_allocation(self) -> None:
         if self.average_bits is not None:
             main = min(self.weight_bits, self.activation_bits, self.kv_bits)
-            least = main - max(0, main - self.low_bits) / 4 if self.allocation == "widths" else main
-            self._check_range("average_bits", least, (main + self.high_bits) / 2)  # at most half of the columns are high
+            self._check_range("average_bits", self.least_average(main), (main + self.high_bits) / 2)  # at most half of the columns are high
         if self.model_megabytes is not None:
             self._check_range("model_megabytes", 0, float("inf"))
-            if self.average_bits is not None or min(self.weight_bits, self.activation_bits) >= self.high_bits:
+            if self.average_bits is not None or self.weight_bits >= self.high_bits:
                 raise ConfigError(
-                    "option model_megabytes: expected no average_bits beside it, and weight_bits or activation_bits below high_bits; got "
-                    f"average_bits={self.average_bits}, weight_bits={self.weight_bits}, activation_bits={self.activation_bits}"
+                    "option model_megabytes: expected no average_bits beside it, and weight_bits below high_bits; got "
+                    f"average_bits={self.average_bits}, weight_bits={self.weight_bits}, high_bits={self.high_bits}"
                 )
         if self.allocates and (self.basis != "pca" or self.low_fraction or self.site_fractions):
             option = next((n for n in ("average_bits", "model_megabytes") if getattr(self, n) is not None), "allocation")
@@ -140,6 +139,10 @@ class CompileConfig:
                 f"allocation=equal without average_bits and model_megabytes; got basis={self.basis}, low_fraction={self.low_fraction}, "
                 f"site_fractions={self.site_fractions!r}"
             )
+
+    def least_average(self, main: int) -> float:
+        """The average bits that a budget may go down to: a quarter of the columns at `low_bits`, where `widths` may take bits away."""
+        return main - max(0, main - self.low_bits) / 4 if self.allocation == "widths" else main
 
     @property
     def allocates(self) -> bool:

@@ -19,19 +19,19 @@ def average_bits(gm: GraphModule, ctx: PassContext) -> float | None:
     """`average_bits`, or what `model_megabytes` leaves for a weight of the linears; None without a budget.
 
     gm: before bases, float. Where more is allowed than half of all columns at the high bits take, the rest is not spent, with a note.
-    Raises: PassError: not even the main bits fit.
+    Raises: PassError: not even the main bits (with allocation="widths", a quarter of the columns below them) fit.
     """
     config = ctx.config
     if config.model_megabytes is None:
         return config.average_bits
     weights = sum(graph_tools.get_tensor(gm, n.args[1]).numel() for n in ctx.topology.linears)
     fixed, allowed = fixed_bytes(gm, ctx), config.model_megabytes * MEGABYTE
-    least, most = config.weight_bits, (config.weight_bits + config.high_bits) / 2
+    least, most = config.least_average(config.weight_bits), (config.weight_bits + config.high_bits) / 2
     bits = 8 * (allowed - fixed) / weights
     at_least, at_most, other = ((fixed + b * weights / 8) / MEGABYTE for b in (least, most, 0))
     if bits < least:
         raise PassError(
-            f"option model_megabytes: {config.model_megabytes:g} MB are too few: at {least} bits linears take {at_least - other:.3f} MB, "
+            f"option model_megabytes: {config.model_megabytes:g} MB are too few: at {least:g} bits linears take {at_least - other:.3f} MB, "
             f"and everything else {other:.3f} MB; expected at least {at_least:.3f}, or fewer weight_bits, or lm_head_bits=8"
         )
     if bits > most:
