@@ -50,7 +50,15 @@ def fixed_bytes(gm: GraphModule, ctx: PassContext) -> int:
     if config.lm_head_bits is not None:
         head = graph_tools.get_tensor(gm, topology.head.args[1])
         total += len(head) * 4 - head.numel() * (head.element_size() - 1)
-    return total + projection_bytes(ctx)
+    return total + projection_bytes(ctx) + prefix_bytes(ctx)
+
+
+def prefix_bytes(ctx: PassContext) -> int:
+    """Float32 keys and values of as many prefix tokens as there may be."""
+    from resq_compiler.passes.insert_prefix import MOST
+
+    entries = sum(b.attention.num_kv_heads * (b.attention.head_dim + b.attention.value_dim) for b in ctx.topology.blocks)
+    return 4 * MOST * entries if ctx.config.prefix_tokens != "none" else 0
 
 
 def projection_bytes(ctx: PassContext) -> int:

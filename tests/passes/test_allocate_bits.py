@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from resq_compiler.passes import allocate_bits
+from resq_compiler.passes import allocate_bits, insert_prefix
 from resq_compiler.passes.allocate_bits import Choice, Split, spend
 
 from resq_compiler import report
@@ -153,6 +153,15 @@ def test_a_size_is_kept(compile_tiny, family, options):
     size = report.memory_bytes(model)
     assert asked - 1.5 * size["weight_scales"] <= size["total"] <= asked
     assert size["weight_codes"] > before["weight_codes"] and model.options.model_megabytes is None
+
+
+def test_prefix_tokens_are_part_of_a_size(compile_tiny, monkeypatch):
+    monkeypatch.setattr(insert_prefix, "MASSIVE", 1.5)  # a random model has no massive tokens
+    plain, _ = compile_tiny("llama", **PLUS, allocation="equal", high_fraction=0.25, prefix_tokens="auto")
+    assert any("resq.prefix_key" in name for name in plain.graph_module.state_dict())
+    asked = report.memory_bytes(plain)["total"]
+    model, _ = compile_tiny("llama", **PLUS, prefix_tokens="auto", model_megabytes=asked / 1e6)
+    assert asked - 3 * report.memory_bytes(plain)["weight_scales"] <= report.memory_bytes(model)["total"] <= asked
 
 
 def test_a_size_below_the_main_bits_is_refused(compile_tiny):
