@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.model.compiled_model import CompiledModel
 
 Runner = Callable[..., tuple[Tensor, ...]]
 """Runs the graph: (input_ids, attention_mask, position_ids, *past) -> (logits, *present), as in resq_compiler.capture."""

@@ -26,14 +26,18 @@ from typing import Any
 import accuracy
 import torch
 
-from resq_compiler import calibration, compiler, environment, models, products
-from resq_compiler.commands.common import model_source
-from resq_compiler.compiled_model import CompiledModel
-from resq_compiler.data import calibration_windows, text_windows
-from resq_compiler.evaluation import evaluate
-from resq_compiler.pipeline import PassContext, Pipeline
-from resq_compiler.recipes import passes_for, resolve
-from resq_compiler.tables import number, table
+from resq_compiler import api
+from resq_compiler.calibration import moments, precision
+from resq_compiler.calibration.data import calibration_windows, text_windows
+from resq_compiler.cli import environment
+from resq_compiler.cli.commands.common import model_source
+from resq_compiler.evaluation.predictions import evaluate
+from resq_compiler.frontend import models
+from resq_compiler.model.compiled_model import CompiledModel
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import Pipeline
+from resq_compiler.recipes.named import passes_for, resolve
+from resq_compiler.util.text_tables import number, table
 
 TOKENS_ALIKE = {"gptq_token_weighting": "none"}  # what corrections can be combined with
 A_THEN_W = {**TOKENS_ALIKE, "gptq_on_quantized_activations": True}
@@ -131,9 +135,9 @@ class Bench:
         if len(self.windows) < arguments.windows:
             raise SystemExit(f"error: {self.text}: {len(self.windows)} windows, expected {arguments.windows}; give a longer text")
         self.logits = {tuple(w.tolist()): self.loaded.model(w[None]) for w in self.windows}
-        captured = compiler._capture_float32(self.loaded.model, False, lambda *step: None)
+        captured = api._capture_float32(self.loaded.model, False, lambda *step: None)
         self.gm, self.cache = captured.graph_module, captured.cache
-        self.config = products.resolve(resolve("resq+", calibration_samples=arguments.calibration_samples,
+        self.config = precision.resolve(resolve("resq+", calibration_samples=arguments.calibration_samples,
                                                calibration_length=arguments.calibration_length))  # fmt: skip
         bos = self.loaded.model.config.get_text_config().bos_token_id
         self.ctx = PassContext(self.config, captured.example_inputs, self.calibration(base), bos_token=bos)
@@ -142,8 +146,8 @@ class Bench:
         first = passes_for(self.config)
         self.shared = [p.name for p in first].index("fold-norms") + 1
         self.pipeline.run(self.gm, first[: self.shared])
-        with products.linears_in(self.config.calibration_dtype):
-            self.moments = calibration.calibrate(self.gm, self.ctx)
+        with precision.linears_in(self.config.calibration_dtype):
+            self.moments = moments.calibrate(self.gm, self.ctx)
 
     def reference(self, ids: torch.Tensor) -> Any:
         """The float model on one of the windows."""
@@ -164,7 +168,7 @@ class Bench:
         row = {**job, "load_before": environment.load_average(), "threads": torch.get_num_threads()}
         model, seconds = self.loaded.model, 0.0
         if job["recipe"] != "float":
-            config = products.resolve(resolve(job["recipe"], weight_method="gptq", seed=job["seed"], **job["options"]))
+            config = precision.resolve(resolve(job["recipe"], weight_method="gptq", seed=job["seed"], **job["options"]))
             own = job["self_written"] or config.down_proj == "block-pca"
             own = own or any(getattr(config, name) != getattr(self.config, name) for name in MOMENTS)
             began = time.perf_counter()

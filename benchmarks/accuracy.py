@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from resq_compiler import environment
-from resq_compiler.commands.common import EMBEDDED, model_source
-from resq_compiler.commands.options import convert
-from resq_compiler.tables import number, table
+from resq_compiler.cli import environment
+from resq_compiler.cli.commands.common import EMBEDDED, model_source
+from resq_compiler.cli.commands.options import convert
+from resq_compiler.util.text_tables import number, table
 
 OWN_METHOD = {"rtn": "rtn", "gptq": "gptq"}  # recipes that are named after theirs
 WEIGHT_PASSES = ("quantize-weights",)
@@ -129,10 +129,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Compile (unless float) and evaluate."""
     import torch
 
-    from resq_compiler.data import text_windows
-    from resq_compiler.evaluation import evaluate
-    from resq_compiler.models import load_model
-    from resq_compiler.progress import Progress
+    from resq_compiler.calibration.data import text_windows
+    from resq_compiler.evaluation.predictions import evaluate
+    from resq_compiler.frontend.models import load_model
+    from resq_compiler.util.progress import Progress
 
     row = {**job, "load_before": environment.load_average(), "threads": torch.get_num_threads()}
     source = model_source(job["model"])
@@ -174,7 +174,7 @@ def prefill_speed(model: Any, length: int = 512, rounds: int = 5) -> float:
 
 def compile_job(job: dict[str, Any], source: str, progress: Any, row: dict[str, Any]) -> Any:
     """Compile, and note seconds by phase and peak memory so far in the row."""
-    from resq_compiler.compiler import compile
+    from resq_compiler.api import compile
 
     began = time.perf_counter()
     text = None if job.get("self_written") else Path(job["text"])

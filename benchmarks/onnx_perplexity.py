@@ -23,8 +23,8 @@ from resq_compiler.backends.onnx import build_model, export
 from resq_compiler.backends.onnx import session as sessions
 
 from resq_compiler import load
-from resq_compiler.evaluation import evaluate
-from resq_compiler.graph_tools import get_tensor
+from resq_compiler.evaluation.predictions import evaluate
+from resq_compiler.ir.graph_tools import get_tensor
 
 
 def logits_of(session: Any) -> Callable[[torch.Tensor], Any]:

@@ -32,10 +32,10 @@ from resq_compiler.backends.onnx.form_integer import IntegerForm
 from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
 from resq_compiler.backends.onnx.profiles import FLUSH_DENORMALS, PREFILL_CHUNK
 
-from resq_compiler import compiler, load
-from resq_compiler.capture import CacheSpec
-from resq_compiler.commands.common import model_source
-from resq_compiler.models import load_model
+from resq_compiler import api, load
+from resq_compiler.cli.commands.common import model_source
+from resq_compiler.frontend.capture import CacheSpec
+from resq_compiler.frontend.models import load_model
 
 VOCABULARY_SEED = 0
 CHUNKED = f", chunks of {PREFILL_CHUNK}"  # how resq_compiler's runtime and genai_config.json run a prompt
@@ -131,7 +131,7 @@ class GenaiModel:
 def float_model(source: str, directory: Path) -> Path:
     """Export the float graph with the emitters and operators of the `ort` profile."""
     model = load_model(source).model
-    graph, context = compiler.trace(model if model.dtype == torch.float32 else model.float())
+    graph, context = api.trace(model if model.dtype == torch.float32 else model.float())
     entries = context.example_inputs[3:]
     cache = tuple(
         CacheSpec(k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(entries[::2], entries[1::2], strict=True)

@@ -12,12 +12,13 @@ import torch
 from torch.fx import GraphModule
 
 import resq_compiler
-from resq_compiler import graph_tools, meta, recipes
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.ir import graph_tools, meta
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 # A recipe is a name for options: three precisions, 8 bits for 1/16 of the columns, 2 bits for 1/16.
-recipes.RECIPES["three-parts"] = {"high_fraction": 1 / 16, "low_fraction": 1 / 16, "weight_method": "rtn"}
+named.RECIPES["three-parts"] = {"high_fraction": 1 / 16, "low_fraction": 1 / 16, "weight_method": "rtn"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class PruneSmallWeights(Pass):
 
 
 # A pass goes where the list says: here before the weights are quantized, on the partitioned linears.
-usual_passes = recipes.passes_for
-recipes.passes_for = lambda config: [
+usual_passes = named.passes_for
+named.passes_for = lambda config: [
     step
     for item in usual_passes(config)
     for step in ([PruneSmallWeights()] if item.name == "quantize-weights" else []) + [item]

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 import resq_compiler
-from resq_compiler.data import demo_text
-from resq_compiler.models import embedded_model_path
+from resq_compiler.calibration.data import demo_text
+from resq_compiler.frontend.models import embedded_model_path
 
 
 def main() -> None:

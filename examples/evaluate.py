@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 
 import resq_compiler
-from resq_compiler import report
-from resq_compiler.data import text_windows
-from resq_compiler.evaluation import evaluate
-from resq_compiler.models import load_model
+from resq_compiler.calibration.data import text_windows
+from resq_compiler.evaluation import report
+from resq_compiler.evaluation.predictions import evaluate
+from resq_compiler.frontend.models import load_model
 
 
 def main() -> None:

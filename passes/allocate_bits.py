@@ -28,14 +28,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import calibration, graph_tools, sensitivity, size_budget
-from resq_compiler.calibration import Moments
-from resq_compiler.config import CompileConfig
+from resq_compiler.analysis import sensitivity, size_budget
+from resq_compiler.analysis.columns import SPLIT_DOWN
+from resq_compiler.calibration.bases import block_basis, head_moments, residual_moment
+from resq_compiler.calibration.moments import Moments, calibrate
 from resq_compiler.errors import PassError
+from resq_compiler.ir import graph_tools
 from resq_compiler.numerics.basis import principal_basis
-from resq_compiler.partition import SPLIT_DOWN
-from resq_compiler.pipeline import Pass, PassContext
-from resq_compiler.tables import number, table
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.util.text_tables import number, table
 
 STEPS = 32  # of a site's columns: one step gives width / STEPS of them other bits
 WORTH = 0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: see README)
@@ -121,7 +123,7 @@ class AllocateBits(Pass):
             ctx.config = dataclasses.replace(config, **settled)
             ctx.lines.append("nothing to share out: all columns have the same bits")
             return 0
-        ctx.moments = ctx.moments or calibration.calibrate(gm, ctx)
+        ctx.moments = ctx.moments or calibrate(gm, ctx)
         felt = sensitivity.measure(gm, ctx)
         averages = (size_budget.average_bits(gm, ctx), config.average_bits)
         budgets = [(linear_choices(gm, ctx, felt), averages[0]), (cache_choices(gm, ctx, felt), averages[1])]
@@ -147,7 +149,7 @@ def linear_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) -
     bits = (min(config.weight_bits, config.activation_bits), config.high_bits)
     if bits[0] >= bits[1]:
         return []
-    stream = calibration.residual_moment(gm, moments, ctx.topology, config)[None]
+    stream = residual_moment(gm, moments, ctx.topology, config)[None]
     attention = [n for b in blocks for n in (b.attention.q, b.attention.k, b.attention.v)]
     mlp = [n for b in blocks for f in b.feed_forwards for n in (*f.gates, *f.ups)]
     choices = [
@@ -156,7 +158,7 @@ def linear_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) -
     ]
     for block in blocks:
         a, i = block.attention, block.index
-        values, _ = calibration.head_moments(gm, moments, block, config)
+        values, _ = head_moments(gm, moments, block, config)
         energies = along(values.repeat_interleave(a.num_heads // a.num_kv_heads, 0), felt[f"o.{i}"])
         choices.append(Choice(f"o.{i}", energies, out_features(gm, a.o) * a.num_heads, *bits))
         if config.down_proj in SPLIT_DOWN:
@@ -172,7 +174,7 @@ def down_energies(moments: Moments, downs: list[Node], weighted: Tensor, kind: s
     With block-pca of its directions, as if errors of channels did not add up: sensitivities have no more than a diagonal there.
     """
     if kind == "block-pca":
-        basis, order = calibration.block_basis(torch.stack([moments.down_blocks[d].mean() for d in downs]).sum(0))
+        basis, order = block_basis(torch.stack([moments.down_blocks[d].mean() for d in downs]).sum(0))
         along_blocks = torch.einsum("gcd,gc->gd", basis.square(), weighted.unflatten(0, basis.shape[:2]))
         return along_blocks.flatten()[order].flip(0)
     size = moments.down_energy if kind == "energy-split" else moments.down_peak
@@ -185,7 +187,7 @@ def cache_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) ->
     choices = []
     for block in ctx.topology.blocks if bits[0] < bits[1] else ():
         i, heads = block.index, block.attention.num_kv_heads
-        values, keys = calibration.head_moments(gm, ctx.moments, block, config)
+        values, keys = head_moments(gm, ctx.moments, block, config)
         choices.append(Choice(f"key.{i}", along(keys, felt[f"key.{i}"]), heads, *bits))
         choices.append(Choice(f"value.{i}", along(values, felt[f"value.{i}"]), heads, *bits))
     return choices

@@ -18,9 +18,9 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, ops
-from resq_compiler.graph_tools import VIEW_OPS, aten, emit, is_call
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 IDENTITY = {
     aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default, aten.alias.default, aten.contiguous.default,

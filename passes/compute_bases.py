@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from resq_compiler import calibration
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.calibration.bases import make_bases, needs_moments
+from resq_compiler.calibration.moments import calibrate
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class ComputeBases(Pass):
     name: ClassVar[str] = "compute-bases"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        if calibration.needs_moments(ctx.config):
-            ctx.moments = ctx.moments or calibration.calibrate(gm, ctx)
-        ctx.bases = calibration.make_bases(gm, ctx.moments, ctx.topology, ctx.config)
+        if needs_moments(ctx.config):
+            ctx.moments = ctx.moments or calibrate(gm, ctx)
+        ctx.bases = make_bases(gm, ctx.moments, ctx.topology, ctx.config)
         return 0

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from resq_compiler import topology
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.analysis import topology
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 
 @dataclass(frozen=True)

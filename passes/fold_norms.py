@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, memory, ops
-from resq_compiler.graph_tools import aten, emit, is_call
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.util import memory
 
 LAYER_NORM = aten.layer_norm.default
 

@@ -22,10 +22,11 @@ from resq_compiler.passes.fold_norms import by_row_chunks, linear_weight, replac
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, memory, meta, ops
-from resq_compiler.calibration import Bases
-from resq_compiler.graph_tools import aten, is_call
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.calibration.bases import Bases
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.util import memory
 
 LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
 

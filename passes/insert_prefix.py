@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, graph_tools, ops
-from resq_compiler.calibration import basis_windows
+from resq_compiler.calibration import executor
+from resq_compiler.calibration.moments import basis_windows
 from resq_compiler.errors import PassError
-from resq_compiler.graph_tools import aten, emit, is_call
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 MASSIVE = 64  # times the median size of a window's tokens: the ratio of PrefixQuant
 MOST = 8  # tokens of a prefix

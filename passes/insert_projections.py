@@ -19,13 +19,13 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, meta, ops
-from resq_compiler.calibration import Bases
-from resq_compiler.graph_tools import emit
+from resq_compiler.analysis.columns import sizes
+from resq_compiler.analysis.topology import Attention, Topology
+from resq_compiler.calibration.bases import Bases
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import emit
 from resq_compiler.numerics.hadamard import hadamard_plan
-from resq_compiler.partition import sizes
-from resq_compiler.pipeline import Pass, PassContext
-from resq_compiler.topology import Attention, Topology
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 TRANSFORMED = ("hadamard", "energy-split", "block-pca")
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import eager_attention, graph_tools, ops
-from resq_compiler.capture import concrete_example
-from resq_compiler.eager_attention import WrittenOut
 from resq_compiler.errors import TopologyError
-from resq_compiler.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.frontend import eager_attention
+from resq_compiler.frontend.capture import concrete_example
+from resq_compiler.frontend.eager_attention import WrittenOut
+from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 SDPA = aten.scaled_dot_product_attention.default
 MAX_NEW, MAX_PAST = 2048, 2**20  # windows up to these are probed with as many new tokens, as long a past

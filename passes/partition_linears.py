@@ -16,11 +16,12 @@ from resq_compiler.passes.fold_norms import linear_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, memory, meta, ops
-from resq_compiler.graph_tools import aten, emit, is_call
-from resq_compiler.partition import SPLIT_DOWN, ColumnPart, linear_parts
-from resq_compiler.pipeline import Pass, PassContext
-from resq_compiler.topology import Topology
+from resq_compiler.analysis.columns import SPLIT_DOWN, ColumnPart, linear_parts
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.util import memory
 
 LINEAR = aten.linear.default
 SITE_OF_ROLE = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp", "down": "down"}

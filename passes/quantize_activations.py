@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, graph_tools, memory, meta, ops
-from resq_compiler.graph_tools import aten, emit, is_call
+from resq_compiler.analysis.columns import FLOAT_BITS
+from resq_compiler.calibration import executor
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten, emit, is_call
 from resq_compiler.numerics.clip import ClipSearch
-from resq_compiler.partition import FLOAT_BITS
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.util import memory
 
 SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip

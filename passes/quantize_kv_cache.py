@@ -13,10 +13,10 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from resq_compiler import meta, ops
-from resq_compiler.graph_tools import emit, is_call
-from resq_compiler.partition import FLOAT_BITS, cache_parts
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.analysis.columns import FLOAT_BITS, cache_parts
+from resq_compiler.ir import meta, ops
+from resq_compiler.ir.graph_tools import emit, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 
 @dataclass(frozen=True)

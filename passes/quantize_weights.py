@@ -19,17 +19,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, graph_tools, memory, meta, ops, products, resume
-from resq_compiler.config import CompileConfig
-from resq_compiler.graph_tools import aten, emit, is_call
-from resq_compiler.lockstep import Lockstep
+from resq_compiler.analysis.columns import FLOAT_BITS
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.calibration import executor, precision, workdir
+from resq_compiler.calibration.lockstep import Lockstep
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten, emit, is_call
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
 from resq_compiler.numerics.quantized import Part
-from resq_compiler.partition import FLOAT_BITS
-from resq_compiler.pipeline import Pass, PassContext, relative_error
-from resq_compiler.topology import Topology
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.pipeline.run import relative_error
+from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.util import memory
 
 LINEAR = aten.linear.default
 
@@ -162,14 +165,14 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
     for block in topology.blocks:
         ctx.progress("quantize weights", block.index, len(topology.blocks))
         groups = by_input([s for s in sites if s.fact.block == block.index])
-        finished, before = resume.block_codes(ctx, block.index), len(ctx.notes)
+        finished, before = workdir.block_codes(ctx, block.index), len(ctx.notes)
         made = []
         for i, group in enumerate(groups):
             if finished is None:
                 made.append(quantize_group(gm, group, runner, teacher, block.end, ctx))
             store(gm, group, made[i] if finished is None else finished[i])
         if finished is None:
-            resume.keep_block(ctx, block.index, made, ctx.notes[before:])
+            workdir.keep_block(ctx, block.index, made, ctx.notes[before:])
         runner.advance(block.end)
         if teacher is not None:
             teacher.advance(block.end)
@@ -204,7 +207,7 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
     With the residual stream after a linear that writes into it, tokens count by the inverse of its mean square there: norms divide
     by it before anybody reads the stream. Else a few massive tokens are all that GPTQ sees (and damping is relative to).
     """
-    moment = SecondMoment(site.fact.name, sum(map(graph_columns, site.nodes)), dtype=products.dtype())
+    moment = SecondMoment(site.fact.name, sum(map(graph_columns, site.nodes)), dtype=precision.dtype())
 
     def see(batch: int, env: dict[Node, Any]) -> None:
         x = side_by_side(env, inputs)

@@ -13,8 +13,8 @@ from resq_compiler.passes.fold_norms import linear_weight, replace_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.ir import graph_tools
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, ops
 from resq_compiler.errors import TopologyError
-from resq_compiler.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 LINEAR = aten.linear.default
 

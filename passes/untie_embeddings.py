@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from resq_compiler import graph_tools
-from resq_compiler.graph_tools import aten, is_call
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.ir import graph_tools
+from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.pipeline.passes import Pass, PassContext
 
 
 @dataclass(frozen=True)

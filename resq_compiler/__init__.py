@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resq_compiler.checkpoint import load
-    from resq_compiler.compiled_model import CompiledModel
-    from resq_compiler.compiler import compile
-    from resq_compiler.config import CompileConfig
+    from resq_compiler.api import compile
     from resq_compiler.errors import ResqError
+    from resq_compiler.model.compiled_model import CompiledModel
+    from resq_compiler.recipes.settings import CompileConfig
+    from resq_compiler.storage.checkpoint import load
 
 __version__ = "0.1.0"
 __all__ = ["CompileConfig", "CompiledModel", "ResqError", "__version__", "compile", "load"]
 
 _HOMES = {
-    "compile": "compiler", "load": "checkpoint", "CompiledModel": "compiled_model", "CompileConfig": "config", "ResqError": "errors",
+    "compile": "api", "load": "storage.checkpoint", "CompiledModel": "model.compiled_model",
+    "CompileConfig": "recipes.settings", "ResqError": "errors",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from resq_compiler.cli import main
+from resq_compiler.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

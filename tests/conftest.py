@@ -14,11 +14,14 @@ import pytest
 import torch
 from torch.fx import GraphModule, Node
 
-from resq_compiler import compiler, graph_tools, recipes, verify
-from resq_compiler.capture import Captured, capture
-from resq_compiler.compiled_model import CompiledModel
-from resq_compiler.config import CompileConfig
-from resq_compiler.pipeline import PassContext, Pipeline
+from resq_compiler import api
+from resq_compiler.frontend.capture import Captured, capture
+from resq_compiler.ir import graph_tools, verify
+from resq_compiler.model.compiled_model import CompiledModel
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import Pipeline
+from resq_compiler.recipes import named
+from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 with torch.device("meta"):  # torch remembers its constructors here, before a test replaces torch.empty by one that gives NaN
@@ -82,7 +85,7 @@ def build(captured):
 
     def state(family: str, count: int, double: bool, config: CompileConfig) -> Built:
         """After the first `count` passes; those up to fold-norms do not look at options, so all options share them."""
-        passes = recipes.passes_for(config)
+        passes = named.passes_for(config)
         names = [p.name for p in passes]
         common = names.index("fold-norms") + 1
         double = double and count > names.index("find-topology")
@@ -108,8 +111,8 @@ def build(captured):
         return built
 
     def run(family: str, before: str | None = None, *, double: bool = False, recipe: str = "resq", **options) -> Built:
-        config = recipes.resolve(recipe, **options)
-        names = [p.name for p in recipes.passes_for(config)]
+        config = named.resolve(recipe, **options)
+        names = [p.name for p in named.passes_for(config)]
         built = copy_of(state(family, names.index(before) if before else len(names), double, config))
         built.ctx.config = config
         return built
@@ -162,8 +165,8 @@ def compile_tiny(tiny, captured):
         if key not in made:
             graphs: list[GraphModule] = []
             defaults = {"recipe": "resq", "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}
-            with mock.patch.object(compiler, "capture", lambda model: captured(family)):
-                compiled = compiler.compile(
+            with mock.patch.object(api, "capture", lambda model: captured(family)):
+                compiled = api.compile(
                     tiny(family), tiny_tokens(4, 32), on_float=graphs.append, **{**defaults, **options}
                 )
             made[key] = compiled, graphs[0]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from resq_compiler import recipes
-from resq_compiler.data import demo_text
+from resq_compiler.calibration.data import demo_text
+from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_model, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,8 +29,8 @@ def place(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """(name, *arguments) -> what the example printed."""
-    monkeypatch.setattr(recipes, "RECIPES", dict(recipes.RECIPES))  # add_a_recipe.py changes both
-    monkeypatch.setattr(recipes, "passes_for", recipes.passes_for)
+    monkeypatch.setattr(named, "RECIPES", dict(named.RECIPES))  # add_a_recipe.py changes both
+    monkeypatch.setattr(named, "passes_for", named.passes_for)
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

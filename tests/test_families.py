@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import resq_compiler
 from resq_compiler import tiny as tiny_module
-from resq_compiler.compiler import trace
+from resq_compiler.api import trace
 from resq_compiler.errors import ResqError
-from resq_compiler.models import check_model
-from resq_compiler.pipeline import relative_error
+from resq_compiler.frontend.models import check_model
+from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
 
 EXACT = 1e-4  # float32 rounding; measured 3e-7 to 1.2e-6

@@ -7,9 +7,11 @@ import re
 import shlex
 from pathlib import Path
 
-from resq_compiler import cli, errors, recipes
-from resq_compiler.commands import COMMANDS
-from resq_compiler.config import CompileConfig
+from resq_compiler import errors
+from resq_compiler.cli import main
+from resq_compiler.cli.commands import COMMANDS
+from resq_compiler.recipes import named
+from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.tiny import TINY_FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -22,8 +24,8 @@ def test_commands_parse():
     used = set()
     for line in (line for line in SHELL if line.startswith("resq ")):
         words = shlex.split(line, comments=True)[1:]
-        module = importlib.import_module(f"resq_compiler.commands.{words[0]}")
-        cli.make_parser(words[0], module).parse_args(words)
+        module = importlib.import_module(f"resq_compiler.cli.commands.{words[0]}")
+        main.make_parser(words[0], module).parse_args(words)
         used.add(words[0])
     assert used >= {"compile", "eval", "generate", "inspect", "env"}
 
@@ -51,10 +53,10 @@ def test_python_compiles():
 
 
 def test_tables_are_complete():
-    for name in (*CompileConfig().to_dict(), *recipes.RECIPES):
+    for name in (*CompileConfig().to_dict(), *named.RECIPES):
         if name != "recipe":
             assert f"`{name}`" in README, name
-    for item in recipes.passes_for(recipes.resolve("resq", down_proj="energy-split", average_bits=4.5)):
+    for item in named.passes_for(named.resolve("resq", down_proj="energy-split", average_bits=4.5)):
         assert f"| {item.name} |" in README, item.name
     for name in (n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, errors.ResqError)):
         assert name in README, name

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import resq_compiler
 from resq_compiler import tiny as tiny_module
-from resq_compiler.pipeline import relative_error
+from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import SLIDING_WINDOW, TINY_FAMILIES, tiny_tokens
 
 EXACT = 1e-4  # float32 rounding through folded and rotated weights; measured up to 1e-6

@@ -13,7 +13,7 @@ from torch import Tensor
 from resq_compiler.errors import BackendError
 
 if TYPE_CHECKING:
-    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.model.compiled_model import CompiledModel
 
 
 class OnnxBackend(Backend):

@@ -12,7 +12,7 @@ from resq_compiler.backends.onnx.values import Value
 from torch.fx import Node
 
 from resq_compiler.errors import BackendError
-from resq_compiler.graph_tools import aten
+from resq_compiler.ir.graph_tools import aten
 
 ELEMENT = {
     torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.float64: TensorProto.DOUBLE, torch.int64: TensorProto.INT64,

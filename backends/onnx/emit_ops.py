@@ -10,9 +10,9 @@ from resq_compiler.backends.onnx.lowering import Lowering, emits
 from resq_compiler.backends.onnx.values import Cache, Codes, Value
 from torch.fx import Node
 
-from resq_compiler import ops
 from resq_compiler.errors import BackendError
-from resq_compiler.graph_tools import aten, is_call, placeholders
+from resq_compiler.ir import ops
+from resq_compiler.ir.graph_tools import aten, is_call, placeholders
 from resq_compiler.numerics.hadamard import hadamard_plan
 
 

@@ -18,7 +18,7 @@ from resq_compiler.errors import BackendError
 if TYPE_CHECKING:
     import onnx
 
-    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.model.compiled_model import CompiledModel
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 EXTERNAL_DATA_ABOVE = 2**26  # bytes; ONNX Runtime maps data files instead of copying them, and protobuf ends at 2 GiB

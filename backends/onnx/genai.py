@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK, PROFILES
 
 if TYPE_CHECKING:
-    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.model.compiled_model import CompiledModel
 
 
 def genai_config(compiled: CompiledModel, profile: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from resq_compiler.backends.onnx.forms import FLT_MIN, CacheParts, low_and_scale
 from resq_compiler.backends.onnx.plan import tiling_columns
 from torch.fx import Node
 
-from resq_compiler import ops
-from resq_compiler.graph_tools import is_call
+from resq_compiler.ir import ops
+from resq_compiler.ir.graph_tools import is_call
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering

@@ -18,9 +18,9 @@ from resq_compiler.backends.onnx.plan import Plan, make_plan, tiling_columns
 from resq_compiler.backends.onnx.values import Cache, Codes, Value
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools
-from resq_compiler.capture import CacheSpec
 from resq_compiler.errors import BackendError
+from resq_compiler.frontend.capture import CacheSpec
+from resq_compiler.ir import graph_tools
 
 Emitter = Callable[["Lowering", Node], Any]
 EMITTERS: dict[Any, Emitter] = {}

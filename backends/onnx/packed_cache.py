@@ -21,9 +21,9 @@ from resq_compiler.backends.onnx.forms import CacheParts, Form, low_and_scale
 from resq_compiler.backends.onnx.values import Value
 from torch.fx import Node
 
-from resq_compiler import ops
 from resq_compiler.errors import BackendError
-from resq_compiler.graph_tools import is_call
+from resq_compiler.ir import ops
+from resq_compiler.ir.graph_tools import is_call
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, meta, ops
-from resq_compiler.graph_tools import aten, is_call
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten, is_call
 
 STACK_RATIO = 2  # linears of one input are one product while their outputs are at most this many times its width
 

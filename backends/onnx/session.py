@@ -11,8 +11,8 @@ import torch
 from resq_compiler.backends.onnx.export import require_runtime
 from torch import Tensor
 
-from resq_compiler import memory
 from resq_compiler.errors import BackendError
+from resq_compiler.util import memory
 
 MINIMUM = "1.20"
 

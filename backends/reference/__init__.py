@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from resq_compiler.backends.base import Backend, Runner
 
 if TYPE_CHECKING:
-    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.model.compiled_model import CompiledModel
 
 
 class ReferenceBackend(Backend):

@@ -10,9 +10,9 @@ from resq_compiler.backends.base import Backend
 from resq_compiler.backends.triton.launch import unavailable
 from torch import Tensor, nn
 
-from resq_compiler import graph_tools
 from resq_compiler.errors import BackendError
-from resq_compiler.pipeline import Stage, copy_graph
+from resq_compiler.ir import graph_tools
+from resq_compiler.pipeline.stages import Stage, copy_graph
 
 if TYPE_CHECKING:
     from resq_compiler.backends.triton.cache import PagedTensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from resq_compiler.backends.triton.source import QuantizedSource
     from torch.fx import GraphModule
 
-    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.model.compiled_model import CompiledModel
 
 
 class TritonBackend(Backend):

@@ -16,7 +16,7 @@ from resq_compiler.backends.triton import rope_cache as rope_kernel
 from resq_compiler.backends.triton.formats import HeadLayout, PackedWeight, PartLayout
 from torch import Tensor
 
-from resq_compiler import ops
+from resq_compiler.ir import ops
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 

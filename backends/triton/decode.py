@@ -22,7 +22,7 @@ from torch import Tensor
 from resq_compiler.errors import BackendError
 
 if TYPE_CHECKING:
-    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.model.compiled_model import CompiledModel
 
 WARM_UP = 2  # kernels are compiled and workspaces made before a capture
 

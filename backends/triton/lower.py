@@ -38,9 +38,9 @@ from resq_compiler.backends.triton.source import CodesAt
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, ops, verify
-from resq_compiler.capture import EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST
 from resq_compiler.errors import BackendError, QuantError
+from resq_compiler.frontend.capture import EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST
+from resq_compiler.ir import graph_tools, ops, verify
 
 aten = torch.ops.aten
 triton_ops = torch.ops.resq_triton

@@ -14,7 +14,7 @@ from resq_compiler.backends.triton.formats import PartLayout
 from resq_compiler.backends.triton.norm_quantize import MAX_COLUMNS
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools, ops
+from resq_compiler.ir import graph_tools, ops
 
 aten = torch.ops.aten
 ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu"}

@@ -17,11 +17,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from resq_compiler.backends.triton.device import (
-    pack_pairs,
-    quantization_parameters,
-    quantize_block,
-)
+from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
 from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two, pack_rows
 from resq_compiler.backends.triton.launch import check_launch, run, tiles
 from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, BlockShape, meta

@@ -13,8 +13,8 @@ from resq_compiler.backends.triton.formats import PartLayout, unpack_rows
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import graph_tools
-from resq_compiler.pipeline import copy_graph
+from resq_compiler.ir import graph_tools
+from resq_compiler.pipeline.stages import copy_graph
 
 
 @dataclass(frozen=True)

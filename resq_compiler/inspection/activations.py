@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, graph_tools, meta, ops
-from resq_compiler.graph_tools import is_call
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.calibration import executor
 from resq_compiler.inspection import statistics
 from resq_compiler.inspection.noise import (
     Taps,
@@ -31,7 +31,8 @@ from resq_compiler.inspection.noise import (
     without_zero,
 )
 from resq_compiler.inspection.statistics import SiteStatistics
-from resq_compiler.topology import Topology
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import is_call
 
 SITE_OF_ROLE = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
                 "up": "mlp_input", "down": "down_input"}  # fmt: skip

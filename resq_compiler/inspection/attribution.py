@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, graph_tools, meta, ops
+from resq_compiler.calibration import executor
 from resq_compiler.errors import PassError
-from resq_compiler.graph_tools import aten, is_call
 from resq_compiler.inspection.noise import quantizer_of
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten, is_call
 
 LINEARS = (ops.quantized_linear, ops.weight_only_linear)
 LEVELS = ("kind", "block", "linear")

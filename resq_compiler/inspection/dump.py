@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 from resq_compiler import __version__
 from resq_compiler.errors import DumpError
 from resq_compiler.inspection import records, svg, text
-from resq_compiler.pipeline import Stage
+from resq_compiler.pipeline.stages import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from resq_compiler.compiled_model import CompiledModel
+    from resq_compiler.model.compiled_model import CompiledModel
 
 log = logging.getLogger("resq_compiler")
 
@@ -92,7 +92,7 @@ class DumpWriter:
 
     def finish(self, compiled: CompiledModel | None = None, tokens: Tensor | None = None) -> Path:
         """Complete the manifest, without a model as that of a compile that failed, and write the page; returns the directory."""
-        from resq_compiler import report
+        from resq_compiler.evaluation import report
         from resq_compiler.inspection import page
 
         if compiled is not None:

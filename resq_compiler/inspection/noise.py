@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler import executor, graph_tools, meta, ops
-from resq_compiler.graph_tools import is_call
+from resq_compiler.calibration import executor
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import is_call
 
 Taps = dict[Node, Callable[[Any], None]]
 LARGEST = 200.0  # dB; stands for "no noise at all", which JSON cannot say

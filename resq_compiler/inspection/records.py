@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from resq_compiler import graph_tools, meta, ops
+from resq_compiler.ir import graph_tools, meta, ops
 
 CODES = ("quantize", "quantized_linear", "weight_only_linear", "quantize_dequantize", "dequantize")
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from resq_compiler import graph_tools, meta, recipes
-from resq_compiler.config import CompileConfig
+from resq_compiler.analysis.overrides import read_overrides
 from resq_compiler.errors import ConfigError
 from resq_compiler.inspection.activations import diagnose
 from resq_compiler.inspection.attribution import LINEARS, float_weights
@@ -32,8 +31,11 @@ from resq_compiler.inspection.session import (
     measuring_windows,
     write_results,
 )
-from resq_compiler.pipeline import PassContext, Pipeline
-from resq_compiler.topology_overrides import read_overrides
+from resq_compiler.ir import graph_tools, meta
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import Pipeline
+from resq_compiler.recipes import named
+from resq_compiler.recipes.settings import CompileConfig
 
 RECORD, CONFIG = "resq_report.json", "config.json"
 LEAST_DB = 3.0  # codes of three bits or more are about 10 dB or more from their own weights, and 0 from others
@@ -49,9 +51,9 @@ def inspect_saved(
              compiled with, as for compile().
     Raises:  ConfigError: the reference, or the calibration data, is not what the model was compiled from.
     """
-    from resq_compiler.capture import capture
-    from resq_compiler.checkpoint import load
-    from resq_compiler.models import load_model
+    from resq_compiler.frontend.capture import capture
+    from resq_compiler.frontend.models import load_model
+    from resq_compiler.storage.checkpoint import load
 
     compiled = load(directory)
     loaded = load_model(reference)
@@ -81,14 +83,14 @@ def inspect_saved(
 
 def _exact_passes(options: CompileConfig) -> tuple[list[Any], list[Any]]:
     """The exact passes of a compile, up to find-topology and after it."""
-    exact = list(itertools.takewhile(lambda item: item.exact, recipes.passes_for(options)))
+    exact = list(itertools.takewhile(lambda item: item.exact, named.passes_for(options)))
     at = 1 + next(i for i, item in enumerate(exact) if item.name == "find-topology")
     return exact[:at], exact[at:]
 
 
 def _calibration(options: CompileConfig, loaded: Any, data: Any, request: Request) -> Tensor | None:
-    from resq_compiler.compiler import needs_calibration
-    from resq_compiler.data import calibration_windows
+    from resq_compiler.api import needs_calibration
+    from resq_compiler.calibration.data import calibration_windows
 
     if not needs_calibration(options):
         return None

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from resq_compiler.config import CompileConfig
 from resq_compiler.errors import DataError
 from resq_compiler.inspection.activations import Diagnostics, diagnose
 from resq_compiler.inspection.attribution import Costs, attribute
 from resq_compiler.inspection.diagnostic_tables import Table, activation_tables, attribution_tables, write_diagnostics
+from resq_compiler.recipes.settings import CompileConfig
 
 TOKENS, WINDOW = 2048, 256  # more tokens than the channels of most sites, so that covariances are regular
 COST_WINDOWS = 2  # a run of the model on these for every site that is costed
@@ -69,8 +69,8 @@ def inspect_model(source: Any, calib_data: Any, config: CompileConfig, request: 
     Args:    source, calib_data, topology: as for compile().
     Raises:  as compile(); DataError: the text has too few tokens.
     """
-    from resq_compiler.compiler import compile, trace
-    from resq_compiler.models import load_model
+    from resq_compiler.api import compile, trace
+    from resq_compiler.frontend.models import load_model
 
     loaded = load_model(source)
     windows = measuring_windows(loaded.model, loaded.tokenizer, request) if request.measures else None
@@ -104,7 +104,7 @@ def write_results(result: Inspection, request: Request) -> Inspection:
 
 def measuring_windows(model: Any, tokenizer: Any, request: Request) -> Tensor:
     """Windows [n, WINDOW] to measure on; without a text and a tokenizer, seeded random tokens."""
-    from resq_compiler.data import demo_text, text_windows
+    from resq_compiler.calibration.data import demo_text, text_windows
     from resq_compiler.numerics.seeds import generator
 
     vocabulary, count = model.config.get_text_config().vocab_size, max(COST_WINDOWS, request.tokens // WINDOW)

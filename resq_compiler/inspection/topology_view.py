@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from resq_compiler import graph_tools, meta, ops
-from resq_compiler.graph_tools import is_call
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import is_call
 from resq_compiler.numerics.hadamard import hadamard_plan
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from resq_compiler.topology import Attention, Block, Residual, Topology
+    from resq_compiler.analysis.topology import Attention, Block, Residual, Topology
 
 
 def topology_dict(topology: Topology) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def test_a_linear_leads_back_to_the_original_one(opened):
 
 
 def test_diagnostics_show_plots_and_tables(browser, compiled, tmp_path):
-    from resq_compiler.compiler import trace
+    from resq_compiler.api import trace
     from resq_compiler.inspection.activations import diagnose
     from resq_compiler.tiny import tiny_tokens
 

@@ -7,10 +7,9 @@ import json
 import pytest
 import torch
 
-from resq_compiler import meta, ops
-from resq_compiler.compiler import trace
+from resq_compiler.api import trace
 from resq_compiler.errors import PassError
-from resq_compiler.evaluation import evaluate
+from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.inspection.activations import Diagnostics, diagnose, measure_after
 from resq_compiler.inspection.attribution import Costs, SwitchedGraph, attribute
 from resq_compiler.inspection.diagnostic_tables import (
@@ -21,6 +20,7 @@ from resq_compiler.inspection.diagnostic_tables import (
     write_diagnostics,
 )
 from resq_compiler.inspection.noise import add_tap, scaled_rows, site_energies, site_noise, without_zero
+from resq_compiler.ir import meta, ops
 from resq_compiler.tiny import tiny_tokens
 
 IDS = tiny_tokens(4, 48, seed=5)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from resq_compiler.compiler import compile
+from resq_compiler.api import compile
 from resq_compiler.errors import DumpError
 from resq_compiler.inspection.diff import compare, difference_text
 from resq_compiler.tiny import tiny_tokens

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from resq_compiler import recipes
-from resq_compiler.compiler import compile, trace
+from resq_compiler.api import compile, trace
 from resq_compiler.errors import DumpError, PassError
 from resq_compiler.inspection import dump, records, svg
-from resq_compiler.pipeline import Pass, PassContext
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 
@@ -91,8 +91,8 @@ class BrokenPass(Pass):
 
 
 def test_a_failing_pass_is_dumped_and_its_node_marked(monkeypatch, tmp_path):
-    passes = recipes.passes_for(recipes.resolve("rtn"))
-    monkeypatch.setattr(recipes, "passes_for", lambda config: [passes[0], BrokenPass(), *passes[1:]])
+    passes = named.passes_for(named.resolve("rtn"))
+    monkeypatch.setattr(named, "passes_for", lambda config: [passes[0], BrokenPass(), *passes[1:]])
     monkeypatch.setenv("RESQ_DUMP_DIR", str(tmp_path))
     with pytest.raises(PassError, match="pass 2 broken: node bad_product"):
         compile(tiny_model("llama"), recipe="rtn")

@@ -9,11 +9,11 @@ import shutil
 import pytest
 
 import resq_compiler
-from resq_compiler.cli import main
+from resq_compiler.cli.main import main
 from resq_compiler.errors import ConfigError
 from resq_compiler.inspection import saved
 from resq_compiler.inspection.session import Request, inspect_model
-from resq_compiler.recipes import resolve
+from resq_compiler.recipes.named import resolve
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 CONFIG = resolve("resq", weight_method="rtn", calibration_samples=4, calibration_length=64)

@@ -6,17 +6,17 @@ import json
 
 import pytest
 
-from resq_compiler import recipes
-from resq_compiler.cli import main
+from resq_compiler.cli.main import main
 from resq_compiler.inspection.dump import read_manifest
 from resq_compiler.inspection.session import Request, inspect_model
+from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 
 def test_inspects_a_model_that_is_handed_over(tmp_path):
     pytest.importorskip("netron")
     pytest.importorskip("matplotlib")
-    config = recipes.resolve("resq", weight_method="rtn", calibration_samples=2, calibration_length=32)
+    config = named.resolve("resq", weight_method="rtn", calibration_samples=2, calibration_length=32)
     request = Request(activations=True, levels=("kind",), tokens=512, dump_dir=tmp_path)
     found = inspect_model(tiny_model("llama"), tiny_tokens(2, 32), config, request)
     assert [table["title"].split()[0] for table in found.tables] == ["Kinds", "Outlier", "Massive", "Super", "Sites", "Cost"]

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 import resq_compiler
-from resq_compiler.data import demo_text
+from resq_compiler.calibration.data import demo_text
+from resq_compiler.frontend.models import embedded_model_path, load_model
 from resq_compiler.inspection import dump
 from resq_compiler.inspection.attribution import attribute
 from resq_compiler.inspection.diff import compare, difference_text
 from resq_compiler.inspection.page import write_page
-from resq_compiler.models import embedded_model_path, load_model
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resq_compiler.compiler import trace
+from resq_compiler.api import trace
 from resq_compiler.inspection.topology_view import topology_dict, topology_text
 from resq_compiler.tiny import tiny_model
 

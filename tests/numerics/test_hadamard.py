@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resq_compiler.errors import QuantError
-from resq_compiler.numerics.hadamard import (
-    hadamard_matrix,
-    hadamard_plan,
-    hadamard_transform,
-    scaled_factors,
-)
+from resq_compiler.numerics.hadamard import hadamard_matrix, hadamard_plan, hadamard_transform, scaled_factors
 from resq_compiler.numerics.hadamard_orders import base_matrix, is_known_order, prime_power
 
 MODEL_WIDTHS = (

@@ -7,10 +7,10 @@ import torch
 from resq_compiler.passes import allocate_bits, insert_prefix
 from resq_compiler.passes.allocate_bits import Choice, Split, spend
 
-from resq_compiler import report
-from resq_compiler.config import CompileConfig
 from resq_compiler.errors import ConfigError, PassError
-from resq_compiler.recipes import resolve
+from resq_compiler.evaluation import report
+from resq_compiler.recipes.named import resolve
+from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.tiny import tiny_tokens
 
 PLUS = {"recipe": "resq+", "weight_method": "rtn"}

@@ -6,10 +6,11 @@ from resq_compiler.passes import Canonicalize
 from resq_compiler.passes.canonicalize import merge_equal
 from torch.fx import Graph, GraphModule
 
-from resq_compiler import graph_tools, ops, verify
-from resq_compiler.config import CompileConfig
-from resq_compiler.graph_tools import aten
-from resq_compiler.pipeline import PassContext, prefill_and_decode
+from resq_compiler.ir import graph_tools, ops, verify
+from resq_compiler.ir.graph_tools import aten
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import prefill_and_decode
+from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.tiny import TINY_FAMILIES
 
 NORMS = {"llama": 5, "qwen3": 9, "gemma2": 9, "gemma3": 19, "olmo2": 9}  # 2 blocks; gemma3 has 3 and q/k norms

@@ -4,7 +4,7 @@ import pytest
 import torch
 from resq_compiler.passes import ComputeBases
 
-from resq_compiler.pipeline import prefill_and_decode
+from resq_compiler.pipeline.run import prefill_and_decode
 from resq_compiler.tiny import TINY_FAMILIES
 
 

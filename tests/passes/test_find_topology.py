@@ -4,8 +4,8 @@ import pytest
 import torch
 from resq_compiler.passes import FindTopology
 
-from resq_compiler import meta
-from resq_compiler.pipeline import prefill_and_decode
+from resq_compiler.ir import meta
+from resq_compiler.pipeline.run import prefill_and_decode
 
 
 def test_rewrites(build):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from resq_compiler.passes import FoldNorms
 
-from resq_compiler import graph_tools, ops
-from resq_compiler.graph_tools import aten
+from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.graph_tools import aten
 
 LAYER_NORM = aten.layer_norm.default
 FP64 = 1e-9  # relative; float64 rounding of a two-layer model is near 1e-14

@@ -7,7 +7,7 @@ import pytest
 import torch
 from resq_compiler.passes import FuseProjections
 
-from resq_compiler import graph_tools, meta, ops
+from resq_compiler.ir import graph_tools, meta, ops
 
 FP64 = 1e-9  # relative; products with U in float64
 

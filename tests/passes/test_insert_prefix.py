@@ -8,10 +8,11 @@ from resq_compiler.passes import insert_prefix
 from resq_compiler.passes.insert_prefix import InsertPrefix, Massive, choose, find_massive, insert
 
 import resq_compiler
-from resq_compiler import ops, recipes
 from resq_compiler.errors import PassError
-from resq_compiler.graph_tools import get_tensor, is_call, set_tensor
-from resq_compiler.pipeline import relative_error
+from resq_compiler.ir import ops
+from resq_compiler.ir.graph_tools import get_tensor, is_call, set_tensor
+from resq_compiler.pipeline.run import relative_error
+from resq_compiler.recipes import named
 from resq_compiler.tiny import SLIDING_WINDOW, tiny_tokens
 
 PREFIX = [7, 3, 1]
@@ -166,5 +167,5 @@ def test_a_compiled_model_keeps_its_prefix(tiny, tmp_path, monkeypatch):
 
 
 def test_off_by_default():
-    for recipe in recipes.RECIPES:
-        assert "insert-prefix" not in [p.name for p in recipes.passes_for(recipes.resolve(recipe))]
+    for recipe in named.RECIPES:
+        assert "insert-prefix" not in [p.name for p in named.passes_for(named.resolve(recipe))]

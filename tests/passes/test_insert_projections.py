@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from resq_compiler.passes import InsertProjections
 
-from resq_compiler import meta, ops
+from resq_compiler.ir import meta, ops
 
 FP64 = 1e-9  # relative; U and its inverse cancel to float64 rounding, near 1e-14
 

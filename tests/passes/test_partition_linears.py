@@ -4,8 +4,8 @@ import pytest
 import torch
 from resq_compiler.passes import PartitionLinears
 
-from resq_compiler import graph_tools, meta, ops
-from resq_compiler.graph_tools import aten
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten
 
 LINEAR = aten.linear.default
 

@@ -5,8 +5,9 @@ import torch
 from resq_compiler.passes import QuantizeActivations
 from resq_compiler.passes.quantize_activations import may_clip, open_parts, search_clips
 
-from resq_compiler import executor, graph_tools, meta, ops
-from resq_compiler.graph_tools import aten
+from resq_compiler.calibration import executor
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten
 from resq_compiler.numerics.clip import SHARES
 from resq_compiler.tiny import tiny_tokens
 

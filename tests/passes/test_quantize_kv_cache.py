@@ -4,7 +4,8 @@ import pytest
 import torch
 from resq_compiler.passes import QuantizeKvCache
 
-from resq_compiler import executor, graph_tools, meta, ops
+from resq_compiler.calibration import executor
+from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.tiny import tiny_tokens
 
 RTN = {"weight_method": "rtn"}

@@ -5,12 +5,13 @@ import torch
 from resq_compiler.passes import QuantizeWeights
 from resq_compiler.passes.quantize_weights import find_sites, input_moment, source_of, written_stream
 
-from resq_compiler import executor, graph_tools, lockstep, meta, ops
-from resq_compiler.lockstep import Lockstep
+from resq_compiler.calibration import executor, lockstep
+from resq_compiler.calibration.lockstep import Lockstep
+from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics.quantized import Part
 from resq_compiler.numerics.weights import quantize_weight_rtn
-from resq_compiler.pipeline import relative_error
+from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
 
 PLAIN = {"recipe": "gptq"}  # no change of basis: weights are the model's own, with gains folded in

@@ -4,7 +4,8 @@ import pytest
 import torch
 from resq_compiler.passes import ReorderChannels
 
-from resq_compiler import executor, graph_tools
+from resq_compiler.calibration import executor
+from resq_compiler.ir import graph_tools
 from resq_compiler.tiny import tiny_tokens
 
 
@@ -50,12 +51,12 @@ def test_numerics(family, build):
 
 def test_idempotent(build):
     """The order is that of statistics taken before; run again on fresh ones, nothing moves."""
-    from resq_compiler import calibration
+    from resq_compiler.calibration import moments
 
     built = build("llama", "insert-projections", down_proj="energy-split")
     down = [f.down for b in built.ctx.topology.blocks for f in b.feed_forwards]
     before = [graph_tools.get_tensor(built.gm, n.args[1]) for n in down]
-    built.ctx.moments = calibration.calibrate(built.gm, built.ctx)
+    built.ctx.moments = moments.calibrate(built.gm, built.ctx)
     ReorderChannels().run(built.gm, built.ctx)
     after = [graph_tools.get_tensor(built.gm, n.args[1]) for n in down]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -4,10 +4,10 @@ import pytest
 import torch
 from resq_compiler.passes import SplitFused
 
-from resq_compiler import graph_tools, ops
 from resq_compiler.errors import TopologyError
-from resq_compiler.graph_tools import aten
-from resq_compiler.pipeline import prefill_and_decode
+from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.graph_tools import aten
+from resq_compiler.pipeline.run import prefill_and_decode
 from resq_compiler.tiny import TINY_FAMILIES
 
 LINEAR = aten.linear.default

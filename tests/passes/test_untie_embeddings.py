@@ -4,9 +4,9 @@ import pytest
 import torch
 from resq_compiler.passes import UntieEmbeddings
 
-from resq_compiler import graph_tools
-from resq_compiler.graph_tools import aten
-from resq_compiler.pipeline import prefill_and_decode
+from resq_compiler.ir import graph_tools
+from resq_compiler.ir.graph_tools import aten
+from resq_compiler.pipeline.run import prefill_and_decode
 
 TIED = ["llama", "qwen2", "opt", "gemma3"]
 

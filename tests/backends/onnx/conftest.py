@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from resq_compiler.capture import concrete_example
+from resq_compiler.frontend.capture import concrete_example
 
 pytest.importorskip("onnx", reason="the ONNX backend needs onnx")
 pytest.importorskip("onnxruntime", reason="the ONNX backend needs onnxruntime")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from resq_compiler.backends.onnx.runtime import Chooser, OnnxDecoder, Sampling
 
-from resq_compiler.cli import main
+from resq_compiler.cli.main import main
 from resq_compiler.errors import BackendError
 from resq_compiler.tiny import tiny_tokenizer
 

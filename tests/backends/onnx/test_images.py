@@ -12,7 +12,7 @@ from resq_compiler.backends.onnx.builder import GraphBuilder
 from resq_compiler.backends.onnx.images import parts_image
 from resq_compiler.backends.onnx.session import open_session
 
-from resq_compiler import ops
+from resq_compiler.ir import ops
 
 PARTS = [((4, 0, 56), (8, 56, 64)), ((4, 0, 64),), ((2, 0, 8), (4, 8, 56), (8, 56, 64)), ((3, 0, 30), (6, 30, 64))]
 

@@ -10,8 +10,8 @@ from resq_compiler.backends.onnx.runtime import OnnxDecoder
 from resq_compiler.backends.onnx.session import open_session
 from resq_compiler.passes import insert_prefix
 
-from resq_compiler import ops
-from resq_compiler.graph_tools import is_call
+from resq_compiler.ir import ops
+from resq_compiler.ir.graph_tools import is_call
 from resq_compiler.tiny import tiny_tokens
 from tests.backends.onnx.conftest import example, reference, visible
 

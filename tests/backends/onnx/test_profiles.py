@@ -141,8 +141,8 @@ def test_onnx_reference_evaluator_agrees(compile_tiny, profile):
 
 def test_integer_accumulators_are_equal(compile_tiny):
     """The ort profile's int32 accumulators are the law's: Σ (q - zp) qw, exactly."""
-    from resq_compiler import ops
-    from resq_compiler.graph_tools import get_tensor
+    from resq_compiler.ir import ops
+    from resq_compiler.ir.graph_tools import get_tensor
 
     compiled, _ = compile_tiny("llama", weight_method="rtn", lm_head_bits=8)
     model = build_model(compiled, "ort", embedding="float32")

@@ -11,8 +11,8 @@ from resq_compiler.backends.triton.attention import attention, attention_ref, re
 from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, unpack_rows
 from resq_compiler.backends.triton.rope_cache import rope_cache, rope_cache_ref
 
-from resq_compiler import ops
 from resq_compiler.errors import BackendError
+from resq_compiler.ir import ops
 
 MIXED = HeadLayout(56, 8)
 

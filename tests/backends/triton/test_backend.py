@@ -13,10 +13,11 @@ from resq_compiler.backends.triton.shapes import LLAMA3_8B
 from resq_compiler.passes import insert_prefix
 from safetensors.torch import load_file
 
-from resq_compiler import compiler, graph_tools
-from resq_compiler.compiled_model import CompiledModel
+from resq_compiler import api
 from resq_compiler.errors import BackendError
-from resq_compiler.report import resident_bytes
+from resq_compiler.evaluation.report import resident_bytes
+from resq_compiler.ir import graph_tools
+from resq_compiler.model.compiled_model import CompiledModel
 from resq_compiler.tiny import TINY_FAMILIES, tiny_model, tiny_tokens
 
 FAST = ("llama",)
@@ -62,7 +63,7 @@ def test_the_default_recipe(sharing):
     equal = {"allocation": "equal"}
     widths = {**equal, "site_fractions": "mlp=1/4@6,o=1/4@5,key=1/4@6,value=1/4@7,down.1=1/4@6"}
     for options in (equal, {**equal, "key_basis": "head", "site_fractions": "mlp=1/4,o=0,value=0"}, {"average_bits": 4.75}, widths):
-        reference = compiler.compile(model, tiny_tokens(2, 16), recipe="resq+", **few, **options)
+        reference = api.compile(model, tiny_tokens(2, 16), recipe="resq+", **few, **options)
         ours, ids = sharing(reference).use_backend("triton"), tiny_tokens(2, 9)
         if options.get("allocation") and options is not widths:
             assert _called(ours)["hadamard_quantize"] == 2 and _called(ours)["norm_quantize"] == 4
@@ -81,7 +82,7 @@ def test_a_block_is_nine_launches(compiled):
 def test_weights_are_held_once_and_packed():
     """4-bit codes take half a byte, and the int8 codes of the reference are gone; asked for, they come back bit for bit."""
     options = dict(recipe="resq", weight_method="rtn", calibration_samples=2, calibration_length=16)
-    model = compiler.compile(tiny_model("llama", hidden_size=256, intermediate_size=512), tiny_tokens(2, 16), **options)
+    model = api.compile(tiny_model("llama", hidden_size=256, intermediate_size=512), tiny_tokens(2, 16), **options)
     expected = {name: t.clone() for name, t in model.graph_module.named_buffers()}
     alive = {n: weakref.ref(t) for n, t in model.graph_module.named_buffers() if n.endswith("qdata")}
     before, columns = resident_bytes(model), sum(t().numel() for t in alive.values())

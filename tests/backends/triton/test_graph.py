@@ -10,8 +10,8 @@ from resq_compiler.backends.triton import lower
 from resq_compiler.backends.triton.attention import read_cache_ref
 from torch import Tensor
 
-from resq_compiler import graph_tools
 from resq_compiler.inspection import dump
+from resq_compiler.ir import graph_tools
 from resq_compiler.tiny import tiny_tokens
 
 BLOCK_KERNELS = dict(norm_quantize=2, mixed_linear=4, rope_cache=1, attention_quantize=1, hadamard_quantize=1)

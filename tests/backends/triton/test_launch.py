@@ -13,7 +13,7 @@ from resq_compiler.backends.triton.formats import PartLayout
 from resq_compiler.backends.triton.mixed_linear import decode_tiles
 from resq_compiler.backends.triton.targets import TARGETS
 
-from resq_compiler import compiler
+from resq_compiler import api
 from resq_compiler.errors import BackendError
 
 GPU = torch.device("cuda")  # a name; no GPU is needed to ask for its tiles
@@ -75,7 +75,7 @@ def test_without_triton(monkeypatch):
     with pytest.raises(BackendError, match=r"backend triton: .* pip install 'resq_compiler\[triton\]'; use backend='reference'"):
         load_backend("triton")
     with pytest.raises(BackendError, match="not installed"):  # before any work: there is no such model
-        compiler.compile("no/such/model", backend="triton")
+        api.compile("no/such/model", backend="triton")
 
 
 def test_without_a_gpu(monkeypatch, compiled):

@@ -1,0 +1,49 @@
+"""How much whatever reads a value amplifies an error in it: second moments of the reading weights.
+
+An error e in the input of linears W becomes e Wᵀ at their output; over errors of equal size in all directions its energy is
+e (sum of Wᵀ W) eᵀ. Directions with much of this energy deserve bits as much as directions with much variance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.analysis.topology import Attention, Topology
+from resq_compiler.ir import graph_tools
+
+
+def residual_readers(gm: GraphModule, topology: Topology) -> Tensor:
+    """Sum of Wᵀ W over all linears of blocks that read the residual stream, gains folded in: float64 [d, d]."""
+    total = torch.zeros(topology.hidden_size, topology.hidden_size, dtype=torch.float64)
+    for group in topology.residual.readers:
+        for linear in group.linears:
+            if linear is not topology.head:
+                weight = _weight(gm, linear).float()
+                total += (weight.mT @ weight).double()
+    return total
+
+
+def value_readers(gm: GraphModule, attention: Attention) -> Tensor:
+    """For each key/value head, Wᵀ W of the output projection's columns of its query heads: float64 [G, D, D]."""
+    weight = _weight(gm, attention.o).double()
+    heads = weight.unflatten(1, (attention.num_kv_heads, -1, attention.value_dim))
+    return torch.einsum("nghd,nghe->gde", heads, heads)
+
+
+def weigh(moment: Tensor, readers: Tensor) -> Tensor:
+    """A moment with directions that readers amplify raised: both scaled to unit trace and added. [..., d, d].
+
+    The bottom eigenvectors of the sum lower a bound of tr(Uᵀ M U) tr(Uᵀ R U), the energy of the 4-bit part times how much
+    its noise is amplified (the arithmetic mean of both factors bounds their geometric mean).
+    """
+    return moment / _trace(moment) + readers / _trace(readers)
+
+
+def _weight(gm: GraphModule, linear: Node) -> Tensor:
+    return graph_tools.get_tensor(gm, linear.args[1])  # type: ignore[arg-type]
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(torch.finfo(matrix.dtype).tiny)

@@ -1,0 +1,430 @@
+"""What the graph says about the model: residual stream, decoder blocks, attention and feed-forward, found by dataflow alone.
+
+Works on the named graph (after split-fused). Module names label reports; they decide nothing, unless the user overrides the
+topology by names (topology_overrides.py). What is not understood is a TopologyError that names the node and what was expected there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from resq_compiler.analysis.overrides import (
+    BlockOverride,
+    FeedForwardOverride,
+    LinearNames,
+    TopologyOverrides,
+    linear_name,
+    switched_off,
+)
+from resq_compiler.errors import TopologyError
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten, is_call
+
+LINEAR, EMBEDDING, LAYER_NORM = aten.linear.default, aten.embedding.default, aten.layer_norm.default
+NORMS = (ops.rms_norm, LAYER_NORM)
+ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default)
+ELEMENTWISE = (*ACTIVATIONS, aten.mul.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar)
+
+
+@dataclass
+class ReadGroup:
+    """Linears that read the residual stream through the same value. `norm` is None where they read it directly."""
+
+    value: Node
+    norm: Node | None
+    linears: list[Node]
+
+
+@dataclass
+class Residual:
+    """The residual stream: every value that must stay in one basis, and what writes into it and reads it."""
+
+    values: list[Node]
+    writers: list[Node]  # linears and embeddings: a basis change fuses into their weight
+    gained_writers: list[Node]  # norms that write into the stream: a basis change cannot pass their gain
+    readers: list[ReadGroup]
+    fusable: bool  # U_A can be multiplied into all writers
+
+
+@dataclass
+class Attention:
+    """One attention: its operator, the linears around it, and the nodes where projections go."""
+
+    core: Node
+    q: Node
+    k: Node
+    v: Node
+    o: Node
+    key_cache: Node
+    value_cache: Node
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    value_is_linear: bool  # nothing between v and the cache: U_B fuses into v
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window, or None."""
+        mask = self.core.args[3]
+        return mask.args[2] if is_call(mask, ops.causal_mask) else None
+
+
+@dataclass
+class FeedForward:
+    """down(f(up linears)): `gates` are the linears that an activation follows, `ups` the others."""
+
+    gates: list[Node]
+    ups: list[Node]
+    down: Node
+    channelwise: bool  # only elementwise operators between: hidden channels may be permuted freely
+
+
+@dataclass
+class Block:
+    """A decoder block: from the cut `start` (a value of the stream) to the cut `end`."""
+
+    index: int
+    start: Node
+    end: Node
+    attention: Attention
+    feed_forwards: list[FeedForward] = field(default_factory=list)
+
+
+@dataclass
+class Topology:
+    """A validated description of a decoder."""
+
+    residual: Residual
+    blocks: list[Block]
+    head: Node
+    hidden_size: int
+    floats: list[Node] = field(default_factory=list)  # linears that the user keeps in float
+
+    @property
+    def linears(self) -> list[Node]:
+        """All linears inside blocks that are to be quantized, in execution order."""
+        left_out = {self.head, *self.floats}
+        return [n for n in self.head.graph.nodes if is_call(n, LINEAR) and n not in left_out]
+
+
+def analyze(gm: GraphModule, overrides: TopologyOverrides | None = None) -> Topology:
+    """Find the topology of a named graph and label its linears with `meta.LinearSite`. What the user states goes before."""
+    overrides = overrides or TopologyOverrides()
+    names = LinearNames(gm)
+    floats = [names.find(name, "float") for name in overrides.floats]
+    head = names.find(overrides.head, "head") if overrides.head else find_head(gm)
+    residual = find_residual(head)
+    why = "norms with a gain write into the stream: " + ", ".join(n.name for n in residual.gained_writers)
+    residual.fusable = switched_off(residual.fusable, overrides.fusable, "residual fusable", why)
+    cuts = find_cuts(gm, residual, head)
+    cores = gm.graph.find_nodes(op="call_function", target=ops.attention)
+    attentions = [trace_attention(n, i, overrides.block(i), names) for i, n in enumerate(cores)]
+    if not attentions:
+        raise TopologyError("no attention operator was found; expected a decoder with scaled-dot-product attention")
+    if unknown := [i for i in overrides.blocks if i >= len(attentions)]:
+        raise TopologyError(f"topology override, block {unknown[0]}: the model has the blocks 0 to {len(attentions) - 1}")
+    blocks = make_blocks(gm, cuts, attentions, residual, overrides, set(floats))
+    hidden = residual.values[0].meta["val"].shape[-1]
+    if overrides.hidden_size not in (None, hidden):
+        raise TopologyError(f"topology override, hidden_size: the graph says {hidden}; got {overrides.hidden_size!r}")
+    topology = Topology(residual, blocks, head, hidden, floats)
+    label_linears(gm, topology)
+    return topology
+
+
+def find_head(gm: GraphModule) -> Node:
+    """The linear that makes logits, through scalings and soft-caps."""
+    node = graph_tools.output_args(gm.graph)[0]
+    while not is_call(node, LINEAR):
+        if not is_call(node, aten.div.Tensor, aten.mul.Tensor, aten.tanh.default):
+            raise TopologyError(
+                f"node {node.name}: expected the logits to come from a linear (lm_head), got {node.format_node()}"
+            )
+        node = node.args[0]
+    return node
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, Node):
+        val = value.meta.get("val")
+        return value.op == "get_attr" and val is not None and val.numel() == 1
+    return isinstance(value, (int, float))
+
+
+def find_residual(head: Node) -> Residual:
+    """Close the set of stream values under add and scaling, backwards from the last norm, then collect readers."""
+    source = head.args[0]
+    start = source.args[0] if is_call(source, *NORMS) else source
+    values: dict[Node, None] = {}
+    writers: dict[Node, None] = {}
+    gained: dict[Node, None] = {}
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node in values:
+            continue
+        values[node] = None
+        if is_call(node, aten.add.Tensor):
+            pending.extend(a for a in node.args[:2] if isinstance(a, Node))
+        elif is_call(node, aten.mul.Tensor) and _is_scalar(node.args[1]):
+            pending.append(node.args[0])
+        elif is_call(node, LINEAR, EMBEDDING):
+            writers[node] = None
+        elif is_call(node, *NORMS):
+            gained[node] = None
+        else:
+            raise TopologyError(
+                f"node {node.name}: in the residual stream; expected an add, a scaling, a linear, an embedding or a norm "
+                f"(experts and gated streams are not supported); got {node.format_node()}"
+            )
+    order = {n: i for i, n in enumerate(head.graph.nodes)}
+    stream = sorted(values, key=order.__getitem__)
+    readers = find_readers(stream, set(gained))
+    return Residual(
+        stream, sorted(writers, key=order.__getitem__), sorted(gained, key=order.__getitem__), readers, fusable=not gained
+    )  # fmt: skip
+
+
+def find_readers(stream: list[Node], gained: set[Node]) -> list[ReadGroup]:
+    """Group the linears that read the stream by the value they read."""
+    inside, groups = set(stream), []
+    for value in stream:
+        direct: list[Node] = []
+        for user in value.users:
+            if user in inside and user not in gained:
+                continue
+            if is_call(user, LINEAR):
+                direct.append(user)
+            elif is_call(user, *NORMS) and user not in gained:
+                groups.append(ReadGroup(user, user, _linear_users(user)))
+            else:
+                raise TopologyError(
+                    f"node {user.name}: reads the residual stream; expected a norm or a linear, got {user.format_node()}"
+                )
+        if direct:
+            groups.append(ReadGroup(value, None, direct))
+    return groups
+
+
+def _linear_users(norm: Node) -> list[Node]:
+    others = [u for u in norm.users if not is_call(u, LINEAR)]
+    if others:
+        raise TopologyError(
+            f"node {others[0].name}: reads {norm.name}; expected only linears after a norm, got {others[0].format_node()}"
+        )
+    return list(norm.users)
+
+
+def find_cuts(gm: GraphModule, residual: Residual, head: Node) -> list[Node]:
+    """Stream values through which every path from the embeddings to the logits goes (dominators of the head)."""
+    graph = nx.DiGraph()
+    for node in gm.graph.nodes:
+        graph.add_edges_from((source, node) for source in node.all_input_nodes)
+    for node in residual.writers:
+        if is_call(node, EMBEDDING):
+            graph.add_edge("embeddings", node)
+    if "embeddings" not in graph:
+        first = residual.values[0]
+        raise TopologyError(
+            f"node {first.name}: the residual stream starts here; expected a token embedding, got {first.format_node()}"
+        )
+    live = nx.descendants(graph, "embeddings") | {"embeddings"}
+    dominator = nx.immediate_dominators(graph.subgraph(live), "embeddings")
+    chain, node = [], head
+    stream = set(residual.values)
+    while node != "embeddings":
+        node = dominator[node]
+        if node in stream:
+            chain.append(node)
+    return chain[::-1]
+
+
+def trace_back(node: Node, goal: str) -> Node:
+    """The one linear that a value is made from, position tables apart: norms, rotary embeddings of any form, scalings between."""
+    linears: dict[Node, None] = {}
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if is_call(current, LINEAR):
+            linears[current] = None
+            continue
+        if is_call(current, EMBEDDING, ops.attention):
+            raise TopologyError(
+                f"node {node.name}: expected a linear ({goal}) behind it, met node {current.name}: {current.format_node()}"
+            )
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    if len(linears) != 1:
+        names = ", ".join(n.name for n in linears) or "none"
+        raise TopologyError(f"node {node.name}: expected one linear ({goal}) behind it, met {len(linears)}: {names}")
+    return next(iter(linears))
+
+
+def trace_attention(core: Node, index: int, stated: BlockOverride, names: LinearNames) -> Attention:
+    """The linears around an attention operator and the shapes of its heads."""
+    q_value, key_cache, value_cache = core.args[:3]
+    where = f"block {index}, attention"
+    for cache in (key_cache, value_cache):
+        if not is_call(cache, ops.append_cache):
+            raise TopologyError(
+                f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}"
+            )
+
+    def behind(value: Node, role: str, goal: str) -> Node:
+        name = stated.linears.get(role)
+        return trace_back(value, goal) if name is None else names.find_feeding(name, value, f"{where} {role}")
+
+    q = behind(q_value, "q", "query projection")
+    k = behind(key_cache.args[1], "k", "key projection")
+    v = behind(value_cache.args[1], "v", "value projection")
+    merged = [u for u in core.users if is_call(u, ops.merge_heads)]
+    outputs = [u for m in merged for u in m.users if is_call(u, LINEAR)]
+    if len(outputs) != 1 or len(core.users) != 1 or len(merged[0].users) != 1:
+        raise TopologyError(
+            f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention"
+        )
+    o = linear_name(outputs[0])
+    if stated.linears.get("o", o) != o:
+        raise TopologyError(
+            f"topology override, {where} o: expected {o}, the linear that reads node {core.name}; got {stated.linears['o']}"
+        )
+    key_shape, value_shape = key_cache.meta["val"].shape, value_cache.meta["val"].shape
+    new_value = value_cache.args[1]
+    direct = is_call(new_value, ops.split_heads) and new_value.args[0] is v
+    why = f"node {new_value.name} stands between the value projection and the cache"
+    attention = Attention(
+        core, q, k, v, outputs[0], key_cache, value_cache, q_value.meta["val"].shape[1], key_shape[1], key_shape[3], value_shape[3],
+        value_is_linear=switched_off(direct, stated.values_fusable, f"{where} values_fusable", why),
+    )  # fmt: skip
+    check_derived(attention, stated, where)
+    return attention
+
+
+def check_derived(attention: Attention, stated: BlockOverride, where: str) -> None:
+    """Compare what an override says about shapes with the graph, which alone decides them."""
+    found = {
+        "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
+        "value_dim": attention.value_dim, "window": attention.window,
+    }  # fmt: skip
+    for key, value in stated.expected.items():
+        if found[key] != value:
+            raise TopologyError(f"topology override, {where} {key}: the graph says {found[key]}, and only it can; got {value!r}")
+
+
+def make_blocks(
+    gm: GraphModule, cuts: list[Node], attentions: list[Attention], residual: Residual, overrides: TopologyOverrides, floats: set[Node]
+) -> list[Block]:  # fmt: skip
+    """One block for each attention: from the last cut before it to the last cut before the next one."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    starts = []
+    for attention in attentions:
+        before = [c for c in cuts if order[c] < order[attention.core] and c in graph_tools.ancestors([attention.core])]
+        if not before:
+            raise TopologyError(f"node {attention.core.name}: no cut of the residual stream before this attention")
+        starts.append(before[-1])
+    if len(set(starts)) != len(starts):
+        raise TopologyError("two attentions share a stretch of the residual stream; expected one attention in a block")
+    ends = [*starts[1:], cuts[-1]]
+    blocks = [Block(i, s, e, a) for i, (s, e, a) in enumerate(zip(starts, ends, attentions, strict=True))]
+    readers = {n for g in residual.readers for n in g.linears}
+    for block in blocks:
+        stated = overrides.block(block.index)
+        for role in ("q", "k", "v"):
+            node = getattr(block.attention, role)
+            if node not in readers and role not in stated.linears:
+                raise TopologyError(
+                    f"node {node.name} ({graph_tools.module_of(node)}): makes queries, keys or values; expected a linear that reads "
+                    f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)"
+                )
+        inside = _between(order, block)
+        used = {block.attention.q, block.attention.k, block.attention.v, block.attention.o}
+        rest = [n for n in inside if is_call(n, LINEAR) and n not in used]
+        writers = set(residual.writers) | {n.args[0] for n in residual.gained_writers}
+        block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats)
+        known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
+        for node in rest:
+            if node not in known and node not in floats:
+                raise TopologyError(
+                    f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward"
+                )
+    return blocks
+
+
+def _between(order: dict[Node, int], block: Block) -> list[Node]:
+    inside = graph_tools.ancestors([block.end]) - graph_tools.ancestors([block.start])
+    return sorted(inside, key=order.__getitem__)
+
+
+def find_feed_forwards(
+    index: int, linears: list[Node], writers: set[Node], readers: set[Node], stated: BlockOverride, floats: set[Node]
+) -> list[FeedForward]:  # fmt: skip
+    """The feed-forwards of a block: found from the linears that write into the stream, or stated."""
+    said = {item.down: item for item in stated.feed_forwards or ()}
+    result = []
+    for node in linears:
+        name = linear_name(node)
+        if name not in said and node not in writers:
+            continue
+        try:
+            result.append(trace_feed_forward(node, readers, said.get(name), floats, f"block {index}, feed_forward {name}"))
+        except TopologyError:
+            if name in said or node not in floats:  # a linear that stays float needs no role
+                raise
+        said.pop(name, None)
+    if said:
+        others = ", ".join(linear_name(n) for n in linears)
+        raise TopologyError(f"topology override, block {index}, feed_forward: no linear {next(iter(said))} there; expected one of {others}")
+    return result
+
+
+def trace_feed_forward(
+    down: Node, readers: set[Node], stated: FeedForwardOverride | None, floats: set[Node], where: str
+) -> FeedForward:  # fmt: skip
+    """Linears behind `down` and whether only elementwise operators lie between."""
+    gates: list[Node] = []
+    ups: list[Node] = []
+    channelwise = True
+    said = {name: gates for name in (stated and stated.gate) or ()} | {name: ups for name in (stated and stated.up) or ()}
+    pending, seen = [down.args[0]], set()
+    while pending:
+        node = pending.pop()
+        if node in seen or not isinstance(node, Node) or node.op == "get_attr":
+            continue
+        seen.add(node)
+        if is_call(node, LINEAR) and (node in readers or linear_name(node) in said):
+            found = gates if any(is_call(u, *ACTIVATIONS) for u in node.users) else ups
+            said.pop(linear_name(node), found).append(node)
+            continue
+        if is_call(node, LINEAR) and node not in floats:
+            raise TopologyError(f"node {node.name}: expected a linear that reads the residual stream before {down.name}")
+        channelwise &= is_call(node, *ELEMENTWISE)
+        pending.extend(node.all_input_nodes)
+    if said:
+        raise TopologyError(f"topology override, {where}: {next(iter(said))} does not stand before it")
+    why = "operators between up and down mix channels"
+    channelwise = switched_off(channelwise, stated.channelwise if stated else None, f"{where} channelwise", why)
+    return FeedForward(gates, ups, down, channelwise)
+
+
+def label_linears(gm: GraphModule, topology: Topology) -> None:
+    """Attach meta.LinearSite to every linear."""
+
+    def label(node: Node, role: str, block: int | None) -> None:
+        meta.put(node, meta.LinearSite(linear_name(node), role, block))
+
+    label(topology.head, "head", None)
+    for block in topology.blocks:
+        attention = block.attention
+        for role in ("q", "k", "v", "o"):
+            label(getattr(attention, role), role, block.index)
+        for feed_forward in block.feed_forwards:
+            for node in feed_forward.gates:
+                label(node, "gate", block.index)
+            for node in feed_forward.ups:
+                label(node, "up", block.index)
+            label(feed_forward.down, "down", block.index)

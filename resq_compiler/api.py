@@ -1,0 +1,178 @@
+"""compile(): from a float decoder and some text to a CompiledModel."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import PreTrainedModel
+
+from resq_compiler.analysis.overrides import read_overrides
+from resq_compiler.calibration import precision
+from resq_compiler.calibration.bases import needs_moments
+from resq_compiler.calibration.data import calibration_windows
+from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
+from resq_compiler.errors import ModelError
+from resq_compiler.frontend.capture import Captured, capture
+from resq_compiler.frontend.models import LoadedModel, load_model
+from resq_compiler.inspection.dump import recording, target_directory
+from resq_compiler.ir import graph_tools
+from resq_compiler.model import auto_classes
+from resq_compiler.model.compiled_model import CompiledModel
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import Pipeline
+from resq_compiler.pipeline.stages import Stage
+from resq_compiler.recipes import named
+from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.util import memory
+
+log = logging.getLogger("resq_compiler")
+
+Progress = Callable[[str, int, int], None]
+
+
+def compile(
+    model: PreTrainedModel | str | Path,
+    calib_data: Any = None,
+    *,
+    recipe: str | CompileConfig = named.DEFAULT_RECIPE,
+    backend: str = "reference",
+    tokenizer: Any = None,
+    topology: Any = None,
+    progress: Progress | None = None,
+    on_stage: Callable[[Stage], None] | None = None,
+    on_float: Callable[[GraphModule], None] | None = None,
+    dump_dir: str | Path | None = None,
+    work_dir: str | Path | None = None,
+    **options: Any,
+) -> CompiledModel:
+    """Quantize a decoder.
+
+    Args:    model: a PreTrainedModel (left as it is), a local directory, a hub id, or a GGUF file.
+             calib_data: list of texts, token-id tensors, dict batches, a DataLoader or Dataset, a path to .txt or .jsonl;
+             None: the model writes its own calibration text, seeded.
+             recipe: "resq+" (ResQ and what was found to help), "resq" (as published), "quarot", "quik", "gptq", "rtn", or a
+             CompileConfig. options: any field of CompileConfig.
+             backend: what computes: "reference" (PyTorch), "onnx" (ONNX Runtime) or "triton".
+             tokenizer: for texts, when `model` does not come with one.
+             topology: statements that override what is found in the graph: a dict, a YAML or a JSON file (topology_overrides.py).
+             progress: called with (step, done, total). on_stage: called with each pipeline.Stage as it is made.
+             on_float: called with the float graph after the last exact pass: projected, partitioned, nothing quantized.
+             dump_dir: write a dump of every pass there (default: the environment variable RESQ_DUMP_DIR, else none).
+             work_dir: keep finished work there; after an interruption the same call goes on from it, with bit-identical results.
+    Returns: CompiledModel, float32 between the integers.
+    Raises:  BackendError before any work if the backend cannot run here; ConfigError, ModelError, DataError, CaptureError,
+             TopologyError, PassError: each says what to do.
+    """
+    config = precision.resolve(named.resolve(recipe, **options))
+    check_backend(backend)
+    overrides = read_overrides(topology)
+    dump_dir = target_directory(dump_dir)
+    memory.tune_allocator()
+    auto_classes.register()  # so that the directory of a compiled model is recognized
+    if isinstance(model, CompiledModel):
+        raise ModelError(f"model: already compiled ({model.options.scheme}); give the float model it was made from")
+    loaded = load_model(model)
+    tokenizer = tokenizer or loaded.tokenizer
+    report = progress or (lambda step, done, total: None)
+    windows = _calibration(loaded, tokenizer, calib_data, config, report)
+    own = not isinstance(model, PreTrainedModel)
+    work = None if work_dir is None else WorkDirectory(work_dir, fingerprint(config, loaded.model, windows, overrides))
+    source, hf_config = loaded.source, copy.deepcopy(loaded.model.config)
+    generation_config = copy.deepcopy(loaded.model.generation_config)
+    start = time.perf_counter()
+    captured = _capture_float32(loaded.model, own, report)
+    del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
+    memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
+    bos = hf_config.get_text_config().bos_token_id
+    ctx = PassContext(config, captured.example_inputs, windows, overrides, bos_token=bos, progress=report, work=work)
+    if windows is not None and config.calibration_dtype != "float32":
+        ctx.note(
+            f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
+            "calibration_dtype=float32 for all of it"
+        )
+    if windows is not None and needs_moments(config) and config.basis_samples < len(windows):
+        ctx.note(f"calibration: bases and channel order from {config.basis_samples} of {len(windows)} windows (basis_samples)")
+    with recording(dump_dir, source, config.to_dict(), on_stage) as record, memory.settled():
+        pipeline = Pipeline(ctx, record.add)
+        pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
+        _run_passes(pipeline, captured.graph_module, config, on_float)
+        compiled = CompiledModel(
+            hf_config, captured.graph_module, ctx.config, captured.cache, generation_config=generation_config, tokenizer=tokenizer,
+            stages=pipeline.stages, notes=ctx.notes, topology=ctx.topology, source=source,
+            sample_ids=None if windows is None else windows[:1],
+        )  # fmt: skip
+        record.complete(compiled)
+    return compiled.use_backend(backend)
+
+
+@torch.no_grad()
+def _run_passes(
+    pipeline: Pipeline, gm: GraphModule, config: CompileConfig, on_float: Callable[[GraphModule], None] | None
+) -> None:
+    passes = named.passes_for(config)
+    exact = list(itertools.takewhile(lambda item: item.exact, passes))
+    if on_float is None:
+        pipeline.run(gm, passes)
+        return
+    pipeline.run(gm, exact)
+    on_float(graph_tools.snapshot(gm))
+    pipeline.run(gm, passes[len(exact) :])
+
+
+def check_backend(name: str) -> None:
+    """Raise BackendError if a backend does not exist or cannot run here."""
+    from resq_compiler.backends import load_backend
+
+    load_backend(name)
+
+
+def needs_calibration(config: CompileConfig) -> bool:
+    """True when a recipe looks at activations at all."""
+    gptq = config.weight_method == "gptq" and config.weight_bits < 16
+    searches_clips = isinstance(config.activation_clip, str) and config.activation_bits < 8
+    return needs_moments(config) or gptq or searches_clips or config.prefix_tokens != "none"
+
+
+def _calibration(
+    loaded: LoadedModel, tokenizer: Any, calib_data: Any, config: CompileConfig, report: Progress
+) -> Tensor | None:
+    if not needs_calibration(config):
+        return None
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    return calibration_windows(
+        calib_data, model=loaded.model, tokenizer=tokenizer, samples=config.calibration_samples,
+        sequence_length=config.calibration_length, seed=config.seed,
+        vocab_size=vocab_size, progress=lambda done, total: report("write calibration text", done, total),
+    )  # fmt: skip
+
+
+def _capture_float32(model: PreTrainedModel, own: bool, report: Progress) -> Captured:
+    """Capture in float32; a model of another dtype is converted (a copy of it, if it is the user's)."""
+    report("capture", 0, 1)
+    if model.dtype != torch.float32:
+        log.info("the model is %s; it is compiled in float32", model.dtype)
+        model = (model if own else copy.deepcopy(model)).float()
+    captured = capture(model)
+    report("capture", 1, 1)
+    return captured
+
+
+def trace(model: PreTrainedModel, topology: Any = None) -> tuple[GraphModule, PassContext]:
+    """The named float graph of a model and its topology, nothing quantized. Works on meta weights. topology: as for compile()."""
+    from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
+
+    captured = capture(model)
+    ctx = PassContext(CompileConfig(), captured.example_inputs, overrides=read_overrides(topology))
+    pipeline = Pipeline(ctx)
+    pipeline.start(captured.graph_module)
+    pipeline.run(captured.graph_module, [Canonicalize(), NameAttention(), SplitFused(), FindTopology()])
+    return captured.graph_module, ctx

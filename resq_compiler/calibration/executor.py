@@ -1,0 +1,128 @@
+"""Run parts of a graph node by node, releasing values after their last use.
+
+Calibration needs values inside the graph, one stretch of nodes at a time, with weights that change between stretches; a compiled
+forward function gives neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.calibration import precision
+from resq_compiler.ir import graph_tools
+
+TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed, small against the weights
+
+
+class Schedule:
+    """The nodes needed to compute `targets` from `given` values, in order, and when each value can be released."""
+
+    def __init__(self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node]):
+        self.gm = gm
+        self.targets = list(targets)
+        self.given = set(given)
+        needed = self._needed()
+        self.order = [n for n in gm.graph.nodes if n in needed]
+        self.release = last_uses(self.order, keep=set(self.targets))
+
+    def _needed(self) -> set[Node]:
+        seen: set[Node] = set()
+        pending = [n for n in self.targets if n not in self.given]
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending.extend(n for n in node.all_input_nodes if n not in self.given)
+        return seen
+
+    def run(self, env: dict[Node, Any], taps: dict[Node, Callable[[Any], None]] | None = None) -> None:
+        """Compute the targets into env; taps see values as they are computed."""
+        run_nodes(self.gm, self.order, self.release, env, taps or {})
+
+
+class Stretch:
+    """A schedule on the way to `goal`: computes `targets` and knows which values (`alive`) the rest of the way needs."""
+
+    def __init__(self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], goal: Node):
+        whole = Schedule(gm, [goal], given)
+        now = Schedule(gm, targets, given)
+        done = set(now.order)
+        self.gm, self.order = gm, now.order
+        self.alive = {source for node in whole.order if node not in done for source in node.all_input_nodes}
+        self.alive |= {goal} & (done | set(given))
+        self.release = last_uses(now.order, keep=set(now.targets) | self.alive)
+
+    def run(self, env: dict[Node, Any]) -> None:
+        """Compute the targets into env, keeping what is still needed."""
+        run_nodes(self.gm, self.order, self.release, env, {})
+
+
+def last_uses(order: Sequence[Node], keep: set[Node]) -> dict[Node, list[Node]]:
+    """For each node, the values that nothing later in `order` uses."""
+    last: dict[Node, Node] = {}
+    for node in order:
+        for source in node.all_input_nodes:
+            last[source] = node
+    release: dict[Node, list[Node]] = {}
+    for source, node in last.items():
+        if source not in keep and source.op not in ("placeholder",):
+            release.setdefault(node, []).append(source)
+    return release
+
+
+@torch.no_grad()
+def run_nodes(
+    gm: GraphModule, order: Sequence[Node], release: dict[Node, list[Node]], env: dict[Node, Any],
+    taps: dict[Node, Callable[[Any], None]],
+) -> None:  # fmt: skip
+    """Run nodes in order on env, dropping released values."""
+    substitutes = precision.substitutes()
+    for node in order:
+        if node not in env:
+            env[node] = graph_tools.run_node(gm, node, env, substitutes)
+        if node in taps:
+            taps[node](env[node])
+        for dead in release.get(node, ()):
+            env.pop(dead, None)
+
+
+def first_tokens(gm: GraphModule, ids: Tensor) -> dict[Node, Any]:
+    """Graph inputs for sequences that start from an empty cache: ids [B, S], no padding."""
+    inputs = graph_tools.placeholders(gm.graph)
+    batch, length = ids.shape
+    values: list[Tensor] = [ids, torch.ones_like(ids), torch.arange(length, device=ids.device).expand(batch, length)]
+    for node in inputs[3:]:
+        example = node.meta["val"]
+        values.append(torch.zeros(batch, example.shape[1], 0, example.shape[3], dtype=example.dtype, device=ids.device))
+    return dict(zip(inputs, values, strict=True))
+
+
+def batches(windows: Tensor) -> list[Tensor]:
+    """Split windows [n, length] into batches of about TOKENS_PER_BATCH tokens."""
+    return list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
+
+
+def shared_values(gm: GraphModule, ids: Tensor, start: Node) -> dict[Node, Any]:
+    """Inputs, and values that blocks need beside the residual stream (masks, rotary tables), for sequences from an empty cache."""
+    env = first_tokens(gm, ids)
+    hidden = depends_on(gm, [start])
+    inside = hidden - {start}
+    wanted = [
+        n for n in gm.graph.nodes if n not in hidden and n.op == "call_function" and any(u in inside for u in n.users)
+    ]
+    Schedule(gm, wanted, env).run(env)
+    return {n: v for n, v in env.items() if n.op == "placeholder" or n in wanted}
+
+
+def depends_on(gm: GraphModule, sources: Iterable[Node]) -> set[Node]:
+    """The sources and every node that depends on one of them."""
+    found = set(sources)
+    for node in gm.graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found

@@ -1,0 +1,94 @@
+"""All calibration batches through a graph together, one stretch of nodes at a time, with weights that change between stretches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.calibration.executor import Schedule, Stretch, first_tokens, shared_values
+from resq_compiler.ir import ops
+from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.util import memory
+
+CHEAP = {
+    ops.rms_norm, ops.columns, ops.merge_heads, ops.quantize, ops.dequantize, aten.layer_norm.default,
+}  # computed again rather than kept  # fmt: skip
+ROOM = 1 / 16  # of the weights: where the values of all batches need more, those of the last batches are computed again too
+TRIM_EVERY = 8  # batches: after each one, pages that are needed again cost a third of the time of GPTQ; never, 100 MB
+
+
+class Lockstep:
+    """Advances several batches through a graph together: what a stretch learns about the weights comes from all of them.
+
+    Between two stretches a batch keeps what the way to the goal needs, as long as all that were kept grew by no more than `room` bytes:
+    the next stretch of the others starts where this one did. The results are the same to the bit.
+    states: for each batch, the values kept so far. shared: values that no stretch changes (masks, rotary tables).
+    """
+
+    def __init__(self, gm: GraphModule, states: list[dict[Node, Any]], shared: list[dict[Node, Any]], room: float):
+        self.gm, self.states, self.shared, self.room = gm, states, shared, room
+
+    @classmethod
+    def begin(cls, gm: GraphModule, batches: Sequence[Tensor], start: Node) -> Lockstep:
+        """All batches of token ids [b, length], run to the value `start`."""
+        tables = {shape: shared_values(gm, ids, start) for shape, ids in {b.shape: b for b in batches}.items()}
+        states = []
+        for ids in batches:
+            env = dict(first_tokens(gm, ids))
+            Schedule(gm, [start], env).run(env)
+            states.append({start: env[start]})
+        room = sum(t.nbytes for t in gm.state_dict().values()) * ROOM
+        return cls(gm, states, [tables[b.shape] for b in batches], room)
+
+    def known(self, batch: int = 0) -> dict[Node, Any]:
+        """The values at hand for a batch, in a new dict."""
+        return {**self.shared[batch], **self.states[batch]}
+
+    def run(self, targets: Iterable[Node], goal: Node, see: Callable[[int, dict[Node, Any]], None]) -> None:
+        """Compute targets on the way to goal; `see` gets the number of every batch and its values."""
+        targets, spent = list(targets), 0
+        plans: dict[frozenset[Node], Stretch] = {}
+        for i, (state, shared) in enumerate(zip(self.states, self.shared, strict=True)):
+            env = {**shared, **state}
+            known = frozenset(env)
+            if known not in plans:
+                plans[known] = Stretch(self.gm, targets, known, goal)
+            plan = plans[known]
+            plan.run(env)
+            see(i, env)
+            kept = plan.alive if goal in plan.alive else not_cheap(plan.alive, set(shared))
+            after = {n: v for n, v in env.items() if n in kept and n not in shared}
+            growth = max(_bytes(after) - _bytes(state), 0)
+            if goal in kept or spent + growth <= self.room:
+                spent += growth
+                state.clear()
+                state.update(after)
+            del env, after
+            if i % TRIM_EVERY == TRIM_EVERY - 1:
+                memory.trim()
+
+    def advance(self, goal: Node) -> None:
+        """Run to a value that all later ones come from, and forget everything before it."""
+        self.run([goal], goal, lambda i, env: None)
+
+
+def not_cheap(values: set[Node], given: set[Node]) -> set[Node]:
+    """Without the given values and those that cheap operators make of the others."""
+    kept: set[Node] = set()
+
+    def cheap(node: Node) -> bool:
+        ready = all(n.op != "call_function" or n in kept or n in given or cheap(n) for n in node.all_input_nodes)
+        return ready and is_call(node, *CHEAP)
+
+    for node in sorted(values - given):
+        if not cheap(node):
+            kept.add(node)
+    return kept
+
+
+def _bytes(values: dict[Node, Any]) -> int:
+    """Memory of tensors and of the codes of quantized activations."""
+    return sum(v.qdata.nbytes if isinstance(v, ops.QuantizedActivation) else v.nbytes for v in values.values())

@@ -1,0 +1,83 @@
+"""In what precision linears and second moments of calibration runs are computed: bfloat16 where the processor multiplies it natively.
+
+Calibration measures second moments, and 4-bit codes are 100 times coarser than bfloat16's relative error of 2^-9: what is lost is less than
+what another draw of rotations changes (figures: README). Rounded are linears (inputs, weights, results) and the products of second moments,
+but for loud tokens (numerics/basis.py); sums inside a product are float32, and so is everything else: residual stream, norms, attention and
+GPTQ. Nothing of this is left in the compiled model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from resq_compiler.ir import ops
+from resq_compiler.ir.graph_tools import aten
+from resq_compiler.recipes.settings import CompileConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NATIVE = ("avx512_bf16", "amx_bf16")
+"""Instruction sets, as torch.cpu.get_capabilities() names them; elsewhere bfloat16 is emulated, and slower than float32."""
+
+_dtype = torch.float32
+
+
+def resolve(config: CompileConfig) -> CompileConfig:
+    """The same options with the dtype that "auto" stands for on this machine: recorded with the result, it repeats it elsewhere.
+
+    "auto" is float32 where GPTQ makes up for what the quantized model's values lack: those differences are small against the values.
+    """
+    if config.calibration_dtype != "auto":
+        return config
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name) for name in NATIVE)
+    dtype = "bfloat16" if native and config.gptq_correction == "none" else "float32"
+    return dataclasses.replace(config, calibration_dtype=dtype)
+
+
+@contextlib.contextmanager
+def linears_in(dtype: str) -> Iterator[None]:
+    """Inside, `substitutes` are those of a value of `calibration_dtype`; "auto" that nobody resolved is float32."""
+    global _dtype
+    before, _dtype = _dtype, DTYPES.get(dtype, torch.float32)
+    try:
+        yield
+    finally:
+        _dtype = before
+
+
+def dtype() -> torch.dtype:
+    """What linears, and second moments of their inputs, are computed in here."""
+    return _dtype
+
+
+def substitutes() -> Mapping[object, Callable]:
+    """Operators to call instead of a node's own, in one calibration run."""
+    if _dtype == torch.float32:
+        return {}
+    rounded = _Rounded(_dtype)
+    return {aten.linear.default: rounded.linear, ops.weight_only_linear: rounded.weight_only_linear}
+
+
+class _Rounded:
+    """Linears in another dtype; a value that several of them read is rounded once, and forgotten with the value."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self.values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x not in self.values:
+            self.values[x] = x.to(self.dtype)
+        y = F.linear(self.values[x], weight.to(self.dtype)).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def weight_only_linear(self, x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
+        """The codes are exact in bfloat16; their scales stay float32."""
+        return self.linear(x, qdata).mul_(scale)

@@ -1,0 +1,189 @@
+"""Work directories: a compile that was interrupted goes on where it stopped, with bit-identical results.
+
+    fingerprint.json         which compile this is: options, versions, hashes of the weights and of the calibration tokens
+    moments.safetensors      second moments, when compute-bases has taken them
+    block-0000.safetensors   weight codes, when GPTQ has finished the block; its inputs are recomputed from the blocks before
+
+Every file is written aside and then renamed: a name is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from resq_compiler.analysis.overrides import TopologyOverrides
+from resq_compiler.errors import CheckpointError, ConfigError
+from resq_compiler.numerics.weights import QuantizedWeight
+from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.storage.quantization_config import versions
+
+if TYPE_CHECKING:
+    from resq_compiler.calibration.moments import Moments
+    from resq_compiler.pipeline.passes import PassContext
+
+FINGERPRINT = "fingerprint.json"
+
+
+class WorkDirectory:
+    """Named sets of tensors of one compile."""
+
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any]):
+        """Open or make the directory. Raises ConfigError: it belongs to another compile, or to something else."""
+        self.path = Path(path).expanduser()
+        known = self._read_fingerprint()
+        if known is None:
+            self._write(FINGERPRINT, lambda file: file.write_text(json.dumps(fingerprint, indent=1)))
+        elif known != fingerprint:
+            differ = sorted(k for k in {*known, *fingerprint} if known.get(k) != fingerprint.get(k))
+            raise ConfigError(
+                f"work_dir {path}: belongs to another compile, which differs in {', '.join(differ)}; "
+                "give another directory, or delete this one"
+            )
+
+    def _read_fingerprint(self) -> dict[str, Any] | None:
+        file = self.path / FINGERPRINT
+        if not file.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
+                raise ConfigError(f"work_dir {self.path}: holds something else; give a new or empty directory")
+            return None
+        try:
+            return dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{file}: not readable ({error}); delete the work directory and start again"
+            ) from error
+
+    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
+        aside = self.path / f".{name}.partial"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write(aside)
+            os.replace(aside, self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"work_dir {self.path}: {name} could not be written ({error})") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], notes: Iterable[str] = ()) -> None:
+        """Keep tensors, and what was noted while they were made. Raises CheckpointError: cannot be written."""
+        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        self._write(f"{name}.safetensors", lambda file: save_file(whole, file, {"notes": json.dumps(list(notes))}))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], list[str]] | None:
+        """What `save` kept under a name; None if it never did. Raises CheckpointError: damaged."""
+        file = self.path / f"{name}.safetensors"
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as opened:
+                notes = json.loads(opened.metadata()["notes"])
+                return {key: opened.get_tensor(key).clone() for key in opened.keys()}, notes  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{file}: not readable ({error}); delete this file, and its work is done again"
+            ) from error
+
+
+def fingerprint(
+    config: CompileConfig, model: nn.Module, windows: Tensor | None, overrides: TopologyOverrides | None = None
+) -> dict[str, Any]:
+    """What must be equal for two compiles to share work."""
+    return {
+        "options": config.to_dict(),
+        "topology": repr(overrides or TopologyOverrides()),
+        "versions": versions(),
+        "weights": _hash(model.state_dict()),
+        "calibration tokens": _hash({} if windows is None else {"windows": windows}),
+    }
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_moments(ctx: PassContext, empty: Moments) -> bool:
+    """Fill in what the work directory has; False where there is nothing yet."""
+    saved = None if ctx.work is None else ctx.work.load("moments")
+    if saved is None:
+        return False
+    tensors = saved[0]
+    for name, moment in _accumulators(empty).items():
+        moment.total += tensors[f"{name}.total"]
+        moment.tokens = int(tensors[f"{name}.tokens"])
+    empty.residual_peak = tensors.get("residual_peak")
+    for node in (f.down for block in ctx.topology.blocks for f in block.feed_forwards):
+        empty.down_energy[node] = tensors[f"down_energy.{node.name}"]
+        empty.down_peak[node] = tensors[f"down_peak.{node.name}"]
+    return True
+
+
+def keep_moments(ctx: PassContext, found: Moments) -> None:
+    """Keep finished moments, if there is a work directory."""
+    if ctx.work is not None:
+        ctx.work.save("moments", _moments_to_tensors(found))
+
+
+def _moments_to_tensors(found: Moments) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, moment in _accumulators(found).items():
+        tensors |= {f"{name}.total": moment.total, f"{name}.tokens": torch.tensor(moment.tokens)}
+    if found.residual_peak is not None:
+        tensors["residual_peak"] = found.residual_peak
+    for node, energy in found.down_energy.items():
+        tensors |= {f"down_energy.{node.name}": energy, f"down_peak.{node.name}": found.down_peak[node]}
+    return tensors
+
+
+def _accumulators(found: Moments) -> dict[str, Any]:
+    lists = {f"{kind}.{i}": m for kind in ("value", "key", "query") for i, m in enumerate(getattr(found, kind))}
+    blocks = {f"down_blocks.{node.name}": moment for node, moment in found.down_blocks.items()}
+    return {"residual": found.residual, **lists, **blocks}
+
+
+def block_codes(ctx: PassContext, block: int) -> list[list[QuantizedWeight]] | None:
+    """The codes of a finished block: for each group of linears, its parts. None where the block is still to do."""
+    saved = None if ctx.work is None else ctx.work.load(f"block-{block:04d}")
+    if saved is None:
+        return None
+    tensors, notes = saved
+    for note in notes:
+        ctx.note(note)
+    groups: list[list[QuantizedWeight]] = []
+    while f"{len(groups)}.0.qdata" in tensors:
+        parts: list[QuantizedWeight] = []
+        while (name := f"{len(groups)}.{len(parts)}") + ".qdata" in tensors:
+            parts.append(
+                QuantizedWeight(tensors[f"{name}.qdata"], tensors[f"{name}.scale"], int(tensors[f"{name}.bits"]))
+            )
+        groups.append(parts)
+    return groups
+
+
+def keep_block(ctx: PassContext, block: int, groups: list[list[QuantizedWeight]], notes: list[str]) -> None:
+    """Keep the codes of a block that is finished, if there is a work directory."""
+    if ctx.work is None:
+        return
+    tensors: dict[str, Tensor] = {}
+    for i, parts in enumerate(groups):
+        for j, part in enumerate(parts):
+            name = f"{i}.{j}"
+            tensors |= {
+                f"{name}.qdata": part.qdata,
+                f"{name}.scale": part.scale,
+                f"{name}.bits": torch.tensor(part.bits),
+            }
+    ctx.work.save(f"block-{block:04d}", tensors, notes)

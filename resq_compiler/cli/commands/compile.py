@@ -1,0 +1,101 @@
+"""resq compile: quantize a model and write it to a directory."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from resq_compiler.cli.commands import common
+from resq_compiler.cli.commands.options import add_option_flags, chosen_config
+from resq_compiler.errors import ConfigError
+
+TOPOLOGY_FILE = "resq_topology.yaml"  # the user's own statements, kept beside the model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `resq compile`."""
+    parser.add_argument("model", metavar="MODEL", help=common.MODEL_HELP)
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="where the compiled model goes")
+    parser.add_argument(
+        "--calibration", metavar="FILE",
+        help=f".txt, .jsonl, `{common.DEMO}` (built-in English text), or `self` (default): the model writes its own, slowly",
+    )  # fmt: skip
+    parser.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        type=Path,
+        help="keep finished work there: the same command goes on from it after an interruption",
+    )
+    parser.add_argument("--dump", metavar="DIR", type=Path, help="write every pass there, and index.html to browse them")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
+    common.add_topology_argument(parser)
+    add_option_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compile and write, or print the plan."""
+    config = chosen_config(arguments)
+    if arguments.dry_run:
+        from resq_compiler.cli.commands import plan
+
+        result = plan.make_plan(arguments.model, config, arguments.calibration)
+        common.show(arguments, result, plan.plan_text(result))
+        return 0
+    if arguments.output is None:
+        raise ConfigError("resq compile: --output DIR is missing; name the directory the compiled model goes to")
+    output = arguments.output.expanduser()
+    common.check_output(output, arguments.overwrite)
+    compiled, seconds = _compile(arguments, config)
+    compiled.save_pretrained(output)
+    record = common.run_record(compiled, shlex.join(sys.argv), seconds)
+    common.write_text(output / common.RECORD_FILE, common.to_json(record) + "\n")
+    if arguments.topology_file is not None:
+        stated = Path(arguments.topology_file).expanduser().read_text(encoding="utf-8")
+        common.write_text(output / TOPOLOGY_FILE, stated)
+    from resq_compiler.inspection.dump import target_directory
+
+    dumped = target_directory(arguments.dump)
+    common.show(arguments, {"output": str(output), "dump": dumped and str(dumped), **record}, _text(record, output, dumped))
+    return 0
+
+
+def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
+    from resq_compiler.api import compile
+    from resq_compiler.util.progress import Progress
+
+    common.quiet_libraries()
+    began = time.perf_counter()
+    with Progress(arguments.quiet) as progress:
+        compiled = compile(
+            common.model_source(arguments.model),
+            common.calibration_data(arguments.calibration),
+            recipe=config,
+            topology=arguments.topology_file,
+            progress=progress,
+            work_dir=arguments.work_dir,
+            dump_dir=arguments.dump,
+        )
+    return compiled, time.perf_counter() - began
+
+
+def _text(record: dict[str, Any], output: Path, dumped: Path | None) -> str:
+    from resq_compiler.util.text_tables import megabytes, number
+
+    bits, size = record["average_bits"], record["memory_bytes"]
+    lines = [
+        f"wrote {output}: {record['recipe']} {record['scheme']} of {record['source']}",
+        f"  average bits: weights {number(bits['weights'], 2)}, activations {number(bits['activations'], 2)}, "
+        f"KV cache {number(bits['kv'], 2)} (scales not counted)",
+        f"  size: {megabytes(size['total'])}, of it codes {megabytes(size['weight_codes'])}, scales "
+        f"{megabytes(size['weight_scales'])}, embeddings {megabytes(size['embeddings'])}, lm_head {megabytes(size['head'])}",
+        f"  {record['seconds']:.1f} s, peak memory {megabytes(record['peak_memory_bytes'])}",
+        *(f"  note: {note}" for note in record["notes"]),
+    ]
+    if dumped is not None:
+        lines.append(f"wrote {dumped}: every pass, and index.html to browse them; open it in a browser")
+    return "\n".join(lines)

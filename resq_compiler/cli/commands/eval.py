@@ -1,0 +1,84 @@
+"""resq eval: how good a model is on a text, and how far it moved from its float original."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from resq_compiler.cli.commands import common
+from resq_compiler.errors import ConfigError
+
+NOISE_TOKENS = 4096  # enough for two digits of a ratio of sums over every token and column
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `resq eval`."""
+    parser.add_argument("model", metavar="MODEL", help=f"a compiled model, or a float one: {common.MODEL_HELP}")
+    common.add_text_arguments(parser)
+    parser.add_argument(
+        "--reference", metavar="FLOATMODEL", help="the float original: adds KL divergence and agreement"
+    )
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a window (default: 2048)")
+    parser.add_argument("--windows", type=int, metavar="N", help="at most that many windows (default: the whole text)")
+    parser.add_argument("--skip", type=int, default=0, metavar="TOKENS", help="left out at the start of the text")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows run at once (default: 1)")
+    parser.add_argument(
+        "--noise", action=argparse.BooleanOptionalAction, default=True, help="noise of quantizers (default: on)"
+    )
+    parser.add_argument("--all-sites", action="store_true", help="every quantizer in the table, not only places")
+    common.add_backend_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate and print."""
+    _check(arguments)
+    opened = common.open_model(arguments.model, arguments.backend)
+    reference = common.open_float(arguments.reference) if arguments.reference else None
+    result = evaluate_model(opened, reference, arguments)
+    text = [_title(opened, reference, result), result.pop("table")]
+    if "noise_table" in result:
+        text += ["", "Noise that each quantizer adds (signal to quantization noise):", result.pop("noise_table")]
+    if reference is None:
+        sys.stderr.write("hint: --reference FLOATMODEL adds KL divergence and agreement with the float model\n")
+    common.show(arguments, result, "\n".join(text))
+    return 0
+
+
+def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Numbers for JSON, and under "table" and "noise_table" what people read."""
+    from resq_compiler.calibration.data import text_windows
+    from resq_compiler.evaluation import comparison, report
+    from resq_compiler.util.progress import Progress
+
+    tokenizer = opened.tokenizer or (reference and reference.tokenizer)
+    windows = text_windows(
+        common.evaluation_text(arguments), tokenizer, arguments.length, arguments.windows, skip=arguments.skip,
+        vocab_size=opened.model.config.get_text_config().vocab_size,
+    )  # fmt: skip
+    with Progress(arguments.quiet) as progress:
+        result = comparison.measure(
+            opened.model, windows, reference and reference.model, arguments.batch_size, progress.of("evaluate")
+        )
+        result["table"] = comparison.measure_table(result, (opened.name if not opened.compiled else "compiled", "float"))
+        if opened.compiled and arguments.noise:
+            few = windows[: max(1, NOISE_TOKENS // arguments.length)]
+            sites = report.site_noise(opened.model, few, progress.of("noise of quantizers"))
+            result["noise"] = [site.to_dict() for site in sites]
+            result["noise_table"] = comparison.noise_table(sites, arguments.all_sites)
+    return result
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in (("length", 2), ("windows", 1), ("skip", 0), ("batch_size", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"resq eval: {flag}: expected a whole number of at least {least}; got {value}")
+
+
+def _title(opened: common.OpenModel, reference: Any, result: dict[str, Any]) -> str:
+    what = f"{result['recipe']} {result['scheme']}" if opened.compiled else "float"
+    against = f" against {reference.name}" if reference else ""
+    count, length = result["windows"]
+    return f"{opened.name} ({what}){against}, {count} windows of {length} tokens:"

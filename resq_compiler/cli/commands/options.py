@@ -1,0 +1,167 @@
+"""Every field of CompileConfig as a flag and as a key of a recipe file. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from resq_compiler.errors import ConfigError
+from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig, check_names
+
+HELP: dict[str, str] = {
+    "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn",
+    "weight_bits": "bits of weights; 16: stay in float",
+    "activation_bits": "bits of the inputs of linears; 16: stay in float",
+    "kv_bits": "bits of cached keys and values; 16: stay in float",
+    "high_bits": "bits of the high part",
+    "high_fraction": "share of columns in the high part, such as 1/8; 0: none",
+    "site_fractions": "shares of single sites (attention, mlp, o, down, key, value): SITE[.BLOCK]=HIGH[@BITS][:LOW[@BITS]], such as "
+    "mlp=1/4,o=0,down.3=1/2@6",
+    "allocation": "sensitivity: high columns go to the sites and blocks where predictions feel them most; widths: at 5 to 8 bits, and "
+    "low columns too",
+    "average_bits": "a budget to share out in that way in any case: so many bits on average",
+    "model_megabytes": "the same, as the size of the compiled model in MB, embeddings and all",
+    "low_bits": "bits of the low part",
+    "low_fraction": "share of columns in a part below the main bits; 0: none",
+    "rank_multiple": "columns of the high part are a multiple of this",
+    "basis": "where the order of columns comes from",
+    "basis_weighting": "readers: directions also count by how much the weights (for U_C the queries) that read them amplify errors",
+    "basis_token_weighting": "massive: tokens with massive activations count a thousandfold in U_A, so that it covers them",
+    "key_basis": "U_C: one for all heads of a layer (shared), or for each key/value head",
+    "rotation": "random rotation inside each part",
+    "down_proj": "what is done to the input of down projections",
+    "weight_method": "how weights are rounded",
+    "weight_clip": "how the scale of weights is chosen",
+    "gptq_damping": "added to the diagonal of GPTQ's moment, relative to its mean",
+    "gptq_act_order": "GPTQ: columns by descending energy, inside each part",
+    "gptq_on_quantized_activations": "GPTQ sees activations as they are at inference, quantized",
+    "gptq_sweeps": "rounds of coordinate descent on codes and scales after GPTQ",
+    "gptq_token_weighting": "residual: errors of layers that write into the residual stream count relative to its size at each token",
+    "gptq_correction": "GPTQ also makes up for the error of the inputs: none, gptaq, or least squares towards the float output or residual",
+    "gptq_correction_alpha": "how much of that correction is made, 0 to 1",
+    "activation_clip": "share of the range of activations that is kept, in parts below 8 bits; searched for each site by the error of the "
+    "value (input) or of the linears that read it (output)",
+    "kv_clip": "share of the range of keys and values that is kept",
+    "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
+    "prefix_tokens": "auto: tokens with massive activations are found in calibration, and their keys and values go before every sequence",
+    "lm_head_bits": "bits of lm_head; none: stays in float",
+    "calibration_samples": "windows of calibration text",
+    "calibration_length": "tokens in a window",
+    "basis_samples": "how many of these windows bases and the order of channels are taken from, spread evenly",
+    "calibration_dtype": "of linears and second moments in calibration runs; auto: bfloat16 where the processor has it, else float32",
+    "seed": "of rotations and of self-written calibration text",
+}
+
+
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """--config and one flag for each option; flags that are not given leave no attribute behind."""
+    parser.add_argument("--config", metavar="FILE", help="recipe file (YAML or JSON) with any of the options below")
+    group = parser.add_argument_group("options of the compiler (defaults are those of the recipe resq; README lists what resq+ changes)")
+    for field in dataclasses.fields(CompileConfig):
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{HELP[field.name]} (default: {_shown(field.default)})"
+        if field.type == "bool":
+            group.add_argument(
+                flag, dest=field.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        else:
+            group.add_argument(
+                flag, dest=field.name, type=_argument(field.name), default=argparse.SUPPRESS, help=text,
+                metavar=_metavar(field.name, str(field.type)),
+            )  # fmt: skip
+
+
+def given_options(arguments: argparse.Namespace) -> list[str]:
+    """The options that were given as flags."""
+    return [f.name for f in dataclasses.fields(CompileConfig) if hasattr(arguments, f.name)]
+
+
+def chosen_config(arguments: argparse.Namespace) -> CompileConfig:
+    """Recipe, then the file of --config, then flags. Raises ConfigError."""
+    from resq_compiler.recipes import named
+
+    values = read_recipe_file(arguments.config) if arguments.config else {}
+    values |= {n: getattr(arguments, n) for n in given_options(arguments)}
+    return named.resolve(values.pop("recipe", named.DEFAULT_RECIPE), **values)
+
+
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML (or JSON) file. Raises ConfigError naming the file and the key."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe file {path}: cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe file {path}: expected lines such as `weight_bits: 4`; got {type(values).__name__}")
+    try:
+        check_names({str(name): None for name in values})
+        return {name: convert(name, value) for name, value in values.items()}
+    except ConfigError as error:
+        raise ConfigError(f"recipe file {path}: {error}") from error
+
+
+def convert(name: str, value: Any) -> Any:
+    """A value of the type of the option; texts are parsed as on the command line. Raises ConfigError."""
+    kind = str(_field(name).type)
+    if isinstance(value, str) and kind != "bool":
+        return _parse(name, kind, value)
+    expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    types = expected[kind.partition(" | ")[0]] + ((type(None),) if kind.endswith("None") else ())
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ConfigError(f"option {name}: expected {kind}; got {value!r}")
+    return value
+
+
+def _field(name: str) -> dataclasses.Field:
+    return next(f for f in dataclasses.fields(CompileConfig) if f.name == name)
+
+
+def _parse(name: str, kind: str, text: str) -> Any:
+    try:
+        if kind == "str":
+            return _known_word(name, text)
+        if kind.endswith("None") and text.lower() == "none":
+            return None
+        if text in WORDS.get(name, ()):
+            return text
+        return float(Fraction(text)) if kind.startswith("float") else int(text)
+    except (ValueError, ZeroDivisionError) as error:
+        number = "a number, such as 0.125 or 1/8" if kind.startswith("float") else "a whole number"
+        expected = ", or ".join([number, *WORDS.get(name, ())])
+        raise ConfigError(f"option {name}: expected {expected}; got {text!r}") from error
+
+
+def _known_word(name: str, text: str) -> str:
+    choices = [str(c) for c in CHOICES.get(name, ())]
+    if choices and text not in choices:
+        near = difflib.get_close_matches(text, choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"option {name}: expected one of {', '.join(choices)}; got {text!r}{hint}")
+    return text
+
+
+def _argument(name: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return convert(name, text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _metavar(name: str, kind: str) -> str:
+    if name in CHOICES:
+        return "{" + ",".join(str(c).lower() if c is None else str(c) for c in CHOICES[name]) + "}"
+    return "|".join([{"int": "N", "float": "X"}.get(kind.partition(" | ")[0], "NAME"), *WORDS.get(name, ())])
+
+
+def _shown(value: Any) -> str:
+    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)

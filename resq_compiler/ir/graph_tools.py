@@ -1,0 +1,173 @@
+"""Small helpers over torch.fx: tensors of a graph by name, new nodes, evaluation of a node on given values."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from resq_compiler.ir import meta
+
+aten = torch.ops.aten
+
+VIEW_OPS = {
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.contiguous.default,
+    aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.clone.default,
+    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem, aten.flatten.using_ints,
+    aten.unflatten.int, aten.select.int,
+}  # fmt: skip
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """True for a call_function node with one of the targets."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def get_tensor(gm: GraphModule, node: Node) -> Tensor:
+    """The tensor behind a get_attr node."""
+    value: Any = gm
+    for atom in str(node.target).split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def owner_and_name(gm: GraphModule, target: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a dotted name (made if absent) and the last part of the name."""
+    *path, name = target.split(".")
+    module: torch.nn.Module = gm
+    for atom in path:
+        if not hasattr(module, atom):
+            module.add_module(atom, torch.nn.Module())
+        module = getattr(module, atom)
+    return module, name
+
+
+def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
+    """Bind a tensor to a dotted name; the one bound before is released, never written to."""
+    module, name = owner_and_name(gm, target)
+    if name in module._parameters:
+        del module._parameters[name]
+    module._buffers.pop(name, None)
+    module.register_buffer(name, value.detach())
+
+
+def delete_unused_tensors(gm: GraphModule) -> None:
+    """Release tensors that no node refers to."""
+    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for target in [name for name, _ in list(gm.named_buffers()) + list(gm.named_parameters())]:
+        if target not in used:
+            module, name = owner_and_name(gm, target)
+            module._buffers.pop(name, None)
+            module._parameters.pop(name, None)
+
+
+def erase_tensor(gm: GraphModule, node: Node) -> None:
+    """Erase a get_attr node that nothing reads, and release its tensor if no other node refers to it."""
+    target = str(node.target)
+    gm.graph.erase_node(node)
+    if not any(str(n.target) == target for n in gm.graph.find_nodes(op="get_attr")):
+        module, name = owner_and_name(gm, target)
+        delattr(module, name)
+
+
+def add_tensor(gm: GraphModule, target: str, value: Tensor, made_by: str) -> Node:
+    """A new get_attr node for a new tensor, at the top of the graph."""
+    module, name = owner_and_name(gm, target)
+    if hasattr(module, name):
+        raise AssertionError(f"tensor name {target} is taken")
+    set_tensor(gm, target, value)
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_before(first):
+        node = gm.graph.create_node("get_attr", target, (), {}, name=target.replace(".", "_"))
+    return meta.put(node, meta.Origin(module=target.rpartition(".")[0], made_by=made_by))
+
+
+def emit(
+    graph: Graph, target: Callable, args: tuple, like: Node, made_by: str, name: str | None = None, **kwargs: Any
+) -> Node:
+    """A new call at the graph's insertion point that inherits the provenance of `like`."""
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    return meta.put(node, meta.Origin(module=module_of(like), made_by=made_by))
+
+
+def module_of(node: Node) -> str:
+    """Dotted path of the innermost original module that a node belongs to ("" if unknown)."""
+    origin = meta.get(node, meta.Origin)
+    if origin is not None:
+        return origin.module
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    for prefix in ("L['self'].", "L__self___"):
+        path = path.removeprefix(prefix)
+    return path.removeprefix("model.") if path != "model" else ""
+
+
+def evaluate(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
+    """Value of a node given values of some of its ancestors; intermediate values are added to env."""
+    pending = [node]
+    while pending:
+        current = pending[-1]
+        if current in env:
+            pending.pop()
+            continue
+        missing = [n for n in current.all_input_nodes if n not in env]
+        if missing:
+            pending.extend(missing)
+            continue
+        env[current] = run_node(gm, current, env)
+        pending.pop()
+    return env[node]
+
+
+def run_node(gm: GraphModule, node: Node, env: Mapping[Node, Any], substitutes: Mapping[object, Callable] | None = None) -> Any:
+    """Run one node on values from env; substitutes: operators to call instead of its own."""
+    if node.op == "get_attr":
+        return get_tensor(gm, node)
+    if node.op != "call_function":
+        raise AssertionError(f"no value given for {node.op} node {node.name}")
+    args = torch.fx.node.map_arg(node.args, lambda n: env[n])
+    kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
+    return (substitutes or {}).get(node.target, node.target)(*args, **kwargs)
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """All nodes that the given ones depend on, themselves included."""
+    seen: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return seen
+
+
+def placeholders(graph: Graph) -> list[Node]:
+    """Graph inputs, in order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def output_args(graph: Graph) -> tuple[Node, ...]:
+    """Graph outputs, in order."""
+    (output,) = graph.find_nodes(op="output")
+    return tuple(output.args[0])
+
+
+def snapshot(gm: GraphModule) -> GraphModule:
+    """A graph module with its own graph that shares the tensors: passes rebind tensors by name and never write into them."""
+    tensors = {str(node.target): get_tensor(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    graph = Graph()
+    table: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, table, return_output_node=True)
+    assert output is not None
+    graph.output(output[0])
+    return GraphModule(tensors, graph)

@@ -1,0 +1,126 @@
+"""How a list of passes runs over a graph: check, run, record, verify, compare."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from resq_compiler.calibration import precision
+from resq_compiler.errors import ModelError, PassError, ResqError, VerifyError
+from resq_compiler.ir import verify
+from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.pipeline.stages import Stage, copy_graph, failing_node, option_text
+from resq_compiler.util import memory
+
+log = logging.getLogger("resq_compiler")
+
+EXACT_TOLERANCE = (
+    1e-4  # relative float32 error of the logits that an exact pass may add: rounding, not a change of function
+)
+
+
+class Pipeline:
+    """Runs passes in order and keeps a `Stage` for each. `on_stage` sees every stage, also that of a failing pass."""
+
+    def __init__(self, ctx: PassContext, on_stage: Callable[[Stage], None] = lambda stage: None):
+        self.ctx = ctx
+        self.stages: list[Stage] = []
+        self.on_stage = on_stage
+        self.reference: Tensor | None = None
+
+    def start(self, gm: GraphModule, name: str = "capture", seconds: float = 0.0) -> None:
+        """Record the graph that passes start from and its outputs on the example inputs."""
+        verify.propagate_shapes(gm, self.ctx.example_inputs)
+        self.reference = self._outputs(gm)
+        if self.reference is not None and not bool(torch.isfinite(self.reference).all()):
+            raise ModelError(
+                "model: its logits on example tokens are NaN or infinite although its weights are finite: activations overflow float32; "
+                "check the weights, a damaged layer has very large ones"
+            )
+        self._record(Stage(len(self.stages), name, "", copy_graph(gm.graph), 0, seconds, None))
+
+    def run(self, gm: GraphModule, passes: Sequence[Pass]) -> None:
+        """Run passes in order. A failure is a PassError that names the pass; the stage that failed is still recorded."""
+        for i, item in enumerate(passes):
+            self.ctx.progress(item.name, i, len(passes))
+            self._run_one(gm, item)
+        self.ctx.progress("done", len(passes), len(passes))
+
+    def _run_one(self, gm: GraphModule, item: Pass) -> None:
+        start = time.perf_counter()
+        index, options = len(self.stages), option_text(item)
+        memory.release(gm)
+        rewrites = 0
+        self.ctx.lines.clear()
+        try:
+            with precision.linears_in(self.ctx.config.calibration_dtype):
+                rewrites = item.run(gm, self.ctx)
+            gm.graph.eliminate_dead_code()
+            gm.recompile()
+            verify.check_graph(gm)
+            verify.propagate_shapes(gm, self.ctx.example_inputs)
+            error = self._compare(gm, item)
+        except Exception as error:
+            seconds = time.perf_counter() - start
+            where = failing_node(gm.graph, str(error))  # the graph itself: a malformed one cannot be copied
+            self._record(
+                Stage(index, item.name, options, gm.graph, rewrites, seconds, None, item.exact, str(error), where)
+            )
+            if isinstance(error, ResqError):
+                raise type(error)(f"pass {index} {item.name}: {error}") from error
+            what = f"{type(error).__name__}: {error}; a structure that this pass does not foresee, or a bug in it"
+            raise PassError(f"pass {index} {item.name}: {what}") from error
+        seconds = time.perf_counter() - start
+        log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, error)
+        lines = tuple(self.ctx.lines)
+        self._record(Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact, lines=lines))
+
+    def _compare(self, gm: GraphModule, item: Pass) -> float | None:
+        if self.reference is None:
+            return None
+        logits = self._outputs(gm)
+        assert logits is not None
+        error = relative_error(logits, self.reference)
+        if item.exact and not error <= EXACT_TOLERANCE:
+            raise VerifyError(
+                f"the outputs changed by {error:.2e} relative to those before the pass; an exact pass may change them by "
+                f"{EXACT_TOLERANCE:g}: this is a bug in the pass, or the model is not finite on its example inputs"
+            )
+        self.reference = logits
+        return error
+
+    def _outputs(self, gm: GraphModule) -> Tensor | None:
+        if any(t.is_meta for t in gm.state_dict().values()):
+            return None
+        outputs = prefill_and_decode(gm, self.ctx.example_inputs)
+        return None if outputs.is_meta else outputs
+
+    def _record(self, stage: Stage) -> None:
+        self.stages.append(stage)
+        self.on_stage(stage)
+
+
+@torch.no_grad()
+def prefill_and_decode(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Tensor:
+    """Logits of a left-padded prefill and of a decode that reads the cache it wrote: [tokens that are not padding, vocabulary].
+
+    The cache is not compared: passes may change its basis.
+    """
+    new_ids, mask, new_positions, *past = example_inputs
+    length = past[0].shape[2]
+    old_ids = new_ids.repeat(1, -(-length // new_ids.shape[1]))[:, :length]
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    empty = [t[:, :, :0] for t in past]
+    prefill, *cache = gm(old_ids, mask[:, :length], positions[:, :length].contiguous(), *empty)
+    decode, *_ = gm(new_ids, mask, new_positions, *cache)
+    return torch.cat((prefill, decode), 1)[mask.bool()]
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Frobenius norm of the difference over that of the reference."""
+    return float((value.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-300))

@@ -1,0 +1,55 @@
+"""A record of what a pass did: the graph after it, without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from resq_compiler.pipeline.passes import Pass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The graph after a pass, without weights, and what the pass did. `max_error` is relative; None where not compared."""
+
+    index: int
+    name: str
+    options: str
+    graph: Graph
+    rewrites: int
+    seconds: float
+    max_error: float | None
+    exact: bool = True
+    failed: str | None = None  # the message of the error
+    failed_node: str | None = None  # the node it names
+    lines: tuple[str, ...] = ()  # what the pass has to say, such as the table of a search
+
+    @property
+    def label(self) -> str:
+        """File-name form, such as 03-fold-norms."""
+        return f"{self.index:02d}-{self.name}"
+
+
+def failing_node(graph: Graph, message: str) -> str | None:
+    """The node that an error message names, as all of ours do: `node NAME`."""
+    names = {node.name for node in graph.nodes}
+    return next((name for name in re.findall(r"\bnode (\w+)", message) if name in names), None)
+
+
+def option_text(item: Pass) -> str:
+    """The options of a pass that differ from their defaults, as `name=value` pairs."""
+    values = ((f, getattr(item, f.name)) for f in dataclasses.fields(item))
+    return ", ".join(f"{f.name}={value!r}" for f, value in values if value != f.default)
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy of the nodes and their metadata that holds no weights."""
+    copy = Graph()
+    table: dict[Node, Node] = {}
+    output = copy.graph_copy(graph, table, return_output_node=True)
+    assert output is not None
+    copy.output(output[0])
+    return copy

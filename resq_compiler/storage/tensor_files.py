@@ -1,0 +1,149 @@
+"""Tensors of a compiled graph on disk: safetensors files, with codes below 8 bits packed (numerics/packing.py).
+
+`describe` says how each tensor is kept: {"dtype", "shape"} as in memory, "bits" where codes are packed, "same_as" where two names
+share one tensor. The description is written with the graph, and `read` checks the files against it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.errors import CheckpointError
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.numerics.packing import pack, packed_length, unpack
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PACKED_BITS = range(2, 8)
+
+
+def describe(gm: GraphModule) -> dict[str, dict[str, Any]]:
+    """How each tensor that the graph refers to is kept on disk, by name."""
+    bits = _code_bits(gm)
+    info: dict[str, dict[str, Any]] = {}
+    first: dict[tuple, str] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        name, value = str(node.target), graph_tools.get_tensor(gm, node)
+        fields: dict[str, Any] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        if name in bits:
+            fields["bits"] = bits[name]
+        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        original = first.setdefault(identity, name) if value.numel() else name
+        if original != name:
+            fields["same_as"] = original
+        info[name] = fields
+    return info
+
+
+def _code_bits(gm: GraphModule) -> dict[str, int]:
+    """Bits of the weight codes that pack into fewer bytes, by tensor name."""
+    bits: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        part = meta.get(node, meta.LinearPart)
+        coded = is_call(node, ops.quantized_linear, ops.weight_only_linear)
+        if coded and part is not None and part.weight_bits in PACKED_BITS:
+            bits[str(cast(Node, node.args[1]).target)] = part.weight_bits
+    return bits
+
+
+def write(gm: GraphModule, info: Mapping[str, Mapping[str, Any]], directory: Path, max_shard_size: str | int) -> None:
+    """Write model.safetensors, or shards and their index where it would be larger than `max_shard_size`."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    tensors = {name: _packed(gm, name, fields) for name, fields in sorted(info.items()) if "same_as" not in fields}
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    mode = directory.stat().st_mode & 0o666  # safetensors makes files that only the user can read
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(mode)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _packed(gm: GraphModule, name: str, fields: Mapping[str, Any]) -> Tensor:
+    module, attribute = graph_tools.owner_and_name(gm, name)
+    value: Tensor = getattr(module, attribute).detach().cpu()
+    value = pack(value, fields["bits"]) if "bits" in fields else value
+    alone = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value if alone else value.clone(memory_format=torch.contiguous_format)
+
+
+def read(directory: Path, info: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """All tensors as they were in memory. Raises CheckpointError: a file or tensor is missing, damaged or of another shape."""
+    files = _files(directory, info)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        names = [name for name, home in files.items() if home == file]
+        try:
+            with safe_open(directory / file, framework="pt") as opened:
+                present = set(opened.keys())
+                for name in names:
+                    tensors[name] = _checked(
+                        name, opened.get_tensor(name) if name in present else None, info[name], file
+                    )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{directory / file}: not readable ({error}); the file is damaged or incomplete"
+            ) from error
+    for name, fields in info.items():
+        if "same_as" in fields:
+            tensors[name] = tensors[fields["same_as"]]
+    return tensors
+
+
+def _files(directory: Path, info: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The file that holds each stored tensor."""
+    stored = [name for name, fields in info.items() if "same_as" not in fields]
+    index = directory / INDEX
+    if not index.is_file():
+        home = {name: WEIGHTS for name in stored}
+    else:
+        home = read_json(index).get("weight_map", {})
+        missing = [name for name in stored if name not in home]
+        if missing:
+            raise CheckpointError(f"{index}: the graph refers to tensor {missing[0]}, which no file holds")
+    for file in sorted({home[name] for name in stored}):
+        if Path(file).name != file or not (directory / file).is_file():
+            raise CheckpointError(f"{directory}: {file} is missing; copy or download the whole directory again")
+    return {name: home[name] for name in stored}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError: absent, unreadable, or not an object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent}: {path.name} is missing; copy or download the whole directory again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); the file is damaged") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}; the file is damaged")
+    return data
+
+
+def _checked(name: str, value: Tensor | None, fields: Mapping[str, Any], file: str) -> Tensor:
+    if value is None:
+        raise CheckpointError(
+            f"{file}: the graph refers to tensor {name}, which is missing; the files do not belong together"
+        )
+    shape, dtype, bits = list(fields["shape"]), fields["dtype"], fields.get("bits")
+    expected = ([*shape[:-1], packed_length(shape[-1], bits)], "uint8") if bits else (shape, dtype)
+    got = (list(value.shape), str(value.dtype).removeprefix("torch."))
+    if got != expected:
+        raise CheckpointError(
+            f"{file}: tensor {name} should be {expected[1]} {expected[0]} and is {got[1]} {got[0]}; "
+            "the files are damaged or do not belong together"
+        )
+    return unpack(value, bits, shape[-1]) if bits else value.clone()  # a copy: aligned, and free of the file

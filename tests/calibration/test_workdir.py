@@ -1,0 +1,139 @@
+"""resume.py: an interrupted compile goes on where it stopped and ends with the same bits."""
+
+from __future__ import annotations
+
+import errno
+from unittest import mock
+
+import pytest
+import torch
+from resq_compiler.passes import quantize_weights
+
+import resq_compiler
+from resq_compiler import api
+from resq_compiler.calibration import moments, workdir
+from resq_compiler.errors import CheckpointError, ConfigError
+from resq_compiler.tiny import tiny_model, tiny_tokens
+
+SMALL = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}  # as compile_tiny
+
+
+@pytest.fixture
+def compile_in(captured, tmp_path):
+    """compile_in(**options): llama in a work directory, with what was computed rather than read: (model, groups of weights)."""
+
+    def run(**options):
+        gptq = mock.patch.object(quantize_weights, "quantize_group", wraps=quantize_weights.quantize_group)
+        with mock.patch.object(api, "capture", lambda model: captured("llama")), gptq as calls:
+            options = {"recipe": "resq", **SMALL, "work_dir": tmp_path / "work", **options}
+            return resq_compiler.compile(tiny_model("llama"), tiny_tokens(4, 32), **options), calls.call_count
+
+    return run
+
+
+def stop_at(step, count):
+    """A progress callback that interrupts, as Ctrl-C does."""
+
+    def report(name, done, total):
+        if name == step and done == count:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def assert_equal(model, other):
+    ours, theirs = model.graph_module.state_dict(), other.graph_module.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    ids = tiny_tokens(2, 9)
+    assert torch.equal(model(ids).logits, other(ids).logits) and model.notes == other.notes
+
+
+def test_resumed_compile_is_bit_identical(compile_in, compiled, tmp_path):
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        compile_in(progress=stop_at("calibrate", 0))
+    assert {p.name for p in work.iterdir()} == {"fingerprint.json"}
+    with pytest.raises(KeyboardInterrupt):
+        compile_in(progress=stop_at("quantize weights", 1))
+    assert {p.name for p in work.iterdir()} == {"fingerprint.json", "moments.safetensors", "block-0000.safetensors"}
+    with mock.patch.object(moments, "_taps", side_effect=AssertionError("calibrated again")):
+        model, computed = compile_in()
+    assert computed == 4  # block 1: q k v, o, gate up, down
+    assert_equal(model, compiled("llama"))
+
+
+def test_moments_are_kept_whole(build, tmp_path):
+    built = build("llama", before="compute-bases", recipe="quik", down_proj="block-pca")
+    built.ctx.work = workdir.WorkDirectory(tmp_path / "work", {})
+    with torch.no_grad():
+        first = moments.calibrate(built.gm, built.ctx)
+    with mock.patch.object(moments, "_taps", side_effect=AssertionError("calibrated again")):
+        again = moments.calibrate(built.gm, built.ctx)
+    for ours, theirs in zip(
+        [again.residual, *again.value, *again.key, *again.down_blocks.values()],
+        [first.residual, *first.value, *first.key, *first.down_blocks.values()], strict=True,
+    ):  # fmt: skip
+        assert ours.tokens == theirs.tokens > 0 and torch.equal(ours.total, theirs.total)
+    assert torch.equal(again.residual_peak, first.residual_peak)
+    for node, energy in first.down_energy.items():
+        assert torch.equal(again.down_energy[node], energy) and torch.equal(
+            again.down_peak[node], first.down_peak[node]
+        )
+
+
+def test_another_compile_is_refused(tmp_path):
+    config, model, windows = resq_compiler.CompileConfig(), tiny_model("llama"), tiny_tokens(4, 32)
+    workdir.WorkDirectory(tmp_path, workdir.fingerprint(config, model, windows))
+    workdir.WorkDirectory(tmp_path, workdir.fingerprint(config, model, windows))
+    for name, other in {
+        "options": (resq_compiler.CompileConfig(weight_bits=3), model, windows),
+        "weights": (config, tiny_model("llama-untied"), windows),
+        "calibration tokens": (config, model, tiny_tokens(4, 32, seed=3)),
+    }.items():
+        with pytest.raises(ConfigError, match=f"differs in {name};.*another directory"):
+            workdir.WorkDirectory(tmp_path, workdir.fingerprint(*other))
+
+
+def test_foreign_and_damaged_directories_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(ConfigError, match="holds something else"):
+            workdir.WorkDirectory(path, {})
+    work = workdir.WorkDirectory(tmp_path / "work", {})
+    work.save("moments", {"x": torch.ones(50)}, ["a note"])
+    tensors, notes = work.load("moments")
+    assert notes == ["a note"] and torch.equal(tensors["x"], torch.ones(50))
+    file = work.path / "moments.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="moments.safetensors: not readable.*delete this file"):
+        work.load("moments")
+    (work.path / "fingerprint.json").write_text("{")
+    with pytest.raises(CheckpointError, match="fingerprint.json: not readable"):
+        workdir.WorkDirectory(work.path, {})
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"]
+)
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
+    work = workdir.WorkDirectory(tmp_path / "work", {"a": 1})
+
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(workdir, "save_file", half)
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt):
+        work.save("moments", {"x": torch.ones(2)})
+    assert [p.name for p in work.path.iterdir()] == ["fingerprint.json"] and work.load("moments") is None
+
+
+def test_fingerprint_sees_every_bit_of_the_weights():
+    model = tiny_model("llama")
+    config = resq_compiler.CompileConfig()
+    before = workdir.fingerprint(config, model, None)
+    assert workdir.fingerprint(config, tiny_model("llama"), None) == before
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-6
+    assert workdir.fingerprint(config, model, None)["weights"] != before["weights"]
+    assert workdir.fingerprint(config, tiny_model("llama").bfloat16(), None)["weights"] != before["weights"]

@@ -1,0 +1,140 @@
+"""Sizes, average bits and noise, against counts by hand, files on disk and a run of torch.fx's own interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from resq_compiler.evaluation import comparison, report
+from resq_compiler.evaluation.predictions import evaluate, sqnr_db
+from resq_compiler.ir import ops
+from resq_compiler.tiny import tiny_tokens
+from resq_compiler.util import text_tables
+
+HIDDEN, WIDE, KV, HEADS, KV_HEADS, DIM = 64, 160, 32, 4, 2, 16  # of the tiny llama
+
+
+def test_average_bits_by_hand(compiled):
+    bits = report.average_bits(compiled("llama", weight_method="rtn"))
+    split = (HIDDEN + KV + KV + HIDDEN + 2 * WIDE) * HIDDEN  # q, k, v, o, gate, up: 7/8 in 4 bits, 1/8 in 8
+    whole = HIDDEN * WIDE  # down: 4 bits
+    assert bits.weights == pytest.approx((4.5 * split + 4 * whole) / (split + whole), rel=1e-12)
+    rows = 2 * (HIDDEN + KV + KV + HIDDEN + 2 * WIDE) + HIDDEN  # two parts each, one for down
+    assert bits.weight_scales == pytest.approx(32 * rows / (split + whole), rel=1e-12)
+    assert bits.activations == pytest.approx((4.5 * 3 * HIDDEN + 4 * WIDE) / (3 * HIDDEN + WIDE), rel=1e-12)
+    assert bits.activation_scales == pytest.approx(40 * (2 + 2 + 2 * HEADS + 1) / (3 * HIDDEN + WIDE), rel=1e-12)
+    assert (bits.kv, bits.kv_scales) == (4.5, 2 * 40 / DIM)
+
+
+def test_average_bits_of_what_stays_float(compiled):
+    bits = report.average_bits(
+        compiled("llama", weight_method="rtn", activation_bits=16, kv_bits=16, high_fraction=0.0)
+    )
+    assert (bits.weights, bits.activations, bits.activation_scales, bits.kv, bits.kv_scales) == (4, 16, 0, 16, 0)
+
+
+def test_sizes_are_those_of_the_saved_file(compiled, tmp_path):
+    """Codes, scales, embeddings and head as counted from the graph are the bytes that safetensors finds on disk."""
+    model = compiled("llama", weight_method="rtn")
+    model.save_pretrained(tmp_path)
+    stored = 0
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored += sum(t.numel() * t.element_size() for t in map(file.get_tensor, file.keys()))
+    sizes = report.memory_bytes(model)
+    assert sizes["total"] == sum(size for kind, size in sizes.items() if kind != "total")
+    assert sizes["total"] == stored
+    assert sizes["embeddings"] == sizes["head"] == 131 * HIDDEN * 4
+    assert sizes["total"] < report.resident_bytes(
+        model.graph_module
+    )  # the reference backend keeps a byte for each code
+
+
+def test_head_in_eight_bits(compiled):
+    sizes = report.memory_bytes(compiled("llama", weight_method="rtn", lm_head_bits=8))
+    assert sizes["head"] == 131 * HIDDEN + 131 * 4
+
+
+def test_cache_bytes(compiled):
+    low, high = 14, 2  # of a head of 16
+    entry = low / 2 + high + 2 * 5  # codes, then a scale and a zero point for each part
+    assert report.cache_bytes_per_token(compiled("llama", weight_method="rtn")) == 2 * 2 * KV_HEADS * entry
+    floats = compiled("llama", weight_method="rtn", activation_bits=16, kv_bits=16, high_fraction=0.0)
+    assert report.cache_bytes_per_token(floats) == 2 * 2 * KV * 4
+
+
+class Recorder(torch.fx.Interpreter):
+    """Keeps what enters and leaves every quantizer."""
+
+    def __init__(self, gm):
+        super().__init__(gm)
+        self.noise = {}
+
+    def run_node(self, n):
+        value = super().run_node(n)
+        if n.target in (ops.quantize, ops.quantize_dequantize):
+            image = ops.dequantize(value) if n.target is ops.quantize else value
+            self.noise[n.name] = sqnr_db(self.env[n.args[0]], image)
+        return value
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_site_noise_is_that_of_a_plain_run(compiled, family):
+    model = compiled(family, weight_method="rtn")
+    ids = tiny_tokens(2, 24, seed=5)
+    past = [torch.zeros(2, s.num_heads, 0, w) for s in model.cache_specs for w in (s.key_dim, s.value_dim)]
+    recorder = Recorder(model.graph_module)
+    recorder.run(ids, torch.ones_like(ids), torch.arange(24).expand(2, 24), *past)
+    found = report.site_noise(model, ids)
+    assert len({site.name for site in found}) == len(found) == len(recorder.noise)
+    # the same float operations on the same inputs; sums in another order
+    assert [site.sqnr_db for site in found] == pytest.approx(list(recorder.noise.values()), rel=1e-6)
+    four = [s.sqnr_db for s in found if s.bits == 4 and s.kind == "activation"]
+    eight = [s.sqnr_db for s in found if s.bits == 8]
+    assert min(eight) > max(four) + 12  # four more bits are 24 dB; half of it leaves room for other widths
+
+
+def test_summary_covers_every_site(compiled):
+    sites = report.site_noise(compiled("llama", weight_method="rtn"), tiny_tokens(1, 16))
+    groups = report.summarize_noise(sites)
+    assert sum(group["sites"] for group in groups) == len(sites)
+    assert min(group["lowest_db"] for group in groups) == min(site.sqnr_db for site in sites)
+    assert "down_input.part0" in comparison.noise_table(sites)
+    assert len(comparison.noise_table(sites, every=True).splitlines()) == len(sites) + 2
+
+
+def test_measure_observes_the_reference(compiled, tiny):
+    windows = tiny_tokens(4, 24, seed=3)
+    model = compiled("llama", weight_method="rtn")
+    found = comparison.measure(model, windows, tiny("llama"), batch_size=2)
+    alone = evaluate(tiny("llama"), windows, batch_size=2)
+    assert found["reference"]["nll"] == pytest.approx(alone.nll, rel=1e-12)  # the same logits
+    assert found["reference"]["tokens"] == alone.tokens
+    assert found["model"] | {"seconds": 0, "tokens_per_second": 0} == evaluate(
+        model, windows, tiny("llama"), batch_size=2
+    ).to_dict() | {"seconds": 0, "tokens_per_second": 0}
+    text = comparison.measure_table(found)
+    assert "KL divergence" in text and "average bits of the KV cache" in text
+    assert "bits" not in comparison.measure_table(comparison.measure(tiny("llama"), windows))
+
+
+def test_a_loaded_model_reports_as_a_fresh_one(compiled, tmp_path):
+    from resq_compiler.storage.checkpoint import load
+
+    model = compiled("llama", weight_method="rtn")
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert report.describe(again) == report.describe(model)
+    ids = tiny_tokens(1, 16)
+    assert report.site_noise(again, ids) == report.site_noise(model, ids)
+
+
+def test_tables():
+    rows = [("a", "1"), ("long", "22")]
+    assert text_tables.table(("", "n"), rows) == "       n\n----  --\na      1\nlong  22"
+    assert text_tables.table(("x", "n"), rows, markdown=True).splitlines()[1] == "|------|---:|"
+    assert text_tables.number(None) == "-" and text_tables.number(12345.6) == "12,346" and text_tables.number(math.inf) == "inf"
+    assert text_tables.percent(0.5) == "50.0 %" and text_tables.megabytes(1.5e6) == "1.5 MB"
