@@ -1,6 +1,6 @@
 # make demo    environment, then a real model compiled and compared with float, QuaRot and RTN (results in out/demo)
 # make test    environment, then the default tests        make test-slow   the ones on a real model
-# make check   ruff and mypy                              make clean       removes what make made
+# make check   ruff (rules and format) and mypy                              make clean       removes what make made
 #
 # A virtual environment is made in .venv with the versions of constraints.txt. PYTHON=python3.12 picks another interpreter;
 # TORCH= (empty) keeps a torch that is already in .venv, as a CUDA or ROCm build.
@@ -27,6 +27,7 @@ test-slow: $(VENV)/.installed-dev
 
 check: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 env: $(VENV)/.installed

@@ -48,26 +48,54 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "resq": ("resq", {}, "the paper's method"),
     "resq+": ("resq+", {}, "the best of what follows"),
     "down hadamard": ("resq+", {"down_proj": "hadamard"}, "all of down_proj's input in 4 bits, as in the paper"),
-    "block-pca": ("resq+", {"down_proj": "block-pca"}, "principal directions of blocks of 64 channels there; 64 products a channel online"),
+    "block-pca": (
+        "resq+",
+        {"down_proj": "block-pca"},
+        "principal directions of blocks of 64 channels there; 64 products a channel online",
+    ),
     "no clip": ("resq+", {"activation_clip": 1.0}, "whole range of 4-bit activations"),
-    "clip input": ("resq+", {"activation_clip": "input"}, "clips searched on the error of the value, not of the linears that read it"),
+    "clip input": (
+        "resq+",
+        {"activation_clip": "input"},
+        "clips searched on the error of the value, not of the linears that read it",
+    ),
     "clip 0.85": ("resq+", {"activation_clip": 0.85}, "the same share of the range at every site"),
     "plain bases": ("resq+", {"basis_weighting": "none"}, "bases of activations alone, not weighted by their readers"),
     "massive in U_A": ("resq+", {"basis_token_weighting": "massive"}, "U_A covers massive tokens: each counts as 1000"),
     "mse clip": ("resq+", {"weight_clip": "mse"}, "weight scales searched on the weights alone"),
     "no act-order": ("resq+", {"gptq_act_order": False}, "columns in the order of the basis"),
     "sweeps": ("resq+", {"gptq_sweeps": 4}, "coordinate descent on codes and scales after GPTQ"),
-    "tokens alike": ("resq+", TOKENS_ALIKE, "GPTQ counts massive tokens by their size; what `A then W` and the next three start from"),
+    "tokens alike": (
+        "resq+",
+        TOKENS_ALIKE,
+        "GPTQ counts massive tokens by their size; what `A then W` and the next three start from",
+    ),
     "orthogonal": ("resq+", {"rotation": "orthogonal"}, "random orthogonal rotations, not randomized Hadamard"),
     "A then W": ("resq+", A_THEN_W, "GPTQ sees quantized activations"),
     "GPTAQ": ("resq+", {**A_THEN_W, "gptq_correction": "gptaq"}, "asymmetric calibration"),
-    "output": ("resq+", {**A_THEN_W, "gptq_correction": "output"}, "weights aim at the float layer's output, nearly Qronos"),
+    "output": (
+        "resq+",
+        {**A_THEN_W, "gptq_correction": "output"},
+        "weights aim at the float layer's output, nearly Qronos",
+    ),
     "residual": ("resq+", {**A_THEN_W, "gptq_correction": "residual"}, "weights aim at the float residual stream too"),
     "key head": ("resq+", {"key_basis": "head"}, "U_C for each key/value head"),
     "equal shares": ("resq+", EQUAL, "1/8 of the columns in 8 bits at every site, whatever the forecast"),
-    "always shared": ("resq+", {"average_bits": 4.5}, "8-bit columns shared out by sensitivity, however little the forecast gains"),
-    "widths": ("resq+", {"allocation": "widths", "average_bits": 4.5}, "the same budget, high columns of 5 to 8 bits, low ones of 2"),
-    "1/4 at 6 bits": ("resq+", {**EQUAL, "high_fraction": 1 / 4, "high_bits": 6}, "the same 4.5 bits: twice the high columns, 6 bits each"),
+    "always shared": (
+        "resq+",
+        {"average_bits": 4.5},
+        "8-bit columns shared out by sensitivity, however little the forecast gains",
+    ),
+    "widths": (
+        "resq+",
+        {"allocation": "widths", "average_bits": 4.5},
+        "the same budget, high columns of 5 to 8 bits, low ones of 2",
+    ),
+    "1/4 at 6 bits": (
+        "resq+",
+        {**EQUAL, "high_fraction": 1 / 4, "high_bits": 6},
+        "the same 4.5 bits: twice the high columns, 6 bits each",
+    ),
     "8/4/2": ("resq+", {**EQUAL, "low_fraction": 1 / 8}, "1/8 of the columns in 2 bits: 4.25 average bits"),
     "6/4/2": ("resq+", {**EQUAL, "low_fraction": 1 / 8, "high_bits": 6}, "the paper's split at 4 average bits"),
     "5 bits": ("resq+", {"average_bits": 5.0}, "a budget of 5 average bits, shared out by sensitivity"),
@@ -75,7 +103,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "damping 0.01": ("resq+", {"gptq_damping": 0.01}, "GPTQ's usual damping"),
     "kv clip": ("resq+", {"kv_clip": 0.95}, "0.95 of the range of keys and values"),
     "o per token": ("resq+", {"o_proj_granularity": "token"}, "one scale a token for the input of output projections"),
-    "prefix": ("resq+", {"prefix_tokens": "auto"}, "tokens with massive activations before every sequence (PrefixQuant)"),
+    "prefix": (
+        "resq+",
+        {"prefix_tokens": "auto"},
+        "tokens with massive activations before every sequence (PrefixQuant)",
+    ),
     "self-written": ("resq+", {}, "calibrated on text that the model writes"),
     "4 windows": ("resq+", {"calibration_samples": 4}, "calibrated on 4 windows of text only"),
     "64 windows": ("resq+", {"calibration_samples": 64}, "calibrated on 64 windows"),
@@ -106,7 +138,9 @@ def parse() -> argparse.Namespace:
     accuracy.add_protocol(parser)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of all rows but where a row changes them")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="OPTION=VALUE", help="options of all rows but where a row changes them"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each with one thread (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("ablation.jsonl"), help="rows, one JSON object a line")
     arguments = parser.parse_args()
@@ -119,7 +153,12 @@ def make_job(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, A
     """What a row is known by."""
     recipe, options, _ = VARIANTS[name]
     sizes = {n: getattr(arguments, n) for n in ("calibration_samples", "calibration_length")}
-    job = {"recipe": recipe, "weight_method": "gptq", "seed": seed, "options": {**sizes, **accuracy.given(arguments), **options}}
+    job = {
+        "recipe": recipe,
+        "weight_method": "gptq",
+        "seed": seed,
+        "options": {**sizes, **accuracy.given(arguments), **options},
+    }
     return {**accuracy.protocol(arguments), **job, "compare": True, "self_written": name == "self-written"}
 
 
@@ -131,9 +170,13 @@ class Bench:
         torch.set_num_threads(1)  # a fork of a process with a pool of threads may hang
         self.text = arguments.text
         self.loaded = models.load_model(model_source(arguments.model))
-        self.windows = text_windows(self.text, self.loaded.tokenizer, arguments.window_length, arguments.windows, skip=arguments.skip)
+        self.windows = text_windows(
+            self.text, self.loaded.tokenizer, arguments.window_length, arguments.windows, skip=arguments.skip
+        )
         if len(self.windows) < arguments.windows:
-            raise SystemExit(f"error: {self.text}: {len(self.windows)} windows, expected {arguments.windows}; give a longer text")
+            raise SystemExit(
+                f"error: {self.text}: {len(self.windows)} windows, expected {arguments.windows}; give a longer text"
+            )
         self.logits = {tuple(w.tolist()): self.loaded.model(w[None]) for w in self.windows}
         captured = api._capture_float32(self.loaded.model, False, lambda *step: None)
         self.gm, self.cache = captured.graph_module, captured.cache
@@ -180,7 +223,12 @@ class Bench:
             seconds = time.perf_counter() - began
             model = CompiledModel(model.config, self.gm, ctx.config, self.cache, topology=ctx.topology)
         found = evaluate(model, self.windows, self.reference)
-        row |= {"perplexity": found.perplexity, "kl": found.kl, "top1_agreement": found.top1_agreement, "compile_seconds": seconds}
+        row |= {
+            "perplexity": found.perplexity,
+            "kl": found.kl,
+            "top1_agreement": found.top1_agreement,
+            "compile_seconds": seconds,
+        }
         return {**row, "versions": environment.versions(), "cpu": environment.cpu()["model"]}
 
 

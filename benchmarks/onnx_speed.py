@@ -265,7 +265,9 @@ def report(label: str, events: list[dict[str, Any]], new: int, float_ms: float) 
         print(f"  {name:26s} {duration / 1e3:8.2f} ms {100 * duration / everything:5.1f} %  {counts[name]:5d} nodes")
     cheapest = min(best.values())
     least = sum(duration - cheapest * counts[name] for name, duration in totals.items() if name not in REMOVABLE)
-    print(f"  lower bound, were {' and '.join(REMOVABLE)} free: {least / 1e3:.1f} ms; half of float32: {float_ms / 2:.1f} ms")
+    print(
+        f"  lower bound, were {' and '.join(REMOVABLE)} free: {least / 1e3:.1f} ms; half of float32: {float_ms / 2:.1f} ms"
+    )
 
 
 MEMORY_PROBE = """

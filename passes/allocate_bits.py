@@ -41,9 +41,13 @@ from resq_compiler.util.text_tables import number, table
 
 STEPS = 32  # of a site's columns: one step gives width / STEPS of them other bits
 WORTH = 0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: see README)
-DOWN_STEPS = 16  # parts of down projections are Hadamard transforms: multiples of width / 16 have orders of small factors
+DOWN_STEPS = (
+    16  # parts of down projections are Hadamard transforms: multiples of width / 16 have orders of small factors
+)
 WIDTHS = (5, 6, 7, 8)  # of the high part, with allocation="widths"
-MOST_LOW = 4  # at most 1 / MOST_LOW of a site's columns are below the main bits, as CompileConfig.least_average counts on
+MOST_LOW = (
+    4  # at most 1 / MOST_LOW of a site's columns are below the main bits, as CompileConfig.least_average counts on
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Split:
 
     def said(self, width: int, config: CompileConfig) -> str:
         """In the words of `site_fractions`, after the equals sign."""
-        high = f"{self.high}/{width}" + (f"@{self.high_bits}" if self.high and self.high_bits != config.high_bits else "")
+        high = f"{self.high}/{width}" + (
+            f"@{self.high_bits}" if self.high and self.high_bits != config.high_bits else ""
+        )
         return high + (f":{self.low}/{width}@{self.low_bits}" if self.low else "")
 
 
@@ -91,7 +97,9 @@ class Choice:
 
     def price(self, split: Split) -> float:
         """Bits beyond the main ones, times cost; below zero where low columns save more than high ones take."""
-        return self.cost * (split.high * (split.high_bits - self.main_bits) - split.low * (self.main_bits - split.low_bits))
+        return self.cost * (
+            split.high * (split.high_bits - self.main_bits) - split.low * (self.main_bits - split.low_bits)
+        )
 
     def splits(self, config: CompileConfig) -> list[Split]:
         """All that the site may become."""
@@ -137,7 +145,11 @@ class AllocateBits(Pass):
         worth = asked or fall >= WORTH
         shares = ",".join(f"{c.site}={s.said(c.width, config)}" for c, s in found.items()) if worth else ""
         ctx.config = dataclasses.replace(config, site_fractions=shares, **settled)
-        result = "" if worth else f": below {100 * WORTH:g} %, so the shares stay equal, and the table says what they would have been"
+        result = (
+            ""
+            if worth
+            else f": below {100 * WORTH:g} %, so the shares stay equal, and the table says what they would have been"
+        )
         ctx.lines += [f"forecast of the error: {100 * fall:.1f} % lower than with equal shares{result}"]
         ctx.lines += describe(found, config, averages).splitlines()
         return len(found) if worth else 0
@@ -196,7 +208,9 @@ def cache_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) ->
 def along(moment: Tensor, weighted: Tensor) -> Tensor:
     """Energies of weighted moments [G, D, D] along the eigenvectors of a moment [G or 1, D, D], largest eigenvalue first; summed over G."""
     basis, _ = principal_basis(moment)
-    return torch.einsum("gij,gik,gkj->j", basis.expand(len(weighted), -1, -1), weighted, basis.expand(len(weighted), -1, -1)).flip(0)
+    return torch.einsum(
+        "gij,gik,gkj->j", basis.expand(len(weighted), -1, -1), weighted, basis.expand(len(weighted), -1, -1)
+    ).flip(0)
 
 
 def spend(choices: list[Choice], extra: float, config: CompileConfig) -> dict[Choice, Split]:
@@ -242,7 +256,9 @@ def step(choice: Choice, config: CompileConfig) -> int:
 
 def extra_bits(choice: Choice, config: CompileConfig, average: float | None) -> float:
     """The budget of a column beyond the main bits: of an average, or of equal shares."""
-    return config.high_fraction * (choice.high_bits - choice.main_bits) if average is None else average - choice.main_bits
+    return (
+        config.high_fraction * (choice.high_bits - choice.main_bits) if average is None else average - choice.main_bits
+    )
 
 
 def equal(choice: Choice, config: CompileConfig, average: float | None) -> Split:
@@ -264,8 +280,21 @@ def describe(found: dict[Choice, Split], config: CompileConfig, averages: tuple[
         plain = equal(choice, config, averages[choice.site.startswith(("key", "value"))])
         change = 100 * (choice.error(split) / choice.error(plain) - 1)
         weight, kept = float(choice.energies.sum()), float(choice.energies[: split.high].sum())
-        high, low = (f"{n} at {b}" if n else "0" for n, b in ((split.high, split.high_bits), (split.low, split.low_bits)))
+        high, low = (
+            f"{n} at {b}" if n else "0" for n, b in ((split.high, split.high_bits), (split.low, split.low_bits))
+        )
         part = number(100 * kept / weight, 1)
-        rows.append((choice.site, str(choice.width), high, low, number(bits, 2), number(weight, 3), part, f"{change:+.1f}"))
-    header = ("site", "columns", "high", "low", "bits", "sensitivity", "of it in high %", "error against equal shares %")
+        rows.append(
+            (choice.site, str(choice.width), high, low, number(bits, 2), number(weight, 3), part, f"{change:+.1f}")
+        )
+    header = (
+        "site",
+        "columns",
+        "high",
+        "low",
+        "bits",
+        "sensitivity",
+        "of it in high %",
+        "error against equal shares %",
+    )
     return table(header, rows)

@@ -106,10 +106,18 @@ def name_lookups(gm: GraphModule) -> int:
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.index_select.default)):
         table, dim, flat = node.args
         back = only_user(node)
-        if dim != 0 or table.op != "get_attr" or not is_call(flat, aten.reshape.default) or not is_call(back, aten.reshape.default):
+        if (
+            dim != 0
+            or table.op != "get_attr"
+            or not is_call(flat, aten.reshape.default)
+            or not is_call(back, aten.reshape.default)
+        ):
             continue
         ids = flat.args[0]
-        if len(ids.meta["val"].shape) != 2 or back.meta["val"].shape != (*ids.meta["val"].shape, node.meta["val"].shape[-1]):
+        if len(ids.meta["val"].shape) != 2 or back.meta["val"].shape != (
+            *ids.meta["val"].shape,
+            node.meta["val"].shape[-1],
+        ):
             continue
         with gm.graph.inserting_after(back):
             new = emit(gm.graph, aten.embedding.default, (table, ids), node, Canonicalize.name)
@@ -233,7 +241,11 @@ def fold_embedding_norms(gm: GraphModule) -> int:
     done = 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.embedding.default)):
         norm, table = only_user(node), node.args[0]
-        if not is_call(norm, ops.rms_norm, aten.layer_norm.default) or table.op != "get_attr" or norm.args[0] is not node:
+        if (
+            not is_call(norm, ops.rms_norm, aten.layer_norm.default)
+            or table.op != "get_attr"
+            or norm.args[0] is not node
+        ):
             continue
         if not all(n is node or n.op == "get_attr" for n in norm.all_input_nodes):
             continue

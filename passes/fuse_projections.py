@@ -39,7 +39,9 @@ class FuseProjections(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         exact = _float64_bases(ctx)
-        found = [n for n in gm.graph.nodes if is_call(n, ops.project, ops.project_heads, ops.project_blocks, ops.hadamard)]
+        found = [
+            n for n in gm.graph.nodes if is_call(n, ops.project, ops.project_heads, ops.project_blocks, ops.hadamard)
+        ]
         left, before = found, None
         while left != before:  # an inverse may meet a linear only once the one behind it is gone
             left, before = [n for n in left if not fuse(gm, n, exact)], left

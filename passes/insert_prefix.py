@@ -47,12 +47,16 @@ class InsertPrefix(Pass):
         before = find_massive(gm, ctx)
         tokens = choose(before, ctx.bos_token)
         if not tokens:
-            ctx.note(f"prefix_tokens: no token of the calibration text is {MASSIVE} times the median size; none were inserted")
+            ctx.note(
+                f"prefix_tokens: no token of the calibration text is {MASSIVE} times the median size; none were inserted"
+            )
             return 0
         insert(gm, ctx, tokens)
         after = find_massive(gm, ctx)
         ctx.lines.append(f"prefix: token ids {tokens}")
-        ctx.lines.append(f"massive tokens a window: {before.per_window:.2f} before, {after.per_window:.2f} behind the prefix")
+        ctx.lines.append(
+            f"massive tokens a window: {before.per_window:.2f} before, {after.per_window:.2f} behind the prefix"
+        )
         ctx.note(f"prefix_tokens: every sequence stands behind the tokens {tokens}; positions start at {len(tokens)}")
         return len(ctx.topology.blocks)
 

@@ -86,7 +86,9 @@ def insert_residual(gm: GraphModule, topology: Topology, ctx: PassContext) -> in
             insert_after(gm, group.value, group.linears, ops.project, (u, True), inverse)
         return len(residual.writers) + len(residual.readers)
     names = ", ".join(sorted({graph_tools.module_of(n) for n in residual.gained_writers})[:2])
-    why = f"norms with a gain write into the residual stream ({names}, ...)" if names else "the topology override says so"
+    why = (
+        f"norms with a gain write into the residual stream ({names}, ...)" if names else "the topology override says so"
+    )
     ctx.note(f"U_A stays online before attention and feed-forward: {why}")
     for group in residual.readers:
         if topology.head in group.linears:

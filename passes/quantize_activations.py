@@ -72,7 +72,9 @@ def quantize_input(
     if key not in shared:
         with gm.graph.inserting_after(x):
             new = emit(gm.graph, ops.quantize, (x, part.activation_bits, groups, clip), x, QuantizeActivations.name)
-        shared[key] = meta.put(new, meta.QuantizerSite(name_of(part), "activation", part.site.block, part.activation_bits))
+        shared[key] = meta.put(
+            new, meta.QuantizerSite(name_of(part), "activation", part.site.block, part.activation_bits)
+        )
     codes = shared[key]
     if is_call(node, ops.weight_only_linear):
         node.target = ops.quantized_linear
@@ -115,7 +117,9 @@ def search_clips(gm: GraphModule, ctx: PassContext) -> dict[Node, float]:
 def float_weight(gm: GraphModule, node: Node) -> Tensor:
     """Weight [N, K] of a linear, the float image of its codes where it has codes."""
     weight = graph_tools.get_tensor(gm, node.args[1])
-    return weight * graph_tools.get_tensor(gm, node.args[2])[:, None] if is_call(node, ops.weight_only_linear) else weight
+    return (
+        weight * graph_tools.get_tensor(gm, node.args[2])[:, None] if is_call(node, ops.weight_only_linear) else weight
+    )
 
 
 def may_clip(part: meta.LinearPart) -> bool:

@@ -256,7 +256,11 @@ class Teacher:
             return {"output_gap": self._gap([stream], [stream], inputs, goal), "alpha": alpha}
         floats = [n.args[0] if is_call(n, ops.quantize) else n for n in inputs]
         cross = self._gap(floats, inputs, inputs, goal)
-        return {"cross": cross, "alpha": alpha} if kind == "gptaq" else {"output_gap": weight.double() @ cross, "alpha": alpha}
+        return (
+            {"cross": cross, "alpha": alpha}
+            if kind == "gptaq"
+            else {"output_gap": weight.double() @ cross, "alpha": alpha}
+        )
 
     def _gap(self, wanted: list[Node], made: list[Node], inputs: list[Node], goal: Node) -> Tensor:
         """mean over tokens of (wanted in the float model - made by the student)^T inputs of the student, float64."""

@@ -90,7 +90,11 @@ def serves_one_purpose(node: Node) -> bool:
     if not isinstance(value, Tensor) or value.dim() != 4:
         return False
     width = value.shape[-1]
-    slices = [u for u in node.users if is_call(u, aten.slice.Tensor) and u.args[1] in (-1, 3) and u.meta["val"].shape[-1] < width]
+    slices = [
+        u
+        for u in node.users
+        if is_call(u, aten.slice.Tensor) and u.args[1] in (-1, 3) and u.meta["val"].shape[-1] < width
+    ]
     return len(slices) > 1 and len(purposes(node)) == 1
 
 

@@ -100,7 +100,9 @@ def compile(
             "calibration_dtype=float32 for all of it"
         )
     if windows is not None and needs_moments(config) and config.basis_samples < len(windows):
-        ctx.note(f"calibration: bases and channel order from {config.basis_samples} of {len(windows)} windows (basis_samples)")
+        ctx.note(
+            f"calibration: bases and channel order from {config.basis_samples} of {len(windows)} windows (basis_samples)"
+        )
     with recording(dump_dir, source, config.to_dict(), on_stage) as record, memory.settled():
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)

@@ -24,7 +24,9 @@ from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
-with torch.device("meta"):  # torch remembers its constructors here, before a test replaces torch.empty by one that gives NaN
+with torch.device(
+    "meta"
+):  # torch remembers its constructors here, before a test replaces torch.empty by one that gives NaN
     torch.empty(0)
 
 logging.getLogger(
@@ -164,7 +166,12 @@ def compile_tiny(tiny, captured):
         key = (family, *sorted(options.items()))
         if key not in made:
             graphs: list[GraphModule] = []
-            defaults = {"recipe": "resq", "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}
+            defaults = {
+                "recipe": "resq",
+                "calibration_samples": 4,
+                "calibration_length": 32,
+                "calibration_dtype": "float32",
+            }
             with mock.patch.object(api, "capture", lambda model: captured(family)):
                 compiled = api.compile(
                     tiny(family), tiny_tokens(4, 32), on_float=graphs.append, **{**defaults, **options}

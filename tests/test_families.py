@@ -86,7 +86,9 @@ def check_exact(name: str) -> None:
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     wants_positions = "position_ids" in inspect.signature(model.forward).parameters
     with torch.no_grad():
-        expected = model(ids, attention_mask=mask, use_cache=False, **({"position_ids": positions} if wants_positions else {})).logits
+        expected = model(
+            ids, attention_mask=mask, use_cache=False, **({"position_ids": positions} if wants_positions else {})
+        ).logits
         first = compiled(ids[:, :17], attention_mask=mask[:, :17], use_cache=True)
         second = compiled(ids[:, 17:], attention_mask=mask, past_key_values=first.past_key_values)
     got = torch.cat((first.logits, second.logits), 1)

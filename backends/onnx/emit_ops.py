@@ -101,7 +101,9 @@ def project_blocks(low: Lowering, node: Node) -> Value:
     """x blockdiag(U), columns reordered: a small product for each block."""
     x, u, order, *inverse = node.args
     if inverse and inverse[0]:
-        raise BackendError(f"node {node.name}: an inverse of project_blocks is not emitted; fuse-projections multiplies it into a weight")
+        raise BackendError(
+            f"node {node.name}: an inverse of project_blocks is not emitted; fuse-projections multiplies it into a weight"
+        )
     groups, size, _ = u.meta["val"].shape  # type: ignore[union-attr]
     rows = low.b.op("Reshape", low.exact(x), low.b.ints(0, 0, groups, 1, size))
     turned = low.b.op("Reshape", low.b.op("MatMul", rows, low.exact(u)), low.b.ints(0, 0, groups * size))

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from resq_compiler.backends.onnx.plan import LinearSum, Plan
 
 PIECE = 127  # largest magnitude of one correction row
-WIDEST = 2**14  # columns of products with scales of rows outside; wider ones, logits, wait for memory, and would take it twice
+WIDEST = (
+    2**14
+)  # columns of products with scales of rows outside; wider ones, logits, wait for memory, and would take it twice
 
 
 class IntegerForm(Form):

@@ -47,7 +47,9 @@ def session_options(entries: dict[str, str], threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # consumers soon after producers: 5 % of a decode step
+    options.execution_order = (
+        onnxruntime.ExecutionOrder.PRIORITY_BASED
+    )  # consumers soon after producers: 5 % of a decode step
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     return options

@@ -161,7 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
     parser.add_argument("--case", action="append", help="module/name, or a part of it; default: all")
-    parser.add_argument("--dtype", choices=sorted(FLOATS), default="float16", help="of what is not integer (default: float16)")
+    parser.add_argument(
+        "--dtype", choices=sorted(FLOATS), default="float16", help="of what is not integer (default: float16)"
+    )
     parser.add_argument("--list", action="store_true", help="print the case names and stop")
     options = parser.parse_args(arguments)
     chosen = [(n, c) for n, c in cases() if not options.case or any(part in n for part in options.case)]

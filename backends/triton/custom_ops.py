@@ -98,7 +98,13 @@ def _(
 
 @torch.library.custom_op("resq_triton::hadamard_quantize", mutates_args=())
 def hadamard_quantize(
-    gate: Tensor, up: Tensor | None, bits: list[int], widths: list[int], activation: str, transpose: bool, clips: list[float]
+    gate: Tensor,
+    up: Tensor | None,
+    bits: list[int],
+    widths: list[int],
+    activation: str,
+    transpose: bool,
+    clips: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gate, up [..., n] -> (low, high, scale, zero_point) of the transformed product; see hadamard_quantize.py.
 

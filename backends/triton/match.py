@@ -140,7 +140,11 @@ def split_hadamard(key: tuple[Node, ...], layouts: list[PartLayout]) -> Node | N
     starts = [sum(widths[:i]) for i in range(len(widths))]
     fits = spans == [(a, a + w) for a, w in zip(starts, widths, strict=True)] if spans else len(widths) == 1
     same = stretches is None or list(stretches) == widths
-    return source if fits and same and len(source.users) == max(len(spans), 1) and (spans == [] or stretches is not None) else None
+    return (
+        source
+        if fits and same and len(source.users) == max(len(spans), 1) and (spans == [] or stretches is not None)
+        else None
+    )
 
 
 def _activation(node: Node) -> str | None:

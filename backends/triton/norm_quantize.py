@@ -30,7 +30,9 @@ MAX_COLUMNS = 32768
 NORMS = {"none": 0, "rms": 1, "layer": 2}
 
 
-def norm_quantize_ref(x, layouts, norm="none", weight=None, bias=None, eps=0.0, clip=1.0, clip_high=1.0) -> tuple[Tensor, ...]:
+def norm_quantize_ref(
+    x, layouts, norm="none", weight=None, bias=None, eps=0.0, clip=1.0, clip_high=1.0
+) -> tuple[Tensor, ...]:
     """The formula in torch; same arguments and results as `norm_quantize`."""
     y = x.float()
     if norm == "layer":

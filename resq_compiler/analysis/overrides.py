@@ -128,7 +128,9 @@ def _block(entry: Mapping[str, Any], where: str) -> BlockOverride:
 def _feed_forward(item: Any, where: str) -> FeedForwardOverride:
     _check_keys(item, _FEED_FORWARD, where)
     if "down" not in item:
-        raise ConfigError(f"{where}: expected `down: ` and the name of its down projection, which tells feed-forwards apart")
+        raise ConfigError(
+            f"{where}: expected `down: ` and the name of its down projection, which tells feed-forwards apart"
+        )
     gate, up = (tuple(_names(item[key], f"{where}, {key}")) if key in item else None for key in ("gate", "up"))
     return FeedForwardOverride(_name(item["down"], f"{where}, down"), gate, up, _flag(item, "channelwise", where))
 
@@ -157,7 +159,9 @@ def _name(value: Any, where: str) -> str:
     """A name, or an entry of `resq inspect --json`, {name, in, out, bias}."""
     name = value.get("name") if isinstance(value, Mapping) else value
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"{where}: expected the name of a linear, such as model.layers.0.mlp.down_proj; got {value!r}")
+        raise ConfigError(
+            f"{where}: expected the name of a linear, such as model.layers.0.mlp.down_proj; got {value!r}"
+        )
     return name
 
 
@@ -190,7 +194,9 @@ class LinearNames:
         """The linear of that name, which `value` must depend on. Raises TopologyError."""
         node = self.find(name, where)
         if node not in graph_tools.ancestors([value]):
-            raise TopologyError(f"topology override, {where}: expected a linear that node {value.name} depends on; {name} is none")
+            raise TopologyError(
+                f"topology override, {where}: expected a linear that node {value.name} depends on; {name} is none"
+            )
         return node
 
 

@@ -89,11 +89,15 @@ def measure(gm: GraphModule, ctx: PassContext) -> dict[str, Tensor]:
         memory.trim()
     ctx.progress("sensitivity", len(windows), len(windows))
     if bad := [site for site, moment in total.items() if not bool(moment.isfinite().all())]:
-        raise DataError(f"sensitivity of {bad[0]}: the gradient is not finite on the calibration data; check the model and the text")
+        raise DataError(
+            f"sensitivity of {bad[0]}: the gradient is not finite on the calibration data; check the model and the text"
+        )
     return total
 
 
-def backward(gm: GraphModule, ctx: PassContext, ids: Tensor, nodes: Iterable[Node], draw: torch.Generator) -> dict[Node, Tensor]:
+def backward(
+    gm: GraphModule, ctx: PassContext, ids: Tensor, nodes: Iterable[Node], draw: torch.Generator
+) -> dict[Node, Tensor]:
     """Values of nodes, with gradients of the log-likelihood of tokens drawn from the model's predictions for ids [B, S]."""
     start, wanted = ctx.topology.blocks[0].start, set(nodes)
     env = {**executor.shared_values(gm, ids, start), **executor.first_tokens(gm, ids)}

@@ -46,7 +46,9 @@ def fixed_bytes(gm: GraphModule, ctx: PassContext) -> int:
     tensors = {str(n.target): graph_tools.get_tensor(gm, n) for n in gm.graph.find_nodes(op="get_attr")}
     total = sum(t.numel() * t.element_size() for name, t in tensors.items() if name not in linears)
     parts = 3 if config.allocation == "widths" else 2
-    total += sum(parts * len(w) * (4 + 1) for w in linears.values())  # a float32 scale, and less than a byte that is not full
+    total += sum(
+        parts * len(w) * (4 + 1) for w in linears.values()
+    )  # a float32 scale, and less than a byte that is not full
     if config.lm_head_bits is not None:
         head = graph_tools.get_tensor(gm, topology.head.args[1])
         total += len(head) * 4 - head.numel() * (head.element_size() - 1)
@@ -57,7 +59,9 @@ def prefix_bytes(ctx: PassContext) -> int:
     """Float32 keys and values of as many prefix tokens as there may be."""
     from resq_compiler.passes.insert_prefix import MOST
 
-    entries = sum(b.attention.num_kv_heads * (b.attention.head_dim + b.attention.value_dim) for b in ctx.topology.blocks)
+    entries = sum(
+        b.attention.num_kv_heads * (b.attention.head_dim + b.attention.value_dim) for b in ctx.topology.blocks
+    )
     return 4 * MOST * entries if ctx.config.prefix_tokens != "none" else 0
 
 

@@ -126,7 +126,9 @@ def analyze(gm: GraphModule, overrides: TopologyOverrides | None = None) -> Topo
     if not attentions:
         raise TopologyError("no attention operator was found; expected a decoder with scaled-dot-product attention")
     if unknown := [i for i in overrides.blocks if i >= len(attentions)]:
-        raise TopologyError(f"topology override, block {unknown[0]}: the model has the blocks 0 to {len(attentions) - 1}")
+        raise TopologyError(
+            f"topology override, block {unknown[0]}: the model has the blocks 0 to {len(attentions) - 1}"
+        )
     blocks = make_blocks(gm, cuts, attentions, residual, overrides, set(floats))
     hidden = residual.values[0].meta["val"].shape[-1]
     if overrides.hidden_size not in (None, hidden):
@@ -313,7 +315,9 @@ def check_derived(attention: Attention, stated: BlockOverride, where: str) -> No
     }  # fmt: skip
     for key, value in stated.expected.items():
         if found[key] != value:
-            raise TopologyError(f"topology override, {where} {key}: the graph says {found[key]}, and only it can; got {value!r}")
+            raise TopologyError(
+                f"topology override, {where} {key}: the graph says {found[key]}, and only it can; got {value!r}"
+            )
 
 
 def make_blocks(
@@ -371,14 +375,18 @@ def find_feed_forwards(
         if name not in said and node not in writers:
             continue
         try:
-            result.append(trace_feed_forward(node, readers, said.get(name), floats, f"block {index}, feed_forward {name}"))
+            result.append(
+                trace_feed_forward(node, readers, said.get(name), floats, f"block {index}, feed_forward {name}")
+            )
         except TopologyError:
             if name in said or node not in floats:  # a linear that stays float needs no role
                 raise
         said.pop(name, None)
     if said:
         others = ", ".join(linear_name(n) for n in linears)
-        raise TopologyError(f"topology override, block {index}, feed_forward: no linear {next(iter(said))} there; expected one of {others}")
+        raise TopologyError(
+            f"topology override, block {index}, feed_forward: no linear {next(iter(said))} there; expected one of {others}"
+        )
     return result
 
 
@@ -389,7 +397,9 @@ def trace_feed_forward(
     gates: list[Node] = []
     ups: list[Node] = []
     channelwise = True
-    said = {name: gates for name in (stated and stated.gate) or ()} | {name: ups for name in (stated and stated.up) or ()}
+    said = {name: gates for name in (stated and stated.gate) or ()} | {
+        name: ups for name in (stated and stated.up) or ()
+    }
     pending, seen = [down.args[0]], set()
     while pending:
         node = pending.pop()
@@ -401,7 +411,9 @@ def trace_feed_forward(
             said.pop(linear_name(node), found).append(node)
             continue
         if is_call(node, LINEAR) and node not in floats:
-            raise TopologyError(f"node {node.name}: expected a linear that reads the residual stream before {down.name}")
+            raise TopologyError(
+                f"node {node.name}: expected a linear that reads the residual stream before {down.name}"
+            )
         channelwise &= is_call(node, *ELEMENTWISE)
         pending.extend(node.all_input_nodes)
     if said:

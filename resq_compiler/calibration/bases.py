@@ -54,7 +54,9 @@ def make_bases(gm: GraphModule | None, moments: Moments | None, topology: Topolo
         a, i = block.attention, block.index
         if moments:
             values, keys = head_moments(gm, moments, block, config)
-            u = torch.stack([_basis(m, a.value_dim, config, f"value.{i}.{g}", bases.spectra) for g, m in enumerate(values)])
+            u = torch.stack(
+                [_basis(m, a.value_dim, config, f"value.{i}.{g}", bases.spectra) for g, m in enumerate(values)]
+            )
             names = [f"key.{i}"] if len(keys) == 1 else [f"key.{i}.{g}" for g in range(len(keys))]
             each = [_basis(m, a.head_dim, config, n, bases.spectra) for m, n in zip(keys, names, strict=True)]
             key = torch.stack(each) if config.key_basis == "head" else each[0]
@@ -67,7 +69,9 @@ def make_bases(gm: GraphModule | None, moments: Moments | None, topology: Topolo
     return bases
 
 
-def head_moments(gm: GraphModule | None, moments: Moments, block: Block, config: CompileConfig) -> tuple[Tensor, Tensor]:
+def head_moments(
+    gm: GraphModule | None, moments: Moments, block: Block, config: CompileConfig
+) -> tuple[Tensor, Tensor]:
     """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
     value, key, query = (m[block.index].mean() for m in (moments.value, moments.key, moments.query))
     if config.key_basis == "shared":
@@ -79,7 +83,11 @@ def head_moments(gm: GraphModule | None, moments: Moments, block: Block, config:
 
 
 def _residual_basis(
-    gm: GraphModule | None, moments: Moments | None, topology: Topology, config: CompileConfig, spectra: dict[str, Tensor]
+    gm: GraphModule | None,
+    moments: Moments | None,
+    topology: Topology,
+    config: CompileConfig,
+    spectra: dict[str, Tensor],
 ) -> Tensor:
     if config.basis == "outliers":
         assert moments is not None and moments.residual_peak is not None
@@ -111,7 +119,9 @@ def permutation(size: Tensor) -> Tensor:
 def _basis(
     moment: Tensor | None, width: int, config: CompileConfig, purpose: str, spectra: dict[str, Tensor]
 ) -> Tensor:  # fmt: skip
-    draw = generator(config.seed, f"rotation.{purpose}")  # one for every basis: a poor draw for all heads costs accuracy
+    draw = generator(
+        config.seed, f"rotation.{purpose}"
+    )  # one for every basis: a poor draw for all heads costs accuracy
     if config.basis == "hadamard":
         kind = "hadamard" if config.rotation == "none" else config.rotation
         return part_rotation([width], kind, draw)

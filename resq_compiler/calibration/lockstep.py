@@ -16,7 +16,9 @@ from resq_compiler.util import memory
 CHEAP = {
     ops.rms_norm, ops.columns, ops.merge_heads, ops.quantize, ops.dequantize, aten.layer_norm.default,
 }  # computed again rather than kept  # fmt: skip
-ROOM = 1 / 16  # of the weights: where the values of all batches need more, those of the last batches are computed again too
+ROOM = (
+    1 / 16
+)  # of the weights: where the values of all batches need more, those of the last batches are computed again too
 TRIM_EVERY = 8  # batches: after each one, pages that are needed again cost a third of the time of GPTQ; never, 100 MB
 
 

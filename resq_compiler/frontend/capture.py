@@ -123,7 +123,9 @@ def _probe_cache(model: PreTrainedModel) -> tuple[CacheSpec, ...]:
     """Cache shapes, read from what the model itself writes for one token."""
     cache = DynamicCache()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    mask = None if ids.is_meta else torch.ones_like(ids)  # transformers looks into a mask, and a meta tensor has no values
+    mask = (
+        None if ids.is_meta else torch.ones_like(ids)
+    )  # transformers looks into a mask, and a meta tensor has no values
     expected = "expected a decoder with attention in every layer (state-space, linear-attention and recurrent layers are not supported)"
     try:
         model(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)

@@ -63,7 +63,11 @@ class _Scores:
 
     def add(self, term: Node) -> None:
         """x + term"""
-        if term.meta["val"].dim() == 3 and term.meta["val"].shape[0] % self.heads == 0 and term.meta["val"].shape[0] > self.heads:
+        if (
+            term.meta["val"].dim() == 3
+            and term.meta["val"].shape[0] % self.heads == 0
+            and term.meta["val"].shape[0] > self.heads
+        ):
             term = self.emit(aten.unflatten.int, term, 0, [-1, self.heads])
         if self.mask is None:
             self.mask = term

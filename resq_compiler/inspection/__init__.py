@@ -1,12 +1,12 @@
 """What the compiler did to a model: dumps of every pass, a page to browse them, differences, and diagnostics.
 
-    dump.py           numbered text, JSON, Graphviz and SVG files of every stage; never weights, always in the same order
-    svg.py            one stage as a static picture
-    page.py           index.html: one self-contained page over a dump
-    diff.py           what differs between two dumps
-    topology_view.py  residual stream, blocks, attention and feed-forward as a tree
-    noise.py          signal to noise of every quantizer and weight
-    activations.py    ranges, outliers, spectra and space utilization at every site, before and after
-    attribution.py    which sites cost the accuracy
-    plots.py          pictures of the last three
+dump.py           numbered text, JSON, Graphviz and SVG files of every stage; never weights, always in the same order
+svg.py            one stage as a static picture
+page.py           index.html: one self-contained page over a dump
+diff.py           what differs between two dumps
+topology_view.py  residual stream, blocks, attention and feed-forward as a tree
+noise.py          signal to noise of every quantizer and weight
+activations.py    ranges, outliers, spectra and space utilization at every site, before and after
+attribution.py    which sites cost the accuracy
+plots.py          pictures of the last three
 """

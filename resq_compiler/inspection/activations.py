@@ -69,7 +69,9 @@ class Diagnostics:
         rows = []
         for kind in RESIDUAL_READERS:
             layers = [s.outlier_tokens for name, s in sites.items() if name.endswith(kind)]
-            rows += [{"when": when, "site": kind, **row} for row in statistics.outlier_channels(layers)] if layers else []
+            rows += (
+                [{"when": when, "site": kind, **row} for row in statistics.outlier_channels(layers)] if layers else []
+            )
         return rows
 
 
@@ -124,7 +126,13 @@ def measure_before(
         if name.endswith("residual"):
             rows = statistics.massive_values(x, found.median)
             result.massive += [
-                {"site": name, "position": t % ids.shape[1], "token": token_text(int(flat[t])), "channel": c, "value": v}
+                {
+                    "site": name,
+                    "position": t % ids.shape[1],
+                    "token": token_text(int(flat[t])),
+                    "channel": c,
+                    "value": v,
+                }
                 for t, c, v in rows
             ]
         else:
@@ -136,7 +144,9 @@ def measure_before(
     for name, node in original_sites(topology).items():
         add_tap(taps, node, lambda x, name=name: see(name, x))
     _tap_super_weights(result, gm, topology, taps, ids, token_text)
-    executor.Schedule(gm, [topology.blocks[-1].end], graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
+    executor.Schedule(gm, [topology.blocks[-1].end], graph_tools.placeholders(gm.graph)).run(
+        executor.first_tokens(gm, ids), taps
+    )
 
 
 def _tap_super_weights(
@@ -172,7 +182,9 @@ def compiled_sites(gm: GraphModule) -> dict[str, list[Node]]:
         match = re.fullmatch(r"past_(key|value)_(\d+)", str(node.args[0].target))
         if match:
             entry = node.args[1]
-            found[f"blocks.{match[2]}.{match[1]}"] = [entry.args[0] if is_call(entry, ops.quantize_dequantize) else entry]
+            found[f"blocks.{match[2]}.{match[1]}"] = [
+                entry.args[0] if is_call(entry, ops.quantize_dequantize) else entry
+            ]
     return found
 
 

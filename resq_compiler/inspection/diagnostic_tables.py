@@ -51,7 +51,11 @@ def site_rows(found: Diagnostics) -> list[dict[str, Any]]:
         }  # fmt: skip
         if after is not None:
             peak = max(after.high, -after.low)
-            row |= {"max after U": _short(peak), "kurtosis after U": _short(after.kurtosis), "QSUR after U": _short(after.qsur)}
+            row |= {
+                "max after U": _short(peak),
+                "kurtosis after U": _short(after.kurtosis),
+                "QSUR after U": _short(after.qsur),
+            }
         rows.append(row)
     return rows
 
@@ -77,7 +81,13 @@ def massive_rows(found: Diagnostics) -> list[dict[str, Any]]:
         block = int(item["site"].split(".")[1])
         key = (item["channel"], item["token"], item["position"])
         row = rows.setdefault(
-            key, {**dict(zip(("channel", "token", "position"), key, strict=True)), "from block": block, "to block": block, "value": 0.0}
+            key,
+            {
+                **dict(zip(("channel", "token", "position"), key, strict=True)),
+                "from block": block,
+                "to block": block,
+                "value": 0.0,
+            },
         )
         row["to block"] = block
         if abs(item["value"]) > abs(row["value"]):

@@ -92,13 +92,19 @@ def compare(directory_a: Path | str, directory_b: Path | str) -> Difference:
 
 def _name(manifest: dict[str, Any]) -> str:
     scheme = manifest.get("summary", {}).get("scheme", "")
-    return " ".join(filter(None, (str(manifest["options"].get("recipe", "")), scheme, "of", Path(manifest["model"]).name or "a model")))
+    return " ".join(
+        filter(
+            None, (str(manifest["options"].get("recipe", "")), scheme, "of", Path(manifest["model"]).name or "a model")
+        )
+    )
 
 
 def _flat(summary: dict[str, Any]) -> dict[str, Any]:
     """average_bits and memory_bytes as one level."""
     kinds = {"average_bits": "average bits", "memory_bytes": "bytes"}
-    return {f"{title}, {k.replace('_', ' ')}": v for key, title in kinds.items() for k, v in summary.get(key, {}).items()}
+    return {
+        f"{title}, {k.replace('_', ' ')}": v for key, title in kinds.items() for k, v in summary.get(key, {}).items()
+    }
 
 
 def _kind(site: str) -> str:
@@ -111,7 +117,9 @@ def _by_kind(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Change]:
     kinds: dict[str, list[str]] = {}
     for name in a.keys() & b.keys():
         kinds.setdefault(_kind(name), []).append(name)
-    medians = {k: tuple(round(statistics.median(n[x] for x in names), 2) for n in (a, b)) for k, names in sorted(kinds.items())}
+    medians = {
+        k: tuple(round(statistics.median(n[x] for x in names), 2) for n in (a, b)) for k, names in sorted(kinds.items())
+    }
     return {k: pair for k, pair in medians.items() if pair[0] != pair[1]}
 
 
@@ -120,7 +128,9 @@ def _compare_stage(a: Path, b: Path, info_a: dict[str, Any], info_b: dict[str, A
     result.fields = _changes({f: info_a[f] for f in STAGE_FIELDS}, {f: info_b[f] for f in STAGE_FIELDS})
     before = {r["name"]: r for r in dump.read_stage(a, info_a["label"])}
     after = {r["name"]: r for r in dump.read_stage(b, info_b["label"])}
-    result.operators = _changes(*(Counter(r["target"] for r in side.values() if r["op"] == "call_function") for side in (before, after)))
+    result.operators = _changes(
+        *(Counter(r["target"] for r in side.values() if r["op"] == "call_function") for side in (before, after))
+    )
     result.removed = [n for n in before if n not in after]
     result.added = [n for n in after if n not in before]
     for name in before.keys() & after.keys():
@@ -156,14 +166,21 @@ def difference_text(found: Difference, limit: int = 20) -> str:
         return "equal: options, graphs, bits and noise"
     lines = [f"A: {found.names[0]}", f"B: {found.names[1]}"]
     _section(lines, "options", [f"{k}: {a!r} -> {b!r}" for k, (a, b) in found.options.items()], limit)
-    _section(lines, "bits and sizes", [f"{k}: {_number(a)} -> {_number(b)}" for k, (a, b) in found.summary.items()], limit)
+    _section(
+        lines, "bits and sizes", [f"{k}: {_number(a)} -> {_number(b)}" for k, (a, b) in found.summary.items()], limit
+    )
     only = [f"only in A: {label}" for label in found.only_a] + [f"only in B: {label}" for label in found.only_b]
     _section(lines, "passes", only, limit)
     told: set[str] = set()
     for stage in found.stages:
         _section(lines, f"stage {stage.label}", _stage_lines(stage, told), limit)
     _section(lines, "bits", _bits_lines(found.bits), limit)
-    _section(lines, "noise by kind of site, dB (medians over blocks, largest change first)", _noise_lines(found.noise_by_kind), limit)
+    _section(
+        lines,
+        "noise by kind of site, dB (medians over blocks, largest change first)",
+        _noise_lines(found.noise_by_kind),
+        limit,
+    )
     _section(lines, "noise of each site, dB (largest change first)", _noise_lines(found.noise), limit)
     return "\n".join(lines)
 
@@ -175,7 +192,11 @@ def _number(value: Any) -> str:
 def _section(lines: list[str], title: str, content: list[str], limit: int) -> None:
     if content:
         hidden = len(content) - limit
-        lines += [title, *(f"  {line}" for line in content[:limit]), *([f"  ... and {hidden} more"] if hidden > 0 else [])]
+        lines += [
+            title,
+            *(f"  {line}" for line in content[:limit]),
+            *([f"  ... and {hidden} more"] if hidden > 0 else []),
+        ]
 
 
 def _stage_lines(stage: StageDifference, told: set[str]) -> list[str]:
@@ -189,7 +210,9 @@ def _stage_lines(stage: StageDifference, told: set[str]) -> list[str]:
         leaves = _leaf_changes(changes)
         line = f"~ %{name}: " + "; ".join(f"{k}: {_shown(a)} -> {_shown(b)}" for k, (a, b) in leaves.items())
         if line not in told:
-            groups.setdefault(repr([(k, None if k in MEASURED else pair) for k, pair in leaves.items() if k != "text"]), []).append(line)
+            groups.setdefault(
+                repr([(k, None if k in MEASURED else pair) for k, pair in leaves.items() if k != "text"]), []
+            ).append(line)
             told.add(line)
     for members in groups.values():
         alike = "alike but for the figures" if any(f" {k}: " in members[0] for k in MEASURED) else "alike"
@@ -201,7 +224,9 @@ def _stage_lines(stage: StageDifference, told: set[str]) -> list[str]:
 
 def _leaf_changes(changes: dict[str, Change]) -> dict[str, Change]:
     """Changed fields, facts down to the single value: WeightNoise.relative instead of all facts of a node."""
-    return {k: v for field, (a, b) in changes.items() for k, v in _changes(_leaves(field, a), _leaves(field, b)).items()}
+    return {
+        k: v for field, (a, b) in changes.items() for k, v in _changes(_leaves(field, a), _leaves(field, b)).items()
+    }
 
 
 def _leaves(path: str, value: Any) -> dict[str, Any]:
@@ -220,7 +245,8 @@ def _bits_lines(bits: dict[str, Change]) -> list[str]:
     for name, (a, b) in bits.items():
         groups.setdefault((_kind(name), a, b), []).append(name)
     return [
-        f"{kind if len(names) > 1 else names[0]}: {a or '-'} -> {b or '-'}" + (f" ({len(names)} blocks)" if len(names) > 1 else "")
+        f"{kind if len(names) > 1 else names[0]}: {a or '-'} -> {b or '-'}"
+        + (f" ({len(names)} blocks)" if len(names) > 1 else "")
         for (kind, a, b), names in groups.items()
     ]
 

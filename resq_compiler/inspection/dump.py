@@ -36,7 +36,9 @@ log = logging.getLogger("resq_compiler")
 VARIABLE = "RESQ_DUMP_DIR"
 FORMAT, VERSION = "resq-dump", 1
 MANIFEST, TIMING, PAGE = "dump.json", "timing.json", "index.html"
-OURS = re.compile(r"\d\d-.*\.(txt|json|dot|svg)|dump\.json|timing\.json|index\.html|activations\.json|attribution\.json")
+OURS = re.compile(
+    r"\d\d-.*\.(txt|json|dot|svg)|dump\.json|timing\.json|index\.html|activations\.json|attribution\.json"
+)
 
 
 class DumpWriter:

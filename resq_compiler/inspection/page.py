@@ -38,7 +38,9 @@ def layout_script() -> str:
     assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "dagre.js"
     module = path.read_text(encoding="utf-8") if path.is_file() else ""
-    script, exports = re.subn(r"^export \{ *layout\b[^\n]*$|^export const \{ *layout\b[^\n]*$", "", module, flags=re.MULTILINE)
+    script, exports = re.subn(
+        r"^export \{ *layout\b[^\n]*$|^export const \{ *layout\b[^\n]*$", "", module, flags=re.MULTILINE
+    )
     if exports != 1 or not re.search(r"^const dagre\b", script, re.MULTILINE):
         raise DumpError(f"{dump.PAGE}: {path} has not the form expected of netron 9; install 'resq_compiler[inspect]'")
     return script

@@ -115,7 +115,9 @@ def _bits(found: Diagnostics) -> Any:
     for i, (kind, points) in enumerate(series.items()):
         blocks, values = zip(*points, strict=True)
         width = 0.8 / len(series)
-        axis.bar([b - 0.4 + (i + 0.5) * width for b in blocks], values, width=width, label=kind, color=COLOURS.get(kind))
+        axis.bar(
+            [b - 0.4 + (i + 0.5) * width for b in blocks], values, width=width, label=kind, color=COLOURS.get(kind)
+        )
     axis.set(xlabel="block", ylabel="mean bits of a column")
     _legends(axis)
     return figure

@@ -62,7 +62,9 @@ def inspect_saved(
     data = _calibration(compiled.options, loaded, calibration(), request) if request.levels else None
     captured = capture(loaded.model)
     gm = captured.graph_module
-    ctx = PassContext(compiled.options, captured.example_inputs, data, read_overrides(topology), progress=request.progress)
+    ctx = PassContext(
+        compiled.options, captured.example_inputs, data, read_overrides(topology), progress=request.progress
+    )
     pipeline = Pipeline(ctx)
     pipeline.start(gm)
     named, projecting = _exact_passes(compiled.options)
@@ -70,7 +72,9 @@ def inspect_saved(
     result = Inspection(compiled)
     if request.activations:
         text = decoder(loaded.tokenizer or compiled.tokenizer)
-        result.diagnostics = diagnose(gm, ctx.topology, compiled.graph_module, windows, compiled.options.activation_bits, text)
+        result.diagnostics = diagnose(
+            gm, ctx.topology, compiled.graph_module, windows, compiled.options.activation_bits, text
+        )
     if request.levels:
         with torch.no_grad():
             pipeline.run(gm, projecting)
@@ -104,7 +108,14 @@ def _calibration(options: CompileConfig, loaded: Any, data: Any, request: Reques
 def check_reference(compiled: Any, model: Any, name: str) -> None:
     """Raise ConfigError unless a model has the sizes of the one that was compiled."""
     ours, theirs = (c.get_text_config() for c in (compiled.config, model.config))
-    for field in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+    for field in (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    ):
         expected, got = getattr(ours, field, None), getattr(theirs, field, None)
         if expected != got:
             raise ConfigError(
@@ -160,4 +171,3 @@ def recorded_calibration(directory: Path) -> str | None:
     given = [after for flag, after in itertools.pairwise(words) if flag == "--calibration"]
     given += [word.partition("=")[2] for word in words if word.startswith("--calibration=")]
     return given[-1] if given else "self" if "compile" in words else None
-

@@ -63,7 +63,9 @@ class Inspection:
         return tables + (attribution_tables(self.costs) if self.costs is not None else [])
 
 
-def inspect_model(source: Any, calib_data: Any, config: CompileConfig, request: Request, topology: Any = None) -> Inspection:
+def inspect_model(
+    source: Any, calib_data: Any, config: CompileConfig, request: Request, topology: Any = None
+) -> Inspection:
     """Compile a float model, keeping what the measurements need beside it, and measure.
 
     Args:    source, calib_data, topology: as for compile().
@@ -83,7 +85,9 @@ def inspect_model(source: Any, calib_data: Any, config: CompileConfig, request: 
     if request.activations and windows is not None:
         original, ctx = trace(loaded.model if loaded.model.dtype == torch.float32 else loaded.model.float(), topology)
         text = decoder(loaded.tokenizer)
-        result.diagnostics = diagnose(original, ctx.topology, compiled.graph_module, windows, config.activation_bits, text)
+        result.diagnostics = diagnose(
+            original, ctx.topology, compiled.graph_module, windows, config.activation_bits, text
+        )
     if request.levels and windows is not None:
         result.costs = measure_costs(compiled.graph_module, held[0], windows, request)
     return write_results(result, request)

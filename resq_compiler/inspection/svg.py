@@ -17,7 +17,11 @@ from resq_compiler.inspection.records import SHARED
 from resq_compiler.inspection.text import COLOURS, OTHER_BITS, Record, shape_text
 
 HOW_TO_INSTALL = "pictures of graphs need the package graphlay: pip install 'resq_compiler[inspect]'"
-CHAR, LINE, MARGIN = 6.7, 14.0, 8.0  # pixels: width of a letter of the font below, height of a line, space around the text
+CHAR, LINE, MARGIN = (
+    6.7,
+    14.0,
+    8.0,
+)  # pixels: width of a letter of the font below, height of a line, space around the text
 FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 INK, SOFT, EDGE, FRAME, FAILED = "#1d2733", "#53647a", "#8b99ab", "#b6c0cc", "#d00000"
 LAYOUT = {
@@ -76,7 +80,11 @@ def _dress(node: dict[str, Any], box: Box) -> None:
     """Give a box of the scene its colours and its lines of text."""
     text = node["content"][0]
     node["fill"] = box.fill
-    node["stroke"] |= {"paint": FAILED, "width": 4.0} if box.failed else {"paint": FRAME if box.kind == "frame" else EDGE, "width": 1.0}
+    node["stroke"] |= (
+        {"paint": FAILED, "width": 4.0}
+        if box.failed
+        else {"paint": FRAME if box.kind == "frame" else EDGE, "width": 1.0}
+    )
     if box.kind == "frame":
         node["stroke"]["dash"] = "5,4"
     top = -node["rect"]["h"] / 2 + 13 if box.kind == "frame" else -(len(box.lines) - 1) * LINE / 2
@@ -161,7 +169,9 @@ class _Picture:
         title = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"
         operators = sum(r["op"] == "call_function" for r in self.blocks[blocks[0]])
         each = "" if len(blocks) == 1 else "each "
-        box = self._add(Box(f"fold {blocks[0]}", (title, f"{each}as block {like}: {operators} operators"), "#ffffff", kind="folded"))
+        box = self._add(
+            Box(f"fold {blocks[0]}", (title, f"{each}as block {like}: {operators} operators"), "#ffffff", kind="folded")
+        )
         self.owner |= dict.fromkeys(blocks, box)
 
     def _add(self, box: Box) -> str:

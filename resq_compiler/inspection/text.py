@@ -40,7 +40,11 @@ def graph_text(header: Iterable[str], records: list[Record], failed_node: str | 
 def _lines(records: list[Record], failed_node: str | None) -> Iterator[str]:
     """Inputs, then operators under headings of their block, then tensors."""
     current: Any = "start"
-    for kinds, title in ((("placeholder",), "inputs"), (("call_function", "call_module", "output"), ""), (("get_attr",), "tensors")):
+    for kinds, title in (
+        (("placeholder",), "inputs"),
+        (("call_function", "call_module", "output"), ""),
+        (("get_attr",), "tensors"),
+    ):
         if title:
             yield from ("", f"# {title}")
         for record in records:
@@ -56,7 +60,10 @@ def graph_dot(name: str, records: list[Record], failed_node: str | None = None) 
     """A stage as Graphviz: one cluster for each decoder block, tensors left out, coloured by precision."""
     shown = [r for r in records if r["op"] != "get_attr"]
     names = {r["name"] for r in shown}
-    lines = [f"digraph {_quote(name)} {{", '  node [shape=box, style="filled,rounded", fontname="Helvetica", fontsize=10];']
+    lines = [
+        f"digraph {_quote(name)} {{",
+        '  node [shape=box, style="filled,rounded", fontname="Helvetica", fontsize=10];',
+    ]
     blocks: dict[int, list[Record]] = {}
     for record in shown:
         if record["block"] is None:

@@ -56,11 +56,19 @@ def _stream_rows(stream: Residual) -> list[dict[str, str]]:
 
 
 def _attention_rows(attention: Attention, where: str) -> list[dict[str, str]]:
-    rows = [{"basis": "U_C", "where": where, "why": "position embedding stands between the q and k projections and the cache"}]
+    rows = [
+        {
+            "basis": "U_C",
+            "where": where,
+            "why": "position embedding stands between the q and k projections and the cache",
+        }
+    ]
     if not attention.value_is_linear:
         node = attention.value_cache.args[1]
         direct = is_call(node, ops.split_heads) and node.args[0] is attention.v
-        why = "the topology override says so" if direct else f"{node.name} stands between the v projection and the cache"
+        why = (
+            "the topology override says so" if direct else f"{node.name} stands between the v projection and the cache"
+        )
         rows.append({"basis": "U_B", "where": where, "why": why})
     return rows
 
@@ -134,7 +142,11 @@ def _reason_lines(rows: list[dict[str, str]]) -> list[str]:
         places.setdefault((row["basis"], row["why"]), []).append(row["where"])
     lines = []
     for (basis, why), where in places.items():
-        span = where[0] if len(where) == 1 else f"{where[0].replace('block', 'blocks')} to {where[-1].removeprefix('block ')}"
+        span = (
+            where[0]
+            if len(where) == 1
+            else f"{where[0].replace('block', 'blocks')} to {where[-1].removeprefix('block ')}"
+        )
         lines.append(f"     {basis} ({span}): {why}")
     return lines
 
@@ -162,7 +174,9 @@ def _shape(block: dict[str, Any]) -> str:
 
 def _block_lines(blocks: list[dict[str, Any]]) -> list[str]:
     first, last = blocks[0], blocks[-1]
-    title = f"block {first['index']}" if first is last else f"blocks {first['index']} to {last['index']}, all as the first"
+    title = (
+        f"block {first['index']}" if first is last else f"blocks {first['index']} to {last['index']}, all as the first"
+    )
     a = first["attention"]
     window = f", window of {a['window']}" if a["window"] else ""
     basis = "U_B fuses into v and o" if a["values_fusable"] else "U_B stays online"
@@ -173,7 +187,10 @@ def _block_lines(blocks: list[dict[str, Any]]) -> list[str]:
     ]
     for i, item in enumerate(first["feed_forward"]):
         branch, stem = ("└─", "  ") if i == len(first["feed_forward"]) - 1 else ("├─", "│ ")
-        lines.append(f"│  {branch} feed-forward: " + ("elementwise between up and down" if item["channelwise"] else "channels mix"))
+        lines.append(
+            f"│  {branch} feed-forward: "
+            + ("elementwise between up and down" if item["channelwise"] else "channels mix")
+        )
         lines += [f"│  {stem}   {role:<4} {_linear_text(n)}" for role in ("gate", "up") for n in item[role]]
         lines.append(f"│  {stem}   down {_linear_text(item['down'])}")
     return lines

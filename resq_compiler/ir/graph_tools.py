@@ -128,7 +128,9 @@ def evaluate(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
     return env[node]
 
 
-def run_node(gm: GraphModule, node: Node, env: Mapping[Node, Any], substitutes: Mapping[object, Callable] | None = None) -> Any:
+def run_node(
+    gm: GraphModule, node: Node, env: Mapping[Node, Any], substitutes: Mapping[object, Callable] | None = None
+) -> Any:
     """Run one node on values from env; substitutes: operators to call instead of its own."""
     if node.op == "get_attr":
         return get_tensor(gm, node)

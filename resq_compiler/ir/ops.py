@@ -119,7 +119,9 @@ def attention(
     if softcap is None:
         causal = mask is not None and is_causal(mask, q.shape[2])
         mask = None if causal else mask
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
     if grouped:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
@@ -144,7 +146,9 @@ def project_heads(x: Tensor, u: Tensor, inverse: bool = False) -> Tensor:
 def project_blocks(x: Tensor, u: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
     """x blockdiag(U) with its columns in `order` (inverse: the transposed map): x [..., G·D], u [G, D, D] orthogonal, order [G·D] (U_D)."""
     if inverse:
-        return torch.einsum("...gd,ged->...ge", x.index_select(-1, order.argsort()).unflatten(-1, u.shape[:2]), u).flatten(-2)
+        return torch.einsum(
+            "...gd,ged->...ge", x.index_select(-1, order.argsort()).unflatten(-1, u.shape[:2]), u
+        ).flatten(-2)
     return torch.einsum("...gd,gde->...ge", x.unflatten(-1, u.shape[:2]), u).flatten(-2).index_select(-1, order)
 
 

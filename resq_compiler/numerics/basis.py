@@ -35,7 +35,12 @@ class SecondMoment:
     """
 
     def __init__(
-        self, site: str, dim: int, groups: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        site: str,
+        dim: int,
+        groups: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.site, self.dim, self.groups, self.tokens = site, dim, groups, 0
         self._gram = _rounded_gram if dtype == torch.bfloat16 and groups is None else _gram

@@ -94,7 +94,9 @@ def gptq(
     loop.run(0, w.shape[1])
     found, row_loss = loop.codes, loop.errors.double().square_().sum(0)
     if sweeps:
-        found, scales, row_loss = descend(columns, _damped(moment, order, used).float(), found, scales, parts, sweeps, block_size)
+        found, scales, row_loss = descend(
+            columns, _damped(moment, order, used).float(), found, scales, parts, sweeps, block_size
+        )
     codes = torch.empty_like(found)
     codes[order] = found
     quantized = [
@@ -216,15 +218,15 @@ def _check(
         if matrix is None:
             continue
         if matrix.shape != (rows, k):
-            raise QuantError(
-                f"gptq: {name} must be [{rows}, {k}] for a weight [{n}, {k}], got {tuple(matrix.shape)}"
-            )
+            raise QuantError(f"gptq: {name} must be [{rows}, {k}] for a weight [{n}, {k}], got {tuple(matrix.shape)}")
         if not bool(matrix.isfinite().all()):
             bad = int((~matrix.isfinite()).sum())
             raise QuantError(f"gptq: {name} holds {bad} NaN or infinite entries; check the calibration data")
     if bool((hessian.diagonal() < 0).any()):
         raise QuantError("gptq: hessian has a negative diagonal entry; expected sum x^T x of the layer's input")
     if cross is not None and sweeps:
-        raise QuantError("gptq: sweeps of coordinate descent aim at the layer's output; with cross (GPTAQ) sweeps must be 0")
+        raise QuantError(
+            "gptq: sweeps of coordinate descent aim at the layer's output; with cross (GPTAQ) sweeps must be 0"
+        )
     if block_size < 1 or not damping > 0:
         raise QuantError(f"gptq: need block_size >= 1 and damping > 0, got {block_size} and {damping}")

@@ -68,7 +68,9 @@ def unpack(p: Tensor, bits: int, length: int) -> Tensor:
     if size > 1:
         bytes_ = F.pad(p, (0, -p.shape[-1] % size)).long().unflatten(-1, (-1, size))
         word = (bytes_ << torch.arange(0, 8 * size, 8, device=p.device)).sum(-1)
-    shifted = [((word >> (bits * i)).to(torch.uint8) << (8 - bits)).view(torch.int8) >> (8 - bits) for i in range(count)]
+    shifted = [
+        ((word >> (bits * i)).to(torch.uint8) << (8 - bits)).view(torch.int8) >> (8 - bits) for i in range(count)
+    ]
     return torch.stack(shifted, dim=-1).flatten(-2)[..., :length].contiguous()
 
 

@@ -78,7 +78,9 @@ class Pipeline:
         seconds = time.perf_counter() - start
         log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, error)
         lines = tuple(self.ctx.lines)
-        self._record(Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact, lines=lines))
+        self._record(
+            Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact, lines=lines)
+        )
 
     def _compare(self, gm: GraphModule, item: Pass) -> float | None:
         if self.reference is None:

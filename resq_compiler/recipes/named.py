@@ -13,8 +13,14 @@ DEFAULT_RECIPE = "resq+"
 RECIPES: dict[str, dict[str, Any]] = {
     "resq": {},
     "resq+": {
-        "down_proj": "energy-split", "allocation": "sensitivity", "activation_clip": "output", "basis_weighting": "readers",
-        "weight_clip": "hessian", "gptq_act_order": True, "gptq_token_weighting": "residual", "gptq_damping": 0.03,
+        "down_proj": "energy-split",
+        "allocation": "sensitivity",
+        "activation_clip": "output",
+        "basis_weighting": "readers",
+        "weight_clip": "hessian",
+        "gptq_act_order": True,
+        "gptq_token_weighting": "residual",
+        "gptq_damping": 0.03,
     },
     "quarot": {"basis": "hadamard", "high_fraction": 0.0},
     "quik": {"basis": "outliers", "rotation": "none", "down_proj": "outliers"},

@@ -124,7 +124,9 @@ class CompileConfig:
     def _check_allocation(self) -> None:
         if self.average_bits is not None:
             main = min(self.weight_bits, self.activation_bits, self.kv_bits)
-            self._check_range("average_bits", self.least_average(main), (main + self.high_bits) / 2)  # at most half of the columns are high
+            self._check_range(
+                "average_bits", self.least_average(main), (main + self.high_bits) / 2
+            )  # at most half of the columns are high
         if self.model_megabytes is not None:
             self._check_range("model_megabytes", 0, float("inf"))
             if self.average_bits is not None or self.weight_bits >= self.high_bits:
@@ -133,7 +135,9 @@ class CompileConfig:
                     f"average_bits={self.average_bits}, weight_bits={self.weight_bits}, high_bits={self.high_bits}"
                 )
         if self.allocates and (self.basis != "pca" or self.low_fraction or self.site_fractions):
-            option = next((n for n in ("average_bits", "model_megabytes") if getattr(self, n) is not None), "allocation")
+            option = next(
+                (n for n in ("average_bits", "model_megabytes") if getattr(self, n) is not None), "allocation"
+            )
             raise ConfigError(
                 f"option {option}: shares out columns along a pca basis; expected basis=pca, low_fraction=0 and no site_fractions, or "
                 f"allocation=equal without average_bits and model_megabytes; got basis={self.basis}, low_fraction={self.low_fraction}, "

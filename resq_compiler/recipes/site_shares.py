@@ -21,7 +21,9 @@ SITES = ("attention", "mlp", "o", "down", "key", "value")
 SITES_OF_BLOCKS = SITES[2:]
 """Those that may differ between blocks too, as in down.3; the others share U_A."""
 
-_ITEM = re.compile(r"(?P<site>[a-z]+)(\.(?P<block>\d+))?=(?P<high>[^@:]+)(@(?P<high_bits>\d))?(:(?P<low>[^@:]+)(@(?P<low_bits>\d))?)?")
+_ITEM = re.compile(
+    r"(?P<site>[a-z]+)(\.(?P<block>\d+))?=(?P<high>[^@:]+)(@(?P<high_bits>\d))?(:(?P<low>[^@:]+)(@(?P<low_bits>\d))?)?"
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from resq_compiler.ir import meta
 from resq_compiler.recipes.settings import CompileConfig
 
 QUANT_METHOD = "resq"
-FORMAT_VERSION = "1.1"  # 1.0 kept codes of 3, 5, 6 and 7 bits in bytes; tensors say how they are kept, so it is read too
+FORMAT_VERSION = (
+    "1.1"  # 1.0 kept codes of 3, 5, 6 and 7 bits in bytes; tensors say how they are kept, so it is read too
+)
 """Major: older readers must refuse. Minor: they may read."""
 
 

@@ -17,7 +17,9 @@ from typing import Any
 from torch import nn
 
 LARGE_BLOCK = 8 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
-KEPT = 64 * 2**20  # free bytes at the end of the heap that stay until `trim`; glibc gives back what exceeds 128 KB at every free
+KEPT = (
+    64 * 2**20
+)  # free bytes at the end of the heap that stay until `trim`; glibc gives back what exceeds 128 KB at every free
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 SMALL_MODEL = 64 * 2**20  # below this many bytes a collection, up to 0.6 s in a large process, gives back nothing
 

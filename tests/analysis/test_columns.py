@@ -10,7 +10,10 @@ from resq_compiler.recipes.site_shares import SITES, Shares, parse_shares
 
 
 def linear(width, split=True, **options):
-    return [(p.start, p.stop, p.weight_bits, p.activation_bits) for p in linear_parts(width, CompileConfig(**options), "mlp", split)]
+    return [
+        (p.start, p.stop, p.weight_bits, p.activation_bits)
+        for p in linear_parts(width, CompileConfig(**options), "mlp", split)
+    ]
 
 
 def test_the_paper_split():
@@ -47,7 +50,11 @@ def test_one_part_where_there_is_no_split():
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_parts_cover_the_width_with_ascending_bits(width, high, low, multiple):
     config = CompileConfig(high_fraction=high, low_fraction=low, rank_multiple=multiple)
-    for parts in (column_parts(width, config, "mlp"), linear_parts(width, config, "mlp"), cache_parts(width, config, "key")):
+    for parts in (
+        column_parts(width, config, "mlp"),
+        linear_parts(width, config, "mlp"),
+        cache_parts(width, config, "key"),
+    ):
         assert parts[0].start == 0 and parts[-1].stop == width
         assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
         bits = [p.weight_bits if isinstance(p, ColumnPart) else p.bits for p in parts]

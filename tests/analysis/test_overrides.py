@@ -50,7 +50,9 @@ def run_with(build):
         start = [p.name for p in passes].index("find-topology")
         with torch.no_grad():
             built.pipeline.run(built.gm, [p for p in passes[start:] if p.exact])
-        assert relative_error(prefill_and_decode(built.gm, built.ctx.example_inputs), before) <= 1e-5  # float32 rounding
+        assert (
+            relative_error(prefill_and_decode(built.gm, built.ctx.example_inputs), before) <= 1e-5
+        )  # float32 rounding
         return built
 
     return run
@@ -105,7 +107,11 @@ class Stated(dict):
 
 def add_low_rank_queries(built):
     """q = second(first(x)): a linear between the stream and the queries, as low-rank projections have it."""
-    q = next(n for n in built.gm.graph.find_nodes(op="call_function", target=aten.linear.default) if "q_proj" in linear_name(n))
+    q = next(
+        n
+        for n in built.gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+        if "q_proj" in linear_name(n)
+    )
     eye = graph_tools.add_tensor(built.gm, f"{ATTENTION}.first.weight", torch.eye(64), "test")
     eye.meta["val"] = torch.eye(64)
     with built.gm.graph.inserting_before(q):
@@ -149,7 +155,9 @@ def test_statements_that_the_graph_refutes(stated, message, build):
 
 
 def test_nothing_can_be_switched_on(build):
-    with pytest.raises(TopologyError, match=r"residual fusable: cannot be true: norms with a gain write into the stream: rms_norm"):
+    with pytest.raises(
+        TopologyError, match=r"residual fusable: cannot be true: norms with a gain write into the stream: rms_norm"
+    ):
         found_by(build, "gemma2", {"residual": {"fusable": True}})
 
 

@@ -58,7 +58,9 @@ def test_keys_are_taken_after_rope(build, tiny):
         cache = tiny("llama")(tiny_tokens(4, 32), use_cache=True).past_key_values
     for i, layer in enumerate(cache.layers):
         keys = layer.keys.transpose(0, 3).flatten(1).double()  # [16, everything]
-        torch.testing.assert_close(built.ctx.moments.key[i].mean().mean(0), keys @ keys.T / keys.shape[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            built.ctx.moments.key[i].mean().mean(0), keys @ keys.T / keys.shape[1], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_bases_see_some_of_the_windows_evenly(build):
@@ -94,7 +96,9 @@ def test_block_pca_puts_more_energy_last_than_channels_do(build, tiny):
     shares = []
     for i, (u, order) in enumerate(built.ctx.bases.down.values()):
         x = seen[f"model.layers.{i}.mlp.down_proj"]
-        torch.testing.assert_close(u.mT @ u, torch.eye(u.shape[-1], dtype=torch.float64).expand_as(u), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            u.mT @ u, torch.eye(u.shape[-1], dtype=torch.float64).expand_as(u), rtol=0, atol=1e-10
+        )
         energy = ops.project_blocks(x, u, order).square().sum(0)
         assert bool((energy.diff() > -1e-4 * energy.max()).all())  # ascending; moments are sums of float32
         plain = x.square().sum(0).sort().values
@@ -226,4 +230,6 @@ def test_a_key_basis_for_each_head(build):
     u = built.ctx.bases.key[0]
     assert u.shape == (2, 16, 16)
     torch.testing.assert_close(u.mT @ u, torch.eye(16, dtype=torch.float64).expand_as(u), rtol=0, atol=1e-10)
-    assert max(s.max_error or 0 for s in built.pipeline.stages) < 1e-5  # float32 rounding: the exact passes stayed exact
+    assert (
+        max(s.max_error or 0 for s in built.pipeline.stages) < 1e-5
+    )  # float32 rounding: the exact passes stayed exact

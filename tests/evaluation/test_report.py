@@ -136,5 +136,9 @@ def test_tables():
     rows = [("a", "1"), ("long", "22")]
     assert text_tables.table(("", "n"), rows) == "       n\n----  --\na      1\nlong  22"
     assert text_tables.table(("x", "n"), rows, markdown=True).splitlines()[1] == "|------|---:|"
-    assert text_tables.number(None) == "-" and text_tables.number(12345.6) == "12,346" and text_tables.number(math.inf) == "inf"
+    assert (
+        text_tables.number(None) == "-"
+        and text_tables.number(12345.6) == "12,346"
+        and text_tables.number(math.inf) == "inf"
+    )
     assert text_tables.percent(0.5) == "50.0 %" and text_tables.megabytes(1.5e6) == "1.5 MB"

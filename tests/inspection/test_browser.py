@@ -85,7 +85,9 @@ def test_opens_on_a_summary_with_the_worst_sites_first(page):
     cards = find(page, ".cards")[0].text
     assert "W4A4KV4" in cards and "weights / activations / KV cache" in cards and "MB" in cards
     decibels = [float(cell.text) for cell in find(page, "#sites tbody td:nth-child(5)")]
-    assert decibels == sorted(decibels) and len(decibels) == len(page.execute_script("return Object.keys(data.manifest.noise)"))
+    assert decibels == sorted(decibels) and len(decibels) == len(
+        page.execute_script("return Object.keys(data.manifest.noise)")
+    )
     assert len(find(page, "#heat td[data-node]")) == len(decibels)  # of two blocks
 
 
@@ -172,7 +174,9 @@ def test_colours_by_noise(opened):
     Select(find(opened, "#colour")[0]).select_by_value("noise")
     assert "dB" in find(opened, "#legend")[0].text
     folded = find(opened, "#canvas g[data-id='block:0']")[0].text
-    lowest = opened.execute_script("return Math.min(...noiseSites(data, data.stage(current)).filter(s => s.block === 0).map(s => s.db))")
+    lowest = opened.execute_script(
+        "return Math.min(...noiseSites(data, data.stage(current)).filter(s => s.block === 0).map(s => s.db))"
+    )
     assert f"lowest {lowest:.1f} dB" in folded
 
 
@@ -208,7 +212,11 @@ def test_the_address_leads_to_the_same_node(opened):
 def test_a_failed_compile_opens_at_the_failing_node(browser, compiled, tmp_path):
     shutil.copytree(compiled.dump, tmp_path / "dump")
     manifest = json.loads((tmp_path / "dump" / "dump.json").read_text())
-    name = next(r["name"] for r in dump.read_stage(compiled.dump, "05-find-topology") if r["target"] == "attention" and r["block"] == 1)
+    name = next(
+        r["name"]
+        for r in dump.read_stage(compiled.dump, "05-find-topology")
+        if r["target"] == "attention" and r["block"] == 1
+    )
     kept = [s for s in manifest["stages"] if s["label"] <= "05-find-topology"]
     kept[-1] |= {"failed": f"pass 5: node {name}: does not fit", "failed_node": name}
     (tmp_path / "dump" / "dump.json").write_text(json.dumps({**manifest, "stages": kept, "noise": {}, "summary": {}}))
@@ -230,7 +238,9 @@ def test_wheel_zooms_and_drag_pans(opened):
     opened.execute_script(f"arguments[0].dispatchEvent({wheel})", canvas)
     zoomed = opened.execute_script("return {...graph.transform}")
     assert zoomed["k"] > before["k"]
-    ActionChains(opened).move_to_element_with_offset(canvas, -300, -200).click_and_hold().move_by_offset(60, 40).release().perform()
+    ActionChains(opened).move_to_element_with_offset(canvas, -300, -200).click_and_hold().move_by_offset(
+        60, 40
+    ).release().perform()
     moved = opened.execute_script("return {...graph.transform}")
     assert (moved["x"] - zoomed["x"], moved["y"] - zoomed["y"]) == (60, 40)
 
@@ -259,7 +269,9 @@ def test_steps_through_changes_and_both_pictures_move_together(opened):
         seen.append(opened.execute_script("return document.querySelector('#changes').dataset.at"))
         assert len(find(opened, "#left g.selected")) == len(find(opened, "#right g.selected")) == 1
     assert seen[0] != seen[1]
-    assert opened.execute_script("return document.querySelector('#changes b').textContent").startswith("weight_only_linear")
+    assert opened.execute_script("return document.querySelector('#changes b').textContent").startswith(
+        "weight_only_linear"
+    )
     opened.execute_script("left.zoom(0.5)")
     scales = opened.execute_script("return [left.transform.k, right.transform.k]")
     assert scales[0] == scales[1]
@@ -269,7 +281,12 @@ def test_linears_lead_to_their_parts(opened):
     tab(opened, "linears")
     rows = find(opened, "#linears tbody tr")
     assert len(rows) == 2 * 13 + 1  # six linears in two parts and down in one, in two blocks, and the head in none
-    assert [a.text for a in rows[0].find_elements("css selector", "td.chain a")] == ["columns", "quantize", "quantized_linear", "add"]
+    assert [a.text for a in rows[0].find_elements("css selector", "td.chain a")] == [
+        "columns",
+        "quantize",
+        "quantized_linear",
+        "add",
+    ]
     find(opened, "#linears a[data-linear]")[0].click()
     assert "on" in find(opened, "#graph")[0].get_attribute("class").split()
     assert len(find(opened, "#canvas g.selected")) == 1

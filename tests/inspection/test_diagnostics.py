@@ -43,7 +43,9 @@ def test_statistics_agree_with_hooks_on_the_original_model(compiled, found):
     torch.testing.assert_close(site.peaks, seen["x"].flatten(0, 1).abs().amax(0))
     image = ops.quantize_dequantize(seen["x"], ((4, 0, 160),))
     noise = 10 * torch.log10(seen["x"].square().sum() / (image - seen["x"]).square().sum())
-    assert found.raw_noise_db["blocks.1.down_input"] == pytest.approx(float(noise), abs=0.02)  # codes at a tie may differ
+    assert found.raw_noise_db["blocks.1.down_input"] == pytest.approx(
+        float(noise), abs=0.02
+    )  # codes at a tie may differ
 
 
 def test_projections_keep_energy_and_order_it(compiled, found):
@@ -59,7 +61,9 @@ def test_projections_keep_energy_and_order_it(compiled, found):
 
 def test_bases_and_high_bits_raise_the_signal_over_the_noise(found):
     for name in ("blocks.0.down_input", "blocks.1.down_input"):
-        assert found.noise_db[name] > found.raw_noise_db[name] + 2  # a Hadamard transform spreads the gated product's peaks
+        assert (
+            found.noise_db[name] > found.raw_noise_db[name] + 2
+        )  # a Hadamard transform spreads the gated product's peaks
     assert found.bits["blocks.0.weights"] == pytest.approx(4 + 4 * 56 / (7 * 64 + 96), abs=0.2)
 
 
@@ -72,14 +76,18 @@ def test_noise_is_that_of_the_compiled_graph(compiled, found):
 def test_rows_on_one_side_of_zero_are_counted(compiled, found):
     """By hand at a cache and at an output projection, whose quantizers have a scale for each head and part."""
     gm = compiled.model.graph_module
-    quantizers = {meta.get(n, meta.QuantizerSite).name: n for n in gm.graph.nodes if meta.get(n, meta.QuantizerSite) is not None}
+    quantizers = {
+        meta.get(n, meta.QuantizerSite).name: n for n in gm.graph.nodes if meta.get(n, meta.QuantizerSite) is not None
+    }
     seen: dict = {}
     for name in ("blocks.1.key", "blocks.1.o_input.part1"):
         add_tap(seen.setdefault("taps", {}), quantizers[name].args[0], lambda x, name=name: seen.update({name: x}))
     site_energies(gm, IDS, seen["taps"])
     keys, heads = seen["blocks.1.key"], seen["blocks.1.o_input.part1"].unflatten(-1, (4, 2))
     expected = sum(int(((p > 0).all(-1) | (p < 0).all(-1)).sum()) for p in (keys[..., :14], keys[..., 14:]))
-    assert found.one_sided["blocks.1.key"] == expected / (2 * keys[..., 0].numel()) > 0  # two columns agree in sign half of the time
+    assert (
+        found.one_sided["blocks.1.key"] == expected / (2 * keys[..., 0].numel()) > 0
+    )  # two columns agree in sign half of the time
     assert without_zero(heads) == int(((heads > 0).all(-1) | (heads < 0).all(-1)).sum()) > 0
     assert torch.equal(scaled_rows(quantizers["blocks.1.o_input.part1"], heads.flatten(-2))[0], heads.reshape(-1, 2))
 
@@ -98,10 +106,14 @@ def test_all_switches_off_is_the_float_model_and_all_on_the_compiled_one(compile
     runner = SwitchedGraph(compiled.model.graph_module, compiled.projected, IDS)
     with torch.no_grad():
         expected = compiled.original(IDS).logits.log_softmax(-1)
-    torch.testing.assert_close(runner.float_log_p, expected, atol=1e-4, rtol=1e-4)  # projections are exact up to rounding
+    torch.testing.assert_close(
+        runner.float_log_p, expected, atol=1e-4, rtol=1e-4
+    )  # projections are exact up to rounding
     everything = runner.cost("kind", "everything", frozenset(runner.switches))
     measured = evaluate(compiled.model, IDS, compiled.original)
-    assert everything.perplexity == pytest.approx(measured.perplexity, rel=5e-3)  # float products: a code on a rounding edge may flip
+    assert everything.perplexity == pytest.approx(
+        measured.perplexity, rel=5e-3
+    )  # float products: a code on a rounding edge may flip
     assert everything.kl == pytest.approx(measured.kl, rel=0.05)  # evaluate leaves the last position out
 
 
@@ -140,7 +152,9 @@ def test_tables_and_plots_reach_the_dump_and_the_page(compiled, found, tmp_path)
     assert written == {
         "activations.json", "attribution.json", "channels.png", "spectrum.png", "noise.png", "bits.png", "cost-by-kind.png", "index.html",
     }  # fmt: skip
-    assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in written if name.endswith("png"))
+    assert all(
+        (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in written if name.endswith("png")
+    )
     assert json.loads((tmp_path / "attribution.json").read_text())["tables"] == attribution_tables(costs)
     summary = table_text(activation_tables(found)[0])
     assert "attention_input" in summary and "QSUR after U" in summary and "192 tokens" in summary

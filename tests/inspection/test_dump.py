@@ -34,7 +34,11 @@ def test_every_stage_has_its_files(compiled):
 
 def test_records_say_everything_about_a_quantized_linear(compiled):
     nodes = dump.read_stage(compiled.dump, compiled.model.stages[-1].label)
-    q = [n for n in nodes if n["facts"].get("LinearPart", {}).get("site", {}).get("name") == "model.layers.1.self_attn.q_proj"]
+    q = [
+        n
+        for n in nodes
+        if n["facts"].get("LinearPart", {}).get("site", {}).get("name") == "model.layers.1.self_attn.q_proj"
+    ]
     assert [n["bits"] for n in q] == ["W4A4", "W8A8"]
     assert [n["precision"] for n in q] == ["4", "8"]
     assert all(n["block"] == 1 and n["pass"] == "quantize-weights" and n["module"].endswith("q_proj") for n in q)

@@ -22,7 +22,9 @@ def unpacked(text):
 
 def test_page_is_self_contained_and_has_every_stage(compiled):
     text = (compiled.dump / "index.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)|@import|url\(http|fetch\(|XMLHttpRequest', text.replace('href="data:,"', ""))
+    assert not re.search(
+        r'(src|href)="(?!data:)|@import|url\(http|fetch\(|XMLHttpRequest', text.replace('href="data:,"', "")
+    )
     data = unpacked(text)
     assert [s["info"]["label"] for s in data["stages"]] == [s.label for s in compiled.model.stages]
     for stage in data["stages"]:

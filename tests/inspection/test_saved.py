@@ -49,12 +49,16 @@ def test_activations_need_no_calibration_data(original, directory, tmp_path):
 
     found = saved.inspect_saved(directory, Request(activations=True, tokens=512, dump_dir=tmp_path), original, never)
     assert found.diagnostics is not None and found.costs is None
-    assert json.loads((tmp_path / "dump.json").read_text())["noise"]  # measured on the text, a loaded model has no sample
+    assert json.loads((tmp_path / "dump.json").read_text())[
+        "noise"
+    ]  # measured on the text, a loaded model has no sample
 
 
 def test_other_calibration_data_are_noticed(original, directory):
     with pytest.raises(ConfigError, match=r"saved codes are .* dB from the weights .* --reference and --calibration"):
-        saved.inspect_saved(directory, Request(levels=("kind",), tokens=512), original, lambda: tiny_tokens(4, 64, seed=9))
+        saved.inspect_saved(
+            directory, Request(levels=("kind",), tokens=512), original, lambda: tiny_tokens(4, 64, seed=9)
+        )
 
 
 def test_overrides_of_the_topology_are_those_kept_beside_the_model(original, directory, tmp_path, capsys):

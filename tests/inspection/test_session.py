@@ -19,7 +19,14 @@ def test_inspects_a_model_that_is_handed_over(tmp_path):
     config = named.resolve("resq", weight_method="rtn", calibration_samples=2, calibration_length=32)
     request = Request(activations=True, levels=("kind",), tokens=512, dump_dir=tmp_path)
     found = inspect_model(tiny_model("llama"), tiny_tokens(2, 32), config, request)
-    assert [table["title"].split()[0] for table in found.tables] == ["Kinds", "Outlier", "Massive", "Super", "Sites", "Cost"]
+    assert [table["title"].split()[0] for table in found.tables] == [
+        "Kinds",
+        "Outlier",
+        "Massive",
+        "Super",
+        "Sites",
+        "Cost",
+    ]
     assert {p.name for p in found.files} >= {"activations.json", "attribution.json", "channels.png", "index.html"}
     assert (tmp_path / "index.html").stat().st_size < 2 * 10**6
 
@@ -49,10 +56,20 @@ def float_model(tmp_path_factory):
 
 
 def test_compile_command_writes_a_dump(float_model, tmp_path, capsys):
-    arguments = [str(float_model), "--recipe", "rtn", "--output", str(tmp_path / "model"), "--dump", str(tmp_path / "dump")]
+    arguments = [
+        str(float_model),
+        "--recipe",
+        "rtn",
+        "--output",
+        str(tmp_path / "model"),
+        "--dump",
+        str(tmp_path / "dump"),
+    ]
     assert main(["compile", *arguments]) == 0
     assert read_manifest(tmp_path / "dump")["options"]["recipe"] == "rtn"
-    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'dump'}: every pass, and index.html to browse them; open it in a browser\n")
+    assert capsys.readouterr().out.endswith(
+        f"wrote {tmp_path / 'dump'}: every pass, and index.html to browse them; open it in a browser\n"
+    )
     assert main(["diff", str(tmp_path / "dump"), str(tmp_path / "dump")]) == 0
     assert capsys.readouterr().out.endswith("equal: options, graphs, bits and noise\n")
 

@@ -32,7 +32,10 @@ def compiles(tmp_path_factory):
         )  # fmt: skip
         found.model, found.first = (compiled, directory) if bits == 4 else (found.model, found.first)
         found.second = directory
-    found.projected, found.ids = held[0], found.model.tokenizer(demo_text()[1], return_tensors="pt").input_ids[:, :512].view(2, 256)
+    found.projected, found.ids = (
+        held[0],
+        found.model.tokenizer(demo_text()[1], return_tensors="pt").input_ids[:, :512].view(2, 256),
+    )
     return found
 
 

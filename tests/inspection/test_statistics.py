@@ -26,7 +26,9 @@ def test_kurtosis_of_known_distributions():
 def test_qsur_of_white_noise_is_that_of_a_ball_in_its_cube():
     d = 8
     ball = (math.pi ** (d / 2) / math.gamma(d / 2 + 1)) ** (1 / d) / 2  # (ball of radius r / cube of side 2r)^(1/d)
-    assert statistics.SiteStatistics.of(normal(200000, d)).qsur == pytest.approx(ball, rel=0.02)  # covariance of 2e5 samples: 1 %
+    assert statistics.SiteStatistics.of(normal(200000, d)).qsur == pytest.approx(
+        ball, rel=0.02
+    )  # covariance of 2e5 samples: 1 %
 
 
 def test_qsur_falls_with_an_outlier_channel_and_a_rotation_repairs_it():

@@ -20,6 +20,7 @@ def words(picture):
 
 def renamed(record, block):
     """A node of block 1 as it would be in another block."""
+
     def name(old):
         return f"{old}_copy{block}" if old in members else old
 

@@ -24,7 +24,9 @@ def test_rms_norm(randn):
     norm.weight.data = randn(24)
     x = randn(2, 5, 24)
     torch.testing.assert_close(ops.rms_norm(x, norm.weight, 1e-3), norm(x), **ROUNDING)
-    torch.testing.assert_close(ops.rms_norm(x, None, 0.0).square().mean(-1), torch.ones(2, 5), **ROUNDING)  # closed form
+    torch.testing.assert_close(
+        ops.rms_norm(x, None, 0.0).square().mean(-1), torch.ones(2, 5), **ROUNDING
+    )  # closed form
     assert ops.rms_norm(x.bfloat16(), None, 1e-6).dtype == torch.bfloat16
     assert ops.rms_norm(x.double(), None, 1e-6).dtype == torch.float64
 
@@ -60,7 +62,9 @@ def test_append_cache(randn):
     assert torch.equal(ops.append_cache(past[:, :, :0], new), new)
 
 
-@pytest.mark.parametrize("new, total, window", [(4, 4, None), (1, 9, None), (3, 8, None), (3, 8, 2), (6, 6, 3), (1, 9, 4), (5, 5, 99)])
+@pytest.mark.parametrize(
+    "new, total, window", [(4, 4, None), (1, 9, None), (3, 8, None), (3, 8, 2), (6, 6, 3), (1, 9, 4), (5, 5, 99)]
+)
 def test_causal_mask_says_what_the_words_say(new, total, window):
     padding = torch.ones(2, total, dtype=torch.long)
     padding[0, :2] = 0
@@ -93,7 +97,9 @@ def test_triangles_take_the_kernel_that_skips_half_and_other_masks_do_not(randn,
     """Bit for bit what the mask gives; padding, a window, a past or one token more is no triangle."""
     seen = []
     sdpa = F.scaled_dot_product_attention
-    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", lambda *a, **k: (seen.append(k["is_causal"]), sdpa(*a, **k))[1])
+    monkeypatch.setattr(
+        ops.F, "scaled_dot_product_attention", lambda *a, **k: (seen.append(k["is_causal"]), sdpa(*a, **k))[1]
+    )
     q, k, v = randn(2, 3, 70, 16), randn(2, kv_heads, 70, 16), randn(2, kv_heads, 70, 16)
     ids, ones = torch.zeros(2, 70, dtype=torch.long), torch.ones(2, 70, dtype=torch.long)
     mask = ops.causal_mask(ones, ids)
@@ -131,7 +137,11 @@ def test_project_heads_gives_query_heads_the_basis_of_their_group(inverse, randn
 
 
 def test_project_blocks_is_a_block_diagonal_product_with_columns_in_order(randn):
-    x, u, order = randn(2, 5, 12), torch.linalg.qr(randn(3, 4, 4))[0], torch.tensor([11, 0, 5, 2, 9, 1, 3, 10, 4, 8, 6, 7])
+    x, u, order = (
+        randn(2, 5, 12),
+        torch.linalg.qr(randn(3, 4, 4))[0],
+        torch.tensor([11, 0, 5, 2, 9, 1, 3, 10, 4, 8, 6, 7]),
+    )
     got = ops.project_blocks(x, u, order)
     torch.testing.assert_close(got, (x @ torch.block_diag(*u))[..., order], **ROUNDING)
     torch.testing.assert_close(ops.project_blocks(got, u, order, True), x, rtol=1e-5, atol=1e-5)  # two float32 products
@@ -162,7 +172,9 @@ def test_quantized_linear_is_the_float_linear_of_the_images(randn):
     x, codes, scale = randn(2, 3, 16), weight_codes(), randn(5).abs()
     xq = ops.quantize(x, 4)
     exact = ((xq.qdata.double() - xq.zero_point.double()) @ codes.double().T) * xq.scale.double() * scale.double()
-    torch.testing.assert_close(ops.quantized_linear(xq, codes, scale).double(), exact, rtol=1e-6, atol=0)  # two float32 products
+    torch.testing.assert_close(
+        ops.quantized_linear(xq, codes, scale).double(), exact, rtol=1e-6, atol=0
+    )  # two float32 products
     image = F.linear(ops.dequantize(xq), codes.float() * scale[:, None])
     torch.testing.assert_close(ops.quantized_linear(xq, codes, scale), image, **ROUNDING)
 

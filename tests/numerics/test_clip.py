@@ -17,7 +17,9 @@ def search(x: torch.Tensor, bits: int = 4) -> float:
     return found.best()
 
 
-@pytest.mark.parametrize(("width", "bits", "step"), [(504, 4, 0.3352), (3584, 4, 0.3352), (14336, 4, 0.3352), (504, 3, 0.5860)])
+@pytest.mark.parametrize(
+    ("width", "bits", "step"), [(504, 4, 0.3352), (3584, 4, 0.3352), (14336, 4, 0.3352), (504, 3, 0.5860)]
+)
 def test_normal_rows(width, bits, step):
     """J. Max, Quantizing for Minimum Distortion (1960), table II: the best step of 2^b even codes on a unit normal variable."""
     x = torch.randn(max(200, 2**18 // width), width, generator=torch.Generator().manual_seed(width + bits))

@@ -56,7 +56,9 @@ def test_scales_are_least_squares():
     first = gptq(w, hessian, PARTS, sweeps=40)
     root = torch.linalg.cholesky(hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(24)).mT
     for row in range(len(w)):
-        pieces = [root[:, p.start : p.stop] @ piece.qdata[row].double() for p, piece in zip(PARTS, first.parts, strict=True)]
+        pieces = [
+            root[:, p.start : p.stop] @ piece.qdata[row].double() for p, piece in zip(PARTS, first.parts, strict=True)
+        ]
         fitted = torch.linalg.lstsq(torch.stack(pieces, 1), root @ w[row].double()).solution
         found = torch.stack([piece.scale[row] for piece in first.parts])
         torch.testing.assert_close(found.double(), fitted, rtol=1e-4, atol=0)  # found in float32

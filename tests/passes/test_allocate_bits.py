@@ -25,7 +25,10 @@ def choices() -> list[Choice]:
 
 @pytest.mark.parametrize(
     ("average", "allocation"),
-    [*((average, "sensitivity") for average in (4.25, 4.5, 5.0, 5.5)), *((average, "widths") for average in (3.75, 4.0, 4.5))],
+    [
+        *((average, "sensitivity") for average in (4.25, 4.5, 5.0, 5.5)),
+        *((average, "widths") for average in (3.75, 4.0, 4.5)),
+    ],
 )
 def test_no_other_allocation_of_the_budget_is_better(average, allocation):
     """All allocations tried; greedy may miss the best by the one change that did not fit."""
@@ -38,7 +41,9 @@ def test_no_other_allocation_of_the_budget_is_better(average, allocation):
     spent, error = sum(c.price(s) for c, s in found.items()), sum(c.error(s) for c, s in found.items())
     assert spent <= budget + 1e-9 and best <= error <= best + steepest / 4
     if allocation == "sensitivity":
-        assert budget - spent < 8 and found[sites[1]].high >= found[sites[0]].high  # a steep spectrum gains more than a flat one
+        assert (
+            budget - spent < 8 and found[sites[1]].high >= found[sites[0]].high
+        )  # a steep spectrum gains more than a flat one
     assert {s.high_bits for s in found.values() if s.high} <= ({8} if allocation == "sensitivity" else {5, 6, 7, 8})
 
 
@@ -114,7 +119,9 @@ def test_shares_stay_equal_where_the_forecast_gains_little(compile_tiny, monkeyp
     assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
-@pytest.mark.parametrize("options", [{"high_fraction": 0.0}, {"weight_bits": 8, "activation_bits": 8, "kv_bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"high_fraction": 0.0}, {"weight_bits": 8, "activation_bits": 8, "kv_bits": 8}], ids=str
+)
 def test_nothing_is_measured_where_all_columns_are_alike(compile_tiny, options, monkeypatch):
     monkeypatch.setattr(allocate_bits.sensitivity, "measure", None)
     model, _ = compile_tiny("llama", **PLUS, allocation="sensitivity", **options)
@@ -136,14 +143,18 @@ def test_widths_are_bits_of_the_model(compile_tiny, average):
     assert average - 0.1 <= bits.weights <= average and average - 0.15 <= bits.kv <= average
     splits = model.options.site_shares()
     assert any(s.get("high_bits", 8) != 8 for s in splits.values())
-    assert any("low" in s for s in splits.values()) == (average == 4.0)  # what high columns take must come from somewhere
+    assert any("low" in s for s in splits.values()) == (
+        average == 4.0
+    )  # what high columns take must come from somewhere
     again, _ = compile_tiny("llama", **PLUS, allocation="equal", site_fractions=model.options.site_fractions)
     ids = tiny_tokens(2, 12)
     assert torch.equal(model(ids).logits, again(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2", "gpt_neox"])
-@pytest.mark.parametrize("options", [{"allocation": "sensitivity"}, {"allocation": "widths"}, {"down_proj": "block-pca"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"allocation": "sensitivity"}, {"allocation": "widths"}, {"down_proj": "block-pca"}], ids=str
+)
 def test_a_size_is_kept(compile_tiny, family, options):
     """The report's size is not above what was asked; what is not used are scales of a third part, padding and a step of every site."""
     plain, _ = compile_tiny(family, **{**PLUS, **options, "allocation": "equal"}, high_fraction=0.25)

@@ -140,7 +140,9 @@ def test_the_pass_says_what_it_did_and_does_it_once(build):
 def test_positions_in_the_mask_are_an_error():
     model = alibi_model()
     with pytest.raises(PassError, match=r"insert-prefix: node .*causal_mask.*prefix_tokens=none"):
-        resq_compiler.compile(model, tiny_tokens(4, 32), prefix_tokens="auto", weight_method="rtn", calibration_length=32)
+        resq_compiler.compile(
+            model, tiny_tokens(4, 32), prefix_tokens="auto", weight_method="rtn", calibration_length=32
+        )
 
 
 def alibi_model():
@@ -161,7 +163,10 @@ def test_a_compiled_model_keeps_its_prefix(tiny, tmp_path, monkeypatch):
     compiled.save_pretrained(tmp_path / "model")
     loaded = resq_compiler.load(tmp_path / "model")
     assert torch.equal(loaded(input_ids=ids).logits, compiled(input_ids=ids).logits)
-    assert torch.equal(loaded.generate(ids, max_new_tokens=4, do_sample=False), compiled.generate(ids, max_new_tokens=4, do_sample=False))
+    assert torch.equal(
+        loaded.generate(ids, max_new_tokens=4, do_sample=False),
+        compiled.generate(ids, max_new_tokens=4, do_sample=False),
+    )
     bare = resq_compiler.compile(tiny("llama"), tiny_tokens(4, 32), **options)
     assert not torch.equal(bare(input_ids=ids).logits, compiled(input_ids=ids).logits)
 

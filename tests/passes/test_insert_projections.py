@@ -66,7 +66,9 @@ def test_block_pca_stands_around_the_transform(build):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "gpt_neox"])
 @pytest.mark.parametrize(
-    "options", [{}, {"down_proj": "block-pca"}, {"recipe": "quarot"}, {"recipe": "quik"}, {"rotation": "orthogonal"}], ids=str
+    "options",
+    [{}, {"down_proj": "block-pca"}, {"recipe": "quarot"}, {"recipe": "quik"}, {"rotation": "orthogonal"}],
+    ids=str,
 )
 def test_numerics(family, options, build):
     built = build(family, "insert-projections", double=True, **options)

@@ -47,7 +47,9 @@ def test_searched_clips_lose_least(build):
     """Every other share, put in the place of the one found, has a larger error on the tokens of the search (relative, row by row)."""
     built = build("llama", "quantize-kv-cache", activation_clip="input", activation_bits=3, weight_method="rtn")
     nodes = [n for n in quantizers(built.gm) if n.args[1] == 3 and n.args[2] == 1]
-    before = build("llama", "quantize-activations", activation_bits=3, weight_method="rtn").gm  # float inputs, as the search sees them
+    before = build(
+        "llama", "quantize-activations", activation_bits=3, weight_method="rtn"
+    ).gm  # float inputs, as the search sees them
     names = {n.name: n for n in before.graph.nodes}
     twins = [names[n.args[0].name] for n in nodes]
     env = executor.first_tokens(before, built.ctx.calibration)
@@ -56,7 +58,9 @@ def test_searched_clips_lose_least(build):
     for node, twin in zip(nodes, twins, strict=True):
         x = env[twin].flatten(0, -2)
         error = {
-            share: float(((ops.dequantize(ops.quantize(x, 3, 1, share)) - x).square().sum(-1) / x.square().sum(-1)).sum())
+            share: float(
+                ((ops.dequantize(ops.quantize(x, 3, 1, share)) - x).square().sum(-1) / x.square().sum(-1)).sum()
+            )
             for share in SHARES
         }
         assert error[node.args[3]] <= min(error.values()) * (1 + 1e-5)  # float32 sums
@@ -79,7 +83,10 @@ def test_searches_by_output_see_the_weights_that_read(options, build):
     for node, weights in before.items():
         x, readers = env[node].flatten(0, -2), torch.cat(weights).double()
         gaps = {s: (ops.dequantize(ops.quantize(x, 3, 1, s)) - x).double() for s in SHARES}
-        error = {s: float(((gap @ readers.T).square().sum(-1) / x.double().square().sum(-1)).sum()) for s, gap in gaps.items()}
+        error = {
+            s: float(((gap @ readers.T).square().sum(-1) / x.double().square().sum(-1)).sum())
+            for s, gap in gaps.items()
+        }
         assert error[clips[node]] <= min(error.values()) * (1 + 1e-5)
 
 

@@ -208,13 +208,19 @@ def test_token_weighting_changes_layers_that_write_into_the_stream(build):
     weighted = coded(build("llama", "quantize-activations", gptq_token_weighting="residual").gm)
     different = {name for name in plain if not torch.equal(plain[name][0], weighted[name][0])}
     assert {name for name in different if "layers.0" in name and "o_proj" not in name and "mlp" not in name} == set()
-    assert any("0.self_attn.o_proj" in name for name in different) and any("0.mlp.down_proj" in name for name in different)
+    assert any("0.self_attn.o_proj" in name for name in different) and any(
+        "0.mlp.down_proj" in name for name in different
+    )
 
 
 ROOM_FOR_SOME = 0.03  # of the weights: less than the values of all windows, more than those of one
 
 
-ROOMS = [{}, {"gptq_on_quantized_activations": True}, {"gptq_on_quantized_activations": True, "gptq_correction": "residual"}]
+ROOMS = [
+    {},
+    {"gptq_on_quantized_activations": True},
+    {"gptq_on_quantized_activations": True, "gptq_correction": "residual"},
+]
 
 
 @pytest.mark.parametrize("options", ROOMS, ids=str)

@@ -50,7 +50,8 @@ def test_edges_are_allowed(values):
 
 
 @pytest.mark.parametrize(
-    "values", [{"gptq_correction": "output", "gptq_token_weighting": "residual"}, {"gptq_correction": "gptaq", "gptq_sweeps": 2}]
+    "values",
+    [{"gptq_correction": "output", "gptq_token_weighting": "residual"}, {"gptq_correction": "gptaq", "gptq_sweeps": 2}],
 )
 def test_options_that_exclude_each_other_are_named(values):
     with pytest.raises(ConfigError, match=" and ".join(f"{name}={value}" for name, value in values.items())):

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="keep finished work there: the same command goes on from it after an interruption",
     )
-    parser.add_argument("--dump", metavar="DIR", type=Path, help="write every pass there, and index.html to browse them")
+    parser.add_argument(
+        "--dump", metavar="DIR", type=Path, help="write every pass there, and index.html to browse them"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
     parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
     common.add_topology_argument(parser)
@@ -60,7 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     from resq_compiler.inspection.dump import target_directory
 
     dumped = target_directory(arguments.dump)
-    common.show(arguments, {"output": str(output), "dump": dumped and str(dumped), **record}, _text(record, output, dumped))
+    common.show(
+        arguments, {"output": str(output), "dump": dumped and str(dumped), **record}, _text(record, output, dumped)
+    )
     return 0
 
 

@@ -19,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="MODEL", default=common.EMBEDDED, help=f"{common.MODEL_HELP} (default: {common.EMBEDDED})"
     )
     parser.add_argument(
-        "--recipes", nargs="+", metavar="NAME", default=["resq+", "resq", "quarot", "rtn"], help="the first one is saved"
+        "--recipes",
+        nargs="+",
+        metavar="NAME",
+        default=["resq+", "resq", "quarot", "rtn"],
+        help="the first one is saved",
     )
     parser.add_argument(
         "--calibration-samples", type=int, default=32, metavar="N", help="windows of 512 tokens (default: 32)"

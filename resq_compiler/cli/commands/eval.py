@@ -60,7 +60,9 @@ def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse
         result = comparison.measure(
             opened.model, windows, reference and reference.model, arguments.batch_size, progress.of("evaluate")
         )
-        result["table"] = comparison.measure_table(result, (opened.name if not opened.compiled else "compiled", "float"))
+        result["table"] = comparison.measure_table(
+            result, (opened.name if not opened.compiled else "compiled", "float")
+        )
         if opened.compiled and arguments.noise:
             few = windows[: max(1, NOISE_TOKENS // arguments.length)]
             sites = report.site_noise(opened.model, few, progress.of("noise of quantizers"))

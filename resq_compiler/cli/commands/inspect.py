@@ -16,23 +16,38 @@ LEVELS = ("kind", "block", "linear")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `resq inspect`."""
     parser.add_argument("model", metavar="MODEL", help=f"a compiled model, or a float one: {common.MODEL_HELP}")
-    parser.add_argument("--topology", action="store_true", help="residual stream, blocks, attention, feed-forward (float models)")
+    parser.add_argument(
+        "--topology", action="store_true", help="residual stream, blocks, attention, feed-forward (float models)"
+    )
     common.add_topology_argument(parser)
     parser.add_argument("--stages", action="store_true", help="the passes and what each of them did (compiled models)")
     measures = parser.add_argument_group(
         "look at what happens: a float model is compiled for it, a compiled one is measured against its float original"
     )
-    measures.add_argument("--dump", metavar="DIR", type=Path, help="every pass as text, JSON, Graphviz, SVG, and index.html to browse them")
-    measures.add_argument("--activations", action="store_true", help="ranges, outliers, spectra, noise at every site, before and after")
+    measures.add_argument(
+        "--dump",
+        metavar="DIR",
+        type=Path,
+        help="every pass as text, JSON, Graphviz, SVG, and index.html to browse them",
+    )
+    measures.add_argument(
+        "--activations", action="store_true", help="ranges, outliers, spectra, noise at every site, before and after"
+    )
     measures.add_argument(
         "--attribute", metavar="LEVELS", nargs="?", const="kind,block", type=_levels,
         help="which sites cost the accuracy: one kind, block or linear quantized at a time (default: kind,block)",
     )  # fmt: skip
     measures.add_argument("--calibration", metavar="FILE", help=f".txt, .jsonl, `{common.DEMO}`, or `self` (default)")
-    measures.add_argument("--text", metavar="FILE", type=Path, help="what to measure on (default: built-in English text)")
-    measures.add_argument("--tokens", metavar="N", type=int, help="how many of its tokens activations are measured on (default: 2048)")
     measures.add_argument(
-        "--reference", metavar="MODEL", help="float original of a compiled model (default: the recorded one, if it is still found)"
+        "--text", metavar="FILE", type=Path, help="what to measure on (default: built-in English text)"
+    )
+    measures.add_argument(
+        "--tokens", metavar="N", type=int, help="how many of its tokens activations are measured on (default: 2048)"
+    )
+    measures.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="float original of a compiled model (default: the recorded one, if it is still found)",
     )
     add_option_flags(parser)
 
@@ -40,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _levels(text: str) -> tuple[str, ...]:
     chosen = tuple(text.split(","))
     if any(level not in LEVELS for level in chosen):
-        raise argparse.ArgumentTypeError(f"expected a list out of {', '.join(LEVELS)}, such as kind,block; got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a list out of {', '.join(LEVELS)}, such as kind,block; got {text!r}"
+        )
     return chosen
 
 
@@ -73,9 +90,13 @@ def _check(arguments: argparse.Namespace, compiled: bool, measured: bool) -> Non
         raise ConfigError(f"{where} --text and --tokens: nothing is measured; add --activations or --attribute")
     if arguments.tokens is not None and arguments.tokens < 512:
         raise ConfigError(f"{where} --tokens: expected at least 512; got {arguments.tokens}")
-    given = ["--config"] * bool(arguments.config) + [f"--{option.replace('_', '-')}" for option in given_options(arguments)]
+    given = ["--config"] * bool(arguments.config) + [
+        f"--{option.replace('_', '-')}" for option in given_options(arguments)
+    ]
     if given and compiled:
-        raise ConfigError(f"{where} {given[0]}: {name} is a compiled model and keeps the options it was compiled with; drop the flag")
+        raise ConfigError(
+            f"{where} {given[0]}: {name} is a compiled model and keeps the options it was compiled with; drop the flag"
+        )
     if arguments.calibration and (compiled and not arguments.attribute or not (compiled or measured or arguments.dump)):
         raise ConfigError(f"{where} --calibration: nothing is calibrated here; drop the flag")
     if given and not (measured or arguments.dump):
@@ -94,7 +115,9 @@ def _shown(arguments: argparse.Namespace, found: Any, first: list[str]) -> tuple
     """Tables of an inspection; the long one of all sites is left to the page where there is one."""
     from resq_compiler.inspection.diagnostic_tables import table_text
 
-    lines = [table_text(table) + "\n" for table in found.tables if "Sites before" not in table["title"] or not arguments.dump]
+    lines = [
+        table_text(table) + "\n" for table in found.tables if "Sites before" not in table["title"] or not arguments.dump
+    ]
     if arguments.dump:
         lines.append(f"wrote {arguments.dump}: open {arguments.dump / 'index.html'}")
     dumped = str(arguments.dump) if arguments.dump else None
@@ -145,7 +168,9 @@ def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     common.quiet_libraries()
     with Progress(arguments.quiet) as progress:
         request = _request(arguments, progress)
-        found = saved.inspect_saved(directory, request, reference, lambda: common.calibration_data(calibration), topology)
+        found = saved.inspect_saved(
+            directory, request, reference, lambda: common.calibration_data(calibration), topology
+        )
     result, text = _shown(arguments, found, [*said, ""])
     return {"reference": reference, "calibration": calibration if arguments.attribute else None, **result}, text
 

@@ -61,7 +61,9 @@ HELP: dict[str, str] = {
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
     """--config and one flag for each option; flags that are not given leave no attribute behind."""
     parser.add_argument("--config", metavar="FILE", help="recipe file (YAML or JSON) with any of the options below")
-    group = parser.add_argument_group("options of the compiler (defaults are those of the recipe resq; README lists what resq+ changes)")
+    group = parser.add_argument_group(
+        "options of the compiler (defaults are those of the recipe resq; README lists what resq+ changes)"
+    )
     for field in dataclasses.fields(CompileConfig):
         flag = "--" + field.name.replace("_", "-")
         text = f"{HELP[field.name]} (default: {_shown(field.default)})"

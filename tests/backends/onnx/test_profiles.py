@@ -194,7 +194,9 @@ def test_ort_fuses_every_integer_product(compile_tiny, tmp_path):
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
     kinds = Counter(n.op_type for n in nodes)
     assert kinds["MatMulInteger"] == 0 and kinds["MatMulIntegerToFloat"] > 0
-    assert len({n.input[2] for n in nodes if n.op_type == "MatMulIntegerToFloat"}) == 1  # no scales of rows inside: one thread
+    assert (
+        len({n.input[2] for n in nodes if n.op_type == "MatMulIntegerToFloat"}) == 1
+    )  # no scales of rows inside: one thread
     assert kinds["Attention"] == 2 and kinds["RotaryEmbedding"] == 4
 
 

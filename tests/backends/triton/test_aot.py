@@ -47,7 +47,9 @@ def check(kernel: dict) -> None:
 
 
 def test_one_matrix_kernel_and_one_row_kernel():
-    kernels = compile_in_subprocess("--target", "sm_86", "--case", "mixed_linear/decode_qkv_8b", "--case", "norm_quantize/smollm2")
+    kernels = compile_in_subprocess(
+        "--target", "sm_86", "--case", "mixed_linear/decode_qkv_8b", "--case", "norm_quantize/smollm2"
+    )
     assert len(kernels) == 2
     for kernel in kernels:
         check(kernel)

@@ -20,13 +20,29 @@ MIXED = HeadLayout(56, 8)
 class Case:
     """Two calls, a prefill of `past` tokens and one of `new`, on our cache and on the reference's."""
 
-    def __init__(self, generator, *, past, new, heads, kv_heads, keys=MIXED, values=MIXED, batch=2, rotary=None, bases=1, norm=False):
+    def __init__(
+        self,
+        generator,
+        *,
+        past,
+        new,
+        heads,
+        kv_heads,
+        keys=MIXED,
+        values=MIXED,
+        batch=2,
+        rotary=None,
+        bases=1,
+        norm=False,
+    ):
         d = keys.head_dim
         rotary = d if rotary is None else rotary
         pages = math.ceil((past + new) / PAGE) + 1
         self.keys, self.values, self.batch, self.total = keys, values, batch, past + new
         # every page starts as NaN bytes, out of order
-        self.cache = [torch.full((batch * pages + 1, kv_heads, la.page_bytes), -1, dtype=torch.int8) for la in (keys, values)]
+        self.cache = [
+            torch.full((batch * pages + 1, kv_heads, la.page_bytes), -1, dtype=torch.int8) for la in (keys, values)
+        ]
         self.reference = [t.clone() for t in self.cache]
         self.table = torch.randperm(batch * pages, generator=generator).view(batch, pages).int()
         u = torch.linalg.qr(torch.randn(bases, d, d, generator=generator))[0] if bases else None
@@ -46,7 +62,9 @@ class Case:
             self.q_ref = rope_cache_ref(*shared, *self.reference, *rest)
 
     def images(self, which):
-        return [read_cache_ref(p, self.table, la, self.total) for p, la in zip(which, (self.keys, self.values), strict=True)]
+        return [
+            read_cache_ref(p, self.table, la, self.total) for p, la in zip(which, (self.keys, self.values), strict=True)
+        ]
 
     def attend(self, **options):
         arguments = (self.q_out, *self.cache, self.table, self.start)
@@ -127,7 +145,9 @@ def test_quantized_output(name, generator):
     for layout in layouts:
         codes, expected = (unpack_rows(r[0 if layout.packed else 1], layout).int() for r in (ours, reference))
         difference = (codes - expected).abs()
-        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3  # a float32 rounding may cross a boundary
+        assert (
+            difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+        )  # a float32 rounding may cross a boundary
     torch.testing.assert_close(ours[2], reference[2], rtol=1e-5, atol=0)  # as above
     assert (ours[3] - reference[3]).abs().max() <= 1
 
@@ -149,7 +169,19 @@ def test_sequences_of_different_lengths(generator):
     case.start = torch.tensor([70, 37], dtype=torch.int32)
     angle = torch.randn(2, 5, 32, generator=generator).repeat(1, 1, 2)
     for cache, append in ((case.cache, rope_cache), (case.reference, rope_cache_ref)):
-        q = append(case.q, case.k, case.v, angle.cos(), angle.sin(), None, *cache, case.table, case.start, case.keys, case.values)
+        q = append(
+            case.q,
+            case.k,
+            case.v,
+            angle.cos(),
+            angle.sin(),
+            None,
+            *cache,
+            case.table,
+            case.start,
+            case.keys,
+            case.values,
+        )
         case.q_out = q if append is rope_cache else case.q_out
     torch.testing.assert_close(case.q_out, q, rtol=1e-5, atol=1e-5)  # as above
     for ours, reference in zip(case.images(case.cache), case.images(case.reference), strict=True):
@@ -163,7 +195,9 @@ def test_no_new_tokens(generator):
     nothing, none, angle = torch.zeros(2, 0, 4, 64), torch.zeros(2, 0, 2, 64), torch.zeros(2, 0, 64)
     q = rope_cache(nothing, none, none, angle, angle, None, *case.cache, case.table, case.start, case.keys, case.values)
     assert q.shape == nothing.shape
-    assert attention(q, *case.cache, case.table, case.start, None, case.keys, case.values, 1.0, 5).shape == nothing.shape
+    assert (
+        attention(q, *case.cache, case.table, case.start, None, case.keys, case.values, 1.0, 5).shape == nothing.shape
+    )
 
 
 def test_refusals(generator):

@@ -62,7 +62,12 @@ def test_the_default_recipe(sharing):
     few = dict(weight_method="rtn", calibration_samples=2, calibration_length=16)
     equal = {"allocation": "equal"}
     widths = {**equal, "site_fractions": "mlp=1/4@6,o=1/4@5,key=1/4@6,value=1/4@7,down.1=1/4@6"}
-    for options in (equal, {**equal, "key_basis": "head", "site_fractions": "mlp=1/4,o=0,value=0"}, {"average_bits": 4.75}, widths):
+    for options in (
+        equal,
+        {**equal, "key_basis": "head", "site_fractions": "mlp=1/4,o=0,value=0"},
+        {"average_bits": 4.75},
+        widths,
+    ):
         reference = api.compile(model, tiny_tokens(2, 16), recipe="resq+", **few, **options)
         ours, ids = sharing(reference).use_backend("triton"), tiny_tokens(2, 9)
         if options.get("allocation") and options is not widths:
@@ -76,7 +81,12 @@ def test_a_block_is_nine_launches(compiled):
     assert calls == dict(norm_quantize=4, mixed_linear=8, rope_cache=2, attention_quantize=2, hadamard_quantize=2)
     assert sum(calls.values()) == 2 * 9
     graph = ours.runner.graph_module.graph
-    assert [n.name for n in graph_tools.placeholders(graph)][3:7] == ["cache_table", "cache_start", "key_pages_0", "value_pages_0"]
+    assert [n.name for n in graph_tools.placeholders(graph)][3:7] == [
+        "cache_table",
+        "cache_start",
+        "key_pages_0",
+        "value_pages_0",
+    ]
 
 
 def test_weights_are_held_once_and_packed():
@@ -97,7 +107,9 @@ def test_weights_are_held_once_and_packed():
     assert resident_bytes(model) <= before - columns + packed + sums
     back = dict(model.graph_module.named_buffers())
     assert back.keys() == expected.keys() and all(torch.equal(back[n], t) for n, t in expected.items())
-    assert not [n for n, _ in model.named_buffers() if n.endswith("qdata")]  # asking has not brought them into the model
+    assert not [
+        n for n, _ in model.named_buffers() if n.endswith("qdata")
+    ]  # asking has not brought them into the model
     graph = model.use_backend("reference").graph_module
     assert graph is model.graph_module and dict(graph.named_buffers()).keys() == expected.keys()
 
@@ -136,7 +148,9 @@ def test_everything_moves_with_the_module(compiled):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     reference, _ = compiled("llama")
-    ours = CompiledModel(reference.config, graph_tools.snapshot(reference.graph_module), reference.options, reference.cache_specs)
+    ours = CompiledModel(
+        reference.config, graph_tools.snapshot(reference.graph_module), reference.options, reference.cache_specs
+    )
     ours = ours.use_backend("triton").to("meta")
     graph = ours.runner.graph_module
     tensors = [graph_tools.get_tensor(graph, node) for node in graph.graph.find_nodes(op="get_attr")]
@@ -147,7 +161,11 @@ def test_everything_moves_with_the_module(compiled):
     table, start = (torch.zeros(*shape, dtype=torch.int32, device="meta") for shape in ((2, 1), (2,)))
     with FakeTensorMode(allow_non_fake_inputs=True):
         (logits,) = graph(ids, torch.ones_like(ids), ids, table, start, *pages)
-    assert logits.device.type == "meta" and logits.shape == (2, 5, 131)  # so no operator makes a tensor on a fixed device
+    assert logits.device.type == "meta" and logits.shape == (
+        2,
+        5,
+        131,
+    )  # so no operator makes a tensor on a fixed device
 
 
 @pytest.mark.slow
@@ -161,7 +179,9 @@ def test_other_recipes(options, compiled):
 @pytest.mark.slow
 def test_three_widths(compiled):
     """Linears of three parts are two launches; a cache of three has no kernel, and torch takes it where that is allowed."""
-    with pytest.raises(BackendError, match=r"(?s)cache parts \(\(2, 0, 2\), \(4, 2, 14\), \(8, 14, 16\)\).*allow_fallback=True"):
+    with pytest.raises(
+        BackendError, match=r"(?s)cache parts \(\(2, 0, 2\), \(4, 2, 14\), \(8, 14, 16\)\).*allow_fallback=True"
+    ):
         compiled("llama", low_fraction=0.125)
     reference, ours = compiled("llama", dict(allow_fallback=True), low_fraction=0.125)
     assert _called(ours)["mixed_linear"] > 8

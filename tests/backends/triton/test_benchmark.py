@@ -29,7 +29,9 @@ def benchmark():
 
 @pytest.mark.parametrize(("tokens", "total"), [(6, 6), (1, 9)], ids=["prefill", "decode"])
 def test_the_float_block_is_a_llama_layer(benchmark, tokens, total, generator):
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, head_dim=16)
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, head_dim=16
+    )
     config._attn_implementation = "sdpa"
     layer = LlamaDecoderLayer(config, 0)
     with shapes.allocated_on("cpu"):
@@ -51,7 +53,9 @@ def test_the_float_block_is_a_llama_layer(benchmark, tokens, total, generator):
         cache.update(block.keys[:, :, :past].clone(), block.values[:, :, :past].clone(), 0)
     mask = torch.ones(tokens, total, dtype=torch.bool).tril(past)[None, None]
     with torch.no_grad():
-        expected = layer(block.x, attention_mask=mask, position_embeddings=(block.cos[0], block.sin[0]), past_key_values=cache)
+        expected = layer(
+            block.x, attention_mask=mask, position_embeddings=(block.cos[0], block.sin[0]), past_key_values=cache
+        )
         expected = expected[0] if isinstance(expected, tuple) else expected
         torch.testing.assert_close(block(), expected, rtol=1e-5, atol=1e-5)  # fused linears: sums in another order
 
@@ -85,8 +89,12 @@ def test_bytes_are_those_of_the_operands(benchmark, shape, tokens):
         arguments = dict(zip(made.kernel.arg_names, made.arguments, strict=False))
         ignored = {"p_ws", "p_count", "p_f0", "p_f1", "p_f2"}
         absent = {"p_weight": not made.options.get("HAS_WEIGHT"), "p_bias": not made.options.get("HAS_BIAS")}
-        absent |= {"p_res": not made.options.get("HAS_RES")} | dict.fromkeys(("p_xh", "p_wh"), not made.options.get("GROUPS_H", 1))
-        tensors = [t for k, t in arguments.items() if isinstance(t, torch.Tensor) and k not in ignored and not absent.get(k)]
+        absent |= {"p_res": not made.options.get("HAS_RES")} | dict.fromkeys(
+            ("p_xh", "p_wh"), not made.options.get("GROUPS_H", 1)
+        )
+        tensors = [
+            t for k, t in arguments.items() if isinstance(t, torch.Tensor) and k not in ignored and not absent.get(k)
+        ]
         assert sum(t.nbytes for t in tensors) == pytest.approx(costs[name].bytes, rel=1e-3), name
 
 

@@ -49,7 +49,15 @@ def model(compiled, sharing):
 def test_the_tokens_of_generate_by_steps_that_are_all_alike(model, prompt):
     ids, mask = prompt
     decoder = StaticDecoder(model, ids, mask, new_tokens=2)
-    buffers = [decoder.logits, decoder._ids, decoder._positions, decoder._mask, decoder._start, decoder._table, *decoder._pages]
+    buffers = [
+        decoder.logits,
+        decoder._ids,
+        decoder._positions,
+        decoder._mask,
+        decoder._start,
+        decoder._table,
+        *decoder._pages,
+    ]
     fixed = {t.data_ptr() for t in [*buffers, *model.buffers()]}
     tokens, calls = [], []
     for _ in range(2):
@@ -72,7 +80,9 @@ def test_logits_do_not_depend_on_the_room(model, prompt):
     small, large = StaticDecoder(model, ids, mask, new_tokens=2), StaticDecoder(model, ids, mask, new_tokens=400)
     assert small._mask.shape[1] < large._mask.shape[1]
     assert torch.equal(small.generate(1), large.generate(1))
-    torch.testing.assert_close(small.logits, large.logits, rtol=1e-5, atol=1e-5)  # softmax split over another number of programs
+    torch.testing.assert_close(
+        small.logits, large.logits, rtol=1e-5, atol=1e-5
+    )  # softmax split over another number of programs
 
 
 def test_refusals(model, compiled, prompt):

@@ -21,10 +21,14 @@ def test_even_column_is_the_low_nibble_and_rows_are_zero_padded():
     assert not row[0, 2:].any()
 
 
-@pytest.mark.parametrize(("bits", "width", "groups"), [(4, 504, 1), (8, 72, 1), (4, 71, 1), (3, 13, 3), (4, 56, 9), (6, 9, 4), (2, 5, 1)])
+@pytest.mark.parametrize(
+    ("bits", "width", "groups"), [(4, 504, 1), (8, 72, 1), (4, 71, 1), (3, 13, 3), (4, 56, 9), (6, 9, 4), (2, 5, 1)]
+)
 def test_rows_round_trip(bits, width, groups, generator):
     layout = PartLayout(bits, width, groups)
-    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, width * groups), generator=generator, dtype=torch.int8)
+    codes = torch.randint(
+        -(2 ** (bits - 1)), 2 ** (bits - 1), (5, width * groups), generator=generator, dtype=torch.int8
+    )
     rows = pack_rows(codes, layout)
     assert rows.shape == (5, layout.row_bytes) and layout.stride % 16 == 0
     assert torch.equal(unpack_rows(rows, layout), codes)
@@ -39,7 +43,9 @@ def test_row_sums_of_a_weight(generator):
     layouts = (PartLayout(4, 6, 2), PartLayout(8, 3, 2))
     codes = [torch.randint(-8, 8, (7, la.columns), generator=generator, dtype=torch.int8) for la in layouts]
     weight = pack_weight([(q, torch.ones(7), la) for q, la in zip(codes, layouts, strict=True)])
-    expected = torch.stack([codes[0][:, :6].sum(1), codes[0][:, 6:].sum(1), codes[1][:, :3].sum(1), codes[1][:, 3:].sum(1)])
+    expected = torch.stack(
+        [codes[0][:, :6].sum(1), codes[0][:, 6:].sum(1), codes[1][:, :3].sum(1), codes[1][:, 3:].sum(1)]
+    )
     assert torch.equal(weight.row_sum, expected.int())
     assert weight.out_features == 7
 
@@ -70,7 +76,9 @@ def _execute(ptx: str, word: int) -> int:
     return registers["$0"]
 
 
-@pytest.mark.parametrize(("function", "column"), [(device.even_columns, 0), (device.odd_columns, 1)], ids=["even", "odd"])
+@pytest.mark.parametrize(
+    ("function", "column"), [(device.even_columns, 0), (device.odd_columns, 1)], ids=["even", "odd"]
+)
 def test_the_assembly_of_unpacking_is_sixteen_times_the_nibble(function, column, generator):
     """On NVIDIA, four bytes at a time; nothing leaks from one byte into the next."""
     (ptx,) = re.findall(r'"((?:\{ |and)[^"]*)"', inspect.getsource(function.fn))

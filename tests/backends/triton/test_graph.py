@@ -28,7 +28,14 @@ def prompt(lowered) -> tuple[Tensor, ...]:
     """Inputs of a prefill of five tokens into a fresh cache."""
     _, _, _, table, _, *pages = lower.example_inputs(lowered, past=0)
     ids = tiny_tokens(2, 5)
-    return ids, torch.ones(2, 5, dtype=torch.int64), torch.arange(5).expand(2, 5), table, torch.zeros(2, dtype=torch.int32), *pages
+    return (
+        ids,
+        torch.ones(2, 5, dtype=torch.int64),
+        torch.arange(5).expand(2, 5),
+        table,
+        torch.zeros(2, dtype=torch.int32),
+        *pages,
+    )
 
 
 def run(module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
@@ -55,7 +62,11 @@ def test_every_value_has_a_shape(lowered):
     """By the fake implementations: codes of the embedding's width, one scale a part."""
     values = {node.name: node.meta["val"] for node in lowered.graph_module.graph.nodes if node.op == "call_function"}
     low, high, scale, zero_point = values["norm_quantize_default"]
-    assert (low.shape, high.shape, scale.shape) == ((2, 5, 32), (2, 5, 32), (2, 5, 2))  # 56 codes in 28 bytes, 8 in 8, padded to 32
+    assert (low.shape, high.shape, scale.shape) == (
+        (2, 5, 32),
+        (2, 5, 32),
+        (2, 5, 2),
+    )  # 56 codes in 28 bytes, 8 in 8, padded to 32
     assert (low.dtype, scale.dtype, zero_point.dtype) == (torch.int8, torch.float32, torch.int32)
     assert len(values) == sum(node.op == "call_function" for node in lowered.graph_module.graph.nodes)
 
@@ -72,7 +83,9 @@ def test_fakes_agree_with_kernels(lowered, prompt):
                 Comparing.seen += 1
                 fake = n.meta["val"]
                 pairs = zip(value, fake, strict=True) if isinstance(value, tuple) else [(value, fake)]
-                assert all(a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride() for a, b in pairs), n.format_node()
+                assert all(a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride() for a, b in pairs), (
+                    n.format_node()
+                )
             return value
 
     with torch.no_grad():
@@ -104,7 +117,14 @@ def test_it_exports_with_dynamic_shapes_and_is_saved(lowered, prompt, tmp_path):
     # two pages a sequence, and another number of tokens in the mask: sizes of 1 and equal sizes would become constants
     ids, _, positions, _, start, *pages = prompt
     table = torch.arange(4, dtype=torch.int32).view(2, 2)
-    example = (ids, torch.ones(2, 12, dtype=torch.int64), positions, table, start + 7, *[t.repeat(2, 1, 1) for t in pages])
+    example = (
+        ids,
+        torch.ones(2, 12, dtype=torch.int64),
+        positions,
+        table,
+        start + 7,
+        *[t.repeat(2, 1, 1) for t in pages],
+    )
     exported = torch.export.export(lowered.graph_module, example, dynamic_shapes=shapes, strict=False)
     names = [str(node.target) for node in exported.graph.nodes if "resq_triton" in str(node.target)]
     assert len(names) == 2 * sum(BLOCK_KERNELS.values())
@@ -118,7 +138,9 @@ def test_it_compiles_without_a_graph_break(lowered, prompt, backend):
     torch._dynamo.reset()
     compiled = torch.compile(lowered.graph_module, backend=backend, fullgraph=True)
     ours, expected = run(compiled, prompt), run(lowered.graph_module, prompt)
-    if backend == "inductor":  # has cosines and sines of its own, so scales differ in their last bits; a moved code would show
+    if (
+        backend == "inductor"
+    ):  # has cosines and sines of its own, so scales differ in their last bits; a moved code would show
         both = ((logits, *images(lowered, prompt, pages)) for logits, pages in (ours, expected))
         for mine, theirs in zip(*both, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

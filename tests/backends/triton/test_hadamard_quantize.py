@@ -18,13 +18,19 @@ def test_bit_exact_where_arithmetic_is_exact(n, generator):
     layout = PartLayout(4, n)
     ours = hadamard_quantize(gate, up, layout, "none")
     y = (gate * up).double() @ hadamard_matrix(n) / n**0.5
-    reference = hadamard_quantize_ref(y.float(), None, layout, "none", transpose=True)  # transposed twice: only quantizes y
-    assert torch.equal(unpack_rows(hadamard_quantize_ref(gate, up, layout, "none")[0], layout), unpack_rows(ours[0], layout))
+    reference = hadamard_quantize_ref(
+        y.float(), None, layout, "none", transpose=True
+    )  # transposed twice: only quantizes y
+    assert torch.equal(
+        unpack_rows(hadamard_quantize_ref(gate, up, layout, "none")[0], layout), unpack_rows(ours[0], layout)
+    )
     assert reference[0].shape == ours[0].shape
 
 
 @pytest.mark.parametrize("n", [12, 96, 160, 1536, 4864, 8960, 14336])
-@pytest.mark.parametrize(("activation", "gated", "bits"), [("silu", True, 4), ("gelu_tanh", False, 8), ("gelu", True, 3)])
+@pytest.mark.parametrize(
+    ("activation", "gated", "bits"), [("silu", True, 4), ("gelu_tanh", False, 8), ("gelu", True, 3)]
+)
 def test_any_width(n, activation, gated, bits, generator):
     stacked = torch.randn(3, 2 * n, generator=generator)
     gate, up = stacked[:, :n], stacked[:, n:] if gated else None

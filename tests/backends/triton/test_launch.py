@@ -72,7 +72,9 @@ def test_a_damaged_file_is_an_error_that_names_it(cached_tiles):
 def test_without_triton(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
-    with pytest.raises(BackendError, match=r"backend triton: .* pip install 'resq_compiler\[triton\]'; use backend='reference'"):
+    with pytest.raises(
+        BackendError, match=r"backend triton: .* pip install 'resq_compiler\[triton\]'; use backend='reference'"
+    ):
         load_backend("triton")
     with pytest.raises(BackendError, match="not installed"):  # before any work: there is no such model
         api.compile("no/such/model", backend="triton")
@@ -90,7 +92,9 @@ def test_without_a_gpu(monkeypatch, compiled):
 
 def test_operands_on_the_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(BackendError, match=r"norm_quantize: operands are on the CPU; move the model with .to\('cuda'\)"):
+    with pytest.raises(
+        BackendError, match=r"norm_quantize: operands are on the CPU; move the model with .to\('cuda'\)"
+    ):
         norm_quantize.norm_quantize(torch.zeros(2, 8), (PartLayout(4, 8),))
 
 

@@ -21,7 +21,9 @@ def _operands(rows, n, layouts, generator):
     x = {la.packed: _codes(la.bits, (rows, la.columns), generator) for la in layouts}
     scale = torch.rand(rows, sum(la.groups for la in layouts), generator=generator) + 0.1
     zero_point = torch.cat([_codes(la.bits, (rows, la.groups), generator) for la in layouts], 1).int()
-    parts = [(_codes(la.bits, (n, la.columns), generator), torch.rand(n, generator=generator) + 0.1, la) for la in layouts]
+    parts = [
+        (_codes(la.bits, (n, la.columns), generator), torch.rand(n, generator=generator) + 0.1, la) for la in layouts
+    ]
     packed = {la.packed: pack_rows(x[la.packed], la) for la in layouts}
     return (packed.get(True), packed.get(False), scale, zero_point, pack_weight(parts)), x, parts
 
@@ -54,7 +56,9 @@ def test_bit_exact_against_the_integer_law(rows, n, layouts, extras, generator):
     assert torch.equal(mixed_linear_ref(*operands, bias, residual), expected)
 
 
-@pytest.mark.parametrize(("rows", "groups", "low", "high"), [(33, 9, 56, 8), (5, 9, 56, 8), (3, 4, 13, 3), (20, 3, 224, 32)])
+@pytest.mark.parametrize(
+    ("rows", "groups", "low", "high"), [(33, 9, 56, 8), (5, 9, 56, 8), (3, 4, 13, 3), (20, 3, 224, 32)]
+)
 def test_one_scale_a_head(rows, groups, low, high, generator):
     layouts = (PartLayout(4, low, groups), PartLayout(8, high, groups))
     operands, _, _ = _operands(rows, 45, layouts, generator)

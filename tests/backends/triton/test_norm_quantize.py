@@ -21,7 +21,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("norm", "layouts", "has_weight", "has_bias"), CASES, ids=lambda v: v if isinstance(v, str) else None)
+@pytest.mark.parametrize(
+    ("norm", "layouts", "has_weight", "has_bias"), CASES, ids=lambda v: v if isinstance(v, str) else None
+)
 @pytest.mark.parametrize("clip", [(1.0, 1.0), (0.9, 1.0), (0.9, 0.8)])
 def test_equals_the_reference(norm, layouts, has_weight, has_bias, clip, generator):
     k = sum(layout.columns for layout in layouts)
@@ -42,7 +44,9 @@ def test_equals_the_reference(norm, layouts, has_weight, has_bias, clip, generat
 def test_without_a_norm_it_is_the_integer_law(generator):
     x = torch.randn(7, 80, generator=generator)
     low, high, scale, zero_point = norm_quantize(x, (PartLayout(4, 70), PartLayout(8, 10)))
-    for i, (rows, part, layout) in enumerate(((low, x[:, :70], PartLayout(4, 70)), (high, x[:, 70:], PartLayout(8, 10)))):
+    for i, (rows, part, layout) in enumerate(
+        ((low, x[:, :70], PartLayout(4, 70)), (high, x[:, 70:], PartLayout(8, 10)))
+    ):
         law = quantize_activation(part, layout.bits)
         assert torch.equal(unpack_rows(rows, layout), law.qdata)
         assert torch.equal(scale[:, i], law.scale[:, 0]) and torch.equal(zero_point[:, i], law.zero_point[:, 0])
