@@ -14,7 +14,7 @@ DEV_EXTRAS ?= gguf,onnx,triton,eval,dev
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: demo test test-slow check env clean
+.PHONY: demo test test-slow check .mypy_tree env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m resq_compiler demo --output out/demo $(DEMO_FLAGS)
@@ -25,10 +25,15 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -v -m slow $(PYTEST_FLAGS)
 
-check: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev .mypy_tree
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# The packages as they are installed, for mypy: passes/ and backends/ are parts of resq_compiler (pyproject.toml).
+.mypy_tree:
+	@rm -rf $@ && mkdir -p $@/resq_compiler
+	@ln -s $(CURDIR)/resq_compiler/* $(CURDIR)/passes $(CURDIR)/backends $@/resq_compiler/
 
 env: $(VENV)/.installed
 	$(BIN)/python -m resq_compiler env
@@ -48,5 +53,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .mypy_tree build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
