@@ -39,7 +39,7 @@ from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes.named import passes_for, resolve
 from resq_compiler.util.text_tables import number, table
 
-TOKENS_ALIKE = {"gptq_token_weighting": "none"}  # what corrections can be combined with
+TOKENS_ALIKE = {"gptq_token_weighting": "none"}
 A_THEN_W = {**TOKENS_ALIKE, "gptq_on_quantized_activations": True}
 EQUAL = {"allocation": "equal"}
 MOVED = "mlp=1/4,o=0,key=1/4,value=0"
@@ -61,24 +61,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "clip 0.85": ("resq+", {"activation_clip": 0.85}, "the same share of the range at every site"),
     "plain bases": ("resq+", {"basis_weighting": "none"}, "bases of activations alone, not weighted by their readers"),
-    "massive in U_A": ("resq+", {"basis_token_weighting": "massive"}, "U_A covers massive tokens: each counts as 1000"),
     "mse clip": ("resq+", {"weight_clip": "mse"}, "weight scales searched on the weights alone"),
     "no act-order": ("resq+", {"gptq_act_order": False}, "columns in the order of the basis"),
-    "sweeps": ("resq+", {"gptq_sweeps": 4}, "coordinate descent on codes and scales after GPTQ"),
     "tokens alike": (
         "resq+",
         TOKENS_ALIKE,
-        "GPTQ counts massive tokens by their size; what `A then W` and the next three start from",
+        "GPTQ counts massive tokens by their size; what `A then W` starts from",
     ),
     "orthogonal": ("resq+", {"rotation": "orthogonal"}, "random orthogonal rotations, not randomized Hadamard"),
     "A then W": ("resq+", A_THEN_W, "GPTQ sees quantized activations"),
-    "GPTAQ": ("resq+", {**A_THEN_W, "gptq_correction": "gptaq"}, "asymmetric calibration"),
-    "output": (
-        "resq+",
-        {**A_THEN_W, "gptq_correction": "output"},
-        "weights aim at the float layer's output, nearly Qronos",
-    ),
-    "residual": ("resq+", {**A_THEN_W, "gptq_correction": "residual"}, "weights aim at the float residual stream too"),
     "key head": ("resq+", {"key_basis": "head"}, "U_C for each key/value head"),
     "equal shares": ("resq+", EQUAL, "1/8 of the columns in 8 bits at every site, whatever the forecast"),
     "always shared": (
@@ -114,7 +105,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "112 windows": ("resq+", {"calibration_samples": 112}, "calibrated on 112 windows"),
 }
 
-MOMENTS = ("calibration_samples", "basis_samples", "basis_token_weighting")
+MOMENTS = ("calibration_samples", "basis_samples")
 """Options of second moments: rows where one differs from resq+ take their own, as those do whose text or sites differ."""
 
 

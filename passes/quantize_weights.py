@@ -161,7 +161,6 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
     topology: Topology = ctx.topology
     assert ctx.calibration is not None
     runner = Lockstep.begin(gm, executor.batches(ctx.calibration), topology.blocks[0].start)
-    teacher = Teacher(gm, runner) if ctx.config.gptq_correction != "none" else None
     for block in topology.blocks:
         ctx.progress("quantize weights", block.index, len(topology.blocks))
         groups = by_input([s for s in sites if s.fact.block == block.index])
@@ -169,19 +168,17 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
         made = []
         for i, group in enumerate(groups):
             if finished is None:
-                made.append(quantize_group(gm, group, runner, teacher, block.end, ctx))
+                made.append(quantize_group(gm, group, runner, block.end, ctx))
             store(gm, group, made[i] if finished is None else finished[i])
         if finished is None:
             workdir.keep_block(ctx, block.index, made, ctx.notes[before:])
         runner.advance(block.end)
-        if teacher is not None:
-            teacher.advance(block.end)
         memory.trim()
     ctx.progress("quantize weights", len(topology.blocks), len(topology.blocks))
 
 
 def quantize_group(
-    gm: GraphModule, group: list[Site], runner: Lockstep, teacher: Teacher | None, goal: Node, ctx: PassContext
+    gm: GraphModule, group: list[Site], runner: Lockstep, goal: Node, ctx: PassContext
 ) -> list[weight_core.QuantizedWeight]:
     """GPTQ on the stacked weights of a group."""
     config, weight, inputs = ctx.config, stacked_weight(gm, group), list(source_of(group[0]))
@@ -189,9 +186,8 @@ def quantize_group(
     hessian = input_moment(group[0], inputs, stream, runner, goal)
     memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
     result = gptq_core.gptq(
-        weight, hessian, group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order, sweeps=config.gptq_sweeps,
+        weight, hessian, group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order,
         clip="max" if config.weight_clip == "max" else "mse", weighted_clip=config.weight_clip == "hessian",
-        **(teacher.correction(group, weight, inputs, goal, ctx) if teacher is not None else {}),
     )  # fmt: skip
     where = f"{group[0].fact.name} and linears of the same input"
     if result.damping != config.gptq_damping:
@@ -218,71 +214,6 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
 
     runner.run(inputs if stream is None else [*inputs, stream], goal, see)
     return moment.mean()
-
-
-class Teacher:
-    """The float model in lockstep with the one being quantized: what outputs should have been, on the same windows."""
-
-    def __init__(self, gm: GraphModule, runner: Lockstep):
-        self.student = runner
-        copy = graph_tools.snapshot(gm)
-        names = {node.name: node for node in copy.graph.nodes}
-        self.twin = {node: names[node.name] for node in gm.graph.nodes}
-        for node in list(copy.graph.nodes):
-            if is_call(node, ops.dequantize):
-                node.replace_all_uses_with(node.args[0].args[0])
-            elif is_call(node, ops.quantize_dequantize):
-                node.replace_all_uses_with(node.args[0])
-        self.runner = Lockstep(copy, self._twins(runner.states), self._twins(runner.shared), runner.room)
-
-    def _twins(self, values: list[dict[Node, Any]]) -> list[dict[Node, Any]]:
-        return [{self.twin[node]: value for node, value in batch.items()} for batch in values]
-
-    def advance(self, goal: Node) -> None:
-        """Follow the student to the end of a block."""
-        self.runner.advance(self.twin[goal])
-
-    def correction(
-        self, group: list[Site], weight: Tensor, inputs: list[Node], goal: Node, ctx: PassContext
-    ) -> dict[str, Any]:
-        """Arguments of gptq that make up for what the student's values lack, as `gptq_correction` says.
-
-        gptaq: D = mean (x - x~)^T x~. output: G = W D, so that outputs follow the float ones. residual: a linear that writes
-        into the residual stream also makes up for the gap there, G = mean (r - r~)^T x~ with r the stream after it.
-        """
-        kind, alpha = ctx.config.gptq_correction, ctx.config.gptq_correction_alpha
-        stream = written_stream(group, ctx.topology) if kind == "residual" else None
-        if stream is not None:
-            return {"output_gap": self._gap([stream], [stream], inputs, goal), "alpha": alpha}
-        floats = [n.args[0] if is_call(n, ops.quantize) else n for n in inputs]
-        cross = self._gap(floats, inputs, inputs, goal)
-        return (
-            {"cross": cross, "alpha": alpha}
-            if kind == "gptaq"
-            else {"output_gap": weight.double() @ cross, "alpha": alpha}
-        )
-
-    def _gap(self, wanted: list[Node], made: list[Node], inputs: list[Node], goal: Node) -> Tensor:
-        """mean over tokens of (wanted in the float model - made by the student)^T inputs of the student, float64."""
-        twins = [self.twin[n] for n in wanted]
-        plans: dict[frozenset[Node], executor.Schedule] = {}  # batches may differ in what they have kept
-        total = torch.zeros((), dtype=torch.float64)
-        tokens = 0
-
-        def see(batch: int, env: dict[Node, Any]) -> None:
-            nonlocal total, tokens
-            seen = self.student.known(batch)
-            known = frozenset(seen)
-            if known not in plans:
-                plans[known] = executor.Schedule(self.student.gm, [*made, *inputs], known)
-            plans[known].run(seen)
-            x = side_by_side(seen, inputs)
-            gap = side_by_side(env, twins) - side_by_side(seen, made)
-            total = total + (gap.mT @ x).double()
-            tokens += len(x)
-
-        self.runner.run(twins, self.twin[goal], see)
-        return total / tokens
 
 
 def written_stream(group: list[Site], topology: Topology) -> Node | None:

@@ -64,7 +64,7 @@ SETTINGS = {
     "energy-split": ({"down_proj": "energy-split"}, 0.54),
     "no down": ({"down_proj": "none"}, 0.57),
     "clips": ({"activation_clip": 0.95, "kv_clip": 0.95, "weight_clip": "hessian"}, 0.57),
-    "sweeps": ({"gptq_sweeps": 2, "gptq_token_weighting": "residual", "activation_clip": "output"}, 0.57),
+    "token weighting": ({"gptq_token_weighting": "residual", "activation_clip": "output"}, 0.57),
 }
 
 

@@ -52,11 +52,6 @@ def columns(low: Lowering, node: Node) -> Value:
     return Value(name)
 
 
-@emits(ops.take_columns)
-def take_columns(low: Lowering, node: Node) -> Value:
-    return Value(low.b.op("Gather", low.exact(node.args[0]), low.exact(node.args[1]), axis=-1))
-
-
 @emits(ops.rope)
 def rope(low: Lowering, node: Node) -> Value:
     """Rotary embedding of token-major heads, by the form's operator where cos and sin repeat their first half."""

@@ -23,9 +23,6 @@ from resq_compiler.util import memory
 
 BLOCK = 64
 """Channels of a down projection's input that share a basis with down_proj="block-pca": their largest common divisor with the width."""
-PEAKED, PEAKED_COUNTS = 64, 1000
-"""A token whose largest channel is so many times its median one is massive, and counts as so many with basis_token_weighting="massive"."""
-
 log = logging.getLogger("resq_compiler")
 
 
@@ -55,7 +52,7 @@ def calibrate(gm: GraphModule, ctx: PassContext) -> Moments:
     moments = _empty_moments(topology, ctx.config)
     if workdir.load_moments(ctx, moments):
         return moments
-    taps = _taps(topology, moments, PEAKED_COUNTS if ctx.config.basis_token_weighting == "massive" else 1)
+    taps = _taps(topology, moments)
     schedule = executor.Schedule(gm, [topology.blocks[-1].end], list(gm.graph.find_nodes(op="placeholder")))
     batches = executor.batches(basis_windows(ctx.calibration, ctx.config))
     for i, ids in enumerate(batches):
@@ -94,11 +91,11 @@ def input_width(linear: Node) -> int:
     return int(linear.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
 
 
-def _taps(topology: Topology, moments: Moments, massive_counts: int) -> dict:
+def _taps(topology: Topology, moments: Moments) -> dict:
     taps: dict = {}
     for group in topology.residual.readers:
         if topology.head not in group.linears:
-            _add(taps, group.value, lambda x: _residual(moments, x, massive_counts))
+            _add(taps, group.value, lambda x: _residual(moments, x))
     for i, block in enumerate(topology.blocks):
         a = block.attention
         _add(taps, a.value_cache.args[1], lambda x, i=i: moments.value[i].update(x.transpose(1, 2)))
@@ -114,13 +111,9 @@ def _add(taps: dict, node: Node, tap: object) -> None:
     taps[node] = tap if before is None else (lambda x: (before(x), tap(x)))
 
 
-def _residual(moments: Moments, x: Tensor, massive_counts: int) -> None:
+def _residual(moments: Moments, x: Tensor) -> None:
     moments.residual.update(x)
     rows = x.flatten(0, -2)
-    if massive_counts > 1:
-        size = rows.abs()
-        massive = rows[size.amax(1) > PEAKED * size.median(1).values]
-        moments.residual.update(massive * math.sqrt(massive_counts - 1))
     peak = torch.maximum(rows.amax(0), -rows.amin(0))
     moments.residual_peak = peak if moments.residual_peak is None else torch.maximum(moments.residual_peak, peak)
 

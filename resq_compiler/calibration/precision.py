@@ -29,15 +29,12 @@ _dtype = torch.float32
 
 
 def resolve(config: CompileConfig) -> CompileConfig:
-    """The same options with the dtype that "auto" stands for on this machine: recorded with the result, it repeats it elsewhere.
-
-    "auto" is float32 where GPTQ makes up for what the quantized model's values lack: those differences are small against the values.
-    """
+    """The same options with the dtype that "auto" stands for on this machine: recorded with the result, it repeats it elsewhere."""
     if config.calibration_dtype != "auto":
         return config
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(name) for name in NATIVE)
-    dtype = "bfloat16" if native and config.gptq_correction == "none" else "float32"
+    dtype = "bfloat16" if native else "float32"
     return dataclasses.replace(config, calibration_dtype=dtype)
 
 

@@ -161,12 +161,6 @@ def hadamard(x: Tensor, transpose: bool = False, sizes: Sequence[int] | None = N
 
 
 @op
-def take_columns(x: Tensor, index: Tensor) -> Tensor:
-    """Reorder the last dimension: x[..., index]."""
-    return x.index_select(-1, index)
-
-
-@op
 def columns(x: Tensor, start: int, stop: int) -> Tensor:
     """x[..., start:stop]: the part of the columns that shares a precision."""
     return x[..., start:stop]

@@ -6,14 +6,11 @@ The moment is the uncentred sum of xᵀx over tokens, so moments of batches, fil
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from resq_compiler.errors import DataError, QuantError
-from resq_compiler.numerics.rotation import part_rotation
 
 _ROWS_PER_CHUNK = 4096
 """Rows multiplied in float32 before their product joins the float64 sum: bounds the rounding of long batches."""
@@ -98,39 +95,11 @@ class SecondMoment:
             self._total = self._pending.double() if self._total is None else self._total.add_(self._pending)
             self._pending, self._tokens_pending = None, 0
 
-    def merge(self, other: SecondMoment) -> None:
-        """Add another accumulator of the same site shape. Raises: QuantError: dim or groups differ."""
-        if (self.dim, self.groups) != (other.dim, other.groups):
-            raise QuantError(
-                f"second moment of {self.site}: cannot merge {other.site}: expected (dim, groups) "
-                f"{(self.dim, self.groups)}, got {(other.dim, other.groups)}"
-            )
-        self.total += other.total.to(self.total.device)
-        self.tokens += other.tokens
-
     def mean(self) -> Tensor:
         """total / tokens, float64. Raises: DataError: no token was added."""
         if self.tokens == 0:
             raise DataError(f"second moment of {self.site}: no tokens were seen; give calibration data that reaches it")
         return self.total / self.tokens
-
-    def state(self) -> dict[str, Any]:
-        """What `from_state` needs: {"site", "dim", "groups", "tokens", "total"}; the tensor is a copy."""
-        fields = {"site": self.site, "dim": self.dim, "groups": self.groups, "tokens": self.tokens}
-        return {**fields, "total": self.total.clone()}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> SecondMoment:
-        """Rebuild what `state` returned. Raises: QuantError: the total's shape does not fit dim and groups."""
-        moment = cls(state["site"], state["dim"], state["groups"], state["total"].device)
-        if state["total"].shape != moment.total.shape:
-            raise QuantError(
-                f"second moment of {moment.site}: expected a saved total {tuple(moment.total.shape)}, "
-                f"got {tuple(state['total'].shape)}; the file belongs to another model or is damaged"
-            )
-        moment.total += state["total"]
-        moment.tokens = int(state["tokens"])
-        return moment
 
     def _require_finite(self, addition: Tensor, rows: Tensor) -> None:
         # A NaN or infinity anywhere in a column reaches that column's square sum: d values to look at, not tokens x d.
@@ -162,35 +131,6 @@ def principal_basis(moment: Tensor) -> tuple[Tensor, Tensor]:
     wide = moment.double()
     eigenvalues, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
     return vectors * _canonical_signs(vectors), eigenvalues
-
-
-def resq_basis(moment: Tensor, sizes: Sequence[int], kind: str, generator: torch.Generator) -> Tensor:
-    """U = P · blockdiag(R_low, R_high): columns [low | high], rotated within each part. Groups share one R.
-
-    Args:    moment: [..., d, d]. sizes: columns per part, ascending bits, sum d. kind: see `random_rotation`.
-    Returns: [..., d, d] float64, orthogonal, on the moment's device.
-    Raises:  QuantError: sizes do not sum to d. DataError, ConfigError: as principal_basis and part_rotation.
-    Source:  ResQ (arXiv 2412.14363), eq. 2-5; differs: R may be a randomized Hadamard matrix.
-    """
-    if sum(sizes) != moment.shape[-1]:
-        raise QuantError(f"resq_basis: parts {list(sizes)} sum to {sum(sizes)}, expected the width {moment.shape[-1]}")
-    basis, _ = principal_basis(moment)
-    return basis @ part_rotation(sizes, kind, generator).to(basis.device)
-
-
-def energy_fraction(eigenvalues: Tensor, rank: int) -> Tensor:
-    """Share of the energy in the `rank` largest of ascending eigenvalues [..., d]: a scalar (or [...]) in [0, 1].
-
-    Eigenvalues below zero are rounding and count as zero; without any energy the share is 0.
-
-    Raises: QuantError: rank not in [0, d].
-    """
-    d = eigenvalues.shape[-1]
-    if not 0 <= rank <= d:
-        raise QuantError(f"energy_fraction: expected a rank in [0, {d}], got {rank}")
-    energy = eigenvalues.double().clamp_min(0)
-    total = energy.sum(-1)
-    return energy[..., d - rank :].sum(-1) / torch.where(total > 0, total, 1.0)
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -23,19 +23,22 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "o_proj_granularity": ("head", "token"),
     "lm_head_bits": (None, 8),
     "basis_weighting": ("none", "readers"),
-    "basis_token_weighting": ("none", "massive"),
     "allocation": ("equal", "sensitivity", "widths"),
     "key_basis": ("shared", "head"),
     "gptq_token_weighting": ("none", "residual"),
-    "gptq_correction": ("none", "gptaq", "output", "residual"),
     "calibration_dtype": ("auto", "float32", "bfloat16"),
     "prefix_tokens": ("none", "auto"),
 }
 
 WHOLE_NUMBERS = {
-    "rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "gptq_sweeps": 0, "seed": None,
+    "rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "seed": None,
 }  # fmt: skip
 """Options without a list of values, and the least that each may be."""
+
+REMOVED: dict[str, object] = {
+    "gptq_correction": "none", "gptq_correction_alpha": 1.0, "gptq_sweeps": 0, "basis_token_weighting": "none",
+}  # fmt: skip
+"""Options of versions before 0.2 that gained nothing, and their defaults."""
 
 WORDS: dict[str, tuple[str, ...]] = {"activation_clip": ("input", "output")}
 """Words that an option takes in place of a number."""
@@ -64,7 +67,6 @@ class CompileConfig:
     rank_multiple: int = 1
     basis: str = "pca"
     basis_weighting: str = "none"
-    basis_token_weighting: str = "none"
     key_basis: str = "shared"
     rotation: str = "hadamard"
     down_proj: str = "hadamard"
@@ -73,10 +75,7 @@ class CompileConfig:
     gptq_damping: float = 0.01
     gptq_act_order: bool = False
     gptq_on_quantized_activations: bool = False
-    gptq_sweeps: int = 0
     gptq_token_weighting: str = "none"
-    gptq_correction: str = "none"
-    gptq_correction_alpha: float = 1.0
     activation_clip: float | str = 1.0
     kv_clip: float = 1.0
     o_proj_granularity: str = "head"
@@ -95,7 +94,6 @@ class CompileConfig:
                 raise ConfigError(f"option {name}: expected one of {', '.join(map(str, allowed))}; got {value!r}")
         self._check_range("high_fraction", 0, 0.5)
         self._check_range("low_fraction", 0, 0.5)
-        self._check_range("gptq_correction_alpha", 0, 1)
         self._check_range("activation_clip", 0.1, 1)
         self._check_range("kv_clip", 0.1, 1)
         self._check_range("gptq_damping", 0, 1)
@@ -104,22 +102,8 @@ class CompileConfig:
         for name in ("gptq_act_order", "gptq_on_quantized_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
-        self._check_correction()
         self._check_allocation()
         self.site_shares()
-
-    def _check_correction(self) -> None:
-        """Which details of GPTQ exclude each other."""
-        if self.gptq_correction != "none" and self.gptq_token_weighting != "none":
-            raise ConfigError(
-                f"options gptq_correction={self.gptq_correction} and gptq_token_weighting={self.gptq_token_weighting}: corrections "
-                "count all tokens alike; set one of the two to none"
-            )
-        if self.gptq_correction == "gptaq" and self.gptq_sweeps:
-            raise ConfigError(
-                f"options gptq_correction=gptaq and gptq_sweeps={self.gptq_sweeps}: sweeps aim at the layer's own output and would undo "
-                "the correction; set gptq_sweeps to 0, or gptq_correction to output"
-            )
 
     def _check_allocation(self) -> None:
         if self.average_bits is not None:
@@ -201,7 +185,16 @@ def check_names(values: dict[str, Any]) -> None:
 
     known = [f.name for f in dataclasses.fields(CompileConfig)]
     for name in values:
+        if name in REMOVED:
+            raise ConfigError(f"option {name}: removed in 0.2, because it gained nothing; leave it out")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else "options: " + ", ".join(known)
             raise ConfigError(f"unknown option {name!r}; {hint}")
+
+
+def without_removed(values: dict[str, Any]) -> dict[str, Any]:
+    """Options written by an older version, without removed ones at their defaults. Raises ConfigError for other values of these."""
+    kept = {name: value for name, value in values.items() if name not in REMOVED or value != REMOVED[name]}
+    check_names({name: None for name in kept if name in REMOVED})
+    return kept

@@ -15,7 +15,7 @@ from torch.fx import Graph
 from resq_compiler import __version__
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.ir import meta
-from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.recipes.settings import CompileConfig, without_removed
 
 QUANT_METHOD = "resq"
 FORMAT_VERSION = (
@@ -99,6 +99,6 @@ def check(config: dict[str, Any], where: str) -> CompileConfig:
             f"(the model was written by {quantization.get('versions', {}).get('resq_compiler', 'an unknown version')})"
         )
     try:
-        return CompileConfig.from_dict(quantization["options"])
+        return CompileConfig.from_dict(without_removed(quantization["options"]))
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{where}: the options in quantization_config are not readable: {error}") from error

@@ -157,10 +157,9 @@ def test_hadamard_is_orthogonal_and_transpose_is_its_inverse(sizes, randn):
         torch.testing.assert_close(turned[:, :12], ops.hadamard(x[:, :12]), **ROUNDING)  # block by block
 
 
-def test_columns_and_take_columns(randn):
+def test_columns(randn):
     x = randn(2, 3, 8)
     assert torch.equal(ops.columns(x, 2, 5), x[..., 2:5])
-    assert torch.equal(ops.take_columns(x, torch.tensor([3, 0])), x[..., [3, 0]])
 
 
 def weight_codes():

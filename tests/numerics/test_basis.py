@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resq_compiler.errors import DataError, QuantError
-from resq_compiler.numerics.basis import SecondMoment, energy_fraction, principal_basis, resq_basis
+from resq_compiler.numerics.basis import SecondMoment, principal_basis
 from resq_compiler.numerics.seeds import generator
 
 
@@ -85,19 +85,6 @@ def test_low_precision_inputs_are_widened():
     torch.testing.assert_close(moment.total, x.double().T @ x.double(), rtol=1e-5, atol=1e-4)  # float32 products
 
 
-def test_merge_and_state():
-    x = activations(40, 6)
-    whole, left, right = (SecondMoment("site", 6) for _ in range(3))
-    whole.update(x)
-    left.update(x[:10])
-    right.update(x[10:])
-    restored = SecondMoment.from_state(left.state())
-    restored.merge(right)
-    assert restored.tokens == 40
-    torch.testing.assert_close(restored.total, whole.total, rtol=1e-5, atol=1e-4)  # float32 products, other grouping
-    assert torch.equal(SecondMoment.from_state(whole.state()).total, whole.total)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_activations_name_the_site(bad):
     moment = SecondMoment("layers.3.mlp", 6)
@@ -118,8 +105,6 @@ def test_overflow_is_told_from_nan():
 def test_moment_misuse():
     with pytest.raises(QuantError, match="expected floating-point"):
         SecondMoment("site", 6).update(torch.zeros(3, 5))
-    with pytest.raises(QuantError, match="cannot merge"):
-        SecondMoment("site", 6).merge(SecondMoment("other", 6, groups=2))
     with pytest.raises(DataError, match="no tokens"):
         SecondMoment("site", 6).mean()
 
@@ -163,31 +148,3 @@ def test_bad_moments():
         principal_basis(torch.full((2, 2), float("nan")))
     with pytest.raises(QuantError, match=r"\(2, 3\)"):
         principal_basis(torch.zeros(2, 3))
-
-
-@pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "none"])
-def test_resq_basis_keeps_the_subspaces(kind):
-    moment = random_moment(2, 64, 64)
-    basis, _ = principal_basis(moment)
-    u = resq_basis(moment, (56, 8), kind, generator(0, "rotation"))
-    identity = torch.eye(64, dtype=torch.float64).expand(2, 64, 64)
-    torch.testing.assert_close(u.mT @ u, identity, rtol=0, atol=1e-12)  # float64 rounding
-    for columns in (slice(0, 56), slice(56, 64)):  # the projector onto each part does not depend on R
-        projector = u[..., columns] @ u[..., columns].mT
-        expected = basis[..., columns] @ basis[..., columns].mT
-        torch.testing.assert_close(projector, expected, rtol=0, atol=1e-12)  # float64 rounding
-    assert torch.equal(u, resq_basis(moment, (56, 8), kind, generator(0, "rotation")))
-
-
-def test_resq_basis_checks_sizes():
-    with pytest.raises(QuantError, match="sum to 60"):
-        resq_basis(random_moment(64, 64), (52, 8), "none", generator(0, "rotation"))
-
-
-def test_energy_fraction():
-    eigenvalues = torch.tensor([[-1e-20, 1.0, 3.0], [0.0, 0.0, 0.0]])
-    assert energy_fraction(eigenvalues, 1).tolist() == [0.75, 0.0]
-    assert energy_fraction(eigenvalues[0], 0).item() == 0.0
-    assert energy_fraction(eigenvalues[0], 3).item() == 1.0
-    with pytest.raises(QuantError, match="rank"):
-        energy_fraction(eigenvalues, 4)

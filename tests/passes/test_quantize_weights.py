@@ -138,52 +138,6 @@ def test_idempotent(options, build):
     assert QuantizeWeights().run(built.gm, built.ctx) == 0
 
 
-def stream_after(built, tokens) -> torch.Tensor:
-    """What the last block leaves in the residual stream."""
-    end = built.ctx.topology.blocks[-1].end
-    env = executor.first_tokens(built.gm, tokens)
-    executor.Schedule(built.gm, [end], env).run(env)
-    return env[end]
-
-
-def test_corrections_bring_the_stream_closer_to_the_float_model(build):
-    """On the calibration tokens, which least squares fits: the more is made up for, the smaller the error."""
-    tokens, options = tiny_tokens(4, 32), {"gptq_on_quantized_activations": True}
-    exact = stream_after(build("llama", "quantize-activations", **options), tokens)
-    error = {
-        kind: relative_error(stream_after(build("llama", gptq_correction=kind, **options), tokens), exact)
-        for kind in ("none", "gptaq", "output", "residual")
-    }
-    assert error["residual"] < error["output"] < error["none"] and error["gptaq"] < error["none"], error
-
-
-def test_the_residual_target_is_least_squares_over_the_whole_gap(build):
-    """8-bit weights round little: down of the last block is then the ridge regression of the float stream on its own input."""
-    tokens, options = tiny_tokens(4, 32), {"gptq_on_quantized_activations": True, "weight_bits": 8}
-    plain, fitted = (build("llama", gptq_correction=k, **options) for k in ("none", "residual"))
-    exact = stream_after(build("llama", "quantize-activations", **options), tokens).flatten(0, 1).double()
-    env = executor.first_tokens(fitted.gm, tokens)
-    end = fitted.ctx.topology.blocks[-1].end
-    parts = [
-        n
-        for n in fitted.gm.graph.nodes
-        if (f := meta.get(n, meta.LinearPart)) and f.site.name.endswith("1.mlp.down_proj")
-    ]
-    executor.Schedule(fitted.gm, [end, *parts, *(n.args[0] for n in parts)], env).run(env)
-    x = torch.cat([ops.dequantize(env[n.args[0]]) for n in parts], -1).flatten(0, 1).double()
-    output = sum(env[n] for n in parts).flatten(0, 1).double()
-    before = env[end].flatten(0, 1).double() - output
-    moment = x.T @ x / len(x)
-    ridge = 0.01 * moment.diagonal().mean()  # gptq_damping pulls towards the original weight, not to zero
-    name = "model.layers.1.mlp.down_proj"
-    images = [q * s[:, None] for part, (q, s) in coded(plain.gm).items() if part.startswith(name)]
-    whole = torch.cat(images, 1).double()
-    gap = (exact - before - x @ whole.T).T @ x / len(x)
-    expected = whole + gap @ torch.linalg.inv(moment + ridge * torch.eye(len(moment), dtype=torch.float64))
-    assert relative_error(output, x @ expected.T) < 0.01  # 8-bit codes
-    assert relative_error(output, x @ whole.T) > 0.02  # the correction is not nothing
-
-
 def test_tokens_can_count_relative_to_the_residual_stream(build):
     """Layers that write into the stream: the moment of x / rms(stream after it). Others: a plain moment, as no norm divides it."""
     built = build("llama", "quantize-weights")
@@ -219,7 +173,6 @@ ROOM_FOR_SOME = 0.03  # of the weights: less than the values of all windows, mor
 ROOMS = [
     {},
     {"gptq_on_quantized_activations": True},
-    {"gptq_on_quantized_activations": True, "gptq_correction": "residual"},
 ]
 
 

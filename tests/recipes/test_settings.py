@@ -5,7 +5,7 @@ import json
 import pytest
 
 from resq_compiler.errors import ConfigError
-from resq_compiler.recipes.settings import CHOICES, CompileConfig
+from resq_compiler.recipes.settings import CHOICES, REMOVED, CompileConfig, without_removed
 
 
 def test_round_trip_through_json():
@@ -26,11 +26,10 @@ def test_values_out_of_the_list_are_refused_with_the_list(name):
         ("high_fraction", float("nan")), ("activation_clip", 0.0), ("kv_clip", 1.1), ("gptq_damping", -1), ("rank_multiple", 0),
         ("rank_multiple", 2.0), ("calibration_samples", 0), ("calibration_length", -1), ("calibration_samples", True),
         ("seed", "x"), ("seed", 1.5), ("seed", None), ("gptq_act_order", "no"), ("gptq_on_quantized_activations", 1),
-        ("weight_bits", 4.0), ("kv_bits", True), ("gptq_correction_alpha", 1.5), ("site_fractions", "mlp"), ("site_fractions", 3),
+        ("weight_bits", 4.0), ("kv_bits", True), ("site_fractions", "mlp"), ("site_fractions", 3),
         ("site_fractions", "head=1/8"), ("site_fractions", "mlp=0.6"), ("site_fractions", "mlp.3=0"), ("site_fractions", "down.x=0"),
         ("site_fractions", "mlp=1/4@9"), ("site_fractions", "mlp=1/4:2"), ("site_fractions", "mlp=@6"), ("allocation", "all"),
         ("activation_clip", "automatic"), ("kv_clip", "auto"),
-        ("gptq_sweeps", -1), ("gptq_sweeps", 1.0),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_with_the_option_and_the_value(name, value):
@@ -49,13 +48,16 @@ def test_edges_are_allowed(values):
     assert CompileConfig(**values)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"gptq_correction": "output", "gptq_token_weighting": "residual"}, {"gptq_correction": "gptaq", "gptq_sweeps": 2}],
-)
-def test_options_that_exclude_each_other_are_named(values):
-    with pytest.raises(ConfigError, match=" and ".join(f"{name}={value}" for name, value in values.items())):
-        CompileConfig(**values)
+@pytest.mark.parametrize("name", REMOVED)
+def test_removed_options_say_so(name):
+    with pytest.raises(ConfigError, match=f"option {name}: removed in 0.2"):
+        CompileConfig.from_dict({name: REMOVED[name]})
+    with pytest.raises(ConfigError, match=f"option {name}: removed in 0.2"):
+        without_removed({name: "other"})
+
+
+def test_removed_options_at_their_defaults_are_left_out_of_what_an_older_version_wrote():
+    assert without_removed({**REMOVED, "weight_bits": 8}) == {"weight_bits": 8}
 
 
 def test_unknown_options_name_the_nearest():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resq_compiler.errors import ConfigError
-from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig, check_names
+from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig, check_names, without_removed
 
 HELP: dict[str, str] = {
     "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn",
@@ -31,7 +31,6 @@ HELP: dict[str, str] = {
     "rank_multiple": "columns of the high part are a multiple of this",
     "basis": "where the order of columns comes from",
     "basis_weighting": "readers: directions also count by how much the weights (for U_C the queries) that read them amplify errors",
-    "basis_token_weighting": "massive: tokens with massive activations count a thousandfold in U_A, so that it covers them",
     "key_basis": "U_C: one for all heads of a layer (shared), or for each key/value head",
     "rotation": "random rotation inside each part",
     "down_proj": "what is done to the input of down projections",
@@ -40,10 +39,7 @@ HELP: dict[str, str] = {
     "gptq_damping": "added to the diagonal of GPTQ's moment, relative to its mean",
     "gptq_act_order": "GPTQ: columns by descending energy, inside each part",
     "gptq_on_quantized_activations": "GPTQ sees activations as they are at inference, quantized",
-    "gptq_sweeps": "rounds of coordinate descent on codes and scales after GPTQ",
     "gptq_token_weighting": "residual: errors of layers that write into the residual stream count relative to its size at each token",
-    "gptq_correction": "GPTQ also makes up for the error of the inputs: none, gptaq, or least squares towards the float output or residual",
-    "gptq_correction_alpha": "how much of that correction is made, 0 to 1",
     "activation_clip": "share of the range of activations that is kept, in parts below 8 bits; searched for each site by the error of the "
     "value (input) or of the linears that read it (output)",
     "kv_clip": "share of the range of keys and values that is kept",
@@ -103,7 +99,8 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"recipe file {path}: expected lines such as `weight_bits: 4`; got {type(values).__name__}")
     try:
-        check_names({str(name): None for name in values})
+        values = without_removed({str(name): value for name, value in values.items()})
+        check_names(values)
         return {name: convert(name, value) for name, value in values.items()}
     except ConfigError as error:
         raise ConfigError(f"recipe file {path}: {error}") from error

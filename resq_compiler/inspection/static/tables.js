@@ -9,7 +9,7 @@ function lastGoodStage() {
 // The nodes that one part of a linear became: columns, quantizer, product, and the sum with the other parts.
 function subgraphOf(stage, record) {
   const chain = [record];
-  while (["quantize", "dequantize", "columns", "take_columns"].includes(stage.byName.get(chain[0].inputs[0])?.target))
+  while (["quantize", "dequantize", "columns"].includes(stage.byName.get(chain[0].inputs[0])?.target))
     chain.unshift(stage.byName.get(chain[0].inputs[0]));
   const sum = (stage.users.get(record.name) || []).map((n) => stage.byName.get(n)).find((r) => r.target === "add" && r.module === record.module);
   return sum ? [...chain, sum] : chain;
