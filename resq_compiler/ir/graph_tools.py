@@ -97,6 +97,34 @@ def emit(
     return meta.put(node, meta.Origin(module=module_of(like), made_by=made_by))
 
 
+def replace(old: Node, new: Node) -> Node:
+    """Put a node in the place of another, which is erased: all its users but `new` itself, and its value where `new` has none yet."""
+    if meta.VALUE in old.meta:
+        new.meta.setdefault(meta.VALUE, old.meta[meta.VALUE])
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    old.graph.erase_node(old)
+    return new
+
+
+def rewrite(old: Node, target: Callable, args: tuple, made_by: str) -> Node:
+    """Put a new call in the place of a node, with its provenance and its value."""
+    with old.graph.inserting_after(old):
+        new = emit(old.graph, target, args, old, made_by)
+    return replace(old, new)
+
+
+def only_user(node: Node) -> Node | None:
+    """The single user of a node, or None."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def target_text(target: object) -> str:
+    """How messages call an operator: `aten.linear`, `rms_norm`."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
 def module_of(node: Node) -> str:
     """Dotted path of the innermost original module that a node belongs to ("" if unknown)."""
     origin = meta.get(node, meta.Origin)

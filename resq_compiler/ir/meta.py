@@ -10,6 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch.fx import Node
 
+VALUE = "val"  # torch.fx's own key for the fake value of a node; read it through values.py
+
 
 @dataclass(frozen=True)
 class Origin:

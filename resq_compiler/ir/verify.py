@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from resq_compiler.errors import VerifyError
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, values
 
 
 def check_graph(gm: GraphModule) -> None:
@@ -48,7 +47,7 @@ def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Non
         fakes = {}
         for node in gm.graph.find_nodes(op="get_attr"):
             value = graph_tools.get_tensor(gm, node)
-            fakes[node] = _fake(value) if isinstance(value, Tensor) else value
+            fakes[node] = values.fake(value) if isinstance(value, Tensor) else value
         interpreter = _ShapeRecorder(gm)
         inputs = dict(
             zip(graph_tools.placeholders(gm.graph), (mode.from_tensor(t) for t in example_inputs), strict=True)
@@ -59,14 +58,3 @@ def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Non
                 interpreter.env[node] = node.meta["val"]
             elif node.op == "call_function":
                 interpreter.env[node] = interpreter.run_node(node)
-
-
-def _fake(value: Tensor) -> Tensor:
-    """A stand-in that keeps no hold of the weight; meta tensors stand in as tensors of the CPU, where the inputs are."""
-    return torch.empty(value.shape, dtype=value.dtype, device="cpu" if value.is_meta else value.device)
-
-
-def shape_of(node: Node) -> tuple[int, ...]:
-    """Shape of a node's value on the example sizes (of its first tensor)."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return tuple(int(s) for s in leaves[0].shape) if leaves and isinstance(leaves[0], Tensor) else ()

@@ -70,12 +70,3 @@ def test_propagated_shapes_and_dtypes_are_those_of_a_run(family, build):
     with torch.no_grad():
         Recorder(built.gm).run(*built.ctx.example_inputs)
     assert len(found) > 50 and all(real == fake for _, real, fake in found)
-
-
-def test_shape_of():
-    gm = graph_module(lambda g: g.output((g.call_function(ops.quantize, (g.placeholder("x"), 4)),)))
-    verify.propagate_shapes(gm, (torch.ones(2, 3, 8),))
-    (node,) = gm.graph.find_nodes(op="call_function", target=ops.quantize)
-    assert verify.shape_of(node) == (2, 3, 8)
-    node.meta.pop("val")
-    assert verify.shape_of(node) == ()
