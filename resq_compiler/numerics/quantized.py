@@ -273,6 +273,8 @@ def _accumulate(codes: Tensor, qdata: Tensor, correction: tuple[Tensor, Tensor] 
 def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """int32 [M, N] = a [M, K] @ b [N, K].T, exact; pads where CUDA's kernel wants M > 16 and multiples of 8."""
     if not a.is_cuda:
+        if b.shape[1] == 1:  # torch reads the wrong bytes of a column that is one wide
+            a, b = F.pad(a, (0, 1)), F.pad(b, (0, 1))
         return torch._int_mm(a, b.t())
     m, n, k = a.shape[0], b.shape[0], a.shape[1]
     a = F.pad(a, (0, -k % 8, 0, max(17 - m, 0)))

@@ -128,6 +128,13 @@ def test_integer_linear_matches_int64(bits: int, weight_bits: int, rows: int, ex
     assert np.array_equal(y.numpy(), acc.astype(np.float32) * (sx.numpy() * sw.numpy()))
 
 
+def test_a_part_of_one_column() -> None:
+    xq = quantize_activation(torch.tensor([[3.0], [-5.0], [0.5]]), 8)
+    qdata = torch.tensor([[-128], [83], [7]], dtype=torch.int8)
+    acc = (xq.qdata.long() - xq.zero_point.long()) @ qdata.long().T
+    assert torch.equal(integer_linear(xq, qdata, torch.ones(3)), acc.float() * xq.scale)
+
+
 def test_largest_accumulator_does_not_overflow() -> None:
     assert MAX_EXACT_WIDTH * 255 * 128 < 2**31 <= (MAX_EXACT_WIDTH + 1) * 255 * 128
     k = MAX_EXACT_WIDTH
