@@ -16,13 +16,13 @@ PYTEST_FLAGS ?=
 
 .PHONY: demo test test-slow check .mypy_tree env clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-kernels
 	$(BIN)/python -m resq_compiler demo --output out/demo $(DEMO_FLAGS)
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(VENV)/.installed-kernels
 	$(BIN)/python -m pytest -v $(PYTEST_FLAGS)
 
-test-slow: $(VENV)/.installed-dev
+test-slow: $(VENV)/.installed-dev $(VENV)/.installed-kernels
 	$(BIN)/python -m pytest -v -m slow $(PYTEST_FLAGS)
 
 check: $(VENV)/.installed-dev .mypy_tree
@@ -48,10 +48,15 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PIP) --editable '.[gguf]'
 	@touch $@
 
+# The CPU kernels, again whenever their sources change; without a C compiler pip fetches one (ziglang).
+$(VENV)/.installed-kernels: $(VENV)/.installed $(wildcard kernels/*.* kernels/src/* kernels/resq_kernels/*.py)
+	$(PIP) ./kernels
+	@touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[$(DEV_EXTRAS)]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_tree build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .mypy_tree build dist out *.egg-info kernels/build kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,121 @@
+"""The kernels on torch tensors: arguments are checked, results allocated, and the library called."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from resq_compiler.backends.cpu import formats
+from resq_compiler.backends.cpu.library import MAX_PARTS, Library, LinearPart, MixedLinearArgs, Part
+from torch import Tensor
+
+from resq_compiler.errors import BackendError
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """Quantized rows of one or more parts.
+
+    rows: per part int8 [M, row bytes] (formats.pack_rows).    widths, groups: of every part.
+    scale: float32 [M, runs of all parts].    zero_point: int32, of the same shape.
+    """
+
+    rows: tuple[Tensor, ...]
+    widths: tuple[int, ...]
+    groups: tuple[int, ...]
+    scale: Tensor
+    zero_point: Tensor
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """Weights of one linear, or of several stacked along their outputs, packed for the kernels.
+
+    tiles: per part uint8 (formats.pack_weight).    bits: of each part's weight codes.    scale: float32 [parts, N].
+    row_sum: int32 [runs, N], sums of the codes.
+    """
+
+    tiles: tuple[Tensor, ...]
+    bits: tuple[int, ...]
+    scale: Tensor
+    row_sum: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.scale.shape[1]
+
+
+def pack_linear(parts: Sequence[tuple[Tensor, Tensor, int]], groups: Sequence[int]) -> LinearWeight:
+    """Pack the parts of a linear: (qdata int8 [N, K_part], scale [N], bits) and the runs that each part has."""
+    tiles = tuple(formats.pack_weight(q, bits, g) for (q, _, bits), g in zip(parts, groups, strict=True))
+    sums = [q.unflatten(-1, (g, -1)).sum(-1, dtype=torch.int32).T for (q, _, _), g in zip(parts, groups, strict=True)]
+    scale = torch.stack([scale.float() for _, scale, _ in parts]).contiguous()
+    return LinearWeight(tiles, tuple(bits for _, _, bits in parts), scale, torch.cat(sums).contiguous())
+
+
+def mixed_linear(
+    library: Library,
+    x: RowParts,
+    weight: LinearWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    threads: int = 1,
+) -> Tensor:
+    """All parts of a linear in one pass (formula in resq_kernels.h).
+
+    Args:    x: M rows.    weight: N channels.    bias: float32 [N].    residual: float32 [M, N].
+    Returns: float32 [M, N].
+    Raises:  BackendError: operands that do not fit each other.
+    """
+    m, n = x.scale.shape[0], weight.channels
+    parts = _linear_parts(library, x, weight)
+    _check("mixed_linear", "scale", x.scale, torch.float32, (m, sum(x.groups)))
+    _check("mixed_linear", "zero_point", x.zero_point, torch.int32, (m, sum(x.groups)))
+    _check("mixed_linear", "weight scale", weight.scale, torch.float32, (len(x.rows), n))
+    _check("mixed_linear", "weight row_sum", weight.row_sum, torch.int32, (sum(x.groups), n))
+    _check("mixed_linear", "bias", bias, torch.float32, (n,))
+    _check("mixed_linear", "residual", residual, torch.float32, (m, n))
+    y = torch.empty(m, n, dtype=torch.float32)
+    arguments = MixedLinearArgs(
+        m, n, len(x.rows), parts, _at(x.scale), _at(x.zero_point), _at(weight.scale),
+        _at(weight.row_sum), _at(bias), _at(residual), n, _at(y), n,
+    )  # fmt: skip
+    library.run("mixed_linear", arguments, threads)
+    return y
+
+
+def _linear_parts(library: Library, x: RowParts, weight: LinearWeight) -> ctypes.Array[LinearPart]:
+    if not len(x.rows) == len(weight.tiles) <= MAX_PARTS:
+        raise BackendError(
+            f"mixed_linear: {len(x.rows)} parts of rows, {len(weight.tiles)} of weights; expected as many, at most {MAX_PARTS}"
+        )
+    m, tiles = x.scale.shape[0], -(-weight.channels // formats.TILE)
+    parts = (LinearPart * MAX_PARTS)()
+    for i, (rows, width, groups) in enumerate(zip(x.rows, x.widths, x.groups, strict=True)):
+        bits = weight.bits[i]
+        _check("mixed_linear", f"rows of part {i}", rows, torch.int8, (m, library.row_bytes(width, groups)))
+        expected = (tiles, library.tile_bytes(width, groups, bits))
+        _check("mixed_linear", f"weight of part {i}", weight.tiles[i], torch.uint8, expected)
+        parts[i] = LinearPart(Part(width, groups, 8, 1.0), bits, _at(rows), _at(weight.tiles[i]))
+    return parts
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(kernel: str, name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    if (
+        tensor.dtype != dtype
+        or tuple(tensor.shape) != shape
+        or not tensor.is_contiguous()
+        or tensor.device.type != "cpu"
+    ):
+        raise BackendError(
+            f"{kernel}: {name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}; "
+            f"expected contiguous {dtype} {shape} on the CPU"
+        )

@@ -1,0 +1,150 @@
+"""The shared library of kernels: where it is, its functions, and how units of work are shared among threads."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from resq_compiler.errors import BackendError
+
+VERSION = 1
+MAX_PARTS = 4
+POINTER, INT64, INT32, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class Part(ctypes.Structure):
+    """rk_part."""
+
+    _fields_ = [("width", INT64), ("groups", INT32), ("bits", INT32), ("clip", FLOAT)]
+
+
+class LinearPart(ctypes.Structure):
+    """rk_linear_part."""
+
+    _fields_ = [("part", Part), ("weight_bits", INT32), ("x", POINTER), ("weight", POINTER)]
+
+
+class MixedLinearArgs(ctypes.Structure):
+    """rk_mixed_linear_args."""
+
+    _fields_ = [
+        ("rows", INT64), ("channels", INT64), ("parts", INT32), ("part", LinearPart * MAX_PARTS),
+        ("scale", POINTER), ("zero_point", POINTER), ("weight_scale", POINTER), ("weight_sum", POINTER), ("bias", POINTER),
+        ("residual", POINTER), ("residual_stride", INT64), ("y", POINTER), ("y_stride", INT64),
+    ]  # fmt: skip
+
+
+KERNELS: dict[str, type[ctypes.Structure]] = {"mixed_linear": MixedLinearArgs}
+"""Every kernel with the type of its arguments."""
+
+
+class Library:
+    """A loaded library. Kernels are called by name with their argument structure.
+
+    Raises: BackendError: the file cannot be loaded, or is of another version.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            _check_whole(path)
+            self._functions = ctypes.CDLL(str(path))
+        except OSError as e:
+            raise BackendError(
+                f"cpu kernels: {path} cannot be loaded ({e}); install again: pip install ./kernels"
+            ) from e
+        self._declare()
+        if (found := self._functions.rk_version()) != VERSION:
+            raise BackendError(
+                f"cpu kernels: {path} has interface version {found}, expected {VERSION}; install again: pip install ./kernels"
+            )
+
+    def _declare(self) -> None:
+        functions = self._functions
+        functions.rk_instruction_set.restype = ctypes.c_char_p
+        functions.rk_row_bytes.restype = functions.rk_tile_bytes.restype = INT64
+        functions.rk_row_bytes.argtypes = [ctypes.POINTER(Part)]
+        functions.rk_tile_bytes.argtypes = [ctypes.POINTER(Part), INT32]
+        for name, arguments in KERNELS.items():
+            units, kernel = (getattr(functions, f"rk_{name}{end}") for end in ("_units", ""))
+            units.argtypes, units.restype = [ctypes.POINTER(arguments)], INT64
+            kernel.argtypes, kernel.restype = [ctypes.POINTER(arguments), INT64, INT64], None
+
+    def instruction_sets(self) -> dict[str, bool]:
+        """Those compiled in, best first, and whether this processor has them."""
+        found: dict[str, bool] = {}
+        while (name := self._functions.rk_instruction_set(len(found))) is not None:
+            found[name.decode()] = bool(self._functions.rk_supported(len(found)))
+        return found
+
+    @property
+    def selected(self) -> str:
+        """The instruction set in use."""
+        return list(self.instruction_sets())[self._functions.rk_selected()]
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Within it, kernels of another instruction set. Raises BackendError: not compiled in, or the processor lacks it."""
+        sets, before = list(self.instruction_sets()), self._functions.rk_selected()
+        if name not in sets or self._functions.rk_select(sets.index(name)):
+            able = [each for each, supported in self.instruction_sets().items() if supported]
+            raise BackendError(f"cpu kernels: instruction set {name!r} cannot be used here; choose one of {able}")
+        try:
+            yield
+        finally:
+            self._functions.rk_select(before)
+
+    def row_bytes(self, width: int, groups: int) -> int:
+        """Bytes of one row of activations of a part."""
+        return self._functions.rk_row_bytes(Part(width, groups, 8, 1.0))
+
+    def tile_bytes(self, width: int, groups: int, weight_bits: int) -> int:
+        """Bytes of 64 output channels of a part's weights."""
+        return self._functions.rk_tile_bytes(Part(width, groups, 8, 1.0), weight_bits)
+
+    def run(self, name: str, arguments: ctypes.Structure, threads: int = 1) -> None:
+        """Compute all units of a kernel, in as many equal pieces as threads; the result does not depend on their number."""
+        kernel = getattr(self._functions, f"rk_{name}")
+        units = getattr(self._functions, f"rk_{name}_units")(arguments)
+        threads = max(1, min(threads, units))
+        if threads == 1:
+            kernel(arguments, 0, units)
+            return
+        edges = [units * i // threads for i in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda i: kernel(arguments, edges[i], edges[i + 1]), range(threads)))
+
+
+def _check_whole(path: Path) -> None:
+    """Raise OSError when an ELF file is cut short: loading it would end the process. Its section table comes last."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        size = file.seek(0, 2)
+    if header[:5] == b"\x7fELF\x02":  # 64 bits
+        (offset,), (entry, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+        if size < offset + entry * count:
+            raise OSError(f"the file is cut short: {size} bytes of {offset + entry * count}")
+
+
+def unavailable() -> str | None:
+    """None when the kernels are installed, else what is missing and what to do. Never raises."""
+    if importlib.util.find_spec("resq_kernels") is None:
+        return "the CPU kernels are not installed: pip install ./kernels (needs a C compiler, or fetches ziglang)"
+    return None
+
+
+@lru_cache(maxsize=1)
+def library() -> Library:
+    """The installed library. Raises BackendError: there is none, or it cannot be used."""
+    reason = unavailable()
+    if reason is not None:
+        raise BackendError(f"cpu kernels: {reason}")
+    import resq_kernels
+
+    return Library(resq_kernels.LIBRARY)

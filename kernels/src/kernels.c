@@ -1,0 +1,8 @@
+/* All kernels of one instruction set: the build compiles this file once for each, with RK_ISA=avx512vnni and RK_AVX512VNNI. */
+#include "mixed_linear.c"
+
+#include "table.h"
+
+#define ENTRY(name) name##_units, name,
+
+const rk_table RK_NAME(rk_table_of) = {RK_FOR_EACH_KERNEL(ENTRY)};

@@ -1,0 +1,83 @@
+/* Kernels for compiled models on CPUs: the public interface.
+ *
+ * A quantized value is codes q with x ~ (q - zero_point) * scale, one scale and zero point for each row and run. A run is `width`
+ * neighbouring columns of `bits`-bit codes; a part is `groups` runs of the same width. How operands lie in memory:
+ *
+ *   activations, one part   row: groups x stride int8 codes, then groups int32 sums of the codes; stride is width rounded up to 8,
+ *                           padding is zero. Rows are rk_row_bytes(part) bytes apart.
+ *   scale, zero_point       [rows, runs of all parts], float and int32
+ *   weights, one part       tiles of 64 output channels, each groups x stride/8 blocks. A block holds 8 columns of the tile:
+ *                           codes of up to 4 bits: 4 x 64 bytes, byte 4 c + j of the i-th 64 is channel 16 i + c with column j
+ *                           in the low nibble and column j + 4 in the high one, stored as code + 8;
+ *                           wider codes: 2 x 4 x 64 bytes, columns 0..3 and then 4..7, stored as code + 128.
+ *   cache row               codes of the low part (columns of its first half in the low nibbles, of its second half in the high
+ *                           ones), codes of the high part a byte each, one zero point byte for each part, one float scale for
+ *                           each part; codes and zero points are stored unsigned, as code + 2^(bits - 1).
+ *
+ * Every kernel computes the units [begin, end) of its output out of the number that its ..._units function names. Units may be
+ * computed in any order and by any threads: the result has the same bytes. No kernel allocates, locks or starts a thread.
+ * Results smaller than FLT_MIN, and subnormal inputs, count as zero. Pointers need no alignment beyond that of their type.
+ */
+#ifndef RESQ_KERNELS_H
+#define RESQ_KERNELS_H
+
+#include <stdint.h>
+
+#define RK_VERSION 1
+#define RK_TILE 64
+#define RK_MAX_PARTS 4
+#define RK_API __attribute__((visibility("default")))
+
+/* One precision of a linear's input. clip: the share of the range that quantizers keep, (0, 1]. */
+typedef struct {
+    int64_t width;
+    int32_t groups;
+    int32_t bits;
+    float clip;
+} rk_part;
+
+/* One precision of a linear: what the part's codes are multiplied with. weight_bits says which container holds the weights. */
+typedef struct {
+    rk_part part;
+    int32_t weight_bits;
+    const int8_t *x;
+    const uint8_t *weight;
+} rk_linear_part;
+
+/* y[m, n] = sum over parts of float(sum_k (q[m, k] - zero_point[m]) w[n, k]) * (scale[m] * weight_scale[n]), plus bias[n], plus
+ * residual[m, n]. A part with several runs: weight_scale[n] * sum over runs of float(...) * scale[m, run].
+ * bias and residual may be NULL; residual may be y. */
+typedef struct {
+    int64_t rows, channels;
+    int32_t parts;
+    rk_linear_part part[RK_MAX_PARTS];
+    const float *scale;
+    const int32_t *zero_point;
+    const float *weight_scale;     /* [parts, channels] */
+    const int32_t *weight_sum;     /* [runs, channels], sums of weight codes */
+    const float *bias;
+    const float *residual;
+    int64_t residual_stride;       /* floats from row to row, as y_stride */
+    float *y;
+    int64_t y_stride;
+} rk_mixed_linear_args;
+
+/* Interface version, to be compared with RK_VERSION. */
+RK_API int32_t rk_version(void);
+/* Instruction sets compiled into this library, best first; NULL behind the last. */
+RK_API const char *rk_instruction_set(int32_t index);
+/* 1 when this processor can run the instruction set of that index. */
+RK_API int32_t rk_supported(int32_t index);
+/* Index in use: at load the first that is supported. */
+RK_API int32_t rk_selected(void);
+/* Use another one; 0, or -1 when it is not supported here. Not while kernels run. */
+RK_API int32_t rk_select(int32_t index);
+
+/* Bytes of one row of activations, and of one tile of weights, of a part. */
+RK_API int64_t rk_row_bytes(const rk_part *part);
+RK_API int64_t rk_tile_bytes(const rk_part *part, int32_t weight_bits);
+
+RK_API int64_t rk_mixed_linear_units(const rk_mixed_linear_args *args);
+RK_API void rk_mixed_linear(const rk_mixed_linear_args *args, int64_t begin, int64_t end);
+
+#endif

@@ -1,0 +1,197 @@
+/* Runs every kernel on random operands of odd sizes, with every instruction set that the processor has, and compares: integer
+ * results with plain loops written from resq_kernels.h, all results among instruction sets, bit for bit. Buffers are exactly as
+ * large as they must be, so that a sanitizer sees any access beyond them. Prints what differs; exits with 1 then. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "resq_kernels.h"
+
+static uint64_t state = 1;
+
+static uint32_t random_bits(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33);
+}
+
+static int64_t between(int64_t low, int64_t high) { return low + random_bits() % (uint64_t)(high - low + 1); }
+static float uniform(float low, float high) { return low + (high - low) * (float)(random_bits() & 0xffffff) / 16777216.0f; }
+
+static void *array(int64_t count, size_t size) {
+    void *p = malloc((size_t)count * size);
+    memset(p, 0xa5, (size_t)count * size);
+    return p;
+}
+
+static float *floats(int64_t count, float low, float high) {
+    float *p = array(count, sizeof *p);
+    for (int64_t i = 0; i < count; i++)
+        p[i] = uniform(low, high);
+    return p;
+}
+
+/* Runs a kernel in two pieces under each instruction set; the first result is what `fill` left in `expected`, if it is not NULL. */
+typedef void (*run_function)(const void *args);
+
+static int compare(const char *what, run_function run, const void *args, void *result, int64_t bytes, const void *expected) {
+    void *first = expected ? memcpy(array(bytes, 1), expected, (size_t)bytes) : NULL;
+    int wrong = 0;
+    for (int32_t i = 0; rk_instruction_set(i); i++) {
+        if (rk_select(i))
+            continue;
+        memset(result, 0x5a, (size_t)bytes);
+        run(args);
+        if (!first)
+            first = memcpy(array(bytes, 1), result, (size_t)bytes);
+        if (memcmp(first, result, (size_t)bytes)) {
+            printf("%s: %s differs\n", what, rk_instruction_set(i));
+            wrong = 1;
+        }
+    }
+    free(first);
+    return wrong;
+}
+
+#define RUNNER(name) \
+    static void run_##name(const void *args) { \
+        int64_t units = rk_##name##_units(args), middle = units / 2; \
+        rk_##name(args, middle, units); \
+        rk_##name(args, 0, middle); \
+    }
+
+/* mixed_linear */
+
+RUNNER(mixed_linear)
+
+typedef struct {
+    int8_t *codes, *weights; /* plain: [rows][groups][width], [channels][groups][width] */
+} plain_part;
+
+static int64_t stride_of(int64_t width) { return (width + 7) / 8 * 8; }
+
+static int8_t *pack_rows(const int8_t *codes, const rk_part *p, int64_t rows) {
+    int8_t *packed = array(rows, (size_t)rk_row_bytes(p));
+    memset(packed, 0, (size_t)(rows * rk_row_bytes(p)));
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < p->groups; g++) {
+            int8_t *row = packed + r * rk_row_bytes(p);
+            int32_t sum = 0;
+            for (int64_t k = 0; k < p->width; k++) {
+                int8_t code = codes[(r * p->groups + g) * p->width + k];
+                row[g * stride_of(p->width) + k] = code;
+                sum += code;
+            }
+            memcpy(row + p->groups * stride_of(p->width) + 4 * g, &sum, 4);
+        }
+    return packed;
+}
+
+static uint8_t *pack_weights(const int8_t *weights, const rk_part *p, int bits, int64_t channels) {
+    const int64_t tiles = (channels + 63) / 64, tile_bytes = rk_tile_bytes(p, bits), stride = stride_of(p->width);
+    uint8_t *packed = array(tiles, (size_t)tile_bytes);
+    memset(packed, bits <= 4 ? 0x88 : 0x80, (size_t)(tiles * tile_bytes));
+    for (int64_t n = 0; n < channels; n++)
+        for (int64_t g = 0; g < p->groups; g++)
+            for (int64_t k = 0; k < p->width; k++) {
+                int code = weights[(n * p->groups + g) * p->width + k];
+                uint8_t *block = packed + n / 64 * tile_bytes + (g * stride + k) / 8 * (bits <= 4 ? 256 : 512);
+                int64_t at = n % 64 / 16 * 64 + n % 16 * 4 + k % 4, half = k % 8 / 4;
+                if (bits > 4)
+                    block[256 * half + at] = (uint8_t)(code + 128);
+                else
+                    block[at] = half ? (uint8_t)((block[at] & 15) | (code + 8) << 4) : (uint8_t)((block[at] & 240) | (code + 8));
+            }
+    return packed;
+}
+
+static int8_t *random_codes(int64_t count, int bits) {
+    int8_t *codes = array(count, 1);
+    for (int64_t i = 0; i < count; i++)
+        codes[i] = (int8_t)between(-(1 << (bits - 1)), (1 << (bits - 1)) - 1);
+    return codes;
+}
+
+static void expected_linear(const rk_mixed_linear_args *a, const plain_part *plain, int64_t runs, float *y) {
+    for (int64_t m = 0; m < a->rows; m++)
+        for (int64_t n = 0; n < a->channels; n++) {
+            float sum = 0;
+            int64_t run = 0;
+            for (int i = 0; i < a->parts; i++) {
+                const rk_part *p = &a->part[i].part;
+                float part_sum = 0, weight_scale = a->weight_scale[i * a->channels + n];
+                for (int64_t g = 0; g < p->groups; g++, run++) {
+                    int32_t acc = 0, zero_point = a->zero_point[m * runs + run];
+                    for (int64_t k = 0; k < p->width; k++)
+                        acc += (plain[i].codes[(m * p->groups + g) * p->width + k] - zero_point) *
+                               plain[i].weights[(n * p->groups + g) * p->width + k];
+                    float scale = a->scale[m * runs + run];
+                    float value = p->groups == 1 ? (float)acc * (scale * weight_scale) : (float)acc * scale;
+                    part_sum = g ? part_sum + value : value;
+                }
+                part_sum = p->groups == 1 ? part_sum : part_sum * weight_scale;
+                sum = i ? sum + part_sum : part_sum;
+            }
+            sum = a->bias ? sum + a->bias[n] : sum;
+            y[m * a->channels + n] = a->residual ? sum + a->residual[m * a->channels + n] : sum;
+        }
+}
+
+static int32_t *weight_sums(const rk_mixed_linear_args *a, const plain_part *plain, int64_t runs) {
+    int32_t *sums = array(runs * a->channels, 4);
+    int64_t run = 0;
+    for (int i = 0; i < a->parts; i++)
+        for (int64_t g = 0; g < a->part[i].part.groups; g++, run++)
+            for (int64_t n = 0; n < a->channels; n++) {
+                int64_t width = a->part[i].part.width;
+                int32_t sum = 0;
+                for (int64_t k = 0; k < width; k++)
+                    sum += plain[i].weights[(n * a->part[i].part.groups + g) * width + k];
+                sums[run * a->channels + n] = sum;
+            }
+    return sums;
+}
+
+static int check_mixed_linear(void) {
+    rk_mixed_linear_args a = {between(1, 15), between(1, 150), (int32_t)between(1, 3), {{{0}, 0, 0, 0}}};
+    plain_part plain[RK_MAX_PARTS];
+    int64_t runs = 0;
+    for (int i = 0; i < a.parts; i++) {
+        rk_part p = {between(1, 40), (int32_t)between(1, 3), random_bits() & 1 ? 4 : 8, 1.0f};
+        int weight_bits = random_bits() & 1 ? 4 : 8;
+        plain[i].codes = random_codes(a.rows * p.groups * p.width, p.bits);
+        plain[i].weights = random_codes(a.channels * p.groups * p.width, weight_bits);
+        a.part[i] = (rk_linear_part){p, weight_bits, pack_rows(plain[i].codes, &p, a.rows),
+                                     pack_weights(plain[i].weights, &p, weight_bits, a.channels)};
+        runs += p.groups;
+    }
+    int32_t *zero_point = array(a.rows * runs, 4);
+    for (int64_t i = 0; i < a.rows * runs; i++)
+        zero_point[i] = (int32_t)between(-128, 127);
+    a.zero_point = zero_point;
+    a.scale = floats(a.rows * runs, 0.001f, 0.1f);
+    a.weight_scale = floats(a.parts * a.channels, 0.001f, 0.1f);
+    a.weight_sum = weight_sums(&a, plain, runs);
+    a.bias = random_bits() & 1 ? floats(a.channels, -1, 1) : NULL;
+    a.residual = random_bits() & 1 ? floats(a.rows * a.channels, -1, 1) : NULL;
+    a.residual_stride = a.y_stride = a.channels;
+    a.y = array(a.rows * a.channels, 4);
+    float *expected = array(a.rows * a.channels, 4);
+    expected_linear(&a, plain, runs, expected);
+    int wrong = compare("mixed_linear", run_mixed_linear, &a, a.y, a.rows * a.channels * 4, expected);
+    for (int i = 0; i < a.parts; i++) {
+        free(plain[i].codes), free(plain[i].weights);
+        free((void *)a.part[i].x), free((void *)a.part[i].weight);
+    }
+    free(zero_point), free((void *)a.scale), free((void *)a.weight_scale), free((void *)a.weight_sum);
+    free((void *)a.bias), free((void *)a.residual), free(a.y), free(expected);
+    return wrong;
+}
+
+int main(int count, char **arguments) {
+    int rounds = count > 1 ? atoi(arguments[1]) : 20, wrong = 0;
+    for (int i = 0; i < rounds; i++)
+        wrong |= check_mixed_linear();
+    for (int32_t i = 0; rk_instruction_set(i); i++)
+        printf("%s: %s\n", rk_instruction_set(i), rk_supported(i) ? "checked" : "not supported by this processor");
+    return wrong;
+}
