@@ -39,7 +39,7 @@ def test_wheel_holds_everything(tmp_path):
     inside = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(p.relative_to(ROOT)) for source in SOURCES for p in (ROOT / source).rglob("*.py")}
     assert inside >= {m if m.startswith("resq_compiler") else f"resq_compiler/{m}" for m in modules}
-    static = {str(p.relative_to(ROOT)) for p in (ROOT / "resq_compiler").rglob("static/*")}
+    static = {str(p.relative_to(ROOT)) for p in (ROOT / "resq_compiler").rglob("static/**/*") if p.is_file()}
     assert inside >= static | {"resq_compiler/py.typed"} and any(name.endswith("LICENSE") for name in inside)
     assert not any(name.startswith(("passes/", "backends/", "tests/")) for name in inside)
 

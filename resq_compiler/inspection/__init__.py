@@ -1,7 +1,6 @@
 """What the compiler did to a model: dumps of every pass, a page to browse them, differences, and diagnostics.
 
-dump.py           numbered text, JSON, Graphviz and SVG files of every stage; never weights, always in the same order
-svg.py            one stage as a static picture
+dump.py           numbered text, JSON and Graphviz files of every stage; never weights, always in the same order
 page.py           index.html: one self-contained page over a dump
 diff.py           what differs between two dumps
 topology_view.py  residual stream, blocks, attention and feed-forward as a tree

@@ -1,18 +1,18 @@
-"""A dump: a directory with every stage of a compile as text, JSON, Graphviz and SVG, a manifest, and a page.
+"""A dump: a directory with every stage of a compile as text, JSON and Graphviz, a manifest, and a page.
 
-    dump.json              what was compiled: options, stages, noise, notes (no times: equal compiles give equal files)
-    00-capture.txt .json .dot .svg, 01-canonicalize.txt ... one set for each pass; the graph after it, also when it failed
+    dump.json              what was compiled: options, stages, noise, notes
+    00-capture.txt .json .dot, 01-canonicalize.txt ...     one set for each pass: the graph after it, also when it failed
     timing.json            seconds of each pass
     index.html             the page, made from the files above (page.py)
     activations.json, attribution.json, plots/              diagnostics, where they were asked for
 
-Weights are never written. Stages are written as they are made, so a compile that fails leaves all stages before it.
+Weights are never written. Equal compiles give equal files, but for timing.json and the rounding errors in `relative_error`, which
+depend on how memory is aligned. Stages are written as they are made, so a compile that fails leaves all stages before it.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,15 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from resq_compiler import __version__
 from resq_compiler.errors import DumpError
-from resq_compiler.inspection import records, svg, text
+from resq_compiler.inspection import records, text
 from resq_compiler.pipeline.stages import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from resq_compiler.model.compiled_model import CompiledModel
-
-log = logging.getLogger("resq_compiler")
 
 VARIABLE = "RESQ_DUMP_DIR"
 FORMAT, VERSION = "resq-dump", 1
@@ -81,16 +79,7 @@ class DumpWriter:
         )
         write_file(self.directory / f"{stage.label}.dot", text.graph_dot(stage.label, nodes, stage.failed_node))
         write_file(self.directory / f"{stage.label}.json", stage_json(entry, nodes))
-        self._draw(stage, nodes)
         self._write_manifest()
-
-    def _draw(self, stage: Stage, nodes: list[dict[str, Any]]) -> None:
-        if not svg.library_available():
-            return
-        try:
-            write_file(self.directory / f"{stage.label}.svg", svg.graph_svg(nodes, stage.failed_node))
-        except DumpError as error:
-            log.warning("%s.svg not written: %s", stage.label, error)  # a picture must not stop a compile
 
     def finish(self, compiled: CompiledModel | None = None, tokens: Tensor | None = None) -> Path:
         """Complete the manifest, without a model as that of a compile that failed, and write the page; returns the directory."""
@@ -103,12 +92,7 @@ class DumpWriter:
             self.manifest["summary"] = report.describe(compiled)
             self.manifest["noise"] = measured_noise(compiled, tokens)
         self._write_manifest()
-        if page.library_available():
-            page.write_page(self.directory)
-        else:
-            log.warning("%s not written in %s: %s", PAGE, self.directory, page.HOW_TO_INSTALL)
-        if not svg.library_available():
-            log.warning("no .svg files in %s: %s", self.directory, svg.HOW_TO_INSTALL)
+        page.write_page(self.directory)
         return self.directory
 
     def _write_manifest(self) -> None:

@@ -1,8 +1,8 @@
 """index.html: one self-contained page over a dump. Nothing is fetched when it is viewed.
 
 Stages share most of their nodes, so each distinct node record is stored once and stages are lists of indices; the whole is
-gzipped JSON that the browser unpacks. Layout is dagre's, taken from the installed package netron (MIT licence) when the page is
-written; folding, drawing and searching are the scripts in static/.
+gzipped JSON that the browser unpacks. Layout is dagre 3.1.3's (static/vendor/dagre, MIT licence); folding, drawing and searching are
+the scripts beside it in static/.
 """
 
 from __future__ import annotations
@@ -10,40 +10,17 @@ from __future__ import annotations
 import base64
 import gzip
 import html
-import importlib.util
 import json
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from resq_compiler.errors import DumpError
 from resq_compiler.inspection import dump
 
 FIELDS = ("name", "op", "target", "text", "inputs", "values", "module", "pass", "block", "bits", "precision", "facts")
 SCRIPTS = ("data.js", "graph.js", "compare.js", "tables.js", "summary.js", "search.js", "app.js")
-HOW_TO_INSTALL = "the page needs the package netron for graph layout: pip install 'resq_compiler[inspect]'"
-
-
-def library_available() -> bool:
-    """True where the package that lays graphs out is installed."""
-    return importlib.util.find_spec("netron") is not None
-
-
-def layout_script() -> str:
-    """dagre as a plain script that defines `dagre`. Raises DumpError where netron is missing or has another form."""
-    if not library_available():
-        raise DumpError(f"{dump.PAGE}: {HOW_TO_INSTALL}")
-    spec = importlib.util.find_spec("netron")
-    assert spec is not None and spec.submodule_search_locations
-    path = Path(spec.submodule_search_locations[0]) / "dagre.js"
-    module = path.read_text(encoding="utf-8") if path.is_file() else ""
-    script, exports = re.subn(
-        r"^export \{ *layout\b[^\n]*$|^export const \{ *layout\b[^\n]*$", "", module, flags=re.MULTILINE
-    )
-    if exports != 1 or not re.search(r"^const dagre\b", script, re.MULTILINE):
-        raise DumpError(f"{dump.PAGE}: {path} has not the form expected of netron 9; install 'resq_compiler[inspect]'")
-    return script
+LAYOUT = "vendor/dagre"
 
 
 def page_data(directory: Path) -> dict[str, Any]:
@@ -79,7 +56,7 @@ def tables(directory: Path) -> list[dict[str, Any]]:
 
 
 def write_page(directory: Path | str) -> Path:
-    """Write index.html of a dump and return its path. Raises DumpError: not a dump, no layout library, not writable."""
+    """Write index.html of a dump and return its path. Raises DumpError: not a dump, or not writable."""
     directory = Path(directory)
     data = json.dumps(page_data(directory), ensure_ascii=False, separators=(",", ":")).encode()
     static = resources.files("resq_compiler.inspection") / "static"
@@ -88,7 +65,8 @@ def write_page(directory: Path | str) -> Path:
         "title": html.escape(f"resq: {title}"),
         "css": (static / "page.css").read_text(encoding="utf-8"),
         "data": base64.b64encode(gzip.compress(data, 6, mtime=0)).decode(),
-        "layout": layout_script(),
+        "layout": (static / LAYOUT / "dagre.min.js").read_text(encoding="utf-8"),
+        "layout_licence": (static / LAYOUT / "LICENSE").read_text(encoding="utf-8"),
         "script": "\n".join((static / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
     template = (static / "page.html").read_text(encoding="utf-8")

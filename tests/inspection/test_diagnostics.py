@@ -145,7 +145,6 @@ def test_float_graph_of_another_model_is_refused(compiled):
 
 def test_tables_and_plots_reach_the_dump_and_the_page(compiled, found, tmp_path):
     pytest.importorskip("matplotlib")
-    pytest.importorskip("netron")
     compiled.model.dump(tmp_path)
     costs = Costs(IDS.numel(), attribute(compiled.model.graph_module, compiled.projected, IDS, ("kind",)))
     written = {p.name for p in write_diagnostics(tmp_path, found, costs)}

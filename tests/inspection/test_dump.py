@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch.fx import GraphModule
 
 from resq_compiler.api import compile, trace
 from resq_compiler.errors import DumpError, PassError
-from resq_compiler.inspection import dump, records, svg
+from resq_compiler.inspection import dump, records
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_model, tiny_tokens
@@ -23,10 +24,9 @@ def names(directory):
 
 
 def test_every_stage_has_its_files(compiled):
-    pytest.importorskip("graphlay")
     labels = [s.label for s in compiled.model.stages]
     assert labels[:2] == ["00-capture", "01-canonicalize"]
-    assert names(compiled.dump) >= {f"{label}.{kind}" for label in labels for kind in ("txt", "json", "dot", "svg")}
+    assert names(compiled.dump) >= {f"{label}.{kind}" for label in labels for kind in ("txt", "json", "dot")}
     manifest = dump.read_manifest(compiled.dump)
     assert [s["label"] for s in manifest["stages"]] == labels
     assert manifest["options"]["weight_method"] == "rtn"
@@ -62,9 +62,13 @@ def test_dumps_of_equal_compiles_are_equal(compiled, tmp_path):
         dump_dir=tmp_path,
     )  # fmt: skip
     assert again.stages
-    timed = {dump.TIMING, dump.PAGE}
-    for name in names(compiled.dump) - timed:
-        assert (tmp_path / name).read_bytes() == (compiled.dump / name).read_bytes(), name
+    for name in names(compiled.dump) - {dump.TIMING, dump.PAGE}:
+        assert without_rounding(tmp_path / name) == without_rounding(compiled.dump / name), name
+
+
+def without_rounding(path):
+    """A file without what float sums leave in the logits: their order depends on how memory happens to be aligned."""
+    return re.sub(r"(relative_error\W*) [\d.e-]+", r"\1", path.read_text(encoding="utf-8"))
 
 
 def test_no_weight_is_written(compiled):
@@ -104,8 +108,6 @@ def test_a_failing_pass_is_dumped_and_its_node_marked(monkeypatch, tmp_path):
     assert [s["failed_node"] for s in manifest["stages"]] == [None, None, "bad_product"]
     assert ">>> FAILED HERE >>> %bad_product" in (tmp_path / "02-broken.txt").read_text()
     assert 'color="red"' in (tmp_path / "02-broken.dot").read_text()
-    if svg.library_available():
-        assert (tmp_path / "02-broken.svg").read_text().count(svg.FAILED) == 1
 
 
 def test_blocks_of_nodes_without_facts_come_from_modules():

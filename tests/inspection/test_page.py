@@ -12,8 +12,6 @@ import pytest
 from resq_compiler.errors import DumpError
 from resq_compiler.inspection import dump, page
 
-pytest.importorskip("netron")
-
 
 def unpacked(text):
     encoded = re.search(r'<script type="application/octet-stream" id="data">([^<]*)</script>', text)[1]
@@ -42,13 +40,9 @@ def test_field_names_are_those_of_the_script():
     assert json.loads(re.search(r"const FIELDS = (\[.*\]);", script)[1]) == list(page.FIELDS)
 
 
-def test_without_the_library_the_dump_is_written_and_says_so(compiled, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(page, "library_available", lambda: False)
-    compiled.model.dump(tmp_path)
-    assert not (tmp_path / "index.html").exists() and (tmp_path / "00-capture.txt").exists()
-    assert "pip install 'resq_compiler[inspect]'" in caplog.text
-    with pytest.raises(DumpError, match="netron"):
-        page.write_page(tmp_path)
+def test_the_layout_library_comes_with_its_licence(compiled):
+    text = (compiled.dump / "index.html").read_text()
+    assert "Permission is hereby granted" in text and "version:" in text.partition("var dagre=")[2]
 
 
 def test_page_of_what_is_not_a_dump(tmp_path):

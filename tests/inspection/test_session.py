@@ -14,7 +14,6 @@ from resq_compiler.tiny import tiny_model, tiny_tokens
 
 
 def test_inspects_a_model_that_is_handed_over(tmp_path):
-    pytest.importorskip("netron")
     pytest.importorskip("matplotlib")
     config = named.resolve("resq", weight_method="rtn", calibration_samples=2, calibration_length=32)
     request = Request(activations=True, levels=("kind",), tokens=512, dump_dir=tmp_path)

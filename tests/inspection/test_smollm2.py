@@ -21,8 +21,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def compiles(tmp_path_factory):
     """Two compiles with dumps, with caches of 4 and of 8 bits, and the float graph of the first."""
-    pytest.importorskip("netron", reason="the page needs netron")
-    pytest.importorskip("graphlay", reason="the pictures need graphlay")
     loaded, held, found = load_model(embedded_model_path()), [], SimpleNamespace()
     for bits in (4, 8):
         directory = tmp_path_factory.mktemp(f"kv{bits}")

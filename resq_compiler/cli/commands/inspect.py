@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dump",
         metavar="DIR",
         type=Path,
-        help="every pass as text, JSON, Graphviz, SVG, and index.html to browse them",
+        help="every pass as text, JSON and Graphviz, and index.html to browse them",
     )
     measures.add_argument(
         "--activations", action="store_true", help="ranges, outliers, spectra, noise at every site, before and after"

@@ -33,7 +33,10 @@ function labelOf(record) {
 }
 
 function runLayout(nodes, edges) {
-  dagre.layout(nodes, edges, { nodesep: 18, ranksep: 34, ...(nodes.length > 3000 ? { ranker: "longest-path" } : {}) }, {});
+  const g = new dagre.graphlib.Graph().setGraph({ nodesep: 18, ranksep: 34, ...(nodes.length > 3000 ? { ranker: "longest-path" } : {}) });
+  for (const node of nodes) g.setNode(node.v, node);
+  for (const edge of edges) g.setEdge(edge.v, edge.w, edge);
+  dagre.layout(g); // writes x and y into nodes, points into edges
   const points = edges.flatMap((e) => e.points || []);
   const least = points.reduce((x, p) => Math.min(x, p.x), 0); // long edges may pass left of all nodes
   for (const p of [...nodes, ...points]) p.x -= least;
@@ -41,8 +44,7 @@ function runLayout(nodes, edges) {
   return { width: right, height: nodes.reduce((y, n) => Math.max(y, n.y + n.height / 2), 0) };
 }
 
-const edgeBetween = (v, w, weight = 1) =>
-  ({ v, w, minlen: 1, weight, width: 0, height: 0, labeloffset: 10, labelpos: "r" });
+const edgeBetween = (v, w, weight = 1) => ({ v, w, weight });
 
 class GraphView {
   constructor(element, { onSelect, onToggle, onMove } = {}) {
