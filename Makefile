@@ -1,6 +1,6 @@
 # make demo    environment, then a real model compiled and compared with float, QuaRot and RTN (results in out/demo)
 # make test    environment, then the default tests        make test-slow   the ones on a real model
-# make check   ruff (rules and format) and mypy                              make clean       removes what make made
+# make check   ruff (rules and format), mypy, import contracts                make clean       removes what make made
 #
 # A virtual environment is made in .venv with the versions of constraints.txt. PYTHON=python3.12 picks another interpreter;
 # TORCH= (empty) keeps a torch that is already in .venv, as a CUDA or ROCm build.
@@ -29,8 +29,9 @@ check: $(VENV)/.installed-dev .mypy_tree
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	cd .mypy_tree && ../$(BIN)/lint-imports --no-logo ../pyproject.toml
 
-# The packages as they are installed, for mypy: passes/ and backends/ are parts of resq_compiler (pyproject.toml).
+# The packages as they are installed, for mypy and import-linter: passes/ and backends/ are parts of resq_compiler (pyproject.toml).
 .mypy_tree:
 	@rm -rf $@ && mkdir -p $@/resq_compiler
 	@ln -s $(CURDIR)/resq_compiler/* $(CURDIR)/passes $(CURDIR)/backends $@/resq_compiler/
