@@ -37,7 +37,7 @@ from resq_compiler.model.compiled_model import CompiledModel
 from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes.named import passes_for, resolve
-from resq_compiler.util.text_tables import number, table
+from resq_compiler.util.text import number, table
 
 TOKENS_ALIKE = {"gptq_token_weighting": "none"}
 A_THEN_W = {**TOKENS_ALIKE, "gptq_on_quantized_activations": True}

@@ -25,7 +25,7 @@ from typing import Any
 from resq_compiler.cli import environment
 from resq_compiler.cli.commands.common import EMBEDDED, model_source
 from resq_compiler.cli.commands.options import convert
-from resq_compiler.util.text_tables import number, table
+from resq_compiler.util.text import number, table
 
 OWN_METHOD = {"rtn": "rtn", "gptq": "gptq"}  # recipes that are named after theirs
 WEIGHT_PASSES = ("quantize-weights",)

@@ -37,7 +37,7 @@ from resq_compiler.ir import graph_tools
 from resq_compiler.numerics.basis import principal_basis
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.recipes.settings import CompileConfig
-from resq_compiler.util.text_tables import number, table
+from resq_compiler.util.text import number, table
 
 STEPS = 32  # of a site's columns: one step gives width / STEPS of them other bits
 WORTH = 0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: see README)

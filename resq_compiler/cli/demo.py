@@ -18,7 +18,7 @@ from resq_compiler.errors import ConfigError
 from resq_compiler.evaluation.comparison import measure
 from resq_compiler.frontend.models import LoadedModel, embedded_model_path, load_model
 from resq_compiler.recipes.named import RECIPES
-from resq_compiler.util.text_tables import megabytes, number, percent, table
+from resq_compiler.util.text import megabytes, number, percent, table
 
 PROMPTS = (
     "The capital of France is",

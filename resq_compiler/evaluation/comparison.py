@@ -11,7 +11,7 @@ from torch import Tensor
 from resq_compiler.evaluation import report
 from resq_compiler.evaluation.predictions import Evaluation, evaluate
 from resq_compiler.model.compiled_model import CompiledModel
-from resq_compiler.util.text_tables import megabytes, number, percent, table
+from resq_compiler.util.text import megabytes, number, percent, table
 
 
 class Observed:

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from resq_compiler.inspection import dump, page
 from resq_compiler.inspection.activations import Diagnostics
 from resq_compiler.inspection.attribution import Costs
@@ -114,9 +116,7 @@ def table_text(item: Table, limit: int = 40) -> str:
     if not item["rows"]:
         return f"{item['title']}: none"
     cells = [[_cell(row.get(c)) for c in item["columns"]] for row in item["rows"][:limit]]
-    widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(item["columns"])]
-    lines = [item["title"], "  ".join(c.ljust(w) for c, w in zip(item["columns"], widths, strict=True)).rstrip()]
-    lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    lines = [item["title"], tabulate(cells, item["columns"], tablefmt="simple", disable_numparse=True)]
     hidden = len(item["rows"]) - limit
     return "\n".join(lines + ([f"... and {hidden} more"] if hidden > 0 else []))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,7 +10,6 @@ from resq_compiler.evaluation import comparison, report
 from resq_compiler.evaluation.predictions import evaluate, sqnr_db
 from resq_compiler.ir import ops
 from resq_compiler.tiny import tiny_tokens
-from resq_compiler.util import text_tables
 
 HIDDEN, WIDE, KV, HEADS, KV_HEADS, DIM = 64, 160, 32, 4, 2, 16  # of the tiny llama
 
@@ -130,15 +127,3 @@ def test_a_loaded_model_reports_as_a_fresh_one(compiled, tmp_path):
     assert report.describe(again) == report.describe(model)
     ids = tiny_tokens(1, 16)
     assert report.site_noise(again, ids) == report.site_noise(model, ids)
-
-
-def test_tables():
-    rows = [("a", "1"), ("long", "22")]
-    assert text_tables.table(("", "n"), rows) == "       n\n----  --\na      1\nlong  22"
-    assert text_tables.table(("x", "n"), rows, markdown=True).splitlines()[1] == "|------|---:|"
-    assert (
-        text_tables.number(None) == "-"
-        and text_tables.number(12345.6) == "12,346"
-        and text_tables.number(math.inf) == "inf"
-    )
-    assert text_tables.percent(0.5) == "50.0 %" and text_tables.megabytes(1.5e6) == "1.5 MB"

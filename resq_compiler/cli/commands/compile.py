@@ -88,7 +88,7 @@ def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
 
 
 def _text(record: dict[str, Any], output: Path, dumped: Path | None) -> str:
-    from resq_compiler.util.text_tables import megabytes, number
+    from resq_compiler.util.text import megabytes, number
 
     bits, size = record["average_bits"], record["memory_bytes"]
     lines = [

@@ -193,7 +193,7 @@ def inspect_compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str
     """Sizes, average bits and the record of passes of a compiled model."""
     from resq_compiler.errors import ConfigError
     from resq_compiler.evaluation import report
-    from resq_compiler.util.text_tables import megabytes, number, table
+    from resq_compiler.util.text import megabytes, number, table
 
     if arguments.topology or arguments.topology_file:
         raise ConfigError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from resq_compiler.cli.commands import common
 from resq_compiler.recipes.settings import CompileConfig
-from resq_compiler.util.text_tables import megabytes
+from resq_compiler.util.text import megabytes
 
 FLOAT_BYTES, DOUBLE_BYTES = 4, 8
 

@@ -1,24 +1,19 @@
-"""Plain-text and Markdown tables, and numbers as people read them."""
+"""Tables, sizes and numbers as people read them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from tabulate import tabulate
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """Lines of aligned cells: the first column to the left, the others to the right."""
-    cells = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in cells
-    ]
-    if markdown:
-        rule = "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])])
-        text = [f"| {' | '.join(line)} |" for line in lines]
-        return "\n".join([text[0], f"|{rule}|", *text[1:]])
-    text = ["  ".join(line).rstrip() for line in lines]
-    return "\n".join([text[0], "  ".join("-" * w for w in widths), *text[1:]])
+    """Lines of aligned cells for a terminal, or a table in Markdown: the first column to the left, the others to the right."""
+    return tabulate(
+        rows, header, tablefmt="pipe" if markdown else "simple", disable_numparse=True, preserve_whitespace=True,
+        colalign=("left", *["right"] * (len(header) - 1)) if rows else None,
+    )  # fmt: skip
 
 
 def megabytes(count: float | None) -> str:
