@@ -1,4 +1,5 @@
-# make demo    environment, then a real model compiled and compared with float, QuaRot and RTN (results in out/demo)
+# make demo    environment, then a real model compiled and compared with float and QuaRot: 4 minutes (results in out/demo)
+# make demo-all   the same with every recipe and more text: a quarter of an hour (results in out/demo-all)
 # make test    environment, then the default tests        make test-slow   the ones on a real model
 # make check   ruff (rules and format), mypy, import contracts                make clean       removes what make made
 #
@@ -14,10 +15,13 @@ DEV_EXTRAS ?= gguf,onnx,triton,eval,dev
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: demo test test-slow check .mypy_tree env clean
+.PHONY: demo demo-all test test-slow check .mypy_tree env clean
 
 demo: $(VENV)/.installed-kernels
 	$(BIN)/python -m resq_compiler demo --output out/demo $(DEMO_FLAGS)
+
+demo-all: $(VENV)/.installed-kernels
+	$(BIN)/python -m resq_compiler demo --all --output out/demo-all $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-kernels
 	$(BIN)/python -m pytest -v $(PYTEST_FLAGS)

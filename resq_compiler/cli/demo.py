@@ -20,38 +20,56 @@ from resq_compiler.frontend.models import LoadedModel, embedded_model_path, load
 from resq_compiler.recipes.named import RECIPES
 from resq_compiler.util.text import megabytes, number, percent, table
 
-PROMPTS = (
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why do we have seasons?",
+    "Write a Python function that returns the larger of two numbers.",
+    "Write one sentence about a village by the sea.",
+)
+"""What a model with a chat template is asked."""
+
+OPENINGS = (
     "The capital of France is",
-    "Water boils at",
+    "Seasons change because",
+    "def larger(a, b):",
     "Once upon a time, in a small village by the sea, there lived",
 )
+"""What a model without one goes on from."""
+
 DESCRIPTIONS = {
     "resq+": "ResQ with down projections split too, and clipped activations",
     "resq": "ResQ: 1/8 of the directions in 8 bits, by PCA",
     "quarot": "QuaRot: random rotations alone",
+    "quik": "no rotation; the channels with the largest peaks in 8 bits",
+    "gptq": "GPTQ weights, no rotation",
     "rtn": "rounding to nearest, no rotation",
 }
+EVERY_RECIPE = tuple(DESCRIPTIONS)
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the demo compiles and how much it looks at. The defaults take some minutes on two cores."""
+    """What the demo compiles and how much it looks at. The defaults take less than 4 minutes on two cores."""
 
     model: str | Path | None = None  # None: the embedded SmolLM2-135M-Instruct
-    recipes: tuple[str, ...] = ("resq+", "resq", "quarot", "rtn")
-    calibration_samples: int = 32
+    recipes: tuple[str, ...] = ("resq+", "quarot")
+    calibration_samples: int = 8
     calibration_length: int = 512
-    windows: int = 6
+    windows: int = 2
     window_length: int = 1024
-    new_tokens: int = 24
+    new_tokens: int = 40
     seed: int = 0
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.recipes if name not in RECIPES]
         if unknown or not self.recipes:
             raise ConfigError(f"demo: expected recipes out of {', '.join(RECIPES)}; got {', '.join(unknown) or 'none'}")
+
+
+FULL = DemoOptions(recipes=EVERY_RECIPE, calibration_samples=32, windows=6)
+"""The thorough comparison: four times the calibration text, three times the evaluated text, every recipe."""
 
 
 def run_demo(options: DemoOptions, output: Path, progress: Progress = lambda step, done, total: None) -> dict[str, Any]:
@@ -65,7 +83,7 @@ def run_demo(options: DemoOptions, output: Path, progress: Progress = lambda ste
     loaded = load_model(options.model or embedded_model_path())
     calibration, windows = _tokens(loaded, options)
     result = _setting(loaded, options, calibration, windows)
-    result["float"] = {"texts": continue_prompts(loaded.model, loaded.tokenizer, options.new_tokens, "float", progress)}
+    result["float"] = {"texts": write_answers(loaded.model, loaded.tokenizer, options.new_tokens, "float", progress)}
     result["recipes"] = {}
     for recipe in options.recipes:
         entry = _try_recipe(recipe, loaded, calibration, windows, options, output, progress)
@@ -76,24 +94,45 @@ def run_demo(options: DemoOptions, output: Path, progress: Progress = lambda ste
     return result
 
 
-def continue_prompts(
+def has_chat(tokenizer: Any) -> bool:
+    """Whether the model was trained on conversations, which a template of its tokenizer says."""
+    return bool(tokenizer.chat_template)
+
+
+def prompts(tokenizer: Any) -> tuple[str, ...]:
+    """Questions for a model with a chat template, beginnings of texts for any other."""
+    return QUESTIONS if has_chat(tokenizer) else OPENINGS
+
+
+def write_answers(
     model: Any,
     tokenizer: Any,
     new_tokens: int,
     name: str = "model",
     progress: Progress = lambda step, done, total: None,
 ) -> list[str]:
-    """The likeliest continuation of each prompt, prompt included; all prompts run as one left-padded batch."""
+    """What a model writes after each prompt, likeliest token at every step; all prompts run as one left-padded batch."""
     progress(f"{name}: generate", 0, 1)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True)
+    batch = _encode_prompts(tokenizer)
     ids = model.generate(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=new_tokens, do_sample=False,
         temperature=None, top_p=None, top_k=None, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    new = ids[:, batch["input_ids"].shape[1] :]
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _encode_prompts(tokenizer: Any) -> Any:
+    """input_ids and attention_mask [prompts, longest] int64 of all prompts, in the chat template where there is one."""
+    if not has_chat(tokenizer):
+        return tokenizer(list(prompts(tokenizer)), return_tensors="pt", padding=True)
+    return tokenizer.apply_chat_template(
+        [[{"role": "user", "content": question}] for question in prompts(tokenizer)],
+        add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
 
 
 def summary(result: dict[str, Any], markdown: bool = False) -> str:
@@ -121,22 +160,46 @@ def summary(result: dict[str, Any], markdown: bool = False) -> str:
 def texts(result: dict[str, Any]) -> str:
     """What the float model and each compiled one write."""
     lines = []
-    for i, prompt in enumerate(PROMPTS):
-        lines.append(f"{prompt} ...")
+    for i, prompt in enumerate(result["prompts"]):
+        lines.append(prompt if result["chat"] else f"{prompt} ...")
         for name, entry in (("float32", result["float"]), *result["recipes"].items()):
-            lines.append(f"  {name:8} {entry['texts'][i][len(prompt) :].strip()}")
+            lines.append(f"  {name:8} {entry['texts'][i]}")
     return "\n".join(lines)
+
+
+def setting(result: dict[str, Any]) -> str:
+    """On how much text the table rests, and what to run for more."""
+    calibration, evaluation = result["tokens"]["calibration"], result["tokens"]["evaluation"]
+    line = f"Calibrated on {calibration:,} tokens, evaluated on {evaluation:,} others."
+    if calibration >= FULL.calibration_samples * FULL.calibration_length:
+        return line
+    return (
+        f"{line}\nThat is little, to be quick: with {FULL.calibration_samples * FULL.calibration_length:,} tokens "
+        "(`make demo-all`, or `resq demo --all`) compiled models come closer to float."
+    )
+
+
+def next_steps(program: str, directory: Path, chat: bool) -> str:
+    """Three commands to go on with. program: how `resq` is called here; directory: of the compiled model."""
+    prompt = '--chat --prompt "What is gravity?"' if chat else '--prompt "Gravity is"'
+    return "\n".join(
+        (
+            "Try next:",
+            f"  {program} generate {directory} {prompt}",
+            f"  {program} inspect {directory} --activations",
+            f"  {program} compile MODEL --calibration TEXT.txt --output out/mine   # a directory, a .gguf file or a hub id",
+        )
+    )
 
 
 def markdown_report(result: dict[str, Any]) -> str:
     """The report written beside the model."""
-    tokens = result["tokens"]
     recipes = "\n".join(f"- {name}: {DESCRIPTIONS.get(name, 'a recipe')}" for name in result["recipes"])
     return (
         f"# {result['model'].rpartition('/')[2]}, compiled\n\n{summary(result, markdown=True)}\n\n{recipes}\n\n"
-        f"Calibration: {tokens['calibration']} tokens; evaluation: {tokens['evaluation']} other tokens; both from the help "
-        f"texts of Python {result['versions']['python']}. KL divergence in nats a token and top-1 agreement are against the "
-        f"float model. {result['seconds']:.0f} s in all, peak memory {megabytes(result['peak_memory_bytes'])}.\n\n"
+        f"{setting(result)} Both texts are help texts of Python {result['versions']['python']}. KL divergence in nats a "
+        f"token and top-1 agreement are against the float model. {result['seconds']:.0f} s in all, peak memory "
+        f"{megabytes(result['peak_memory_bytes'])}.\n\n"
         f"What they write, likeliest token at every step:\n\n```text\n{texts(result)}\n```\n"
     )
 
@@ -157,6 +220,8 @@ def _setting(loaded: LoadedModel, options: DemoOptions, calibration: Tensor, win
     return {
         "model": loaded.source,
         "seed": options.seed,
+        "prompts": list(prompts(loaded.tokenizer)),
+        "chat": has_chat(loaded.tokenizer),
         "tokens": {"calibration": calibration.numel(), "evaluation": windows.numel()},
         "versions": environment.versions(),
         "cpu": environment.cpu(),
@@ -181,7 +246,7 @@ def _try_recipe(
     )
     entry["seconds"] = seconds
     entry["float"] = {**entry.pop("reference"), "bytes": entry.pop("reference_float32_bytes")}
-    entry["texts"] = continue_prompts(compiled, loaded.tokenizer, options.new_tokens, recipe, progress)
+    entry["texts"] = write_answers(compiled, loaded.tokenizer, options.new_tokens, recipe, progress)
     if recipe == options.recipes[0]:
         progress(f"{recipe}: save", 0, 1)
         compiled.save_pretrained(output / "model")

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import shlex
 
 import pytest
 
 from resq_compiler.cli import demo, main
+from resq_compiler.cli.commands import demo as command
 from resq_compiler.errors import ConfigError
 from resq_compiler.inspection.saved import recorded_source
+from resq_compiler.recipes.named import RECIPES
 from resq_compiler.storage.checkpoint import load
 from resq_compiler.tiny import tiny_model, tiny_tokenizer
 
-SMALL = [
-    "--calibration-samples",
-    "4",
-    "--calibration-length",
-    "32",
-    "--windows",
-    "2",
-    "--window-length",
-    "64",
-    "--new-tokens",
-    "3",
-]
+SMALL = ["--calibration-samples=4", "--calibration-length=32", "--windows=2", "--window-length=64", "--new-tokens=3"]
+CHAT = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +34,59 @@ def test_demo_writes_model_and_report(model, tmp_path, capsys):
     assert main.main([*arguments, *SMALL]) == 0
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "report.json").read_text())
-    assert list(result["recipes"]) == ["resq", "rtn"]
+    assert list(result["recipes"]) == ["resq", "rtn"] and result["prompts"] == list(demo.OPENINGS)
     for name, entry in result["recipes"].items():
-        assert entry["model"]["kl"] > 0 and entry["seconds"] > 0 and len(entry["texts"]) == len(demo.PROMPTS)
+        assert entry["model"]["kl"] > 0 and entry["seconds"] > 0 and len(entry["texts"]) == len(demo.OPENINGS)
         assert f"{name} W4A4KV4" in out
     assert result["tokens"] == {"calibration": 128, "evaluation": 128}
+    assert "Calibrated on 128 tokens, evaluated on 128 others.\nThat is little" in out
     assert result["float"]["perplexity"] > 1 and f"{result['float']['perplexity']:.3f}" in out
     assert load(tmp_path / "model").options.recipe == "resq"
     assert recorded_source(tmp_path / "model")[1] == str(model)
     written = (tmp_path / "report.md").read_text()
-    assert written.startswith("# ") and all(prompt in written and prompt in out for prompt in demo.PROMPTS)
+    assert written.startswith("# ") and all(f"{text} ..." in written and text in out for text in demo.OPENINGS)
     assert main.main([*arguments, *SMALL, "--json", "--recipes", "rtn"]) == 0  # again, over what is there
     assert json.loads(capsys.readouterr().out)["recipes"].keys() == {"rtn"}
     assert load(tmp_path / "model").options.recipe == "rtn"
+
+
+def test_a_model_with_a_chat_template_is_asked_questions(tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    assert demo.prompts(tokenizer) == demo.QUESTIONS
+    batch = demo._encode_prompts(tokenizer)
+    assert tokenizer.decode(batch["input_ids"][0]).replace("<pad>", "") == f"[{demo.QUESTIONS[0]}]>"
+    tiny_model("llama").save_pretrained(tmp_path / "float")
+    tokenizer.save_pretrained(tmp_path / "float")
+    arguments = ["demo", "--model", str(tmp_path / "float"), "-o", str(tmp_path / "out"), "--recipes", "rtn"]
+    assert main.main([*arguments, *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{question}\n  float32" in out for question in demo.QUESTIONS)
+
+
+def test_commands_to_try_next_parse(tmp_path):
+    for chat in (True, False):
+        first, *commands = demo.next_steps("resq", tmp_path / "model", chat).splitlines()
+        assert first == "Try next:" and len(commands) == 3
+        for words in (shlex.split(line, comments=True)[1:] for line in commands):
+            module = importlib.import_module(f"resq_compiler.cli.commands.{words[0]}")
+            main.make_parser(words[0], module).parse_args(words)
+
+
+def parsed(*words):
+    return command.options_of(main.make_parser("demo", command).parse_args(["demo", "--model", "some/model", *words]))
+
+
+def test_the_quick_and_the_full_setting():
+    quick, full = parsed(), parsed("--all")
+    assert quick == demo.DemoOptions(model="some/model") and quick.recipes == ("resq+", "quarot")
+    assert full.recipes == demo.EVERY_RECIPE and set(full.recipes) == set(RECIPES)
+    assert (full.calibration_samples, full.windows, full.window_length) == (32, 6, 1024)
+    assert parsed("--all", "--recipes", "rtn", "--windows", "3", "--seed", "5") == dataclasses.replace(
+        full, recipes=("rtn",), windows=3, seed=5
+    )
+    with pytest.raises(ConfigError, match="windows: expected a whole number of at least 1; got 0"):
+        parsed("--windows", "0")
 
 
 def test_unknown_recipes_are_refused():
@@ -64,8 +99,9 @@ def test_unknown_recipes_are_refused():
 @pytest.mark.slow
 def test_demo_on_the_embedded_model(tmp_path, capsys):
     """The order that the method promises, on a real model: ResQ before QuaRot before rounding."""
-    small = ["--calibration-samples", "16", "--windows", "2", "--new-tokens", "8"]
+    recipes = ("resq+", "resq", "quarot", "rtn")
+    small = ["--recipes", *recipes, "--calibration-samples", "16", "--windows", "2", "--new-tokens", "8"]
     assert main.main(["demo", "-o", str(tmp_path), *small]) == 0
-    recipes = json.loads((tmp_path / "report.json").read_text())["recipes"]
-    found = {name: entry["model"]["perplexity"] for name, entry in recipes.items()}
-    assert found["resq+"] < found["resq"] < found["quarot"] < found["rtn"]
+    result = json.loads((tmp_path / "report.json").read_text())
+    found = [result["recipes"][name]["model"]["perplexity"] for name in recipes]
+    assert found == sorted(found) and result["chat"]
