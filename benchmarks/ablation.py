@@ -1,4 +1,4 @@
-"""What each idea beyond the paper gains or costs: the ablation table of the README.
+"""What each idea beyond the paper gains or costs: the tables of docs/results/ablation.md.
 
     python benchmarks/ablation.py --text wikitext2-valid.txt --seeds 0 1 2 --jobs 2
     python benchmarks/ablation.py --model out/small-opt --text out/small-opt/text.txt \

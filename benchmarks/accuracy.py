@@ -1,4 +1,4 @@
-"""The accuracy table of the README: perplexity of compiled models, and what compiling cost.
+"""The table of docs/results/accuracy.md: perplexity of compiled models, and what compiling cost.
 
     python benchmarks/accuracy.py --text wikitext2-valid.txt --recipes resq quarot --seeds 0 1 2 --weight-method rtn gptq
 

@@ -58,7 +58,7 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
     """--config and one flag for each option; flags that are not given leave no attribute behind."""
     parser.add_argument("--config", metavar="FILE", help="recipe file (YAML or JSON) with any of the options below")
     group = parser.add_argument_group(
-        "options of the compiler (defaults are those of the recipe resq; README lists what resq+ changes)"
+        "options of the compiler (defaults are those of the recipe resq; docs/options.md lists what others set)"
     )
     for field in dataclasses.fields(CompileConfig):
         flag = "--" + field.name.replace("_", "-")
