@@ -40,7 +40,9 @@ from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.util.text import number, table
 
 STEPS = 32  # of a site's columns: one step gives width / STEPS of them other bits
-WORTH = 0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: docs/results/ablation.md)
+WORTH = (
+    0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: docs/results/ablation.md)
+)
 DOWN_STEPS = (
     16  # parts of down projections are Hadamard transforms: multiples of width / 16 have orders of small factors
 )

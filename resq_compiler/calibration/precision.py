@@ -1,7 +1,7 @@
 """In what precision linears and second moments of calibration runs are computed: bfloat16 where the processor multiplies it natively.
 
 Calibration measures second moments, and 4-bit codes are 100 times coarser than bfloat16's relative error of 2^-9: what is lost is less than
-what another draw of rotations changes (figures: docs/results). Rounded are linears (inputs, weights, results) and the products of second moments,
+what another draw of rotations changes (docs/results). Rounded are linears (inputs, weights, results) and the products of second moments,
 but for loud tokens (numerics/basis.py); sums inside a product are float32, and so is everything else: residual stream, norms, attention and
 GPTQ. Nothing of this is left in the compiled model.
 """
