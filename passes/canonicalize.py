@@ -1,9 +1,5 @@
-"""canonicalize: drop what torch.export leaves behind and name the composites rms_norm and rope.
+"""canonicalize: drop what torch.export leaves behind and name norms and rotary embeddings (frontend/composites.py).
 
-    mul(weight, mul(x, rsqrt(add(mean(pow(x, 2), -1), eps))))            -> rms_norm(x, weight, eps)
-    the same on x = y - mean(y, -1)                                      -> layer_norm(y, weight)
-    add(mul(x, cos), mul(cat(neg(x[h:]), x[:h]), sin))                   -> rope(x, cos, sin)
-    cat(rope(x[:r], cos, sin), x[r:])   (partial rotary)                 -> rope(x, cos, sin) with cos narrower than x
     reshape(index_select(W, 0, reshape(ids)))                            -> embedding(W, ids)
     norm(embedding(W, ids))                                              -> embedding(norm(W), ids)
 Values computed from one-dimensional weights alone, such as Gemma's 1 + w, become tensors of their own.
@@ -11,15 +7,18 @@ Values computed from one-dimensional weights alone, such as Gemma's 1 + w, becom
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.ir import graph_tools, ops
-from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, is_call
+from resq_compiler.frontend.composites import WHOLE, name_composites
+from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir.args import argument, operands, set_argument, source
+from resq_compiler.ir.graph_tools import VIEW_OPS, aten, is_call, only_user, replace, rewrite
+from resq_compiler.ir.views import Embedding, Norm
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 IDENTITY = {
@@ -27,11 +26,10 @@ IDENTITY = {
     aten.clone.default, aten.dropout.default,
 }  # fmt: skip
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten._to_copy.default}
-OUT_OF_PLACE = {
+OUT_OF_PLACE: dict[object, Callable] = {
     aten.add_.Tensor: aten.add.Tensor, aten.mul_.Tensor: aten.mul.Tensor, aten.div_.Tensor: aten.div.Tensor,
     aten.silu_.default: aten.silu.default, aten.relu_.default: aten.relu.default,
 }  # fmt: skip
-WHOLE = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,10 @@ class Canonicalize(Pass):
             done += match_addmm(gm, node)
         done += name_lookups(gm) + keep_token_dimensions(gm)
         done += fold_constants(gm)
-        for match in (match_rms_norm, match_rope, match_partial_rope):
-            for node in list(gm.graph.find_nodes(op="call_function", target=ROOTS[match])):
-                done += match(gm, node)
+        named, misses = name_composites(gm, self.name)
+        ctx.lines += misses
         gm.graph.eliminate_dead_code()
-        done += fold_embedding_norms(gm)
-        return done + merge_equal(gm)
+        return done + named + fold_embedding_norms(gm) + merge_equal(gm)
 
 
 def drop_noise(gm: GraphModule) -> int:
@@ -61,9 +57,8 @@ def drop_noise(gm: GraphModule) -> int:
         if is_call(node, aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)
             done += 1
-        elif _returns_its_input(gm, node):
-            node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
+        elif _returns_its_input(node):
+            replace(node, source(node))
             done += 1
     return done
 
@@ -78,7 +73,7 @@ def drop_mutation(gm: GraphModule) -> int:
         if is_call(node, aten.view.default):
             node.target = aten.reshape.default
             done += 1
-        elif is_call(node, *OUT_OF_PLACE) and len(node.args[0].users) == 1 and not is_call(node.args[0], *VIEW_OPS):
+        elif is_call(node, *OUT_OF_PLACE) and only_user(source(node)) and not is_call(source(node), *VIEW_OPS):
             node.target = OUT_OF_PLACE[node.target]
             done += 1
     return done
@@ -88,15 +83,10 @@ def name_products(gm: GraphModule) -> int:
     """matmul(x, transpose(W)) -> linear(x, W)"""
     done = 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.matmul.default)):
-        x, turned = node.args
-        if not is_call(turned, aten.numpy_T.default, aten.t.default) or turned.args[0].op != "get_attr":
-            continue
-        with gm.graph.inserting_after(node):
-            new = emit(gm.graph, aten.linear.default, (x, turned.args[0]), node, Canonicalize.name)
-        new.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-        done += 1
+        x, turned = operands(node)
+        if is_call(turned, aten.numpy_T.default, aten.t.default) and source(turned).op == "get_attr":
+            rewrite(node, aten.linear.default, (x, source(turned)), Canonicalize.name)
+            done += 1
     return done
 
 
@@ -104,58 +94,44 @@ def name_lookups(gm: GraphModule) -> int:
     """reshape(index_select(W, 0, reshape(ids, [-1])), [B, S, d]) -> embedding(W, ids)"""
     done = 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.index_select.default)):
-        table, dim, flat = node.args
-        back = only_user(node)
-        if (
-            dim != 0
-            or table.op != "get_attr"
-            or not is_call(flat, aten.reshape.default)
-            or not is_call(back, aten.reshape.default)
-        ):
+        table, flat, back = source(node), argument(node, "index"), only_user(node)
+        if table.op != "get_attr" or argument(node, "dim") != 0 or not is_call(flat, aten.reshape.default):
             continue
-        ids = flat.args[0]
-        if len(ids.meta["val"].shape) != 2 or back.meta["val"].shape != (
-            *ids.meta["val"].shape,
-            node.meta["val"].shape[-1],
-        ):
+        if back is None or not is_call(back, aten.reshape.default):
             continue
-        with gm.graph.inserting_after(back):
-            new = emit(gm.graph, aten.embedding.default, (table, ids), node, Canonicalize.name)
-        new.meta["val"] = back.meta["val"]
-        back.replace_all_uses_with(new)
-        gm.graph.erase_node(back)
-        done += 1
+        ids = source(flat)
+        if len(values.shape(ids)) == 2 and values.shape(back) == (*values.shape(ids), values.width(node)):
+            rewrite(back, aten.embedding.default, (table, ids), Canonicalize.name)
+            done += 1
     return done
 
 
 def match_addmm(gm: GraphModule, node: Node) -> int:
     """addmm(bias, x, W) -> linear(x, Wᵀ, bias), as the Conv1D layers of GPT-2 want it."""
-    bias, x, weight = node.args
-    nodes = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == getattr(weight, "target", None)]
-    if node.kwargs or bias.op != "get_attr" or weight.op != "get_attr" or nodes != [weight] or len(weight.users) != 1:
+    bias, x, weight = (argument(node, name) for name in ("self", "mat1", "mat2"))
+    if node.kwargs or any(not isinstance(t, Node) or t.op != "get_attr" for t in (bias, weight)):
         return 0
-    turned = graph_tools.get_tensor(gm, weight).t().contiguous()
-    graph_tools.set_tensor(gm, str(weight.target), turned)
-    weight.meta["val"] = turned
-    with gm.graph.inserting_after(node):
-        new = emit(gm.graph, aten.linear.default, (x, weight, bias), node, Canonicalize.name)
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    nodes = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == weight.target]
+    if nodes != [weight] or len(weight.users) != 1:
+        return 0
+    graph_tools.set_tensor(gm, str(weight.target), graph_tools.get_tensor(gm, weight).t().contiguous())
+    values.forget(weight)
+    rewrite(node, aten.linear.default, (x, weight, bias), Canonicalize.name)
     return 1
 
 
-def _returns_its_input(gm: GraphModule, node: Node) -> bool:
+def _returns_its_input(node: Node) -> bool:
     if is_call(node, *IDENTITY):
         return True
-    if is_call(node, aten.mul.Tensor) and node.args[1] == 1.0 and isinstance(node.args[1], float):
-        return True
+    if is_call(node, aten.mul.Tensor):
+        factor = operands(node)[1]
+        return isinstance(factor, float) and factor == 1.0
     if is_call(node, *CASTS):
-        before, after = value_of(gm, node.args[0]), node.meta.get("val")
+        before, after = values.value(source(node)), values.value(node)
         return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
     if is_call(node, aten.slice.Tensor):
-        start, stop = (*node.args, 0, WHOLE)[2:4] if len(node.args) > 2 else (0, WHOLE)
-        return start in (0, None) and (stop is None or stop == WHOLE) and (len(node.args) < 5 or node.args[4] == 1)
+        start, stop, step = (argument(node, name) for name in ("start", "end", "step"))
+        return start in (0, None) and stop in (WHOLE, None) and step == 1
     return False
 
 
@@ -168,17 +144,9 @@ def merge_equal(gm: GraphModule) -> int:
             continue
         first = seen.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
         if first is not node:
-            node.replace_all_uses_with(first)
-            gm.graph.erase_node(node)
+            replace(node, first)
             done += 1
     return done
-
-
-def value_of(gm: GraphModule, node: object) -> object:
-    """The (fake) value of a node."""
-    if isinstance(node, Node) and node.op == "get_attr":
-        return graph_tools.get_tensor(gm, node)
-    return node.meta.get("val") if isinstance(node, Node) else node
 
 
 ROW_WISE = {
@@ -190,30 +158,27 @@ ROW_WISE = {
 def keep_token_dimensions(gm: GraphModule) -> int:
     """Undo reshape([B, S, d] -> [B·S, d]) and back where all operators between work on the last dimension alone."""
     flat = [n for n in gm.graph.nodes if _reshapes(n, 3, 2)]
-    region, pending, ends = set(), list(flat), []
+    region, pending, ends = dict[Node, None](), list(flat), set[Node]()
     while pending:
         node = pending.pop()
         for user in node.users:
             if _reshapes(user, 2, 3):
-                ends.append(user)
+                ends.add(user)
             elif not is_call(user, *ROW_WISE):
                 return 0
             elif user not in region:
-                region.add(user)
+                region[user] = None
                 pending.append(user)
     for node in {*flat, *ends}:
-        node.replace_all_uses_with(node.args[0])
-        gm.graph.erase_node(node)
-    for node in gm.graph.nodes:
-        if node in region and ends:
-            node.meta["val"] = node.meta["val"].unflatten(0, ends[0].meta["val"].shape[:2])
+        replace(node, source(node))
+    values.forget(*region)
     return len(flat)
 
 
 def _reshapes(node: Node, before: int, after: int) -> bool:
     if not is_call(node, aten.view.default, aten.reshape.default):
         return False
-    old, new = node.args[0].meta["val"].shape, node.meta["val"].shape
+    old, new = values.shape(source(node)), values.shape(node)
     return len(old) == before and len(new) == after and old[-1] == new[-1]
 
 
@@ -228,10 +193,7 @@ def fold_constants(gm: GraphModule) -> int:
         if any(not isinstance(t, Tensor) or t.dim() > 1 for t in tensors) or is_call(node, aten.embedding.default):
             continue
         value = graph_tools.run_node(gm, node, dict(zip(inputs, tensors, strict=True)))
-        folded = graph_tools.add_tensor(gm, f"{inputs[0].target}_{node.name}", value, Canonicalize.name)
-        folded.meta["val"] = value
-        node.replace_all_uses_with(folded)
-        gm.graph.erase_node(node)
+        replace(node, graph_tools.add_tensor(gm, f"{inputs[0].target}_{node.name}", value, Canonicalize.name))
         done += 1
     return done
 
@@ -240,138 +202,14 @@ def fold_embedding_norms(gm: GraphModule) -> int:
     """norm(embedding(W, ids)) -> embedding(norm(W), ids): the norm of a row is the row of the norm."""
     done = 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.embedding.default)):
-        norm, table = only_user(node), node.args[0]
-        if (
-            not is_call(norm, ops.rms_norm, aten.layer_norm.default)
-            or table.op != "get_attr"
-            or norm.args[0] is not node
-        ):
+        embedding, norm = Embedding.of(node), Norm.of(only_user(node))
+        if embedding is None or norm is None or norm.x is not node:
             continue
-        if not all(n is node or n.op == "get_attr" for n in norm.all_input_nodes):
-            continue
-        tensors = {n: graph_tools.get_tensor(gm, n) for n in norm.all_input_nodes if n is not node}
-        value = graph_tools.run_node(gm, norm, {**tensors, node: graph_tools.get_tensor(gm, table)})
-        name = f"{str(table.target).removesuffix('.weight')}.normed.weight"
-        node.update_arg(0, graph_tools.add_tensor(gm, name, value, Canonicalize.name))
-        node.args[0].meta["val"] = value
-        norm.replace_all_uses_with(node)
-        gm.graph.erase_node(norm)
+        table = embedding.table_tensor(gm)
+        gains = {n: graph_tools.get_tensor(gm, n) for n in norm.node.all_input_nodes if n is not node}
+        value = graph_tools.run_node(gm, norm.node, {**gains, node: table})
+        name = f"{str(embedding.table.target).removesuffix('.weight')}.normed.weight"
+        set_argument(node, "weight", graph_tools.add_tensor(gm, name, value, Canonicalize.name))
+        replace(norm.node, node)
         done += 1
     return done
-
-
-def other_operand(node: Node, operand: Node) -> object:
-    """The operand of a two-operand node that is not the given one."""
-    return node.args[1] if node.args[0] is operand else node.args[0]
-
-
-def operand_called(node: Node, *targets: object) -> Node | None:
-    """The operand of a two-operand node that calls one of the targets."""
-    return next((a for a in node.args[:2] if is_call(a, *targets)), None)
-
-
-def only_user(node: Node) -> Node | None:
-    """The single user of a node, or None."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def match_rms_norm(gm: GraphModule, rsqrt: Node) -> int:
-    """Root at rsqrt: it must see mean(x²) + eps and be multiplied with the same x."""
-    shifted = rsqrt.args[0]
-    if not is_call(shifted, aten.add.Tensor) or not isinstance(shifted.args[1], float):
-        return 0
-    mean, eps = shifted.args[0], shifted.args[1]
-    if (
-        not is_call(mean, aten.mean.dim)
-        or list(mean.args[1]) != [-1]
-        or not is_call(mean.args[0], aten.pow.Tensor_Scalar)
-    ):
-        return 0
-    x, exponent = mean.args[0].args[:2]
-    normed = only_user(rsqrt)
-    if exponent != 2 or not is_call(normed, aten.mul.Tensor):
-        return 0
-    other, source = other_operand(normed, rsqrt), _centred(x)
-    if other is not x and (source is None or _centred(other) is not source):
-        return 0
-    scaled, weight = only_user(normed), None
-    if is_call(scaled, aten.mul.Tensor):
-        candidate = other_operand(scaled, normed)
-        if (
-            isinstance(candidate, Node)
-            and candidate.op == "get_attr"
-            and graph_tools.get_tensor(gm, candidate).dim() == 1
-        ):
-            weight = candidate
-    last = scaled if weight is not None else normed
-    with gm.graph.inserting_after(last):
-        if source is None:
-            new = emit(gm.graph, ops.rms_norm, (x, weight, eps), normed, Canonicalize.name)
-        else:
-            shape = [source.meta["val"].shape[-1]]
-            args = (source, shape, weight, None, eps)
-            new = emit(gm.graph, aten.layer_norm.default, args, normed, Canonicalize.name)
-    new.meta["val"] = last.meta["val"]
-    last.replace_all_uses_with(new)
-    return 1
-
-
-def _centred(x: object) -> Node | None:
-    """y where x is y - mean(y) over the last dimension."""
-    if not is_call(x, aten.sub.Tensor) or not is_call(x.args[1], aten.mean.dim):
-        return None
-    y, mean = x.args[0], x.args[1]
-    return y if mean.args[0] is y and list(mean.args[1]) == [-1] else None
-
-
-def _last_dim_slice(node: object, x: object) -> tuple[int, int] | None:
-    if not is_call(node, aten.slice.Tensor) or node.args[0] is not x:
-        return None
-    dim, start, stop = node.args[1:4]
-    rank = len(node.args[0].meta["val"].shape)
-    return (start, stop) if dim in (-1, rank - 1) else None
-
-
-def match_rope(gm: GraphModule, node: Node) -> int:
-    """Root at the add of x·cos and rotate_half(x)·sin, in either order."""
-    for straight, turned in (node.args[:2], node.args[1::-1]):
-        if not is_call(straight, aten.mul.Tensor) or not is_call(turned, aten.mul.Tensor):
-            continue
-        rotated = operand_called(turned, aten.cat.default)
-        if rotated is None or len(rotated.args[0]) != 2 or not is_call(rotated.args[0][0], aten.neg.default):
-            continue
-        upper, lower = rotated.args[0][0].args[0], rotated.args[0][1]
-        x = lower.args[0] if is_call(lower, aten.slice.Tensor) else None
-        if x is None or x not in straight.args:
-            continue
-        half = x.meta["val"].shape[-1] // 2
-        if _last_dim_slice(lower, x) != (0, half) or _last_dim_slice(upper, x) != (half, WHOLE):
-            continue
-        cos, sin = other_operand(straight, x), other_operand(turned, rotated)
-        with gm.graph.inserting_after(node):
-            new = emit(gm.graph, ops.rope, (x, cos, sin), node, Canonicalize.name)
-        new.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(new)
-        return 1
-    return 0
-
-
-def match_partial_rope(gm: GraphModule, node: Node) -> int:
-    """Root at cat(rope(x[..., :r]), x[..., r:]); x[..., :r] is x itself where r is the whole width."""
-    pieces = node.args[0]
-    if len(pieces) != 2 or not is_call(pieces[0], ops.rope) or not is_call(pieces[1], aten.slice.Tensor):
-        return 0
-    head, tail = pieces[0].args[0], pieces[1]
-    x, width = tail.args[0], head.meta["val"].shape[-1]
-    if head is not x and _last_dim_slice(head, x) != (0, width):
-        return 0
-    if _last_dim_slice(tail, x) != (width, WHOLE):
-        return 0
-    with gm.graph.inserting_after(node):
-        new = emit(gm.graph, ops.rope, (x, *pieces[0].args[1:]), node, Canonicalize.name)
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    return 1
-
-
-ROOTS = {match_rms_norm: aten.rsqrt.default, match_rope: aten.add.Tensor, match_partial_rope: aten.cat.default}

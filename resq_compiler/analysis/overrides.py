@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import ConfigError, TopologyError
 from resq_compiler.ir import graph_tools
-from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.views import Linear
 
 ROLES = ("q", "k", "v", "o")
 _DERIVED = {"model", "hidden_size", "not_fused"}
@@ -178,8 +178,8 @@ class LinearNames:
     def __init__(self, gm: GraphModule):
         self.nodes: dict[str, list[Node]] = {}
         for node in gm.graph.nodes:
-            if is_call(node, aten.linear.default):
-                self.nodes.setdefault(linear_name(node), []).append(node)
+            if (linear := Linear.of(node)) is not None:
+                self.nodes.setdefault(linear.name, []).append(node)
 
     def find(self, name: str, where: str) -> Node:
         """The linear of that name. Raises TopologyError: none, or several that share a weight."""
@@ -198,11 +198,6 @@ class LinearNames:
                 f"topology override, {where}: expected a linear that node {value.name} depends on; {name} is none"
             )
         return node
-
-
-def linear_name(node: Node) -> str:
-    """What a linear is called: its module in the model, with `.splitN` where it is some rows of a fused one."""
-    return str(node.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
 
 
 def switched_off(found: bool, stated: bool | None, where: str, why: str) -> bool:

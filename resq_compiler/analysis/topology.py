@@ -16,16 +16,18 @@ from resq_compiler.analysis.overrides import (
     FeedForwardOverride,
     LinearNames,
     TopologyOverrides,
-    linear_name,
     switched_off,
 )
 from resq_compiler.errors import TopologyError
-from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir import graph_tools, meta, ops, values, views
+from resq_compiler.ir.args import operands, source
+from resq_compiler.ir.graph_tools import aten, is_call, only_user
+from resq_compiler.ir.views import AppendCache, CausalMask, Linear, MergeHeads, Norm, SplitHeads
 
 LINEAR, EMBEDDING, LAYER_NORM = aten.linear.default, aten.embedding.default, aten.layer_norm.default
 NORMS = (ops.rms_norm, LAYER_NORM)
 ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default)
+EMBEDDINGS = "embeddings"  # stands for all of them, before the nodes, where paths are looked for
 ELEMENTWISE = (*ACTIVATIONS, aten.mul.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar)
 
 
@@ -69,8 +71,23 @@ class Attention:
     @property
     def window(self) -> int | None:
         """Sliding window, or None."""
-        mask = self.core.args[3]
-        return mask.args[2] if is_call(mask, ops.causal_mask) else None
+        mask = CausalMask.of(self.view.mask)
+        return None if mask is None else mask.window
+
+    @property
+    def view(self) -> views.Attention:
+        """The operator as it is now."""
+        return views.Attention.require(self.core)
+
+    @property
+    def new_keys(self) -> Node:
+        """Keys of the new tokens, as they enter the cache."""
+        return AppendCache.require(self.key_cache).new
+
+    @property
+    def new_values(self) -> Node:
+        """Values of the new tokens, as they enter the cache."""
+        return AppendCache.require(self.value_cache).new
 
 
 @dataclass
@@ -130,7 +147,7 @@ def analyze(gm: GraphModule, overrides: TopologyOverrides | None = None) -> Topo
             f"topology override, block {unknown[0]}: the model has the blocks 0 to {len(attentions) - 1}"
         )
     blocks = make_blocks(gm, cuts, attentions, residual, overrides, set(floats))
-    hidden = residual.values[0].meta["val"].shape[-1]
+    hidden = values.width(residual.values[0])
     if overrides.hidden_size not in (None, hidden):
         raise TopologyError(f"topology override, hidden_size: the graph says {hidden}; got {overrides.hidden_size!r}")
     topology = Topology(residual, blocks, head, hidden, floats)
@@ -146,34 +163,33 @@ def find_head(gm: GraphModule) -> Node:
             raise TopologyError(
                 f"node {node.name}: expected the logits to come from a linear (lm_head), got {node.format_node()}"
             )
-        node = node.args[0]
+        node = source(node)
     return node
 
 
 def _is_scalar(value: object) -> bool:
     if isinstance(value, Node):
-        val = value.meta.get("val")
-        return value.op == "get_attr" and val is not None and val.numel() == 1
+        return value.op == "get_attr" and values.tensor_value(value).numel() == 1
     return isinstance(value, (int, float))
 
 
 def find_residual(head: Node) -> Residual:
     """Close the set of stream values under add and scaling, backwards from the last norm, then collect readers."""
-    source = head.args[0]
-    start = source.args[0] if is_call(source, *NORMS) else source
-    values: dict[Node, None] = {}
+    x = source(head)
+    start = source(x) if is_call(x, *NORMS) else x
+    found: dict[Node, None] = {}
     writers: dict[Node, None] = {}
     gained: dict[Node, None] = {}
     pending = [start]
     while pending:
         node = pending.pop()
-        if node in values:
+        if node in found:
             continue
-        values[node] = None
+        found[node] = None
         if is_call(node, aten.add.Tensor):
-            pending.extend(a for a in node.args[:2] if isinstance(a, Node))
-        elif is_call(node, aten.mul.Tensor) and _is_scalar(node.args[1]):
-            pending.append(node.args[0])
+            pending.extend(a for a in operands(node) if isinstance(a, Node))
+        elif is_call(node, aten.mul.Tensor) and _is_scalar(operands(node)[1]):
+            pending.append(source(node))
         elif is_call(node, LINEAR, EMBEDDING):
             writers[node] = None
         elif is_call(node, *NORMS):
@@ -184,7 +200,7 @@ def find_residual(head: Node) -> Residual:
                 f"(experts and gated streams are not supported); got {node.format_node()}"
             )
     order = {n: i for i, n in enumerate(head.graph.nodes)}
-    stream = sorted(values, key=order.__getitem__)
+    stream = sorted(found, key=order.__getitem__)
     readers = find_readers(stream, set(gained))
     return Residual(
         stream, sorted(writers, key=order.__getitem__), sorted(gained, key=order.__getitem__), readers, fusable=not gained
@@ -223,25 +239,26 @@ def _linear_users(norm: Node) -> list[Node]:
 
 def find_cuts(gm: GraphModule, residual: Residual, head: Node) -> list[Node]:
     """Stream values through which every path from the embeddings to the logits goes (dominators of the head)."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph = nx.DiGraph()
     for node in gm.graph.nodes:
         graph.add_edges_from((source, node) for source in node.all_input_nodes)
     for node in residual.writers:
         if is_call(node, EMBEDDING):
-            graph.add_edge("embeddings", node)
-    if "embeddings" not in graph:
+            graph.add_edge(EMBEDDINGS, node)
+    if EMBEDDINGS not in graph:
         first = residual.values[0]
         raise TopologyError(
             f"node {first.name}: the residual stream starts here; expected a token embedding, got {first.format_node()}"
         )
-    live = nx.descendants(graph, "embeddings") | {"embeddings"}
-    dominator = nx.immediate_dominators(graph.subgraph(live), "embeddings")
-    chain, node = [], head
+    live = nx.descendants(graph, EMBEDDINGS) | {EMBEDDINGS}
+    dominator = nx.immediate_dominators(graph.subgraph(live), EMBEDDINGS)
+    chain: list[Node] = []
     stream = set(residual.values)
-    while node != "embeddings":
-        node = dominator[node]
+    node = dominator[head]
+    while isinstance(node, Node):
         if node in stream:
             chain.append(node)
+        node = dominator[node]
     return chain[::-1]
 
 
@@ -269,47 +286,54 @@ def trace_back(node: Node, goal: str) -> Node:
 
 def trace_attention(core: Node, index: int, stated: BlockOverride, names: LinearNames) -> Attention:
     """The linears around an attention operator and the shapes of its heads."""
-    q_value, key_cache, value_cache = core.args[:3]
+    view = views.Attention.require(core)
     where = f"block {index}, attention"
-    for cache in (key_cache, value_cache):
+    for cache in (view.k, view.v):
         if not is_call(cache, ops.append_cache):
             raise TopologyError(
                 f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}"
             )
+    new_key, new_value = AppendCache.require(view.k).new, AppendCache.require(view.v).new
 
     def behind(value: Node, role: str, goal: str) -> Node:
         name = stated.linears.get(role)
         return trace_back(value, goal) if name is None else names.find_feeding(name, value, f"{where} {role}")
 
-    q = behind(q_value, "q", "query projection")
-    k = behind(key_cache.args[1], "k", "key projection")
-    v = behind(value_cache.args[1], "v", "value projection")
-    merged = [u for u in core.users if is_call(u, ops.merge_heads)]
-    outputs = [u for m in merged for u in m.users if is_call(u, LINEAR)]
-    if len(outputs) != 1 or len(core.users) != 1 or len(merged[0].users) != 1:
-        raise TopologyError(
-            f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention"
-        )
-    o = linear_name(outputs[0])
+    q = behind(view.q, "q", "query projection")
+    k = behind(new_key, "k", "key projection")
+    v = behind(new_value, "v", "value projection")
+    output = output_projection(core)
+    o = Linear.require(output).name
     if stated.linears.get("o", o) != o:
         raise TopologyError(
             f"topology override, {where} o: expected {o}, the linear that reads node {core.name}; got {stated.linears['o']}"
         )
-    key_shape, value_shape = key_cache.meta["val"].shape, value_cache.meta["val"].shape
-    new_value = value_cache.args[1]
-    direct = is_call(new_value, ops.split_heads) and new_value.args[0] is v
+    key_shape = values.shape(view.k)
+    split = SplitHeads.of(new_value)
+    direct = split is not None and split.x is v
     why = f"node {new_value.name} stands between the value projection and the cache"
     attention = Attention(
-        core, q, k, v, outputs[0], key_cache, value_cache, q_value.meta["val"].shape[1], key_shape[1], key_shape[3], value_shape[3],
+        core, q, k, v, output, view.k, view.v, values.shape(view.q)[1], key_shape[1], key_shape[3], values.width(view.v),
         value_is_linear=switched_off(direct, stated.values_fusable, f"{where} values_fusable", why),
     )  # fmt: skip
     check_derived(attention, stated, where)
     return attention
 
 
+def output_projection(core: Node) -> Node:
+    """The one linear that reads an attention's merged heads. Raises TopologyError."""
+    merged = MergeHeads.of(only_user(core))
+    output = None if merged is None else Linear.of(only_user(merged.node))
+    if output is None:
+        raise TopologyError(
+            f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention"
+        )
+    return output.node
+
+
 def check_derived(attention: Attention, stated: BlockOverride, where: str) -> None:
     """Compare what an override says about shapes with the graph, which alone decides them."""
-    found = {
+    found: dict[str, int | None] = {
         "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
         "value_dim": attention.value_dim, "window": attention.window,
     }  # fmt: skip
@@ -348,7 +372,7 @@ def make_blocks(
         inside = _between(order, block)
         used = {block.attention.q, block.attention.k, block.attention.v, block.attention.o}
         rest = [n for n in inside if is_call(n, LINEAR) and n not in used]
-        writers = set(residual.writers) | {n.args[0] for n in residual.gained_writers}
+        writers = set(residual.writers) | {Norm.require(n).x for n in residual.gained_writers}
         block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats)
         known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
         for node in rest:
@@ -371,7 +395,7 @@ def find_feed_forwards(
     said = {item.down: item for item in stated.feed_forwards or ()}
     result = []
     for node in linears:
-        name = linear_name(node)
+        name = Linear.require(node).name
         if name not in said and node not in writers:
             continue
         try:
@@ -383,7 +407,7 @@ def find_feed_forwards(
                 raise
         said.pop(name, None)
     if said:
-        others = ", ".join(linear_name(n) for n in linears)
+        others = ", ".join(Linear.require(n).name for n in linears)
         raise TopologyError(
             f"topology override, block {index}, feed_forward: no linear {next(iter(said))} there; expected one of {others}"
         )
@@ -397,20 +421,20 @@ def trace_feed_forward(
     gates: list[Node] = []
     ups: list[Node] = []
     channelwise = True
-    said = {name: gates for name in (stated and stated.gate) or ()} | {
-        name: ups for name in (stated and stated.up) or ()
-    }
-    pending, seen = [down.args[0]], set()
+    said = {name: gates for name in (stated and stated.gate) or ()}
+    said |= {name: ups for name in (stated and stated.up) or ()}
+    pending, seen = [source(down)], set[Node]()
     while pending:
         node = pending.pop()
-        if node in seen or not isinstance(node, Node) or node.op == "get_attr":
+        if node in seen or node.op == "get_attr":
             continue
         seen.add(node)
-        if is_call(node, LINEAR) and (node in readers or linear_name(node) in said):
+        linear = Linear.of(node)
+        if linear is not None and (node in readers or linear.name in said):
             found = gates if any(is_call(u, *ACTIVATIONS) for u in node.users) else ups
-            said.pop(linear_name(node), found).append(node)
+            said.pop(linear.name, found).append(node)
             continue
-        if is_call(node, LINEAR) and node not in floats:
+        if linear is not None and node not in floats:
             raise TopologyError(
                 f"node {node.name}: expected a linear that reads the residual stream before {down.name}"
             )
@@ -427,7 +451,7 @@ def label_linears(gm: GraphModule, topology: Topology) -> None:
     """Attach meta.LinearSite to every linear."""
 
     def label(node: Node, role: str, block: int | None) -> None:
-        meta.put(node, meta.LinearSite(linear_name(node), role, block))
+        meta.put(node, meta.LinearSite(Linear.require(node).name, role, block))
 
     label(topology.head, "head", None)
     for block in topology.blocks:

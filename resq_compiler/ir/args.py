@@ -145,6 +145,11 @@ def bool_arg(node: Node, name: str) -> bool:
     return _checked(node, name, argument(node, name), bool, "True or False")
 
 
+def source(node: Node) -> Node:
+    """The first argument of a call: the value that it works on."""
+    return node_arg(node, next(iter(parameters(node.target))))  # type: ignore[arg-type]
+
+
 def operands(node: Node) -> tuple[Any, Any]:
     """Both operands of an operator of two."""
     first, second = list(parameters(node.target))[:2]  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ VIEW_OPS = {
 }  # fmt: skip
 
 
-def is_call(node: object, *targets: Any) -> bool:
+def is_call(node: object, *targets: Any) -> TypeGuard[Node]:
     """True for a call_function node with one of the targets."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 

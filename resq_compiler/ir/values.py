@@ -49,6 +49,12 @@ def dtype(node: Node) -> torch.dtype:
     return tensor_value(node).dtype
 
 
+def forget(*nodes: Node) -> None:
+    """Drop the values of nodes whose operands have changed; they are found again when asked for."""
+    for node in nodes:
+        node.meta.pop(VALUE, None)
+
+
 def fake(tensor: Tensor) -> Tensor:
     """A stand-in that keeps no hold of the weight; meta tensors stand in as tensors of the CPU, where the inputs are."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if tensor.is_meta else tensor.device)

@@ -53,14 +53,14 @@ class View(ABC):
     def of(cls, node: object) -> Self | None:
         """The view, or None."""
         try:
-            return cls.read(node) if isinstance(node, Node) and graph_tools.is_call(node, *cls.targets) else None
+            return cls.read(node) if graph_tools.is_call(node, *cls.targets) else None
         except TopologyError:
             return None
 
     @classmethod
     def require(cls, node: object) -> Self:
         """The view. Raises TopologyError naming the node."""
-        if isinstance(node, Node) and graph_tools.is_call(node, *cls.targets):
+        if graph_tools.is_call(node, *cls.targets):
             return cls.read(node)
         names = " or ".join(graph_tools.target_text(target) for target in cls.targets)
         if not isinstance(node, Node):

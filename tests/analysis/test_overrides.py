@@ -8,13 +8,14 @@ import pytest
 import torch
 from resq_compiler.passes import FindTopology
 
-from resq_compiler.analysis.overrides import TopologyOverrides, linear_name, read_overrides
+from resq_compiler.analysis.overrides import TopologyOverrides, read_overrides
 from resq_compiler.analysis.topology import analyze
 from resq_compiler.cli import main
 from resq_compiler.errors import ConfigError, TopologyError
 from resq_compiler.inspection.topology_view import topology_dict, topology_text
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.views import Linear
 from resq_compiler.pipeline.run import prefill_and_decode, relative_error
 from resq_compiler.recipes import named
 from resq_compiler.tiny import TINY_FAMILIES, tiny_model
@@ -110,7 +111,7 @@ def add_low_rank_queries(built):
     q = next(
         n
         for n in built.gm.graph.find_nodes(op="call_function", target=aten.linear.default)
-        if "q_proj" in linear_name(n)
+        if "q_proj" in Linear.require(n).name
     )
     eye = graph_tools.add_tensor(built.gm, f"{ATTENTION}.first.weight", torch.eye(64), "test")
     eye.meta["val"] = torch.eye(64)
