@@ -8,10 +8,36 @@ from dataclasses import dataclass
 
 import torch
 from resq_compiler.backends.cpu import formats
-from resq_compiler.backends.cpu.library import MAX_PARTS, Library, LinearPart, MixedLinearArgs, Part
+from resq_compiler.backends.cpu.library import (
+    MAX_COLUMNS,
+    MAX_PARTS,
+    CodesOut,
+    HadamardQuantizeArgs,
+    Library,
+    LinearPart,
+    MixedLinearArgs,
+    NormQuantizeArgs,
+    Part,
+    Transform,
+)
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
+from resq_compiler.numerics.hadamard import HadamardPlan, hadamard_plan
+from resq_compiler.numerics.hadamard_orders import is_power_of_two
+
+NORMS = ("none", "rms", "layer")
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
+
+
+@dataclass(frozen=True)
+class CodePart:
+    """What a part of a row becomes: `groups` runs of `width` columns in codes of `bits` bits; clip as in numerics/quantized.py."""
+
+    bits: int
+    width: int
+    groups: int = 1
+    clip: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +126,86 @@ def _linear_parts(library: Library, x: RowParts, weight: LinearWeight) -> ctypes
         _check("mixed_linear", f"weight of part {i}", weight.tiles[i], torch.uint8, expected)
         parts[i] = LinearPart(Part(width, groups, 8, 1.0), bits, _at(rows), _at(weight.tiles[i]))
     return parts
+
+
+def norm_quantize(
+    library: Library,
+    x: Tensor,
+    parts: Sequence[CodePart],
+    norm: str = "none",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    threads: int = 1,
+) -> RowParts:
+    """Normalize rows and quantize every part of them (formula in resq_kernels.h).
+
+    Args:    x: float32 [M, K], K the columns of all parts.    norm: one of NORMS.    weight, bias: float32 [K].
+    Raises:  BackendError: operands that do not fit each other, or more columns than MAX_COLUMNS.
+    """
+    rows, columns = x.shape[0], sum(p.width * p.groups for p in parts)
+    _check("norm_quantize", "x", x, torch.float32, (rows, columns))
+    _check("norm_quantize", "weight", weight, torch.float32, (columns,))
+    _check("norm_quantize", "bias", bias, torch.float32, (columns,))
+    result, out = _codes_out("norm_quantize", library, rows, parts)
+    arguments = NormQuantizeArgs(rows, _at(x), columns, NORMS.index(norm), eps, _at(weight), _at(bias), out)
+    library.run("norm_quantize", arguments, threads)
+    return result
+
+
+def hadamard_quantize(
+    library: Library,
+    gate: Tensor,
+    up: Tensor | None,
+    parts: Sequence[CodePart],
+    activation: str = "none",
+    transpose: bool = False,
+    threads: int = 1,
+) -> RowParts:
+    """activation(gate) * up, a Hadamard transform of every part of the columns, and codes (formula in resq_kernels.h).
+
+    Args:    gate, up: float32 [M, K], K the columns of all parts.    activation: one of ACTIVATIONS.    transpose: use Hᵀ.
+    Raises:  BackendError: operands that do not fit each other, or more columns than MAX_COLUMNS.
+    """
+    rows, columns = gate.shape[0], sum(p.width for p in parts)
+    _check("hadamard_quantize", "gate", gate, torch.float32, (rows, columns))
+    _check("hadamard_quantize", "up", up, torch.float32, (rows, columns))
+    result, out = _codes_out("hadamard_quantize", library, rows, parts)
+    plans = [hadamard_plan(p.width) for p in parts]
+    factors = [_dense_factors(plan, transpose) for plan in plans]
+    transforms = (Transform * MAX_PARTS)(*map(_transform, plans, factors))
+    index = ACTIVATIONS.index(activation)
+    arguments = HadamardQuantizeArgs(rows, _at(gate), _at(up), columns, columns, index, transforms, out)
+    library.run("hadamard_quantize", arguments, threads)
+    return result
+
+
+def _dense_factors(plan: HadamardPlan, transpose: bool) -> list[Tensor | None]:
+    """Matrices of the factors as the kernel takes them; None for those that it computes with butterflies."""
+    matrices = [(f.T if transpose else f).float().contiguous() for f in plan.factors]
+    return [None if is_power_of_two(order) else m for order, m in zip(plan.orders, matrices, strict=True)]
+
+
+def _transform(plan: HadamardPlan, factors: list[Tensor | None]) -> Transform:
+    transform = Transform(plan.blocks, len(factors))
+    for i, factor in enumerate(factors):
+        transform.order[i], transform.factor[i] = plan.orders[i], _at(factor)
+    return transform
+
+
+def _codes_out(kernel: str, library: Library, rows: int, parts: Sequence[CodePart]) -> tuple[RowParts, CodesOut]:
+    columns, runs = sum(p.width * p.groups for p in parts), sum(p.groups for p in parts)
+    if not 1 <= len(parts) <= MAX_PARTS or columns > MAX_COLUMNS:
+        raise BackendError(
+            f"{kernel}: {len(parts)} parts with {columns} columns; expected 1 to {MAX_PARTS} parts and at most {MAX_COLUMNS} columns"
+        )
+    codes = [torch.empty(rows, library.row_bytes(p.width, p.groups), dtype=torch.int8) for p in parts]
+    scale, zero_point = torch.empty(rows, runs), torch.empty(rows, runs, dtype=torch.int32)
+    out = CodesOut(len(parts), scale=_at(scale), zero_point=_at(zero_point))
+    for i, part in enumerate(parts):
+        out.part[i], out.rows[i] = Part(part.width, part.groups, part.bits, part.clip), _at(codes[i])
+    result = RowParts(tuple(codes), tuple(p.width for p in parts), tuple(p.groups for p in parts), scale, zero_point)
+    return result, out
 
 
 def _at(tensor: Tensor | None) -> int | None:

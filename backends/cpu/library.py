@@ -15,6 +15,8 @@ from resq_compiler.errors import BackendError
 
 VERSION = 1
 MAX_PARTS = 4
+MAX_FACTORS = 6
+MAX_COLUMNS = 65536
 POINTER, INT64, INT32, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -40,7 +42,48 @@ class MixedLinearArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
-KERNELS: dict[str, type[ctypes.Structure]] = {"mixed_linear": MixedLinearArgs}
+class CodesOut(ctypes.Structure):
+    """rk_codes."""
+
+    _fields_ = [
+        ("parts", INT32), ("part", Part * MAX_PARTS), ("rows", POINTER * MAX_PARTS), ("scale", POINTER), ("zero_point", POINTER),
+    ]  # fmt: skip
+
+
+class NormQuantizeArgs(ctypes.Structure):
+    """rk_norm_quantize_args."""
+
+    _fields_ = [
+        ("rows", INT64), ("x", POINTER), ("x_stride", INT64), ("norm", INT32), ("epsilon", FLOAT), ("weight", POINTER),
+        ("bias", POINTER), ("out", CodesOut),
+    ]  # fmt: skip
+
+
+class Transform(ctypes.Structure):
+    """rk_transform."""
+
+    _fields_ = [
+        ("blocks", INT64),
+        ("factors", INT32),
+        ("order", INT32 * MAX_FACTORS),
+        ("factor", POINTER * MAX_FACTORS),
+    ]
+
+
+class HadamardQuantizeArgs(ctypes.Structure):
+    """rk_hadamard_quantize_args."""
+
+    _fields_ = [
+        ("rows", INT64), ("gate", POINTER), ("up", POINTER), ("gate_stride", INT64), ("up_stride", INT64), ("activation", INT32),
+        ("transform", Transform * MAX_PARTS), ("out", CodesOut),
+    ]  # fmt: skip
+
+
+KERNELS: dict[str, type[ctypes.Structure]] = {
+    "mixed_linear": MixedLinearArgs,
+    "norm_quantize": NormQuantizeArgs,
+    "hadamard_quantize": HadamardQuantizeArgs,
+}
 """Every kernel with the type of its arguments."""
 
 

@@ -26,6 +26,8 @@
 typedef float f32v __attribute__((vector_size(4 * RK_WIDTH)));
 typedef int32_t i32v __attribute__((vector_size(4 * RK_WIDTH)));
 typedef uint32_t u32v __attribute__((vector_size(4 * RK_WIDTH)));
+typedef int8_t i8v __attribute__((vector_size(RK_WIDTH)));
+typedef uint8_t u8v __attribute__((vector_size(RK_WIDTH)));
 
 RK_INLINE int64_t rk_min(int64_t a, int64_t b) { return a < b ? a : b; }
 RK_INLINE int64_t rk_round_up(int64_t a, int64_t multiple) { return (a + multiple - 1) / multiple * multiple; }
@@ -33,9 +35,72 @@ RK_INLINE int64_t rk_stride(const rk_part *p) { return rk_round_up(p->width, 8);
 
 RK_INLINE f32v rk_load(const float *p) { f32v v; memcpy(&v, p, sizeof v); return v; }
 RK_INLINE void rk_store(float *p, f32v v) { memcpy(p, &v, sizeof v); }
+/* At most RK_WIDTH values; those that are not there are zero. */
+RK_INLINE f32v rk_load_some(const float *p, int64_t count) {
+    f32v v = {0};
+    if (count >= RK_WIDTH)
+        return rk_load(p);
+    for (int64_t i = 0; i < count; i++)
+        v[i] = p[i];
+    return v;
+}
+
+RK_INLINE void rk_store_some(float *p, f32v v, int64_t count) {
+    if (count >= RK_WIDTH)
+        rk_store(p, v);
+    else
+        for (int64_t i = 0; i < count; i++)
+            p[i] = v[i];
+}
+
 RK_INLINE u32v rk_load_u32(const void *p) { u32v v; memcpy(&v, p, sizeof v); return v; }
 RK_INLINE f32v rk_splat(float x) { return x - (f32v){0}; }
 RK_INLINE f32v rk_floats(u32v v) { return __builtin_convertvector((i32v)v, f32v); }
+
+/* a where the mask is all ones, b where it is zero. */
+RK_INLINE f32v rk_choose(i32v mask, f32v a, f32v b) { return (f32v)((mask & (i32v)a) | (~mask & (i32v)b)); }
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+RK_INLINE f32v rk_lowest(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
+RK_INLINE f32v rk_highest(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+RK_INLINE f32v rk_fma(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__)
+#include <immintrin.h>
+RK_INLINE f32v rk_lowest(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+RK_INLINE f32v rk_highest(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+RK_INLINE f32v rk_fma(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+RK_INLINE f32v rk_lowest(f32v a, f32v b) { return (f32v)vminq_f32((float32x4_t)a, (float32x4_t)b); }
+RK_INLINE f32v rk_highest(f32v a, f32v b) { return (f32v)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+RK_INLINE f32v rk_fma(f32v a, f32v b, f32v c) { return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+RK_INLINE f32v rk_lowest(f32v a, f32v b) { return rk_choose(a < b, a, b); }
+RK_INLINE f32v rk_highest(f32v a, f32v b) { return rk_choose(a > b, a, b); }
+RK_INLINE f32v rk_fma(f32v a, f32v b, f32v c) { return a * b + c; }
+#endif
+
+/* To the nearest integer, halves to even; |x| below 2^22. Adding 1.5 * 2^23 leaves no bits behind the point. */
+RK_INLINE f32v rk_round(f32v x) { return (x + 12582912.0f) - 12582912.0f; }
+RK_INLINE f32v rk_clamp(f32v x, float low, float high) { return rk_lowest(rk_highest(x, rk_splat(low)), rk_splat(high)); }
+
+/* 16 partial sums, whatever the width of a vector. */
+typedef struct { f32v part[16 / RK_WIDTH]; } rk_lanes;
+
+/* The sum of the lanes, always added in the same order. */
+RK_INLINE float rk_total(rk_lanes lanes) {
+    float s[16];
+    memcpy(s, lanes.part, sizeof s);
+    for (int step = 8; step; step /= 2)
+        for (int i = 0; i < step; i++)
+            s[i] += s[i + step];
+    return s[0];
+}
+
+/* The lowest or highest element; any order gives the same. */
+RK_INLINE float rk_lowest_of(f32v v) { float s = v[0]; for (int i = 1; i < RK_WIDTH; i++) s = v[i] < s ? v[i] : s; return s; }
+RK_INLINE float rk_highest_of(f32v v) { float s = v[0]; for (int i = 1; i < RK_WIDTH; i++) s = v[i] > s ? v[i] : s; return s; }
 
 /* Flush subnormal numbers to zero while a kernel runs; returns what rk_leave puts back. */
 #if defined(__x86_64__)

@@ -26,6 +26,8 @@
 #define RK_VERSION 1
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
+#define RK_MAX_FACTORS 6
+#define RK_MAX_COLUMNS 65536 /* of a row that is quantized */
 #define RK_API __attribute__((visibility("default")))
 
 /* One precision of a linear's input. clip: the share of the range that quantizers keep, (0, 1]. */
@@ -62,6 +64,55 @@ typedef struct {
     int64_t y_stride;
 } rk_mixed_linear_args;
 
+/* Codes of rows: y, computed in float, becomes for each run of every part
+ *     low = min(y, 0) * clip, high = max(y, 0) * clip, scale = max((high - low) / (2^bits - 1), FLT_MIN),
+ *     zero_point = rint(-low / scale) - 2^(bits - 1), code = clamp(rint(y / scale) + zero_point).
+ * Columns of y: all runs of the first part, then those of the next. */
+typedef struct {
+    int32_t parts;
+    rk_part part[RK_MAX_PARTS];
+    int8_t *rows[RK_MAX_PARTS];
+    float *scale;
+    int32_t *zero_point;
+} rk_codes;
+
+enum { RK_NORM_NONE, RK_NORM_RMS, RK_NORM_LAYER };
+
+/* y = x / sqrt(mean(x^2) + epsilon) * weight, or (x - mean) / sqrt(var + epsilon) * weight + bias, or x; then codes of y.
+ * weight and bias may be NULL. A unit is a row. */
+typedef struct {
+    int64_t rows;
+    const float *x;
+    int64_t x_stride;
+    int32_t norm;
+    float epsilon;
+    const float *weight, *bias;
+    rk_codes out;
+} rk_norm_quantize_args;
+
+/* y = x H / sqrt(block): H is `blocks` times, along the diagonal, the Kronecker product of factors with these orders; the product of
+ * the orders is block. factor: [order, order] of +1 and -1, row-major, y[j] = sum_i x[i] factor[i][j]; NULL: the Sylvester matrix
+ * of an order that is a power of two. */
+typedef struct {
+    int64_t blocks;
+    int32_t factors;
+    int32_t order[RK_MAX_FACTORS];
+    const float *factor[RK_MAX_FACTORS];
+} rk_transform;
+
+enum { RK_ACTIVATION_NONE, RK_ACTIVATION_SILU, RK_ACTIVATION_GELU, RK_ACTIVATION_GELU_TANH, RK_ACTIVATION_RELU };
+
+/* y = transform(activation(gate) * up), a transform for every part (which has one run); then codes of y. up may be NULL. A unit is a
+ * row. */
+typedef struct {
+    int64_t rows;
+    const float *gate, *up;
+    int64_t gate_stride, up_stride;
+    int32_t activation;
+    rk_transform transform[RK_MAX_PARTS];
+    rk_codes out;
+} rk_hadamard_quantize_args;
+
 /* Interface version, to be compared with RK_VERSION. */
 RK_API int32_t rk_version(void);
 /* Instruction sets compiled into this library, best first; NULL behind the last. */
@@ -79,5 +130,10 @@ RK_API int64_t rk_tile_bytes(const rk_part *part, int32_t weight_bits);
 
 RK_API int64_t rk_mixed_linear_units(const rk_mixed_linear_args *args);
 RK_API void rk_mixed_linear(const rk_mixed_linear_args *args, int64_t begin, int64_t end);
+RK_API int64_t rk_norm_quantize_units(const rk_norm_quantize_args *args);
+RK_API void rk_norm_quantize(const rk_norm_quantize_args *args, int64_t begin, int64_t end);
+
+RK_API int64_t rk_hadamard_quantize_units(const rk_hadamard_quantize_args *args);
+RK_API void rk_hadamard_quantize(const rk_hadamard_quantize_args *args, int64_t begin, int64_t end);
 
 #endif

@@ -187,10 +187,80 @@ static int check_mixed_linear(void) {
     return wrong;
 }
 
+/* Quantizers: codes, scales and zero points in one buffer, so that they are compared together. */
+
+RUNNER(norm_quantize)
+RUNNER(hadamard_quantize)
+
+/* Puts random parts into `out`, with results in the buffer that is returned. Sets columns and the bytes of the buffer. */
+static void *random_codes_out(rk_codes *out, int64_t rows, int max_groups, int64_t *columns, int64_t *bytes) {
+    int64_t runs = 0;
+    out->parts = (int32_t)between(1, 3);
+    *columns = *bytes = 0;
+    for (int i = 0; i < out->parts; i++) {
+        out->part[i] = (rk_part){between(1, 70), (int32_t)between(1, max_groups), (int32_t)between(2, 8), uniform(0.5f, 1)};
+        runs += out->part[i].groups;
+        *columns += out->part[i].width * out->part[i].groups;
+        *bytes += rows * rk_row_bytes(&out->part[i]);
+    }
+    int8_t *buffer = array(rows * runs * 8 + *bytes, 1), *at = buffer + rows * runs * 8;
+    out->scale = (float *)buffer;
+    out->zero_point = (int32_t *)(buffer + rows * runs * 4);
+    for (int i = 0; i < out->parts; at += rows * rk_row_bytes(&out->part[i++]))
+        out->rows[i] = at;
+    *bytes += rows * runs * 8;
+    return buffer;
+}
+
+static int check_norm_quantize(void) {
+    rk_norm_quantize_args a = {.rows = between(1, 5), .norm = (int32_t)between(0, 2), .epsilon = 1e-5f};
+    int64_t columns, bytes;
+    void *result = random_codes_out(&a.out, a.rows, 3, &columns, &bytes);
+    a.x_stride = columns;
+    a.x = floats(a.rows * columns, -3, 5);
+    a.weight = random_bits() & 1 ? floats(columns, -1, 1) : NULL;
+    a.bias = random_bits() & 1 ? floats(columns, -1, 1) : NULL;
+    int wrong = compare("norm_quantize", run_norm_quantize, &a, result, bytes, NULL);
+    free(result), free((void *)a.x), free((void *)a.weight), free((void *)a.bias);
+    return wrong;
+}
+
+static rk_transform random_transform(int64_t *width, float *signs) {
+    rk_transform t = {.blocks = between(1, 3), .factors = (int32_t)between(0, 3)};
+    *width = t.blocks;
+    for (int f = 0; f < t.factors; f++) {
+        t.factor[f] = random_bits() & 1 ? signs : NULL;
+        t.order[f] = t.factor[f] ? 4 * (int32_t)between(3, 5) : 2 << between(0, 5);
+        *width *= t.order[f];
+    }
+    return t;
+}
+
+static int check_hadamard_quantize(void) {
+    rk_hadamard_quantize_args a = {.rows = between(1, 3), .activation = (int32_t)between(0, 4)};
+    int64_t columns, bytes;
+    float *signs = array(400, sizeof *signs);
+    for (int i = 0; i < 400; i++)
+        signs[i] = random_bits() & 1 ? 1.0f : -1.0f;
+    a.transform[0] = random_transform(&columns, signs);
+    a.out = (rk_codes){.parts = 1, .part = {{columns, 1, 4 + 4 * (int32_t)between(0, 1), 1.0f}}};
+    bytes = a.rows * (rk_row_bytes(&a.out.part[0]) + 8);
+    int8_t *result = array(bytes, 1);
+    a.out.scale = (float *)result;
+    a.out.zero_point = (int32_t *)(result + 4 * a.rows);
+    a.out.rows[0] = result + 8 * a.rows;
+    a.gate_stride = a.up_stride = columns;
+    a.gate = floats(a.rows * columns, -9, 9);
+    a.up = random_bits() & 1 ? floats(a.rows * columns, -3, 3) : NULL;
+    int wrong = compare("hadamard_quantize", run_hadamard_quantize, &a, result, bytes, NULL);
+    free(result), free(signs), free((void *)a.gate), free((void *)a.up);
+    return wrong;
+}
+
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 20, wrong = 0;
     for (int i = 0; i < rounds; i++)
-        wrong |= check_mixed_linear();
+        wrong |= check_mixed_linear() | check_norm_quantize() | check_hadamard_quantize();
     for (int32_t i = 0; rk_instruction_set(i); i++)
         printf("%s: %s\n", rk_instruction_set(i), rk_supported(i) ? "checked" : "not supported by this processor");
     return wrong;

@@ -1,0 +1,157 @@
+/* Gate x up, a fast Hadamard transform and codes of the down projection's input, one pass over the row: operands in resq_kernels.h.
+ *
+ * A factor of order n whose later factors have the product r sees the row as [left, n, r] and multiplies along the middle axis:
+ * butterflies for Sylvester matrices, a small dense product for others. */
+#include <math.h>
+
+#include "activations.h"
+#include "quantize.h"
+
+#if defined(__clang__)
+#if RK_WIDTH == 16
+#define EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h, 4 ^ h, 5 ^ h, 6 ^ h, 7 ^ h, 8 ^ h, 9 ^ h, 10 ^ h, \
+                                               11 ^ h, 12 ^ h, 13 ^ h, 14 ^ h, 15 ^ h)
+#elif RK_WIDTH == 8
+#define EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h, 4 ^ h, 5 ^ h, 6 ^ h, 7 ^ h)
+#else
+#define EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h)
+#endif
+#else
+#define EXCHANGE(v, h) __builtin_shuffle(v, lane_numbers ^ (h)) /* lane i gets lane i ^ h */
+#endif
+
+#if RK_WIDTH == 16
+static const i32v lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif RK_WIDTH == 8
+static const i32v lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+static const i32v lane_numbers = {0, 1, 2, 3};
+#endif
+
+static int64_t hadamard_quantize_units(const rk_hadamard_quantize_args *a) { return a->rows; }
+
+/* (a, b) -> (a + b, a - b) for neighbours at distance h in a vector. */
+#define EXCHANGE_STEP(v, h) (EXCHANGE(v, h) + rk_choose((lane_numbers & (h)) != 0, -(v), v))
+
+/* All butterflies within the vectors of x. */
+RK_INLINE void butterflies_inside(float *x, int64_t count) {
+    for (int64_t i = 0; i < count; i += RK_WIDTH) {
+        f32v v = rk_load(x + i);
+        v = EXCHANGE_STEP(v, 1);
+        v = EXCHANGE_STEP(v, 2);
+#if RK_WIDTH >= 8
+        v = EXCHANGE_STEP(v, 4);
+#endif
+#if RK_WIDTH >= 16
+        v = EXCHANGE_STEP(v, 8);
+#endif
+        rk_store(x + i, v);
+    }
+}
+
+/* (a, b) -> (a + b, a - b) for two stretches. */
+RK_INLINE void butterfly(float *a, float *b, int64_t count) {
+    int64_t i = 0;
+    for (; i + RK_WIDTH <= count; i += RK_WIDTH) {
+        f32v u = rk_load(a + i), v = rk_load(b + i);
+        rk_store(a + i, u + v);
+        rk_store(b + i, u - v);
+    }
+    for (; i < count; i++) {
+        float u = a[i], v = b[i];
+        a[i] = u + v;
+        b[i] = u - v;
+    }
+}
+
+/* Sylvester matrix along the first axis of x [order, right]; stages in ascending distance. */
+static void butterflies(float *x, int64_t order, int64_t right) {
+    int64_t distance = right;
+    if (right == 1 && order >= RK_WIDTH) {
+        butterflies_inside(x, order);
+        distance = RK_WIDTH;
+    }
+    for (; distance < order * right; distance *= 2)
+        for (int64_t i = 0; i < order * right; i += 2 * distance)
+            butterfly(x + i, x + i + distance, distance);
+}
+
+/* y[j] = sum_i factor[i][j] x[i] for one vector of columns and ROWS values of j. Products with +1 and -1 are exact, so that a fused
+ * multiply-add gives the bits of an addition. */
+#define DENSE_ROWS 4
+RK_INLINE void dense_columns(const float *factor, int64_t order, const float *x, int64_t right, int64_t count, float *y) {
+    for (int64_t j = 0; j < order; j += DENSE_ROWS) {
+        f32v sums[DENSE_ROWS] = {{0}};
+        for (int64_t i = 0; i < order; i++) {
+            f32v v = rk_load_some(x + i * right, count);
+#pragma GCC unroll 4
+            for (int d = 0; d < DENSE_ROWS; d++)
+                sums[d] = rk_fma(rk_splat(factor[i * order + j + d]), v, sums[d]);
+        }
+#pragma GCC unroll 4
+        for (int d = 0; d < DENSE_ROWS; d++)
+            rk_store_some(y + (j + d) * right, sums[d], count);
+    }
+}
+
+/* A dense factor along the first axis of x [order, right]; orders that are not powers of two are multiples of 4. */
+static void dense(const float *factor, float *x, int64_t order, int64_t right, float *space) {
+    int64_t i = 0;
+    for (; i + RK_WIDTH <= right; i += RK_WIDTH)
+        dense_columns(factor, order, x + i, right, RK_WIDTH, space + i);
+    for (; i < right; i++)
+        dense_columns(factor, order, x + i, right, 1, space + i);
+    memcpy(x, space, sizeof(float) * (size_t)(order * right));
+}
+
+static void transform_row(const rk_transform *t, float *x, int64_t width, float *space) {
+    int64_t right = width / t->blocks;
+    for (int f = 0; f < t->factors; f++) {
+        const int64_t order = t->order[f], size = right;
+        right /= order;
+        for (int64_t at = 0; at < width; at += size)
+            if (t->factor[f])
+                dense(t->factor[f], x + at, order, right, space);
+            else
+                butterflies(x + at, order, right);
+    }
+}
+
+/* y = activation(gate) * up * factor */
+RK_INLINE void gate_row(const float *gate, const float *up, int64_t width, const int activation, float factor, float *y) {
+    for (int64_t i = 0; i < width; i += RK_WIDTH) {
+        const int64_t count = rk_min(RK_WIDTH, width - i);
+        f32v v = rk_activate(rk_load_some(gate + i, count), activation);
+        v = up ? v * rk_load_some(up + i, count) : v;
+        rk_store_some(y + i, v * factor, count);
+    }
+}
+
+static void gate_part(const rk_hadamard_quantize_args *a, int64_t row, int64_t start, int64_t width, float factor, float *y) {
+    const float *gate = a->gate + row * a->gate_stride + start, *up = a->up ? a->up + row * a->up_stride + start : 0;
+    switch (a->activation) {
+    case RK_ACTIVATION_SILU: gate_row(gate, up, width, RK_ACTIVATION_SILU, factor, y); break;
+    case RK_ACTIVATION_GELU: gate_row(gate, up, width, RK_ACTIVATION_GELU, factor, y); break;
+    case RK_ACTIVATION_GELU_TANH: gate_row(gate, up, width, RK_ACTIVATION_GELU_TANH, factor, y); break;
+    case RK_ACTIVATION_RELU: gate_row(gate, up, width, RK_ACTIVATION_RELU, factor, y); break;
+    default: gate_row(gate, up, width, RK_ACTIVATION_NONE, factor, y);
+    }
+}
+
+static void hadamard_quantize(const rk_hadamard_quantize_args *a, int64_t begin, int64_t end) {
+    const uint64_t mode = rk_enter();
+    const int64_t columns = columns_of(&a->out);
+    float y[columns], space[columns];
+    for (int64_t row = begin; row < end; row++) {
+        int64_t start = 0;
+        for (int i = 0; i < a->out.parts; i++) {
+            const int64_t width = a->out.part[i].width;
+            const rk_transform *t = &a->transform[i];
+            gate_part(a, row, start, width, 1.0f / sqrtf((float)(width / t->blocks)), y + start);
+            transform_row(t, y + start, width, space);
+            start += width;
+        }
+        quantize_row(&a->out, row, y);
+    }
+    rk_leave(mode);
+}

@@ -1,0 +1,92 @@
+/* Codes of floats, as numerics/quantized.py defines them. */
+#ifndef RK_QUANTIZE_H
+#define RK_QUANTIZE_H
+
+#include <float.h>
+
+#include "common.h"
+
+typedef struct {
+    float scale;
+    float zero_point; /* an integer */
+    int lowest, highest;
+} quantizer;
+
+/* The quantizer of `width` values, at least one. */
+RK_INLINE quantizer quantizer_of(const float *y, int64_t width, int bits, float clip) {
+    f32v low = {0}, high = {0};
+    int64_t i = 0;
+    for (; i + RK_WIDTH <= width; i += RK_WIDTH) {
+        low = rk_lowest(low, rk_load(y + i));
+        high = rk_highest(high, rk_load(y + i));
+    }
+    f32v rest = rk_load_some(y + i, width - i);
+    const float bottom = rk_lowest_of(rk_lowest(low, rest)) * clip, top = rk_highest_of(rk_highest(high, rest)) * clip;
+    quantizer q = {(top - bottom) / (float)((1 << bits) - 1), 0, -(1 << (bits - 1)), (1 << (bits - 1)) - 1};
+    q.scale = q.scale < FLT_MIN ? FLT_MIN : q.scale;
+    q.zero_point = rk_round(rk_splat(-bottom / q.scale))[0] + (float)q.lowest;
+    return q;
+}
+
+/* Beyond a million steps every code is the lowest or highest, so that bounding the quotient changes nothing. */
+RK_INLINE i32v codes_of(quantizer q, f32v y) {
+    f32v steps = rk_round(rk_clamp(y / q.scale, -1e6f, 1e6f)) + q.zero_point;
+    return __builtin_convertvector(rk_clamp(steps, (float)q.lowest, (float)q.highest), i32v);
+}
+
+/* Codes of `width` values, zeros up to a multiple of 8; returns their sum. */
+RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int8_t *codes) {
+    i32v sums = {0};
+    int32_t sum = 0;
+    int64_t i = 0;
+    for (; i + RK_WIDTH <= width; i += RK_WIDTH) {
+        i32v c = codes_of(q, rk_load(y + i));
+        i8v bytes = __builtin_convertvector(c, i8v);
+        memcpy(codes + i, &bytes, sizeof bytes);
+        sums += c;
+    }
+    i32v rest = codes_of(q, rk_load_some(y + i, width - i));
+    for (int64_t j = 0; i + j < rk_round_up(width, 8); j++) {
+        codes[i + j] = i + j < width ? (int8_t)rest[j % RK_WIDTH] : 0;
+        sum += codes[i + j];
+    }
+    for (int j = 0; j < RK_WIDTH; j++)
+        sum += sums[j];
+    return sum;
+}
+
+/* One run of one row: codes, their sum behind the row's codes, scale and zero point. run: among those of all parts. */
+RK_INLINE void quantize_run(const rk_codes *out, int part, int group, int64_t row, int64_t run, int64_t runs, const float *y) {
+    const rk_part *p = &out->part[part];
+    const quantizer q = quantizer_of(y, p->width, p->bits, p->clip);
+    int8_t *codes = out->rows[part] + row * rk_row_bytes(p);
+    const int32_t sum = store_codes(q, y, p->width, codes + group * rk_stride(p));
+    memcpy(codes + p->groups * rk_stride(p) + 4 * group, &sum, 4);
+    out->scale[row * runs + run] = q.scale;
+    out->zero_point[row * runs + run] = (int32_t)q.zero_point;
+}
+
+RK_INLINE int64_t runs_of(const rk_codes *out) {
+    int64_t runs = 0;
+    for (int i = 0; i < out->parts; i++)
+        runs += out->part[i].groups;
+    return runs;
+}
+
+RK_INLINE int64_t columns_of(const rk_codes *out) {
+    int64_t columns = 0;
+    for (int i = 0; i < out->parts; i++)
+        columns += out->part[i].groups * out->part[i].width;
+    return columns;
+}
+
+/* A whole row. */
+static inline void quantize_row(const rk_codes *out, int64_t row, const float *y) {
+    const int64_t runs = runs_of(out);
+    int64_t run = 0;
+    for (int i = 0; i < out->parts; i++)
+        for (int g = 0; g < out->part[i].groups; g++, run++, y += out->part[i].width)
+            quantize_run(out, i, g, row, run, runs, y);
+}
+
+#endif
