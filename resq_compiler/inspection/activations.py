@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
 from resq_compiler.inspection import statistics
 from resq_compiler.inspection.noise import (
+    Quantizer,
     Taps,
     add_tap,
     energies,
+    input_of,
     quantizer_of,
+    quantizers,
     ratio_db,
     scaled_rows,
     site_energies,
@@ -32,7 +36,7 @@ from resq_compiler.inspection.noise import (
 )
 from resq_compiler.inspection.statistics import SiteStatistics
 from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir.views import AppendCache, Linear, QuantizeDequantize
 
 SITE_OF_ROLE = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
                 "up": "mlp_input", "down": "down_input"}  # fmt: skip
@@ -102,11 +106,14 @@ def original_sites(topology: Topology) -> dict[str, Node]:
     sites: dict[str, Node] = {}
     for block in topology.blocks:
         where, a = f"blocks.{block.index}", block.attention
-        sites |= {f"{where}.attention_input": a.q.args[0], f"{where}.key": a.key_cache.args[1]}
-        sites |= {f"{where}.value": a.value_cache.args[1], f"{where}.o_input": a.o.args[0]}
+        sites |= {
+            f"{where}.attention_input": Linear.require(a.q).x,
+            f"{where}.key": AppendCache.require(a.key_cache).new,
+        }
+        sites |= {f"{where}.value": AppendCache.require(a.value_cache).new, f"{where}.o_input": Linear.require(a.o).x}
         for feed_forward in block.feed_forwards:
-            first = [*feed_forward.gates, *feed_forward.ups][0]
-            sites |= {f"{where}.mlp_input": first.args[0], f"{where}.down_input": feed_forward.down.args[0]}
+            first, down = [*feed_forward.gates, *feed_forward.ups][0], feed_forward.down
+            sites |= {f"{where}.mlp_input": Linear.require(first).x, f"{where}.down_input": Linear.require(down).x}
         sites[f"{where}.residual"] = block.end
     return sites
 
@@ -142,7 +149,7 @@ def measure_before(
             kept[f"{name} raw"] = x.flatten(0, -2)
 
     for name, node in original_sites(topology).items():
-        add_tap(taps, node, lambda x, name=name: see(name, x))
+        add_tap(taps, node, partial(see, name))
     _tap_super_weights(result, gm, topology, taps, ids, token_text)
     executor.Schedule(gm, [topology.blocks[-1].end], graph_tools.placeholders(gm.graph)).run(
         executor.first_tokens(gm, ids), taps
@@ -154,18 +161,17 @@ def _tap_super_weights(
 ) -> None:
     inputs: dict[Node, Tensor] = {}
 
-    def see(down: Node, block: int, y: Tensor) -> None:
-        found = statistics.super_weight(inputs.pop(down), y, graph_tools.get_tensor(gm, down.args[1]))
+    def see(down: Linear, block: int, y: Tensor) -> None:
+        found = statistics.super_weight(inputs.pop(down.node), y, down.weight_tensor(gm))
         if found is not None:
             token = int(ids.flatten()[int(found.pop("token"))])
-            name = str(down.args[1].target).removesuffix(".weight")
-            result.super_weights.append({"linear": name, "block": block, **found, "token": token_text(token)})
+            result.super_weights.append({"linear": down.name, "block": block, **found, "token": token_text(token)})
 
     for block in topology.blocks:
         for feed_forward in block.feed_forwards:
-            down = feed_forward.down
-            add_tap(taps, down.args[0], lambda x, down=down: inputs.update({down: x}))
-            add_tap(taps, down, lambda y, down=down, i=block.index: see(down, i, y))
+            down = Linear.require(feed_forward.down)
+            add_tap(taps, down.x, partial(inputs.__setitem__, down.node))
+            add_tap(taps, down.node, partial(see, down, block.index))
 
 
 def compiled_sites(gm: GraphModule) -> dict[str, list[Node]]:
@@ -175,16 +181,17 @@ def compiled_sites(gm: GraphModule) -> dict[str, list[Node]]:
         part = meta.get(node, meta.LinearPart)
         if part is not None and part.site.block is not None:
             quantizer = quantizer_of(node)
-            value = node.args[0] if quantizer is None else quantizer.args[0]
+            value = input_of(node) if quantizer is None else quantizer.x
             sites.setdefault(f"blocks.{part.site.block}.{SITE_OF_ROLE[part.site.role]}", {})[part.index] = value
     found = {name: [nodes[i] for i in sorted(nodes)] for name, nodes in sites.items()}
     for node in gm.graph.find_nodes(op="call_function", target=ops.append_cache):
-        match = re.fullmatch(r"past_(key|value)_(\d+)", str(node.args[0].target))
+        append = AppendCache.require(node)
+        match, image = (
+            re.fullmatch(r"past_(key|value)_(\d+)", str(append.past.target)),
+            QuantizeDequantize.of(append.new),
+        )
         if match:
-            entry = node.args[1]
-            found[f"blocks.{match[2]}.{match[1]}"] = [
-                entry.args[0] if is_call(entry, ops.quantize_dequantize) else entry
-            ]
+            found[f"blocks.{match[2]}.{match[1]}"] = [append.new if image is None else image.x]
     return found
 
 
@@ -192,7 +199,7 @@ def high_starts(gm: GraphModule) -> dict[str, int]:
     """Where the high part of each cache entry begins, by site; entries of one part are left out."""
     found = {}
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize_dequantize):
-        site, parts = meta.get(node, meta.QuantizerSite), node.args[1]
+        site, parts = meta.get(node, meta.QuantizerSite), QuantizeDequantize.require(node).parts
         if site is not None and len(parts) > 1:
             found[site.name] = parts[-1][1]
     return found
@@ -221,7 +228,7 @@ def measure_after(
             kept[f"{name} U"] = x.flatten(0, -2)
 
     for name, nodes in compiled_sites(gm).items():
-        _tap_together(taps, nodes, lambda pieces, name=name: see(name, pieces))
+        _tap_together(taps, nodes, partial(see, name))
     _tap_ranges(result, gm, taps)
     _add_noise(result, gm, site_energies(gm, ids, taps))
     for pool, moment in moments.items():
@@ -232,18 +239,15 @@ def _tap_ranges(result: Diagnostics, gm: GraphModule, taps: Taps) -> None:
     """Count the rows of every quantizer whose range does not hold zero; parts of a site together."""
     counts: dict[str, list[int]] = {}
 
-    def see(node: Node, name: str, x: Tensor) -> None:
+    def see(quantizer: Quantizer, name: str, x: Tensor) -> None:
         total = counts.setdefault(name, [0, 0])
-        for rows in scaled_rows(node, x):
+        for rows in scaled_rows(quantizer, x):
             total[0] += without_zero(rows)
             total[1] += len(rows)
         result.one_sided[name] = total[0] / total[1]
 
-    for node in gm.graph.nodes:
-        site = meta.get(node, meta.QuantizerSite)
-        if site is not None:
-            name = re.sub(r"\.part\d+$", "", site.name)
-            add_tap(taps, node.args[0], lambda x, node=node, name=name: see(node, name, x))
+    for quantizer, site in quantizers(gm):
+        add_tap(taps, quantizer.x, partial(see, quantizer, re.sub(r"\.part\d+$", "", site.name)))
 
 
 def _pool(site: str) -> str | None:
@@ -280,7 +284,7 @@ def mean_bits(gm: GraphModule) -> dict[str, float]:
             count(part.site.block, "weights", part.weight_bits, columns)
             count(part.site.block, "activations", part.activation_bits, columns)
         elif site is not None and site.kind == "kv" and site.block is not None:
-            for bits, start, stop in node.args[1]:
+            for bits, start, stop in QuantizeDequantize.require(node).parts:
                 count(site.block, "KV cache", bits, stop - start)
     return {name: total / columns for name, (total, columns) in counts.items()}
 
@@ -311,4 +315,4 @@ def _tap_together(taps: Taps, nodes: list[Node], see: Callable[[list[Tensor]], N
             values.clear()
 
     for node in nodes:
-        add_tap(taps, node, lambda x, node=node: tap(node, x))
+        add_tap(taps, node, partial(tap, node))

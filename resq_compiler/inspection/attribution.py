@@ -8,7 +8,7 @@ that differs. A block's run starts from the float model's values before that blo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,12 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration import executor
 from resq_compiler.errors import PassError
-from resq_compiler.inspection.noise import quantizer_of
+from resq_compiler.inspection.noise import input_of, quantizer_of
 from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.args import node_arg
+from resq_compiler.ir.graph_tools import aten
+from resq_compiler.ir.views import CodedLinear, Dequantize, Linear
 
-LINEARS = (ops.quantized_linear, ops.weight_only_linear)
 LEVELS = ("kind", "block", "linear")
 Switch = tuple[str, str]  # ("weights" | "activations" | "kv", name of the linear or of the cache quantizer)
 
@@ -87,7 +88,9 @@ class SwitchedGraph:
     def _switches(self, node: Node) -> list[Switch]:
         part, site = meta.get(node, meta.LinearPart), meta.get(node, meta.QuantizerSite)
         if part is not None:
-            kinds = ["weights"] * is_call(node, *LINEARS) + ["activations"] * (quantizer_of(node) is not None)
+            kinds = ["weights"] * (CodedLinear.of(node) is not None) + ["activations"] * (
+                quantizer_of(node) is not None
+            )
             return [(kind, part.site.name) for kind in kinds]
         return [("kv", site.name)] if site is not None and site.kind == "kv" else []
 
@@ -137,23 +140,23 @@ class SwitchedGraph:
                 env[source] = graph_tools.get_tensor(self.gm, source)
         if meta.get(node, meta.LinearPart) is not None:
             return self._linear(node, env, on)
-        site = meta.get(node, meta.QuantizerSite)
+        site, image = meta.get(node, meta.QuantizerSite), Dequantize.of(node)
         if site is not None and (site.kind == "activation" or ("kv", site.name) not in on):
-            return env[node.args[0]]
-        if is_call(node, ops.dequantize):
-            return env[node.args[0]]
+            return env[node_arg(node, "x")]
+        if image is not None:
+            return env[image.codes]
         return graph_tools.run_node(self.gm, node, env)
 
     def _linear(self, node: Node, env: dict[Node, Any], on: frozenset[Switch]) -> Tensor:
         part = meta.get(node, meta.LinearPart)
         assert part is not None
-        x, quantizer = env[node.args[0]], quantizer_of(node)
+        x, quantizer, coded = env[input_of(node)], quantizer_of(node), CodedLinear.of(node)
         if quantizer is not None and ("activations", part.site.name) in on:
-            x = ops.dequantize(ops.quantize(x, *quantizer.args[1:], **quantizer.kwargs))
-        if not is_call(node, *LINEARS):
-            return F.linear(x, graph_tools.get_tensor(self.gm, node.args[1]))
+            x = ops.dequantize(ops.quantize(x, quantizer.bits, quantizer.groups, quantizer.clip))
+        if coded is None:
+            return F.linear(x, Linear.require(node).weight_tensor(self.gm))
         if ("weights", part.site.name) in on:
-            return ops.weight_only_linear(x, env[node.args[1]], env[node.args[2]])
+            return ops.weight_only_linear(x, env[coded.qdata], env[coded.scale])
         return F.linear(x, self.weights[part.site.name, part.index])
 
 
@@ -163,21 +166,26 @@ def block_of(node: Node) -> int | None:
     return part.site.block if part is not None else site.block if site is not None else None
 
 
+def coded_parts(gm: GraphModule) -> Iterator[tuple[CodedLinear, meta.LinearPart]]:
+    """The parts of linears whose weights are codes, in execution order."""
+    for node in gm.graph.nodes:
+        part, coded = meta.get(node, meta.LinearPart), CodedLinear.of(node)
+        if part is not None and coded is not None:
+            yield coded, part
+
+
 def float_weights(quantized: GraphModule, projected: GraphModule) -> dict[tuple[str, int], Tensor]:
     """Float weights of all parts, by linear and part. Raises PassError unless every quantized part has one of its shape."""
     found: dict[tuple[str, int], Tensor] = {}
     for node in projected.graph.find_nodes(op="call_function", target=aten.linear.default):
         part = meta.get(node, meta.LinearPart)
         if part is not None:
-            found[part.site.name, part.index] = graph_tools.get_tensor(projected, node.args[1])
-    for node in quantized.graph.nodes:
-        part = meta.get(node, meta.LinearPart)
-        if part is None or not is_call(node, *LINEARS):
-            continue
-        shape, codes = found.get((part.site.name, part.index)), graph_tools.get_tensor(quantized, node.args[1])
-        if shape is None or shape.shape != codes.shape:
+            found[part.site.name, part.index] = Linear.require(node).weight_tensor(projected)
+    for coded, part in coded_parts(quantized):
+        weight, codes = found.get((part.site.name, part.index)), coded.codes(quantized)
+        if weight is None or weight.shape != codes.shape:
             raise PassError(
-                f"attribution: node {node.name}: {part.site.name} part {part.index} has codes {list(codes.shape)} and float weight "
-                f"{None if shape is None else list(shape.shape)}; give the graph that compile(on_float=...) reported"
+                f"attribution: node {coded.node.name}: {part.site.name} part {part.index} has codes {list(codes.shape)} and float weight "
+                f"{None if weight is None else list(weight.shape)}; give the graph that compile(on_float=...) reported"
             )
     return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir.views import CodedLinear, Dequantize, Linear, Quantize, QuantizeDequantize
 
 Taps = dict[Node, Callable[[Any], None]]
 LARGEST = 200.0  # dB; stands for "no noise at all", which JSON cannot say
@@ -42,27 +43,29 @@ def site_noise(gm: GraphModule, ids: Tensor) -> dict[str, dict[str, Any]]:
 @torch.no_grad()
 def site_energies(gm: GraphModule, ids: Tensor, taps: Taps | None = None) -> dict[str, tuple[float, float]]:
     """(sum of x², sum of (image - x)²) of each quantizer, by its name; `taps` see values of the same run."""
-    quantizers: dict[Node, list[Node]] = {}
     found: dict[str, tuple[float, float]] = {}
-    for node in gm.graph.nodes:
-        if meta.get(node, meta.QuantizerSite) is not None:
-            quantizers.setdefault(node.args[0], []).append(node)
 
-    def tap_of(nodes: list[Node]) -> Callable[[Any], None]:
-        def see(x: Tensor) -> None:
-            for node in nodes:
-                image = graph_tools.run_node(gm, node, {node.args[0]: x})
-                image = ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image
-                found[meta.get(node, meta.QuantizerSite).name] = energies(x, image)
-
-        return see
+    def see(quantizer: Quantizer, name: str, x: Tensor) -> None:
+        image = graph_tools.run_node(gm, quantizer.node, {quantizer.x: x})
+        found[name] = energies(x, ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image)
 
     together = dict(taps or {})
-    for source, nodes in quantizers.items():
-        add_tap(together, source, tap_of(nodes))
+    for quantizer, site in quantizers(gm):
+        add_tap(together, quantizer.x, partial(see, quantizer, site.name))
     schedule = executor.Schedule(gm, graph_tools.output_args(gm.graph)[:1], graph_tools.placeholders(gm.graph))
     schedule.run(executor.first_tokens(gm, ids), together)
     return found
+
+
+Quantizer = Quantize | QuantizeDequantize
+
+
+def quantizers(gm: GraphModule) -> Iterator[tuple[Quantizer, meta.QuantizerSite]]:
+    """The quantizers of a compiled graph with their sites, in execution order."""
+    for node in gm.graph.nodes:
+        site = meta.get(node, meta.QuantizerSite)
+        if site is not None:
+            yield Quantize.of(node) or QuantizeDequantize.require(node), site
 
 
 def add_tap(taps: Taps, node: Node, tap: Callable[[Any], None]) -> None:
@@ -79,14 +82,18 @@ def add_tap(taps: Taps, node: Node, tap: Callable[[Any], None]) -> None:
 
 def energies(x: Tensor, image: Tensor) -> tuple[float, float]:
     """(sum of x², sum of (image - x)²), rows in float32 and their sum in float64."""
-    return tuple(float(v.square().sum(-1, dtype=torch.float32).sum(dtype=torch.float64)) for v in (x, image - x))
+    return _energy(x), _energy(image - x)
 
 
-def scaled_rows(node: Node, x: Tensor) -> list[Tensor]:
-    """The values of x that share a scale of a quantizer node, as rows: [rows, width], a matrix for each part."""
-    if is_call(node, ops.quantize):
-        return [x.reshape(-1, x.shape[-1] // (node.args[2] if len(node.args) > 2 else 1))]
-    return [x[..., start:stop].flatten(0, -2) for _, start, stop in node.args[1]]
+def _energy(x: Tensor) -> float:
+    return float(x.square().sum(-1, dtype=torch.float32).sum(dtype=torch.float64))
+
+
+def scaled_rows(quantizer: Quantizer, x: Tensor) -> list[Tensor]:
+    """The values of x that share a scale of a quantizer, as rows: [rows, width], a matrix for each part."""
+    if isinstance(quantizer, Quantize):
+        return [x.reshape(-1, x.shape[-1] // quantizer.groups)]
+    return [x[..., start:stop].flatten(0, -2) for _, start, stop in quantizer.parts]
 
 
 def without_zero(rows: Tensor) -> int:
@@ -104,11 +111,16 @@ def weight_noise(gm: GraphModule) -> dict[str, float]:
     return result
 
 
-def quantizer_of(node: Node) -> Node | None:
-    """The activation quantizer before a linear part."""
-    source = node.args[0]
-    source = source.args[0] if is_call(source, ops.dequantize) else source
-    return source if is_call(source, ops.quantize) else None
+def input_of(part: Node) -> Node:
+    """What a part of a linear reads: codes, their float image, or a float value."""
+    return (Linear.of(part) or CodedLinear.require(part)).x
+
+
+def quantizer_of(part: Node) -> Quantize | None:
+    """The activation quantizer before a part of a linear."""
+    source = input_of(part)
+    image = Dequantize.of(source)
+    return Quantize.of(source if image is None else image.codes)
 
 
 def part_name(part: meta.LinearPart) -> str:

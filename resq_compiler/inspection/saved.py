@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from resq_compiler.analysis.overrides import read_overrides
 from resq_compiler.errors import ConfigError
 from resq_compiler.inspection.activations import diagnose
-from resq_compiler.inspection.attribution import LINEARS, float_weights
+from resq_compiler.inspection.attribution import coded_parts, float_weights
 from resq_compiler.inspection.noise import ratio_db
 from resq_compiler.inspection.session import (
     Inspection,
@@ -31,7 +31,6 @@ from resq_compiler.inspection.session import (
     measuring_windows,
     write_results,
 )
-from resq_compiler.ir import graph_tools, meta
 from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes import named
@@ -127,13 +126,11 @@ def check_reference(compiled: Any, model: Any, name: str) -> None:
 def check_projection(quantized: GraphModule, projected: GraphModule, name: str) -> None:
     """Raise ConfigError unless the float weights, in the recomputed basis, are the ones that the codes stand for."""
     weights = float_weights(quantized, projected)
-    for node in quantized.graph.nodes:
-        part = meta.get(node, meta.LinearPart)
-        if part is None or node.target not in LINEARS or part.weight_bits < 3:
+    for coded, part in coded_parts(quantized):
+        if part.weight_bits < 3:
             continue
-        codes, scale = (graph_tools.get_tensor(quantized, n) for n in node.args[1:3])
         expected = weights[part.site.name, part.index]
-        noise = codes * scale[:, None] - expected
+        noise = coded.codes(quantized) * coded.scales(quantized)[:, None] - expected
         decibels = ratio_db(float(expected.square().sum()), float(noise.square().sum()))
         if decibels < LEAST_DB:
             raise ConfigError(

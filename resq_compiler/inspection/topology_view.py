@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir import graph_tools, meta, values
+from resq_compiler.ir.views import AppendCache, Embedding, Linear, SplitHeads
 from resq_compiler.numerics.hadamard import hadamard_plan
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from resq_compiler.analysis.topology import Attention, Block, Residual, Topology
+    from resq_compiler.analysis.topology import Attention, Block, FeedForward, Residual, Topology
 
 
 def topology_dict(topology: Topology) -> dict[str, Any]:
@@ -64,8 +64,9 @@ def _attention_rows(attention: Attention, where: str) -> list[dict[str, str]]:
         }
     ]
     if not attention.value_is_linear:
-        node = attention.value_cache.args[1]
-        direct = is_call(node, ops.split_heads) and node.args[0] is attention.v
+        node = AppendCache.require(attention.value_cache).new
+        split = SplitHeads.of(node)
+        direct = split is not None and split.x is attention.v
         why = (
             "the topology override says so" if direct else f"{node.name} stands between the v projection and the cache"
         )
@@ -73,8 +74,8 @@ def _attention_rows(attention: Attention, where: str) -> list[dict[str, str]]:
     return rows
 
 
-def _feed_forward_rows(feed_forward: Any, where: str) -> list[dict[str, str]]:
-    width = feed_forward.down.args[0].meta["val"].shape[-1]
+def _feed_forward_rows(feed_forward: FeedForward, where: str) -> list[dict[str, str]]:
+    width = values.width(Linear.require(feed_forward.down).x)
     plan = hadamard_plan(width)
     why = "the activation function stands before down; its inverse is fused"
     if not plan.full_width:
@@ -88,7 +89,7 @@ def _feed_forward_rows(feed_forward: Any, where: str) -> list[dict[str, str]]:
 
 def _writer(node: Node) -> str:
     site = meta.get(node, meta.LinearSite)
-    return site.name if site else str(node.args[0].target).removesuffix(".weight")
+    return site.name if site else str(Embedding.require(node).table.target).removesuffix(".weight")
 
 
 def _block_dict(block: Block) -> dict[str, Any]:
@@ -110,10 +111,10 @@ def _block_dict(block: Block) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _linear(node: Any) -> dict[str, Any]:
-    site = meta.get(node, meta.LinearSite)
-    inputs, outputs = node.args[0].meta["val"].shape[-1], node.meta["val"].shape[-1]
-    return {"name": site.name if site else node.name, "in": inputs, "out": outputs, "bias": len(node.args) > 2}
+def _linear(node: Node) -> dict[str, Any]:
+    site, linear = meta.get(node, meta.LinearSite), Linear.require(node)
+    sizes = {"in": values.width(linear.x), "out": values.width(node)}
+    return {"name": site.name if site else node.name, **sizes, "bias": linear.bias is not None}
 
 
 def topology_text(name: str, found: dict[str, Any]) -> str:

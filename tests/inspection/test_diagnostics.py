@@ -19,8 +19,8 @@ from resq_compiler.inspection.diagnostic_tables import (
     table_text,
     write_diagnostics,
 )
-from resq_compiler.inspection.noise import add_tap, scaled_rows, site_energies, site_noise, without_zero
-from resq_compiler.ir import meta, ops
+from resq_compiler.inspection.noise import add_tap, quantizers, scaled_rows, site_energies, site_noise, without_zero
+from resq_compiler.ir import ops
 from resq_compiler.tiny import tiny_tokens
 
 IDS = tiny_tokens(4, 48, seed=5)
@@ -76,12 +76,10 @@ def test_noise_is_that_of_the_compiled_graph(compiled, found):
 def test_rows_on_one_side_of_zero_are_counted(compiled, found):
     """By hand at a cache and at an output projection, whose quantizers have a scale for each head and part."""
     gm = compiled.model.graph_module
-    quantizers = {
-        meta.get(n, meta.QuantizerSite).name: n for n in gm.graph.nodes if meta.get(n, meta.QuantizerSite) is not None
-    }
+    by_name = {site.name: quantizer for quantizer, site in quantizers(gm)}
     seen: dict = {}
     for name in ("blocks.1.key", "blocks.1.o_input.part1"):
-        add_tap(seen.setdefault("taps", {}), quantizers[name].args[0], lambda x, name=name: seen.update({name: x}))
+        add_tap(seen.setdefault("taps", {}), by_name[name].x, lambda x, name=name: seen.update({name: x}))
     site_energies(gm, IDS, seen["taps"])
     keys, heads = seen["blocks.1.key"], seen["blocks.1.o_input.part1"].unflatten(-1, (4, 2))
     expected = sum(int(((p > 0).all(-1) | (p < 0).all(-1)).sum()) for p in (keys[..., :14], keys[..., 14:]))
@@ -89,7 +87,7 @@ def test_rows_on_one_side_of_zero_are_counted(compiled, found):
         found.one_sided["blocks.1.key"] == expected / (2 * keys[..., 0].numel()) > 0
     )  # two columns agree in sign half of the time
     assert without_zero(heads) == int(((heads > 0).all(-1) | (heads < 0).all(-1)).sum()) > 0
-    assert torch.equal(scaled_rows(quantizers["blocks.1.o_input.part1"], heads.flatten(-2))[0], heads.reshape(-1, 2))
+    assert torch.equal(scaled_rows(by_name["blocks.1.o_input.part1"], heads.flatten(-2))[0], heads.reshape(-1, 2))
 
 
 def test_massive_activations_of_several_blocks_are_one_row():
