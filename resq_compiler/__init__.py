@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from resq_compiler.recipes.settings import CompileConfig
     from resq_compiler.storage.checkpoint import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["CompileConfig", "CompiledModel", "ResqError", "__version__", "compile", "load"]
 
 _HOMES = {

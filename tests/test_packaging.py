@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import resq_compiler
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = ("resq_compiler", "passes", "backends")
@@ -36,6 +38,7 @@ def test_wheel_holds_everything(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet", "-w", "dist"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.startswith(f"resq_compiler-{resq_compiler.__version__}-")
     inside = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(p.relative_to(ROOT)) for source in SOURCES for p in (ROOT / source).rglob("*.py")}
     assert inside >= {m if m.startswith("resq_compiler") else f"resq_compiler/{m}" for m in modules}

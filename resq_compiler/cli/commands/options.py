@@ -20,22 +20,28 @@ HELP: dict[str, str] = {
     "kv_bits": "bits of cached keys and values; 16: stay in float",
     "high_bits": "bits of the high part",
     "high_fraction": "share of columns in the high part, such as 1/8; 0: none",
-    "site_fractions": "shares of single sites (attention, mlp, o, down, key, value): SITE[.BLOCK]=HIGH[@BITS][:LOW[@BITS]], such as "
-    "mlp=1/4,o=0,down.3=1/2@6",
+    "site_fractions": "shares of single sites (attention, mlp, o, down, key, value), the last four also for one block: "
+    "SITE[.BLOCK]=HIGH[@BITS][:LOW[@BITS]], "
+    "such as mlp=1/4,o=0,down.3=1/2@6",
     "allocation": "sensitivity: high columns go to the sites and blocks where predictions feel them most; widths: at 5 to 8 bits, and "
     "low columns too",
-    "average_bits": "a budget to share out in that way in any case: so many bits on average",
+    "average_bits": "a budget to share out in that way in any case, such as 4.5; with widths also below the main bits",
     "model_megabytes": "the same, as the size of the compiled model in MB, embeddings and all",
     "low_bits": "bits of the low part",
     "low_fraction": "share of columns in a part below the main bits; 0: none",
     "rank_multiple": "columns of the high part are a multiple of this",
-    "basis": "where the order of columns comes from",
+    "basis": "columns are principal directions of activations (pca), random ones (hadamard), channels by their peak "
+    "(outliers), or channels (none)",
     "basis_weighting": "readers: directions also count by how much the weights (for U_C the queries) that read them amplify errors",
     "key_basis": "U_C: one for all heads of a layer (shared), or for each key/value head",
     "rotation": "random rotation inside each part",
-    "down_proj": "what is done to the input of down projections",
-    "weight_method": "how weights are rounded",
-    "weight_clip": "how the scale of weights is chosen",
+    "down_proj": "input of down projections: Hadamard transform online (hadamard), the same in two parts with the strongest "
+    "channels in the high one "
+    "(energy-split), principal directions of blocks of channels before it (block-pca), channels by their peak "
+    "(outliers), or as it is (none)",
+    "weight_method": "gptq: column by column, the rest makes up for the error; rtn: to nearest; both with a search for the scale",
+    "weight_clip": "scales of weights keep the whole range (max), or lose least in the weights (mse) or in the output of the "
+    "linear (hessian)",
     "gptq_damping": "added to the diagonal of GPTQ's moment, relative to its mean",
     "gptq_act_order": "GPTQ: columns by descending energy, inside each part",
     "gptq_on_quantized_activations": "GPTQ sees activations as they are at inference, quantized",
@@ -45,7 +51,7 @@ HELP: dict[str, str] = {
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
     "prefix_tokens": "auto: tokens with massive activations are found in calibration, and their keys and values go before every sequence",
-    "lm_head_bits": "bits of lm_head; none: stays in float",
+    "lm_head_bits": "bits of lm_head; none: it stays in float, as embeddings do",
     "calibration_samples": "windows of calibration text",
     "calibration_length": "tokens in a window",
     "basis_samples": "how many of these windows bases and the order of channels are taken from, spread evenly",
