@@ -47,6 +47,7 @@ class OnnxRunner:
         self.outputs = [o.name for o in opened.get_outputs()]
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        values = {name: session.to_ort(tensor.cpu()) for name, tensor in zip(self.inputs, tensors, strict=True)}
+        wide = (tensor.cpu() if tensor.is_floating_point() else tensor.cpu().long() for tensor in tensors)
+        values = {name: session.to_ort(tensor) for name, tensor in zip(self.inputs, wide, strict=True)}
         results = self.session.run_with_ort_values(self.outputs, values)
         return tuple(session.to_torch(value) for value in results)

@@ -6,14 +6,15 @@ import copy
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resq_compiler.errors import BackendError
+from resq_compiler.util.install import install_command
 
 if TYPE_CHECKING:
     import onnx
@@ -83,7 +84,7 @@ def require_onnx() -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise BackendError("onnx export needs the onnx package: pip install 'resq_compiler[onnx]'") from error
+        raise BackendError(f"onnx export needs the onnx package; run: {install_command('onnx')}") from error
 
 
 def require_runtime(minimum: str, what: str, *, optional: bool = False) -> None:
@@ -94,11 +95,11 @@ def require_runtime(minimum: str, what: str, *, optional: bool = False) -> None:
         if optional:
             return
         raise BackendError(
-            f"{what} needs onnxruntime {minimum} or newer, which is not installed: pip install 'resq_compiler[onnx]'"
+            f"{what} needs onnxruntime {minimum} or newer, which is not installed; run: {install_command('onnx')}"
         ) from error
     if number(installed) < number(minimum):
         raise BackendError(
-            f"{what} needs onnxruntime {minimum} or newer, found {installed}: pip install -U onnxruntime"
+            f"{what} needs onnxruntime {minimum} or newer, found {installed}; run: {install_command('onnx')}"
         )
 
 
@@ -127,10 +128,10 @@ def check_target(target: Path, size: int, overwrite: bool) -> None:
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary directory beside the target that takes its place when all was written."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
     try:
+        temporary.mkdir()  # not mkdtemp, whose directories are their owner's alone
         yield temporary
-        temporary.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
@@ -146,6 +147,7 @@ def save_model(model: onnx.ModelProto, directory: Path) -> None:
 
     if model.ByteSize() > EXTERNAL_DATA_ABOVE:
         onnx.save(model, directory / MODEL_FILE, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
+        (directory / DATA_FILE).chmod((directory / MODEL_FILE).stat().st_mode)  # onnx writes it for its owner alone
     else:
         onnx.save(model, directory / MODEL_FILE)
 
@@ -158,7 +160,9 @@ def write_settings(compiled: CompiledModel, directory: Path, profile: str, kv_ca
     if hasattr(config, "quantization_config"):  # it describes safetensors, which are not here
         del config.quantization_config
     config.save_pretrained(directory)
-    compiled.generation_config.save_pretrained(directory)
+    compiled.generation_config.to_json_file(
+        directory / "generation_config.json"
+    )  # save_pretrained refuses what models come with
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     if kv_cache == "float":

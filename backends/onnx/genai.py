@@ -15,12 +15,9 @@ def genai_config(compiled: CompiledModel, profile: str) -> dict[str, Any]:
     text = compiled.config.get_text_config()
     spec = compiled.cache_specs[0]
     context = int(getattr(text, "max_position_embeddings", None) or 2048)
-    eos = token_ids(compiled, "eos_token_id")
     model: dict[str, Any] = {
         "type": "decoder",
-        "bos_token_id": first(token_ids(compiled, "bos_token_id"), 0),
-        "eos_token_id": eos if len(eos) > 1 else first(eos, 0),
-        "pad_token_id": first(token_ids(compiled, "pad_token_id"), first(eos, 0)),
+        **special_tokens(compiled),
         "vocab_size": int(text.vocab_size),
         "context_length": context,
         "decoder": {
@@ -52,14 +49,27 @@ def search_options(compiled: CompiledModel, context: int) -> dict[str, Any]:
     return options
 
 
+def special_tokens(compiled: CompiledModel) -> dict[str, Any]:
+    """bos, eos and pad ids; bos and eos only where the model has them.
+
+    onnxruntime-genai always has a padding token, 0 unless told, and stops at it where there is no end of sequence: without either,
+    padding is the last token of the vocabulary, which is the likeliest to be a filler that no text holds.
+    """
+    bos, eos, pad = (token_ids(compiled, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    found: dict[str, Any] = {}
+    if bos:
+        found["bos_token_id"] = bos[0]
+    if eos:
+        found["eos_token_id"] = eos if len(eos) > 1 else eos[0]
+    found["pad_token_id"] = (pad or eos or [int(compiled.config.get_text_config().vocab_size) - 1])[0]
+    return found
+
+
 def token_ids(compiled: CompiledModel, name: str) -> list[int]:
-    """Special token ids of the generation settings, else of the configuration."""
+    """Special token ids of the generation settings, else of the configuration. Some models say -1 for a token they have not."""
     for holder in (compiled.generation_config, compiled.config):
         value = getattr(holder, name, None)
         if value is not None:
-            return [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+            ids = [int(v) for v in value] if isinstance(value, (list, tuple)) else [int(value)]
+            return [i for i in ids if i >= 0]
     return []
-
-
-def first(values: list[int], default: int) -> int:
-    return values[0] if values else default

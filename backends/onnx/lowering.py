@@ -41,7 +41,6 @@ class LoweringOptions:
     """Choices that are not part of the profile. embedding: how the table is stored, "float16", "float32" or "int8"."""
 
     embedding: str = "float16"
-    packed_cache: bool = False
 
 
 class Lowering:

@@ -163,11 +163,12 @@ class OnnxDecoder:
 
     def _ends(self, given: int | Sequence[int] | None) -> np.ndarray:
         value = self.settings.get("eos_token_id", []) if given is None else given
-        return np.atleast_1d(np.asarray(value, np.int64))
+        ends = np.atleast_1d(np.asarray(value, np.int64))
+        return ends[ends >= 0]  # some models say -1 for a token they have not
 
     def _pad(self, ends: np.ndarray) -> int:
-        pad = self.settings.get("pad_token_id")
-        return int(pad) if pad is not None else int(ends[0]) if ends.size else 0
+        pad = self.settings.get("pad_token_id", -1)
+        return int(pad) if pad >= 0 else int(ends[0]) if ends.size else 0
 
 
 def text_pieces(tokenizer: Any, steps: Iterable[np.ndarray]) -> Iterator[str]:

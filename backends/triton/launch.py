@@ -15,6 +15,7 @@ import torch
 from resq_compiler.backends.triton.targets import Target
 
 from resq_compiler.errors import BackendError
+from resq_compiler.util.install import install_command
 
 INTERPRETER_PROCESSORS = 4
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -31,7 +32,7 @@ def interpreted() -> bool:
 def unavailable() -> str | None:
     """None if kernels can run here, else what is missing and what to do. Never raises."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install 'resq_compiler[triton]'"
+        return f"the package triton is not installed; run: {install_command('triton')}"
     if not interpreted() and not torch.cuda.is_available():
         return (
             "torch sees no CUDA or ROCm device; run on a machine with a GPU, use backend='onnx' on this one, or set TRITON_INTERPRET=1 "

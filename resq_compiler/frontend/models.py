@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from resq_compiler.errors import ModelError
+from resq_compiler.util.install import install_command
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ def _require_gguf_packages(location: _Location) -> None:
     if missing:
         raise ModelError(
             f"model {location}: reading a GGUF file needs the packages gguf and accelerate; "
-            f"{' and '.join(missing)} not installed; run: pip install 'resq_compiler[gguf]'"
+            f"{' and '.join(missing)} not installed; run: {install_command('gguf')}"
         )
 
 

@@ -9,6 +9,7 @@ from resq_compiler.errors import DumpError
 from resq_compiler.inspection.activations import Diagnostics
 from resq_compiler.inspection.attribution import Cost, Costs
 from resq_compiler.inspection.dump import unwritable
+from resq_compiler.util.install import install_command
 
 COLOURS = {
     "attention_input": "#2b6cb0", "mlp_input": "#c05621", "o_input": "#2f855a", "down_input": "#b83280",
@@ -45,7 +46,7 @@ def _figure(*grid: int, size: tuple[float, float]) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DumpError("plots: matplotlib is not installed; run: pip install 'resq_compiler[plots]'") from error
+        raise DumpError(f"plots: matplotlib is not installed; run: {install_command('plots')}") from error
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(*grid, squeeze=False)
 

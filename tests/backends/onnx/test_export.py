@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import stat
 from unittest import mock
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnx
 import pytest
 import torch
 from resq_compiler.backends.onnx import build_model, export, export_onnx
+from resq_compiler.backends.onnx.genai import genai_config
 from resq_compiler.backends.onnx.runtime import OnnxDecoder, Sampling
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -138,22 +140,75 @@ def test_text_streaming(decoder):
     assert "".join(decoder.generate_text("w5 w9 w30", max_new_tokens=4, eos_token_id=[])).split()
 
 
-@pytest.mark.parametrize("profile", ["ort", "qdq"])
-def test_runs_unmodified_in_onnxruntime_genai(compiled, tokenizer, tmp_path, profile):
+def by_genai(path, ids, new=12) -> np.ndarray:
+    """Prompt and greedy continuation by onnxruntime-genai."""
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    path = export_onnx(compiled, tmp_path / "model", profile, embedding="float32", tokenizer=tokenizer)
-    ids = tiny_tokens(1, 9, seed=8).numpy()
     model = genai.Model(str(path))
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=9 + 12, do_sample=False)
+    parameters.set_search_options(max_length=ids.shape[1] + new, do_sample=False)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(ids[0].astype(np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    got = np.array(generator.get_sequence(0))
+    return np.array(generator.get_sequence(0))
+
+
+def test_genai_does_not_stop_where_a_model_has_no_end(compiled, tokenizer, tmp_path, monkeypatch):
+    for holder in (compiled.config, compiled.generation_config):
+        monkeypatch.setattr(holder, "eos_token_id", None)
+        monkeypatch.setattr(holder, "pad_token_id", None)
+    path = export_onnx(compiled, tmp_path / "model", "ort", embedding="float32", tokenizer=tokenizer)
+    prompts = tiny_tokens(1024, 3)
+    likeliest = compiled(prompts, logits_to_keep=1).logits[:, -1].argmax(-1)
+    ids = prompts[likeliest == 0][:1].numpy()
+    expected = greedy(compiled, ids, new=6)[0]
+    assert expected[3] == 0 and np.array_equal(by_genai(path, ids, 6), expected)
+
+
+@pytest.mark.parametrize("profile", ["ort", "qdq"])
+def test_runs_unmodified_in_onnxruntime_genai(compiled, tokenizer, tmp_path, profile):
+    path = export_onnx(compiled, tmp_path / "model", profile, embedding="float32", tokenizer=tokenizer)
+    ids = tiny_tokens(1, 9, seed=8).numpy()
+    got = by_genai(path, ids)
     expected = greedy(compiled, ids)[0]
     ends = np.flatnonzero(expected[9:] == 2)
     assert np.array_equal(got, expected[: 9 + ends[0] + 1] if ends.size else expected)
+
+
+def test_special_tokens_that_a_model_has_not_are_left_out(compiled, monkeypatch):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        monkeypatch.setattr(compiled.config, name, None)
+        monkeypatch.setattr(compiled.generation_config, name, None)
+    model = genai_config(compiled, "ort")["model"]
+    assert {k: v for k, v in model.items() if k.endswith("_token_id")} == {"pad_token_id": 130}
+    monkeypatch.setattr(compiled.generation_config, "pad_token_id", -1)
+    monkeypatch.setattr(compiled.generation_config, "eos_token_id", [7, 9])
+    model = genai_config(compiled, "ort")["model"]
+    assert model["eos_token_id"] == [7, 9] and model["pad_token_id"] == 7 and "bos_token_id" not in model
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.6}, {"pad_token_id": -1}, {"top_p": 0.9, "do_sample": False}])
+def test_generation_settings_that_transformers_would_not_save(compiled, tmp_path, monkeypatch, settings):
+    for name, value in settings.items():
+        monkeypatch.setattr(compiled.generation_config, name, value)
+    path = export_onnx(compiled, tmp_path / "model", "ort")
+    assert settings.items() <= json.loads((path / "generation_config.json").read_text()).items() | {
+        ("do_sample", False)
+    }
+    tokens = OnnxDecoder(path, threads=1).generate([[5, 6]], max_new_tokens=2, eos_token_id=[])
+    assert tokens.shape == (1, 4) and tokens.min() >= 0
+
+
+def test_files_are_as_readable_as_the_umask_says(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "EXTERNAL_DATA_ABOVE", 0)
+    before = os.umask(0o027)
+    try:
+        path = export_onnx(compiled, tmp_path / "model", "ort")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()} == {p.name: 0o640 for p in path.iterdir()}
+    assert (path / "model.onnx.data").is_file()
 
 
 def test_backend_onnx_computes_the_same(compiled):
@@ -162,6 +217,7 @@ def test_backend_onnx_computes_the_same(compiled):
     try:
         compiled.use_backend("onnx")
         got = compiled(ids).logits
+        assert torch.equal(compiled(ids.int(), attention_mask=torch.ones_like(ids).int()).logits, got)
         assert np.array_equal(greedy(compiled, ids), expected)
     finally:
         compiled.use_backend("reference")
