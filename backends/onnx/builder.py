@@ -52,21 +52,40 @@ class GraphBuilder:
         self._count[stem] = index + 1
         return stem if index == 0 else f"{stem}_{index}"
 
-    def op(self, kind: str, *inputs: str, outputs: Sequence[str] | int = 1, **attributes: Any) -> Any:
-        """Append a node. `outputs`: how many, or their names. Returns the name, or a tuple of names for several outputs."""
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """Append a node with one output, of that name where one is given. Returns the output's name."""
         name = self.fresh(kind)
-        names = (
-            [name if i == 0 else f"{name}:{i}" for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
-        )
-        self.nodes.append(helper.make_node(kind, list(inputs), names, name=name, **attributes))
-        return names[0] if len(names) == 1 else tuple(names)
+        return self._append(kind, name, inputs, [output or name], attributes)[0]
+
+    def several(self, kind: str, *inputs: str, outputs: Sequence[str], **attributes: Any) -> list[str]:
+        """Append a node with outputs of these names. Returns them."""
+        return self._append(kind, self.fresh(kind), inputs, list(outputs), attributes)
+
+    def split(self, x: str, sizes: Sequence[int], axis: int = -1) -> list[str]:
+        """Pieces of x of these sizes along an axis; x itself where there is one."""
+        if len(sizes) == 1:
+            return [x]
+        lengths, name = self.ints(*sizes), self.fresh("Split")
+        outputs = [name, *(f"{name}:{i}" for i in range(1, len(sizes)))]
+        return self._append("Split", name, [x, lengths], outputs, {"axis": axis})
+
+    def join(self, pieces: Sequence[str], axis: int = -1) -> str:
+        """Pieces side by side along an axis; the piece itself where there is one."""
+        return pieces[0] if len(pieces) == 1 else self.op("Concat", *pieces, axis=axis)
+
+    def _append(
+        self, kind: str, name: str, inputs: Sequence[str], outputs: list[str], attributes: dict[str, Any]
+    ) -> list[str]:
+        self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=name, **attributes))
+        return outputs
 
     def constant(self, value: Any, dtype: Any = None, name: str = "") -> str:
         """An initializer from an array or a number; small equal ones are shared. A name given twice means the same array."""
         if name and name in self._named:
             return name
         array = np.ascontiguousarray(np.asarray(value, dtype=dtype)).reshape(np.shape(value))
-        key = (array.dtype.str, array.shape, array.tobytes()) if array.size <= SMALL_CONSTANT else None
+        small = array.size <= SMALL_CONSTANT
+        key = (array.dtype.str, array.shape, array.tobytes()) if small else None
         if key is not None and key in self._constants:
             return self._constants[key]
         label = name or self._constant_name(array)

@@ -1,4 +1,4 @@
-"""Emitters of the aten operators that compiled graphs still hold: embeddings, elementwise operators, positions."""
+"""Emitters of aten operators that compute values: embeddings, float linears, elementwise operators, comparisons."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
-from resq_compiler.backends.onnx.lowering import Lowering, emits
-from resq_compiler.backends.onnx.values import Value
+from resq_compiler.backends.onnx.lowering import Lowering, element_type, emits
+from resq_compiler.backends.onnx.values import Emitted, Value
 from torch.fx import Node
 
 from resq_compiler.errors import BackendError
+from resq_compiler.ir import values
+from resq_compiler.ir.args import argument, node_arg, operands
 from resq_compiler.ir.graph_tools import aten
+from resq_compiler.ir.views import Embedding, Linear
 
-ELEMENT = {
-    torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.float64: TensorProto.DOUBLE, torch.int64: TensorProto.INT64,
-    torch.int32: TensorProto.INT32, torch.bool: TensorProto.BOOL,
-}  # fmt: skip
-BINARY = {
+BINARY: dict[Any, str] = {
     aten.add.Tensor: "Add", aten.sub.Tensor: "Sub", aten.mul.Tensor: "Mul", aten.div.Tensor: "Div", aten.maximum.default: "Max",
-    aten.minimum.default: "Min",
+    aten.minimum.default: "Min", aten.max.other: "Max", aten.min.other: "Min", aten.pow.Tensor_Scalar: "Pow",
+    aten.pow.Tensor_Tensor: "Pow", aten.pow.Scalar: "Pow",
 }  # fmt: skip
-UNARY = {
+COMPARISON: dict[Any, str] = {
+    aten.gt.Scalar: "Greater", aten.gt.Tensor: "Greater", aten.ge.Scalar: "GreaterOrEqual", aten.ge.Tensor: "GreaterOrEqual",
+    aten.lt.Scalar: "Less", aten.lt.Tensor: "Less", aten.le.Scalar: "LessOrEqual", aten.le.Tensor: "LessOrEqual",
+    aten.eq.Scalar: "Equal", aten.eq.Tensor: "Equal",
+}  # fmt: skip
+LOGICAL: dict[Any, str] = {
+    aten.__and__.Tensor: "And", aten.bitwise_and.Tensor: "And", aten.logical_and.default: "And",
+    aten.__or__.Tensor: "Or", aten.bitwise_or.Tensor: "Or", aten.logical_or.default: "Or",
+}  # fmt: skip
+UNARY: dict[Any, str] = {
     aten.cos.default: "Cos", aten.sin.default: "Sin", aten.tanh.default: "Tanh", aten.relu.default: "Relu", aten.sigmoid.default: "Sigmoid",
-    aten.neg.default: "Neg", aten.exp.default: "Exp", aten.sqrt.default: "Sqrt", aten.abs.default: "Abs",
+    aten.neg.default: "Neg", aten.exp.default: "Exp", aten.sqrt.default: "Sqrt", aten.abs.default: "Abs", aten.log.default: "Log",
+    aten.floor.default: "Floor", aten.reciprocal.default: "Reciprocal",
 }  # fmt: skip
 NO_OPERATION = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 
@@ -32,103 +42,142 @@ NO_OPERATION = (aten.contiguous.default, aten.clone.default, aten.alias.default,
 @emits(aten.embedding.default)
 def embedding(low: Lowering, node: Node) -> Value:
     """Rows of a table stored as float16, float32 or INT8 with a scale per row."""
-    table, ids = low.tensor(node.args[0]), low.exact(node.args[1])  # type: ignore[arg-type]
+    view = Embedding.require(node)
+    table, ids = low.tensor(view.table), low.exact(view.ids)
     if low.options.embedding == "int8":
-        scale = np.maximum(np.abs(table).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-        codes = low.b.constant(np.rint(table / scale).astype(np.int8), name=f"{node.name}.codes")
-        rows = low.b.op("Cast", low.b.op("Gather", codes, ids, axis=0), to=TensorProto.FLOAT)
-        return Value(
-            low.b.op("Mul", rows, low.b.op("Gather", low.b.constant(scale, name=f"{node.name}.scale"), ids, axis=0))
-        )
+        return Value(int8_rows(low, table, ids, node.name))
     stored = low.b.constant(table.astype(np.dtype(low.options.embedding)), name=f"{node.name}.table")
     rows = low.b.op("Gather", stored, ids, axis=0)
     return Value(rows if low.options.embedding == "float32" else low.b.op("Cast", rows, to=TensorProto.FLOAT))
 
 
+def int8_rows(low: Lowering, table: np.ndarray, ids: str, name: str) -> str:
+    """codes[ids] * scale[ids], symmetric, 127 steps on each side."""
+    scale = np.maximum(np.abs(table).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+    codes = low.b.constant(np.rint(table / scale).astype(np.int8), name=f"{name}.codes")
+    rows = low.b.op("Cast", low.b.op("Gather", codes, ids, axis=0), to=TensorProto.FLOAT)
+    return low.b.op("Mul", rows, low.b.op("Gather", low.b.constant(scale, name=f"{name}.scale"), ids, axis=0))
+
+
 @emits(aten.linear.default)
 def linear(low: Lowering, node: Node) -> Value:
     """A float linear; its weight is stored [K, N]."""
-    x, weight, *bias = node.args
-    name = low.b.constant(np.ascontiguousarray(low.tensor(weight).T), name=f"{weight.target}.T")  # type: ignore[arg-type,union-attr]
-    y = low.b.op("MatMul", low.exact(x), name)
-    return Value(low.b.op("Add", y, low.exact(bias[0])) if bias and bias[0] is not None else y)
+    view = Linear.require(node)
+    name = low.b.constant(np.ascontiguousarray(low.tensor(view.weight).T), name=f"{view.weight.target}.T")
+    y = low.b.op("MatMul", low.exact(view.x), name)
+    return Value(y if view.bias is None else low.b.op("Add", y, low.exact(view.bias)))
+
+
+def operand(low: Lowering, value: Any, dtype: torch.dtype) -> str:
+    """A tensor or a number as a tensor of that type."""
+    if not isinstance(value, Node):
+        return low.b.constant(np.array(value, torch.empty(0, dtype=dtype).numpy().dtype))
+    name, found = low.exact(value), values.value(value)
+    given = found.dtype if isinstance(found, torch.Tensor) else torch.int64  # a size is int64
+    return name if given == dtype else low.b.op("Cast", name, to=element_type(dtype))
 
 
 @emits(*BINARY)
 def binary(low: Lowering, node: Node) -> Value:
-    """Elementwise operators of two tensors, or of a tensor and a number."""
+    """Elementwise operators of two tensors, or of a tensor and a number, in the type of the result."""
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
         raise BackendError(
             f"onnx: node {node.name} ({node.target}): only alpha=1 and true division have an ONNX form, got {node.kwargs}"
         )
-    names = [low.exact(a) if isinstance(a, Node) else number(low, a, node) for a in node.args[:2]]
-    return Value(low.b.op(BINARY[node.target], *names))
+    dtype = values.dtype(node)
+    return Value(low.b.op(BINARY[node.target], *(operand(low, value, dtype) for value in operands(node))))
 
 
-def number(low: Lowering, value: Any, node: Node) -> str:
-    """A Python number in the type of the result."""
-    dtype = node.meta["val"].dtype
-    return low.b.constant(np.array(value, torch.empty(0, dtype=dtype).numpy().dtype))
+@emits(*COMPARISON)
+def comparison(low: Lowering, node: Node) -> Value:
+    """Comparisons, in the type that PyTorch compares in."""
+    pair = operands(node)
+    dtype = torch.result_type(*(values.value(v) if isinstance(v, Node) else v for v in pair))
+    return Value(low.b.op(COMPARISON[node.target], *(operand(low, value, dtype) for value in pair)))
+
+
+@emits(aten.ne.Scalar, aten.ne.Tensor)
+def unequal(low: Lowering, node: Node) -> Value:
+    pair = operands(node)
+    dtype = torch.result_type(*(values.value(v) if isinstance(v, Node) else v for v in pair))
+    return Value(low.b.op("Not", low.b.op("Equal", *(operand(low, value, dtype) for value in pair))))
+
+
+@emits(*LOGICAL)
+def logical(low: Lowering, node: Node) -> Value:
+    """And and or of masks."""
+    if values.dtype(node) != torch.bool:
+        raise BackendError(f"onnx: node {node.name} ({node.target}): expected masks, got {values.dtype(node)}")
+    return Value(low.b.op(LOGICAL[node.target], *(operand(low, value, torch.bool) for value in operands(node))))
+
+
+@emits(aten.logical_not.default, aten.bitwise_not.default)
+def negated(low: Lowering, node: Node) -> Value:
+    """Not of a mask."""
+    if values.dtype(node) != torch.bool:
+        raise BackendError(f"onnx: node {node.name} ({node.target}): expected a mask, got {values.dtype(node)}")
+    return Value(low.b.op("Not", operand(low, node_arg(node, "self"), torch.bool)))
+
+
+@emits(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def where(low: Lowering, node: Node) -> Value:
+    dtype = values.dtype(node)
+    first, second = (operand(low, argument(node, name), dtype) for name in ("self", "other"))
+    return Value(low.b.op("Where", low.exact(node_arg(node, "condition")), first, second))
+
+
+@emits(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(low: Lowering, node: Node) -> Value:
+    """`value` where the mask is True."""
+    dtype = values.dtype(node)
+    kept, value = (operand(low, argument(node, name), dtype) for name in ("self", "value"))
+    return Value(low.b.op("Where", low.exact(node_arg(node, "mask")), value, kept))
 
 
 @emits(*UNARY)
 def unary(low: Lowering, node: Node) -> Value:
     """Elementwise operators of one tensor."""
-    return Value(low.b.op(UNARY[node.target], low.exact(node.args[0])))
+    return Value(low.b.op(UNARY[node.target], operand(low, node_arg(node, "self"), values.dtype(node))))
+
+
+@emits(aten.square.default)
+def square(low: Lowering, node: Node) -> Value:
+    x = low.exact(node_arg(node, "self"))
+    return Value(low.b.op("Mul", x, x))
+
+
+@emits(aten.rsqrt.default)
+def rsqrt(low: Lowering, node: Node) -> Value:
+    return Value(low.b.op("Reciprocal", low.b.op("Sqrt", low.exact(node_arg(node, "self")))))
+
+
+@emits(aten.expm1.default)
+def expm1(low: Lowering, node: Node) -> Value:
+    """exp(x) - 1 = tanh(x / 2) (exp(x) + 1), which cancels nothing near 0."""
+    b, x = low.b, low.exact(node_arg(node, "self"))
+    half = b.op("Tanh", b.op("Mul", x, operand(low, 0.5, values.dtype(node))))
+    return Value(b.op("Mul", half, b.op("Add", b.op("Exp", x), operand(low, 1.0, values.dtype(node)))))
 
 
 @emits(aten.silu.default)
 def silu(low: Lowering, node: Node) -> Value:
     """x sigmoid(x); ONNX Runtime makes it one QuickGelu."""
-    x = low.exact(node.args[0])
+    x = low.exact(node_arg(node, "self"))
     return Value(low.b.op("Mul", x, low.b.op("Sigmoid", x)))
 
 
 @emits(aten.gelu.default)
 def gelu(low: Lowering, node: Node) -> Value:
     """Gelu, exact or by tanh."""
-    return Value(low.b.op("Gelu", low.exact(node.args[0]), approximate=node.kwargs.get("approximate", "none")))
+    return Value(low.b.op("Gelu", low.exact(node_arg(node, "self")), approximate=argument(node, "approximate")))
 
 
-@emits(aten.pow.Tensor_Scalar)
-def power(low: Lowering, node: Node) -> Value:
-    return Value(low.b.op("Pow", low.exact(node.args[0]), low.b.number(float(node.args[1]))))  # type: ignore[arg-type]
-
-
-@emits(aten.to.dtype, aten._to_copy.default)
+@emits(aten.to.dtype, aten._to_copy.default, aten.to.device, aten.to.dtype_layout)
 def cast(low: Lowering, node: Node) -> Value:
-    dtype = node.meta["val"].dtype
-    if dtype not in ELEMENT:
-        raise BackendError(
-            f"onnx: node {node.name} converts to {dtype}; expected one of {', '.join(map(str, ELEMENT))}"
-        )
-    return Value(low.b.op("Cast", low.exact(node.args[0]), to=ELEMENT[dtype]))
+    """Another type; devices mean nothing here."""
+    return Value(operand(low, node_arg(node, "self"), values.dtype(node)))
 
 
 @emits(*NO_OPERATION)
-def same(low: Lowering, node: Node) -> Any:
-    return low.value(node.args[0])
-
-
-@emits(aten.unsqueeze.default)
-def unsqueeze(low: Lowering, node: Node) -> Value:
-    return Value(low.b.op("Unsqueeze", low.exact(node.args[0]), low.b.ints(int(node.args[1]))))  # type: ignore[arg-type]
-
-
-@emits(aten.cat.default)
-def cat(low: Lowering, node: Node) -> Value:
-    axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    return Value(low.b.op("Concat", *(low.exact(n) for n in node.args[0]), axis=axis))  # type: ignore[union-attr]
-
-
-@emits(aten.sym_size.int)
-def symbolic_size(low: Lowering, node: Node) -> Value:
-    axis = int(node.args[1])  # type: ignore[arg-type]
-    return Value(low.b.op("Shape", low.exact(node.args[0]), start=axis, end=axis + 1))
-
-
-@emits(aten.view.default, aten.reshape.default)
-def reshape(low: Lowering, node: Node) -> Value:
-    """Sizes may be numbers or other nodes."""
-    sizes = [low.exact(s) if isinstance(s, Node) else low.b.ints(int(s)) for s in node.args[1]]  # type: ignore[union-attr,arg-type]
-    return Value(low.b.op("Reshape", low.exact(node.args[0]), low.b.op("Concat", *sizes, axis=0)))
+def same(low: Lowering, node: Node) -> Emitted:
+    return low.value(node_arg(node, "self"))

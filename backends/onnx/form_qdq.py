@@ -12,8 +12,9 @@ import numpy as np
 from onnx import TensorProto
 from resq_compiler.backends.onnx.form_integer import flat_image, sum_of
 from resq_compiler.backends.onnx.forms import Form, low_and_scale
-from resq_compiler.backends.onnx.plan import Term
-from resq_compiler.backends.onnx.values import Codes, Value
+from resq_compiler.backends.onnx.integer_weights import stacked_scales, stored_codes
+from resq_compiler.backends.onnx.plan import Product, Term
+from resq_compiler.backends.onnx.values import Codes, Emitted, Value
 from torch.fx import Node
 
 from resq_compiler.ir import ops
@@ -21,7 +22,6 @@ from resq_compiler.ir.graph_tools import is_call
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
-    from resq_compiler.backends.onnx.plan import LinearSum
 
 
 class QdqForm(Form):
@@ -34,17 +34,14 @@ class QdqForm(Form):
         b = low.b
         element = TensorProto.INT4 if bits == 4 else TensorProto.INT8
         bottom, scale = low_and_scale(low, x, bits, clip)
-        if groups > 1 and is_call(
-            node, ops.quantize
-        ):  # codes of linears stay [B, S, K]: DequantizeLinear feeds MatMul directly
+        if groups > 1 and is_call(node, ops.quantize):  # codes stay [B, S, K]: DequantizeLinear feeds MatMul directly
             bottom, scale = (b.op("Squeeze", t, b.ints(-1)) for t in (bottom, scale))
             x = b.op("Reshape", x, b.ints(0, 0, groups * width))
         zero_point = b.op("Cast", float_zero_point(low, bottom, scale, bits), to=element)
         codes = b.op("QuantizeLinear", x, scale, zero_point, axis=-1, block_size=width)
         if bits not in (4, 8):
-            codes = b.op(
-                "Clip", codes, b.constant(np.int8(-(2 ** (bits - 1)))), b.constant(np.int8(2 ** (bits - 1) - 1))
-            )
+            ends = b.constant(np.int8(-(2 ** (bits - 1)))), b.constant(np.int8(2 ** (bits - 1) - 1))
+            codes = b.op("Clip", codes, *ends)
         return Codes(bits, groups, width, codes, scale, zero_point)
 
     def image(self, low: Lowering, codes: Codes) -> str:
@@ -54,36 +51,31 @@ class QdqForm(Form):
 
         return codes.image or low.once(("image", codes.codes), make)
 
-    def linears(self, low: Lowering, members: list[LinearSum]) -> list[Value]:
+    def linears(self, low: Lowering, members: list[Product]) -> list[Value]:
         return [self._linear(low, m) for m in members]
 
-    def _linear(self, low: Lowering, linear: LinearSum) -> Value:
+    def _linear(self, low: Lowering, linear: Product) -> Value:
         branches = []
         for term in linear.terms:
             x = self.linear_input(low, low.value(term.source))
             branches.append(low.b.op("MatMul", x, self.weight(low, term)))
         total = sum_of(low, branches)
-        if linear.bias is not None:
-            total = low.b.op("Add", total, low.b.constant(linear.bias.detach().cpu().float().numpy()))
-        return Value(total)
+        bias = linear.bias_array
+        return Value(total if bias is None else low.b.op("Add", total, low.b.constant(bias)))
 
-    def linear_input(self, low: Lowering, source: Codes | Value) -> str:
+    def linear_input(self, low: Lowering, source: Emitted) -> str:
         """The float input of a linear, [B, S, K]."""
         return self.image(low, source) if isinstance(source, Codes) else low.fx_layout(source)
 
     def weight(self, low: Lowering, term: Term) -> str:
         """DequantizeLinear of codes [N, K], turned: ONNX Runtime would make [K, N] a MatMulNBits that rounds activations again."""
-        codes = stored_codes(low, term, np.ascontiguousarray(term.codes.T))
-        image = low.b.op("DequantizeLinear", codes, low.b.constant(term.scales, name=f"{term.name}.scales"), axis=0)
+        codes = stored_codes(low.b, np.ascontiguousarray(term.codes.T), term.weight_bits, term.name)
+        image = low.b.op("DequantizeLinear", codes, stacked_scales(low.b, [term]), axis=0)
         return low.b.op("Transpose", image, perm=[1, 0])
 
 
 class WeightOnlyForm(QdqForm):
-    """Arithmetic quantizers; weights [K, N] straight into MatMul, the pattern that consumers know as weight-only."""
-
-    def weight(self, low: Lowering, term: Term) -> str:
-        codes = stored_codes(low, term, term.codes)
-        return low.b.op("DequantizeLinear", codes, low.b.constant(term.scales, name=f"{term.name}.scales"), axis=1)
+    """Arithmetic quantizers; weights as in QdqForm, for the same reason."""
 
     def quantize(self, low: Lowering, node: Node, x: str, bits: int, groups: int, width: int, clip: float) -> Codes:
         b = low.b
@@ -91,11 +83,10 @@ class WeightOnlyForm(QdqForm):
         zero_point = float_zero_point(low, bottom, scale, bits)
         shifted = b.op("Add", b.op("Round", b.op("Div", x, scale)), zero_point)
         codes = b.op("Clip", shifted, b.number(-(2.0 ** (bits - 1))), b.number(2.0 ** (bits - 1) - 1))
-        return Codes(
-            bits, groups, width, codes, scale, zero_point, image=b.op("Mul", b.op("Sub", codes, zero_point), scale)
-        )
+        image = b.op("Mul", b.op("Sub", codes, zero_point), scale)
+        return Codes(bits, groups, width, codes, scale, zero_point, image)
 
-    def linear_input(self, low: Lowering, source: Codes | Value) -> str:
+    def linear_input(self, low: Lowering, source: Emitted) -> str:
         return low.tokens(flat_image(low, self, source))
 
 
@@ -103,9 +94,3 @@ def float_zero_point(low: Lowering, bottom: str, scale: str, bits: int) -> str:
     """rint(-lo / scale) - 2^(b-1)."""
     b = low.b
     return b.op("Sub", b.op("Round", b.op("Div", b.op("Neg", bottom), scale)), b.number(2.0 ** (bits - 1)))
-
-
-def stored_codes(low: Lowering, term: Term, codes: np.ndarray) -> str:
-    """Weight codes at 4 or 8 bits."""
-    name = f"{term.name}.codes"
-    return low.b.int4(codes, name) if term.weight_bits <= 4 else low.b.constant(codes, name=name)

@@ -7,21 +7,25 @@ A form says how the quantized operators of a graph look in ONNX. `IntegerForm` (
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from onnx import TensorProto
-from resq_compiler.backends.onnx.values import Cache, Codes, Value
+from resq_compiler.backends.onnx.values import Cache, Codes, Emitted, Value
 from torch.fx import Node
+
+from resq_compiler.errors import BackendError
+from resq_compiler.ir import values
+from resq_compiler.ir.args import nodes_arg
+from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.views import Attention, QuantizeDequantize
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
-    from resq_compiler.backends.onnx.plan import LinearSum
+    from resq_compiler.backends.onnx.plan import Product
 
 FLT_MIN = float(np.finfo(np.float32).tiny)
 MASKED = -1e9  # added to scores of masked keys: exp() of it is 0, and a row of padding stays finite
-
-CacheParts = tuple[tuple[int, int, int], ...]
 
 
 class Form(ABC):
@@ -42,26 +46,23 @@ class Form(ABC):
         """The float image of codes, in the shape that was quantized."""
 
     @abstractmethod
-    def linears(self, low: Lowering, members: list[LinearSum]) -> list[Value]:
+    def linears(self, low: Lowering, members: list[Product]) -> list[Value]:
         """Linears that share their inputs, one value for each."""
 
-    def cache_codes(self, low: Lowering, node: Node, value: Value, parts: CacheParts, clip: float) -> Any:
-        """The float image of cache codes, every part of every head on its own."""
-        name = low.by_head(value)
-        sizes = [stop - start for _, start, stop in parts]
-        pieces = [name] if len(parts) == 1 else low.b.op("Split", name, low.b.ints(*sizes), outputs=len(parts), axis=-1)
+    def cache_codes(self, low: Lowering, view: QuantizeDequantize, value: Value) -> Emitted:
+        """The float image of cache codes of token-major heads, every part of every head on its own."""
+        pieces = low.b.split(low.by_head(value), [stop - start for _, start, stop in view.parts])
         images = []
-        for piece, (bits, start, stop) in zip(pieces, parts, strict=True):
-            codes = self.quantize(low, node, piece, bits, value.heads, stop - start, clip)
+        for piece, (bits, start, stop) in zip(pieces, view.parts, strict=True):
+            codes = self.quantize(low, view.node, piece, bits, value.heads, stop - start, view.clip)
             images.append(self.image(low, codes))
-        joined = images[0] if len(images) == 1 else low.b.op("Concat", *images, axis=-1)
-        return Value(joined, value.heads, split=True, by_head=True)
+        return Value(low.b.join(images), value.heads, split=True, by_head=True)
 
-    def settled(self, low: Lowering, value: Any) -> Any:
+    def settled(self, low: Lowering, value: Emitted) -> Emitted:
         """A value whose emission was put off, emitted on its own."""
         return value
 
-    def cache_input(self, low: Lowering, name: str, heads: int, width: int) -> Any:
+    def cache_input(self, low: Lowering, name: str, heads: int, width: int) -> Emitted:
         """Declare the past of one cache entry; returns its value."""
         return Value(low.b.input(name, TensorProto.FLOAT, ("batch", heads, "past", width)))
 
@@ -70,8 +71,10 @@ class Form(ABC):
         low.exact(node)
         low.b.output(name, TensorProto.FLOAT, ("batch", heads, "total", width))
 
-    def append(self, low: Lowering, past: Value, new: Node, present: str, heads: int, width: int) -> Any:
+    def append(self, low: Lowering, past: Emitted, new: Node, present: str, heads: int, width: int) -> Emitted:
         """New tokens behind the past."""
+        if not isinstance(past, Value):
+            raise BackendError(f"onnx: {present}: expected a past that is one tensor, got {past}")
         return Cache(past.name, low.token_major(new), present, heads, width)
 
     def rms_norm(self, low: Lowering, x: str, gain: str, eps: float) -> str:
@@ -83,66 +86,53 @@ class Form(ABC):
     def rope(self, low: Lowering, value: Value, cos: Node, sin: Node, width: int) -> Value:
         """x cos + rotate_half(x) sin on token-major heads; columns past the table's width pass through."""
         b, x = low.b, low.by_head(value)
-        turn = int(cos.meta["val"].shape[-1])
-        rest: list[str] = []
-        if turn < width:
-            x, tail = b.op("Split", x, b.ints(turn, width - turn), outputs=2, axis=-1)
-            rest = [tail]
-        first, second = b.op("Split", x, b.ints(turn // 2, turn - turn // 2), outputs=2, axis=-1)
+        turn = values.width(cos)
+        x, *rest = b.split(x, [turn, width - turn] if turn < width else [turn])
+        first, second = b.split(x, [turn // 2, turn - turn // 2])
         rotated = b.op("Concat", b.op("Neg", second), first, axis=-1)
         cos_name, sin_name = (self._token_table(low, t) for t in (cos, sin))
         y = b.op("Add", b.op("Mul", x, cos_name), b.op("Mul", rotated, sin_name))
-        return Value(b.op("Concat", y, *rest, axis=-1) if rest else y, value.heads, split=True, by_head=True)
+        return Value(b.join([y, *rest]), value.heads, split=True, by_head=True)
 
     @staticmethod
     def _token_table(low: Lowering, node: Node) -> str:
         """cos or sin [B, 1, S, R] as [B, S, 1, R]."""
         return low.once(("token table", node), lambda: low.b.op("Transpose", low.exact(node), perm=[0, 2, 1, 3]))
 
-    def attention(
-        self,
-        low: Lowering,
-        node: Node,
-        q: Node,
-        k: Node,
-        v: Node,
-        mask: Node | None,
-        scale: float,
-        softcap: float | None,
-    ) -> Value:
+    def attention(self, low: Lowering, view: Attention) -> Value:
         """Grouped heads by folding the queries of a group into rows: no repeated keys."""
-        b = low.b
-        heads, groups = int(q.meta["val"].shape[1]), int(k.meta["val"].shape[1])
-        keys, values = low.exact(k), low.exact(v)
+        b, q, k, v = low.b, view.q, view.k, view.v
+        heads, groups = int(values.shape(q)[1]), int(values.shape(k)[1])
+        keys, entries, queries = low.exact(k), low.exact(v), low.exact(q)
         turned = low.once(("keys turned", k), lambda: b.op("Transpose", keys, perm=[0, 1, 3, 2]))
-        queries = low.exact(q)
         if heads != groups:
-            queries = b.op("Reshape", queries, b.ints(0, groups, -1, int(q.meta["val"].shape[-1])))
-        scores = b.op("Mul", b.op("MatMul", queries, turned), b.number(scale))
-        scores = b.op("Reshape", scores, self._score_shape(low, heads, 1)) if heads != groups else scores
-        if softcap is not None:
-            scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, b.number(softcap))), b.number(softcap))
-        if mask is not None:
-            scores = b.op("Add", scores, self.bias(low, mask))
-        weights = b.op("Softmax", scores, axis=-1)
-        weights = (
-            b.op("Reshape", weights, self._score_shape(low, groups, heads // groups)) if heads != groups else weights
-        )
-        y = b.op("MatMul", weights, values)
+            queries = b.op("Reshape", queries, b.ints(0, groups, -1, values.width(q)))
+        scores = b.op("Mul", b.op("MatMul", queries, turned), b.number(view.scale))
         if heads != groups:
-            y = b.op("Reshape", y, b.ints(0, heads, -1, int(v.meta["val"].shape[-1])))
+            scores = b.op("Reshape", scores, self._score_shape(low, heads, 1))
+        weights = b.op("Softmax", self._seen(low, scores, view), axis=-1)
+        if heads != groups:
+            weights = b.op("Reshape", weights, self._score_shape(low, groups, heads // groups))
+        y = b.op("MatMul", weights, entries)
+        if heads != groups:
+            y = b.op("Reshape", y, b.ints(0, heads, -1, values.width(v)))
         return Value(b.op("Transpose", y, perm=[0, 2, 1, 3]), heads, split=True, by_head=True)
+
+    def _seen(self, low: Lowering, scores: str, view: Attention) -> str:
+        """Scores with their soft-cap and mask."""
+        b = low.b
+        if view.softcap is not None:
+            bounded = b.op("Tanh", b.op("Div", scores, b.number(view.softcap)))
+            scores = b.op("Mul", bounded, b.number(view.softcap))
+        return scores if view.mask is None else b.op("Add", scores, self.bias(low, view.mask))
 
     @staticmethod
     def _score_shape(low: Lowering, heads: int, repeat: int) -> str:
         """[0, heads, repeat * S, -1]: scores of all heads, or of the queries that share a key head."""
 
         def make() -> str:
-            rows = (
-                low.b.op("Mul", low.size("input_ids", 1), low.b.ints(repeat))
-                if repeat > 1
-                else low.size("input_ids", 1)
-            )
+            rows = low.size("input_ids", 1)
+            rows = low.b.op("Mul", rows, low.b.ints(repeat)) if repeat > 1 else rows
             return low.b.op("Concat", low.b.ints(0, heads), rows, low.b.ints(-1), axis=0)
 
         return low.once(("score shape", heads, repeat), make)
@@ -153,8 +143,8 @@ class Form(ABC):
 
         def make() -> str:
             name = low.exact(mask)
-            boolean = mask.meta["val"].dtype.is_floating_point is False
-            return low.b.op("Where", name, low.b.number(0.0), low.b.number(MASKED)) if boolean else name
+            additive = values.dtype(mask).is_floating_point
+            return name if additive else low.b.op("Where", name, low.b.number(0.0), low.b.number(MASKED))
 
         return low.once(("bias", mask), make)
 
@@ -186,3 +176,17 @@ def at_most(low: Lowering, x: str, bound: float) -> str:
 def at_least(low: Lowering, x: str, bound: float) -> str:
     """max(x, bound)."""
     return low.b.op("Clip", x, low.b.number(bound))
+
+
+def repeats_half(cos: Node) -> bool:
+    """True when the table is cat(a, a) behind operators that keep that: its second half equals its first."""
+    node: object = cos
+    while is_call(node, aten.unsqueeze.default, aten.cos.default, aten.sin.default, aten.to.dtype, aten.mul.Tensor):
+        assert isinstance(node, Node)
+        if is_call(node, aten.mul.Tensor) and isinstance(node.args[1], Node):
+            return False
+        node = node.args[0]
+    if not isinstance(node, Node) or not is_call(node, aten.cat.default):
+        return False
+    pieces = nodes_arg(node, "tensors")
+    return len(pieces) == 2 and pieces[0] is pieces[1]

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from resq_compiler.backends.onnx.forms import FLT_MIN, CacheParts, low_and_scale
+from resq_compiler.backends.onnx.forms import FLT_MIN, low_and_scale
 from resq_compiler.backends.onnx.plan import tiling_columns
 from torch.fx import Node
 
-from resq_compiler.ir import ops
-from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir import values
+from resq_compiler.ir.views import CacheParts, Columns, MergeHeads, Quantize
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
@@ -29,9 +29,7 @@ def parts_image(low: Lowering, x: str, parts: CacheParts) -> str:
     b = low.b
     with b.within("image"):
         if len(parts) > 1:
-            sizes = [stop - start for _, start, stop in parts]
-            pieces = b.op("Split", x, b.ints(*sizes), outputs=len(parts), axis=-1)
-            scale = scale_columns(low, pieces, parts)
+            scale = scale_columns(low, b.split(x, [stop - start for _, start, stop in parts]), parts)
         else:
             _, scale = low_and_scale(low, x, parts[0][0], 1.0)
         return b.op("Mul", b.op("Round", b.op("Div", x, scale)), scale)
@@ -48,36 +46,31 @@ def scale_columns(low: Lowering, pieces: list[str], parts: CacheParts) -> str:
     sizes = [stop - start for _, start, stop in parts]
     spread = np.repeat(np.eye(count, dtype=np.float32), sizes, axis=1)
     ranges = b.op("MatMul", ends_joined, b.constant(np.concatenate([-spread, spread])))
-    return b.op(
-        "Div", ranges, b.constant(np.repeat(np.array([2.0**bits - 1 for bits, *_ in parts], np.float32), sizes))
-    )
+    levels = np.array([2.0**bits - 1 for bits, *_ in parts], np.float32)
+    return b.op("Div", ranges, b.constant(np.repeat(levels, sizes)))
 
 
 def parts_of_heads(low: Lowering, sources: tuple[Node, ...]) -> tuple[Node, CacheParts] | None:
     """The value [B, H, S, D] whose columns the sources quantize head by head, and its parts; None when they are not that."""
-    found: Node | None = None
-    parts = []
-    for node in sources:
-        piece = columns_by_head(node)
-        if piece is None or (found is not None and piece.args[0] is not found):
+    quantizers = [Quantize.of(node) for node in sources]
+    pieces = [None if quantizer is None else columns_by_head(quantizer) for quantizer in quantizers]
+    found = pieces[0].x if pieces and pieces[0] is not None else None
+    parts: list[tuple[int, int, int]] = []
+    for quantizer, piece in zip(quantizers, pieces, strict=True):
+        if quantizer is None or piece is None or piece.x is not found:
             return None
-        found = piece.args[0]  # type: ignore[assignment]
-        parts.append((int(node.args[1]), int(piece.args[1]), int(piece.args[2])))  # type: ignore[arg-type]
-    width = int(found.meta["val"].shape[-1])  # type: ignore[union-attr]
-    order = tiling_columns(found, width)  # type: ignore[arg-type]
-    tiled = order is not None and [int(n.args[1]) for n in order] == [start for _, start, _ in parts]  # type: ignore[arg-type]
-    return (found, tuple(parts)) if tiled else None  # type: ignore[return-value]
+        parts.append((quantizer.bits, piece.start, piece.stop))
+    if found is None:
+        return None
+    order = tiling_columns(found, values.width(found))
+    tiled = order is not None and [piece.start for piece in order] == [start for _, start, _ in parts]
+    return (found, tuple(parts)) if tiled else None
 
 
-def columns_by_head(node: Node) -> Node | None:
+def columns_by_head(quantizer: Quantize) -> Columns | None:
     """c of quantize(merge_heads(c := columns(x, start, stop)), bits, groups = heads) when its whole range is kept."""
-    if not is_call(node, ops.quantize):
+    merged = MergeHeads.of(quantizer.x)
+    if quantizer.groups == 1 or quantizer.clip != 1.0 or merged is None:
         return None
-    groups = node.args[2] if len(node.args) > 2 else node.kwargs.get("groups", 1)
-    clip = node.args[3] if len(node.args) > 3 else node.kwargs.get("clip", 1.0)
-    merged = node.args[0]
-    if groups == 1 or clip != 1.0 or not is_call(merged, ops.merge_heads):
-        return None
-    piece = merged.args[0]  # type: ignore[union-attr]
-    heads = int(piece.meta["val"].shape[1]) if is_call(piece, ops.columns) else 0  # type: ignore[union-attr]
-    return piece if heads == groups else None  # type: ignore[return-value]
+    piece = Columns.of(merged.x)
+    return piece if piece is not None and int(values.shape(piece.node)[1]) == quantizer.groups else None

@@ -5,9 +5,9 @@ Inputs and outputs get the names that Optimum and onnxruntime-genai use; batch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,14 +15,16 @@ from onnx import TensorProto
 from resq_compiler.backends.onnx.builder import GraphBuilder
 from resq_compiler.backends.onnx.forms import Form
 from resq_compiler.backends.onnx.plan import Plan, make_plan, tiling_columns
-from resq_compiler.backends.onnx.values import Cache, Codes, Value
+from resq_compiler.backends.onnx.values import Cache, Codes, Emitted, Value
 from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import BackendError
 from resq_compiler.frontend.capture import CacheSpec
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir.views import Columns
 
-Emitter = Callable[["Lowering", Node], Any]
+T = TypeVar("T")
+Emitter = Callable[["Lowering", Node], Emitted]
 EMITTERS: dict[Any, Emitter] = {}
 
 
@@ -54,8 +56,8 @@ class Lowering:
         self.options = options
         self.b = GraphBuilder(form.opset)
         self.plan: Plan = make_plan(gm, form.stacks_linears)
-        self.env: dict[Node, Any] = {}
-        self.memo: dict[Any, Any] = {}
+        self.env: dict[Node, Emitted] = {}
+        self.memo: dict[Hashable, Any] = {}
         form.start(self)
 
     def run(self) -> GraphBuilder:
@@ -64,11 +66,12 @@ class Lowering:
         for node in self.gm.graph.nodes:
             if node.op == "call_function" and node not in self.plan.inner and node not in self.env:
                 self.b.scope(node.name)
-                self._emit(node)
+                self.emit(node)
         self._outputs()
         return self.b
 
-    def _emit(self, node: Node) -> None:
+    def emit(self, node: Node) -> None:
+        """Emit one node, or the group of linears that it belongs to."""
         if node in self.plan.groups:
             members = self.plan.groups[node]
             for linear, value in zip(members, self.form.linears(self, members), strict=True):
@@ -81,54 +84,49 @@ class Lowering:
 
     def _inputs(self) -> None:
         nodes = graph_tools.placeholders(self.gm.graph)
-        dims = {
-            "input_ids": ("batch", "sequence"),
-            "attention_mask": ("batch", "total"),
-            "position_ids": ("batch", "sequence"),
-        }
-        for node in nodes[:3]:
-            self.env[node] = Value(self.b.input(str(node.target), TensorProto.INT64, dims[str(node.target)]))
+        ids, mask, positions = nodes[:3]
+        for node, length in ((ids, "sequence"), (mask, "total"), (positions, "sequence")):
+            self.env[node] = Value(self.b.input(str(node.target), TensorProto.INT64, ("batch", length)))
         for i, spec in enumerate(self.cache):
-            for node, kind, width in zip(
-                nodes[3 + 2 * i : 5 + 2 * i], ("key", "value"), (spec.key_dim, spec.value_dim), strict=True
-            ):
+            key, value = nodes[3 + 2 * i : 5 + 2 * i]
+            for node, kind, width in ((key, "key", spec.key_dim), (value, "value", spec.value_dim)):
                 self.env[node] = self.form.cache_input(self, f"past_key_values.{i}.{kind}", spec.num_heads, width)
 
     def _outputs(self) -> None:
         results = graph_tools.output_args(self.gm.graph)
         logits = self.exact(results[0])
         self.b.scope("")
-        self.b.nodes.append(_identity(logits, "logits"))
-        vocabulary = int(results[0].meta["val"].shape[-1])
-        self.b.output("logits", TensorProto.FLOAT, ("batch", "sequence", vocabulary))
+        self.b.op("Identity", logits, output="logits")
+        self.b.output("logits", TensorProto.FLOAT, ("batch", "sequence", values.width(results[0])))
         for i, spec in enumerate(self.cache):
-            for node, kind, width in zip(
-                results[1 + 2 * i : 3 + 2 * i], ("key", "value"), (spec.key_dim, spec.value_dim), strict=True
-            ):
+            key, value = results[1 + 2 * i : 3 + 2 * i]
+            for node, kind, width in ((key, "key", spec.key_dim), (value, "value", spec.value_dim)):
                 self.form.cache_output(self, node, f"present.{i}.{kind}", spec.num_heads, width)
 
-    def value(self, node: Any) -> Any:
-        """What an FX argument became."""
-        if isinstance(node, Node) and node.op == "get_attr" and node not in self.env:
+    def value(self, node: Node) -> Emitted:
+        """What an FX value became."""
+        if node.op == "get_attr" and node not in self.env:
             self.env[node] = Value(self.b.constant(self.tensor(node), name=str(node.target)))
         return self.env[node]
 
     def tensor(self, node: Node) -> np.ndarray:
         """A weight of the graph as an array; floats as float32."""
-        tensor: torch.Tensor = graph_tools.get_tensor(self.gm, node).detach().cpu()
+        tensor = graph_tools.get_tensor(self.gm, node).detach().cpu()
         return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
 
-    def exact(self, node: Any) -> str:
+    def exact(self, node: Node) -> str:
         """A tensor in the layout that FX gives the node."""
         return self.fx_layout(self.value(node))
 
-    def fx_layout(self, value: Any) -> str:
+    def fx_layout(self, value: Emitted) -> str:
         """A tensor in FX's layout."""
         value = self.form.settled(self, value)
         if isinstance(value, Codes):
             return self.form.image(self, value)
         if isinstance(value, Cache):
             return self.appended(value)
+        if not isinstance(value, Value):
+            raise BackendError(f"onnx: {value} is no tensor of its own; this is a bug in the exporter")
         if not value.heads:
             return value.name
         return self.heads_first(value) if value.split else self.tokens(value)
@@ -143,39 +141,44 @@ class Lowering:
         """[B, S, heads, D]."""
         if value.by_head:
             return value.name
-        return self.once(
-            ("by_head", value.name), lambda: self.b.op("Reshape", value.name, self.b.ints(0, 0, value.heads, -1))
-        )
+        shape = (0, 0, value.heads, -1)
+        return self.once(("by_head", value.name), lambda: self.b.op("Reshape", value.name, self.b.ints(*shape)))
 
     def heads_first(self, value: Value) -> str:
         """[B, heads, S, D]."""
-        return self.once(
-            ("heads_first", value.name), lambda: self.b.op("Transpose", self.by_head(value), perm=[0, 2, 1, 3])
-        )
+        make = lambda: self.b.op("Transpose", self.by_head(value), perm=[0, 2, 1, 3])  # noqa: E731
+        return self.once(("heads_first", value.name), make)
+
+    def columns_last(self, node: Node) -> tuple[str, int]:
+        """A value for an operator over its columns, and its heads where they are token-major, [B, S, heads, D], else 0."""
+        value = self.value(node)
+        if isinstance(value, Value) and value.is_split:
+            return self.by_head(value), value.heads
+        return self.fx_layout(value), 0
 
     def token_major(self, node: Node) -> Value:
         """A split value, token-major; what is not so yet is transposed."""
         value = self.form.settled(self, self.value(node))
-        if isinstance(value, Value) and value.heads and value.split:
+        if isinstance(value, Value) and value.is_split:
             return value
-        heads = int(node.meta["val"].shape[1])
         name = self.b.op("Transpose", self.fx_layout(value), perm=[0, 2, 1, 3])
-        return Value(name, heads, split=True, by_head=True)
+        return Value(name, int(values.shape(node)[1]), split=True, by_head=True)
 
     def appended(self, cache: Cache) -> str:
         """past with the new tokens, [B, G, T, D]; emitted once, under the name of the output."""
 
         def make() -> str:
-            new = self.heads_first(self.form.settled(self, cache.new))
-            return self.b.op("Concat", cache.past, new, outputs=[cache.present], axis=2)
+            new = self.fx_layout(self.form.settled(self, cache.new))
+            return self.b.op("Concat", cache.past, new, output=cache.present, axis=2)
 
         return self.once(("present", cache.present), make)
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """A value made at its first use and shared later."""
         if key not in self.memo:
             self.memo[key] = make()
-        return self.memo[key]
+        found: T = self.memo[key]
+        return found
 
     def length(self, name: str) -> str:
         """A dynamic size as a scalar: "sequence" (new tokens) or "total" (all tokens)."""
@@ -184,53 +187,52 @@ class Lowering:
         return self.once(("length", name), make)
 
     def size(self, source: str, axis: int) -> str:
-        """One dimension of a graph input, 1-D."""
+        """One dimension of a tensor, 1-D."""
         return self.once(("size", source, axis), lambda: self.b.op("Shape", source, start=axis, end=axis + 1))
 
-    def piece(self, node: Node) -> str:
+    def piece(self, columns: Columns) -> str:
         """The columns of a columns() node; all pieces of one value come out of one Split when they tile it."""
-        source, start, stop = node.args
-        value = self.value(source)
-        heads_wise = isinstance(value, Value) and value.heads and value.split
-        name = self.by_head(value) if heads_wise else self.fx_layout(value)
-        order = tiling_columns(source, int(source.meta["val"].shape[-1]))  # type: ignore[arg-type,union-attr]
+        name, _ = self.columns_last(columns.x)
+        order = tiling_columns(columns.x, values.width(columns.x))
         if order is None:
-            return self.b.op("Slice", name, self.b.ints(start), self.b.ints(stop), self.b.ints(-1))  # type: ignore[arg-type]
-        return self.once(("split", source), lambda: self._split(name, order))[start]
-
-    def _split(self, name: str, order: list[Node]) -> dict[int, str]:
-        starts = [int(n.args[1]) for n in order]  # type: ignore[arg-type]
-        if len(order) == 1:
-            return {0: name}
-        sizes = self.b.ints(*(int(n.args[2]) - int(n.args[1]) for n in order))  # type: ignore[arg-type]
-        return dict(zip(starts, self.b.op("Split", name, sizes, outputs=len(order), axis=-1), strict=True))
-
-
-def _identity(source: str, name: str) -> Any:
-    from onnx import helper
-
-    return helper.make_node("Identity", [source], [name], name=name)
+            ends = self.b.ints(columns.start), self.b.ints(columns.stop)
+            return self.b.op("Slice", name, *ends, self.b.ints(-1))
+        starts = [piece.start for piece in order]
+        sizes = [piece.stop - piece.start for piece in order]
+        make = lambda: dict(zip(starts, self.b.split(name, sizes), strict=True))  # noqa: E731
+        return self.once(("split", columns.x), make)[columns.start]
 
 
 def unsupported(nodes: list[Node]) -> str:
     """The message for operators that have no ONNX form."""
     lines = ", ".join(f"{n.name} ({n.target})" for n in nodes[:5])
     return (
-        f"onnx: no ONNX form for {len(nodes)} node(s): {lines}; expected operators of resq_compiler.ops or "
+        f"onnx: no ONNX form for {len(nodes)} node(s): {lines}; expected operators of resq_compiler.ir.ops or "
         f"{len(EMITTERS)} registered aten operators; add an emitter with resq_compiler.backends.onnx.lowering.emits"
     )
 
 
 def register_emitters() -> None:
     """Import the modules whose emitters register themselves."""
-    from resq_compiler.backends.onnx import emit_aten, emit_ops  # noqa: F401
+    from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes  # noqa: F401
 
 
 def check_supported(gm: GraphModule) -> None:
     """Raise BackendError, before anything is written, that names every operator without an ONNX form."""
     register_emitters()
-    missing = [
-        n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output") and n.target not in EMITTERS
-    ]
+    missing = [n for n in gm.graph.nodes if n.op == "call_function" and n.target not in EMITTERS]
     if missing:
         raise BackendError(unsupported(missing))
+
+
+def element_type(dtype: torch.dtype) -> int:
+    """The ONNX element type of a tensor type. Raises BackendError: it has none here."""
+    if dtype not in ELEMENT:
+        raise BackendError(f"onnx: tensors of {dtype} have no ONNX form here; expected {', '.join(map(str, ELEMENT))}")
+    return ELEMENT[dtype]
+
+
+ELEMENT: dict[torch.dtype, int] = {
+    torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.float64: TensorProto.DOUBLE, torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32, torch.bool: TensorProto.BOOL,
+}  # fmt: skip

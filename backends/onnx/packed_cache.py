@@ -12,37 +12,20 @@ are slices and a shift). Wider codes, and a middle column of an odd width, take 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import TensorProto
-from resq_compiler.backends.onnx.forms import CacheParts, Form, low_and_scale
-from resq_compiler.backends.onnx.values import Value
+from resq_compiler.backends.onnx.forms import Form, low_and_scale
+from resq_compiler.backends.onnx.values import Emitted, PackedPast, PackedValue, Value
 from torch.fx import Node
 
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import ops
-from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir.views import AppendCache, CacheParts, QuantizeDequantize
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
-
-
-@dataclass(frozen=True)
-class PackedValue:
-    """New tokens of one entry: bytes [B, S, G, n], scales [B, S, G, parts]."""
-
-    data: str
-    scale: str
-
-
-@dataclass(frozen=True)
-class PackedPast:
-    """The two inputs of one entry."""
-
-    data: str
-    scale: str
 
 
 def with_packed_cache(form: Form) -> Form:
@@ -59,12 +42,13 @@ class PackedCache(Form):
         super().start(low)
         self.parts: dict[str, CacheParts] = {}
         for node in low.gm.graph.find_nodes(op="call_function", target=ops.append_cache):
-            past, new = node.args
-            if not is_call(new, ops.quantize_dequantize):
+            entry = AppendCache.require(node)
+            codes = QuantizeDequantize.of(entry.new)
+            if codes is None:
                 raise BackendError(
-                    f"onnx: kv_cache='packed' needs a quantized cache; {past} is float: compile with kv_bits below 16"
+                    f"onnx: kv_cache='packed' needs a quantized cache; {entry.past} is float: compile with kv_bits below 16"
                 )
-            self.parts[str(past)] = tuple(tuple(map(int, p)) for p in new.args[1])  # type: ignore[misc,union-attr]
+            self.parts[str(entry.past)] = codes.parts
 
     def cache_input(self, low: Lowering, name: str, heads: int, width: int) -> PackedPast:
         parts = self._parts_of_input(name)
@@ -75,28 +59,28 @@ class PackedCache(Form):
         _, index, kind = name.split(".")
         return self.parts[f"past_{kind}_{index}"]
 
-    def cache_codes(self, low: Lowering, node: Node, value: Value, parts: CacheParts, clip: float) -> Any:
+    def cache_codes(self, low: Lowering, view: QuantizeDequantize, value: Value) -> Emitted:
         """Codes of the new tokens, packed."""
-        b, name = low.b, low.by_head(value)
-        sizes = [stop - start for _, start, stop in parts]
-        pieces = [name] if len(parts) == 1 else b.op("Split", name, b.ints(*sizes), outputs=len(parts), axis=-1)
+        b = low.b
+        pieces = b.split(low.by_head(value), [stop - start for _, start, stop in view.parts])
         data, zero_points, scales = [], [], []
-        for piece, (bits, start, stop) in zip(pieces, parts, strict=True):
-            bottom, scale = low_and_scale(low, piece, bits, clip)
+        for piece, (bits, start, stop) in zip(pieces, view.parts, strict=True):
+            bottom, scale = low_and_scale(low, piece, bits, view.clip)
             zero_point = b.op("Round", b.op("Div", b.op("Neg", bottom), scale))
             shifted = b.op("Add", b.op("Round", b.op("Div", piece, scale)), zero_point)
             codes = b.op("Clip", shifted, b.number(0.0), b.number(2.0**bits - 1))
             data += pack(low, b.op("Cast", codes, to=TensorProto.UINT8), bits, stop - start)
             zero_points.append(b.op("Cast", zero_point, to=TensorProto.UINT8))
             scales.append(scale)
-        return PackedValue(b.op("Concat", *data, *zero_points, axis=-1), b.op("Concat", *scales, axis=-1))
+        return PackedValue(b.join([*data, *zero_points]), b.op("Concat", *scales, axis=-1))
 
-    def append(self, low: Lowering, past: Any, new: Node, present: str, heads: int, width: int) -> Value:
+    def append(self, low: Lowering, past: Emitted, new: Node, present: str, heads: int, width: int) -> Emitted:
         """The float image of the whole entry, [B, G, T, D]; the packed one goes to the outputs."""
-        value: PackedValue = low.value(new)
+        value = low.value(new)
+        assert isinstance(value, PackedValue) and isinstance(past, PackedPast)  # start() looked at every entry
         turned = [low.b.op("Transpose", name, perm=[0, 2, 1, 3]) for name in (value.data, value.scale)]
-        data = low.b.op("Concat", past.data, turned[0], outputs=[present], axis=2)
-        scale = low.b.op("Concat", past.scale, turned[1], outputs=[f"{present}_scale"], axis=2)
+        data = low.b.op("Concat", past.data, turned[0], output=present, axis=2)
+        scale = low.b.op("Concat", past.scale, turned[1], output=f"{present}_scale", axis=2)
         _, index, kind = present.split(".")
         return Value(unpacked(low, data, scale, self.parts[f"past_{kind}_{index}"]))
 
@@ -122,8 +106,7 @@ def pack(low: Lowering, codes: str, bits: int, width: int) -> list[str]:
     b, half = low.b, width // 2
     if bits > 4 or width == 1:
         return [codes]
-    sizes = [half, half, width % 2] if width % 2 else [half, half]
-    first, second, *rest = b.op("Split", codes, b.ints(*sizes), outputs=len(sizes), axis=-1)
+    first, second, *rest = b.split(codes, [half, half, 1] if width % 2 else [half, half])
     high = b.op("BitShift", second, b.constant(np.uint8(4)), direction="LEFT")
     return [b.op("BitwiseOr", first, high), *rest]
 
@@ -132,18 +115,13 @@ def unpacked(low: Lowering, data: str, scale: str, parts: CacheParts) -> str:
     """The float image (u - z) scale of packed entries [..., bytes] with scales [..., parts]."""
     b = low.b
     sizes = [code_bytes(bits, stop - start) for bits, start, stop in parts] + [1] * len(parts)
-    pieces = b.op("Split", data, b.ints(*sizes), outputs=len(sizes), axis=-1)
-    scales = (
-        [scale]
-        if len(parts) == 1
-        else list(b.op("Split", scale, b.ints(*[1] * len(parts)), outputs=len(parts), axis=-1))
-    )
+    pieces, scales = b.split(data, sizes), b.split(scale, [1] * len(parts))
     images = []
     for i, (bits, start, stop) in enumerate(parts):
         codes = unpack(low, pieces[i], bits, stop - start)
         centred = b.op("Sub", *(b.op("Cast", t, to=TensorProto.FLOAT) for t in (codes, pieces[len(parts) + i])))
         images.append(b.op("Mul", centred, scales[i]))
-    return images[0] if len(images) == 1 else b.op("Concat", *images, axis=-1)
+    return b.join(images)
 
 
 def unpack(low: Lowering, data: str, bits: int, width: int) -> str:
@@ -151,10 +129,7 @@ def unpack(low: Lowering, data: str, bits: int, width: int) -> str:
     b, half = low.b, width // 2
     if bits > 4 or width == 1:
         return data
-    rest: list[str] = []
-    if width % 2:
-        data, tail = b.op("Split", data, b.ints(half, 1), outputs=2, axis=-1)
-        rest = [tail]
+    data, *rest = b.split(data, [half, 1] if width % 2 else [half])
     first = b.op("BitwiseAnd", data, b.constant(np.uint8(15)))
     second = b.op("BitShift", data, b.constant(np.uint8(4)), direction="RIGHT")
     return b.op("Concat", first, second, *rest, axis=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import Node
+from resq_compiler.ir.views import QuantizeDequantize
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,18 @@ class Value:
     split: bool = False
     by_head: bool = False
 
+    @property
+    def is_split(self) -> bool:
+        """Token-major heads that FX means to be apart."""
+        return self.heads > 0 and self.split
+
 
 @dataclass(frozen=True)
 class PendingCodes:
-    """quantize_dequantize(value, parts) of a cache entry, not emitted yet: keys and values are quantized together."""
+    """The image of the codes of a cache entry, not emitted yet: keys and values are quantized together."""
 
-    node: Node
+    view: QuantizeDequantize
     value: Value
-    parts: tuple[tuple[int, int, int], ...]
-    clip: float
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,29 @@ class Codes:
     image: str = ""
     source: str = ""
     zeros: int = 0
+
+
+@dataclass(frozen=True)
+class PackedValue:
+    """New tokens of a packed cache entry: bytes [B, S, G, n], scales [B, S, G, parts]."""
+
+    data: str
+    scale: str
+
+
+@dataclass(frozen=True)
+class PackedPast:
+    """The two inputs of a packed cache entry."""
+
+    data: str
+    scale: str
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What an operator with several results gives; getitem takes one."""
+
+    names: tuple[str, ...]
+
+
+Emitted = Value | PendingCodes | Cache | Codes | PackedValue | PackedPast | Pieces

@@ -1,0 +1,57 @@
+"""Weights of the integer products: correction rows, stacked biases, stored codes. See form_integer.py for the equation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from resq_compiler.backends.onnx.builder import GraphBuilder
+from resq_compiler.backends.onnx.plan import Product, Term
+
+PIECE = 127  # largest magnitude of one correction row
+
+
+def stored_zero(bits: int) -> int:
+    """The stored form of the law's smallest code."""
+    return 256 - 2**bits
+
+
+def correction_count(terms: Sequence[Term]) -> int:
+    """How many rows of at most PIECE hold the column sums of every weight that reads one input."""
+    return max(-(-int(np.abs(t.codes.astype(np.int64).sum(0)).max(initial=0)) // PIECE) for t in terms)
+
+
+def correction_rows(codes: np.ndarray, rows: int) -> np.ndarray:
+    """int8 [rows, N] that sum to minus the column sums of codes [K, N]."""
+    rest = -codes.astype(np.int64).sum(0)
+    result = np.empty((rows, codes.shape[1]), np.int8)
+    for row in result:
+        row[:] = np.clip(rest, -PIECE, PIECE)
+        rest = rest - row
+    if rest.any():
+        raise AssertionError("too few correction rows")
+    return result
+
+
+def stacked_bias(members: Sequence[Product]) -> np.ndarray | None:
+    """The biases of all members, zeros where there is none; None where none has one."""
+    if all(m.bias is None for m in members):
+        return None
+    biases = [m.bias_array for m in members]
+    zeros = [np.zeros(m.out_features, np.float32) for m in members]
+    return np.concatenate([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
+
+
+def stacked_codes(terms: Sequence[Term]) -> tuple[np.ndarray, int]:
+    """Codes [K, N] of terms side by side, and their bits."""
+    return np.concatenate([t.codes for t in terms], 1), max(t.weight_bits for t in terms)
+
+
+def stored_codes(b: GraphBuilder, codes: np.ndarray, bits: int, name: str) -> str:
+    """Weight codes as an INT4 or INT8 initializer."""
+    return b.int4(codes, f"{name}.codes") if bits <= 4 else b.constant(codes, name=f"{name}.codes")
+
+
+def stacked_scales(b: GraphBuilder, terms: Sequence[Term]) -> str:
+    """float32 [N]"""
+    return b.constant(np.concatenate([t.scales for t in terms]), name=f"{terms[0].name}.scales")
