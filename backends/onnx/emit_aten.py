@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from onnx import TensorProto
-from resq_compiler.backends.onnx.lowering import Lowering, element_type, emits
+from resq_compiler.backends.onnx.lowering import Lowering, element_type
+from resq_compiler.backends.onnx.registry import emits
 from resq_compiler.backends.onnx.values import Emitted, Value
 from torch.fx import Node
 

@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 from onnx import TensorProto
-from resq_compiler.backends.onnx.lowering import Lowering, emits
+from resq_compiler.backends.onnx.lowering import Lowering
+from resq_compiler.backends.onnx.registry import emits
 from resq_compiler.backends.onnx.values import Codes, Emitted, Value
 from torch.fx import Node
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from resq_compiler.backends.onnx.emit_aten import operand
-from resq_compiler.backends.onnx.lowering import Lowering, emits
+from resq_compiler.backends.onnx.lowering import Lowering
+from resq_compiler.backends.onnx.registry import emits
 from resq_compiler.backends.onnx.values import Emitted, Pieces, Value
 from torch.fx import Node
 

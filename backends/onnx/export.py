@@ -57,8 +57,10 @@ def build_model(
 ) -> onnx.ModelProto:
     """The ONNX model in memory. Raises BackendError as `export_onnx`."""
     require_onnx()
-    from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions, check_supported
+    from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes  # noqa: F401  (each registers its emitters)
+    from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
     from resq_compiler.backends.onnx.profiles import find_profile
+    from resq_compiler.backends.onnx.registry import check_supported
 
     chosen = find_profile(profile)
     require_runtime(chosen.minimum_onnxruntime, f"profile {profile}", optional=True)

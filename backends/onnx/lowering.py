@@ -15,6 +15,7 @@ from onnx import TensorProto
 from resq_compiler.backends.onnx.builder import GraphBuilder
 from resq_compiler.backends.onnx.forms import Form
 from resq_compiler.backends.onnx.plan import Plan, make_plan, tiling_columns
+from resq_compiler.backends.onnx.registry import emitter_of
 from resq_compiler.backends.onnx.values import Cache, Codes, Emitted, Value
 from torch.fx import GraphModule, Node
 
@@ -24,18 +25,6 @@ from resq_compiler.ir import graph_tools, values
 from resq_compiler.ir.views import Columns
 
 T = TypeVar("T")
-Emitter = Callable[["Lowering", Node], Emitted]
-EMITTERS: dict[Any, Emitter] = {}
-
-
-def emits(*targets: Any) -> Callable[[Emitter], Emitter]:
-    """Register the emitter of FX operators."""
-
-    def register(function: Emitter) -> Emitter:
-        EMITTERS.update(dict.fromkeys(targets, function))
-        return function
-
-    return register
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,6 @@ class Lowering:
     """State of one lowering: the builder, the form of quantized operators, and the ONNX value of every FX node so far."""
 
     def __init__(self, gm: GraphModule, cache: tuple[CacheSpec, ...], form: Form, options: LoweringOptions):
-        register_emitters()
         self.gm = gm
         self.cache = cache
         self.form = form
@@ -77,10 +65,7 @@ class Lowering:
             for linear, value in zip(members, self.form.linears(self, members), strict=True):
                 self.env[linear.root] = value
             return
-        emitter = EMITTERS.get(node.target)
-        if emitter is None:
-            raise BackendError(unsupported([node]))
-        self.env[node] = emitter(self, node)
+        self.env[node] = emitter_of(node)(self, node)
 
     def _inputs(self) -> None:
         nodes = graph_tools.placeholders(self.gm.graph)
@@ -201,28 +186,6 @@ class Lowering:
         sizes = [piece.stop - piece.start for piece in order]
         make = lambda: dict(zip(starts, self.b.split(name, sizes), strict=True))  # noqa: E731
         return self.once(("split", columns.x), make)[columns.start]
-
-
-def unsupported(nodes: list[Node]) -> str:
-    """The message for operators that have no ONNX form."""
-    lines = ", ".join(f"{n.name} ({n.target})" for n in nodes[:5])
-    return (
-        f"onnx: no ONNX form for {len(nodes)} node(s): {lines}; expected operators of resq_compiler.ir.ops or "
-        f"{len(EMITTERS)} registered aten operators; add an emitter with resq_compiler.backends.onnx.lowering.emits"
-    )
-
-
-def register_emitters() -> None:
-    """Import the modules whose emitters register themselves."""
-    from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes  # noqa: F401
-
-
-def check_supported(gm: GraphModule) -> None:
-    """Raise BackendError, before anything is written, that names every operator without an ONNX form."""
-    register_emitters()
-    missing = [n for n in gm.graph.nodes if n.op == "call_function" and n.target not in EMITTERS]
-    if missing:
-        raise BackendError(unsupported(missing))
 
 
 def element_type(dtype: torch.dtype) -> int:
