@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from resq_compiler.model.compiled_model import CompiledModel
+    from resq_compiler.pipeline.result import CompileResult
 
 Runner = Callable[..., tuple[Tensor, ...]]
 """Runs the graph: (input_ids, attention_mask, position_ids, *past) -> (logits, *present), as in resq_compiler.capture."""
 
 
 class Backend(ABC):
-    """Lowers the quantized graph of a CompiledModel. `reference` defines the results; others say how close they come."""
+    """Lowers the quantized graph of a compile. `reference` defines the results; others say how close they come."""
 
     name: ClassVar[str]
 
@@ -25,5 +25,5 @@ class Backend(ABC):
         """None if the backend can run here, else what is missing and what to install. Never raises."""
 
     @abstractmethod
-    def prepare(self, model: CompiledModel) -> Runner:
+    def prepare(self, result: CompileResult) -> Runner:
         """Lower the model's graph. Raises BackendError that lists every node it cannot take, with the reason."""

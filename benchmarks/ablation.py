@@ -33,8 +33,9 @@ from resq_compiler.cli import environment
 from resq_compiler.cli.commands.common import model_source
 from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.frontend import models
-from resq_compiler.model.compiled_model import CompiledModel
+from resq_compiler.model import CompiledModel
 from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes.named import passes_for, resolve
 from resq_compiler.util.text import number, table
@@ -212,7 +213,7 @@ class Bench:
             self.pipeline.ctx = ctx
             self.pipeline.run(self.gm, passes_for(config)[self.shared :])
             seconds = time.perf_counter() - began
-            model = CompiledModel(model.config, self.gm, ctx.config, self.cache, topology=ctx.topology)
+            model = CompiledModel(CompileResult(self.gm, ctx.config, self.cache, model.config, model.generation_config))
         found = evaluate(model, self.windows, self.reference)
         row |= {
             "perplexity": found.perplexity,

@@ -32,12 +32,12 @@ def main() -> None:
     print(f"perplexity {found.perplexity:.3f}, KL {found.kl:.4f} nats, same top-1 {found.top1_agreement:.1%}")
     print(f"float perplexity {evaluate(original.model, windows).perplexity:.3f}")
 
-    bits = report.average_bits(compiled)
+    bits = report.average_bits(compiled.result)
     print(f"average bits: weights {bits.weights:.2f}, activations {bits.activations:.2f}, KV cache {bits.kv:.2f}")
-    for kind, size in report.memory_bytes(compiled).items():
+    for kind, size in report.memory_bytes(compiled.result).items():
         print(f"  {kind:14} {size / 1e6:8.2f} MB")
 
-    noisiest = sorted(report.site_noise(compiled, windows[:1]), key=lambda site: site.sqnr_db)[:5]
+    noisiest = sorted(report.site_noise(compiled.result, windows[:1]), key=lambda site: site.sqnr_db)[:5]
     for site in noisiest:
         print(f"  {site.name:34} {site.bits} bits  SQNR {site.sqnr_db:.1f} dB")
 

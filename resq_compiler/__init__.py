@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resq_compiler.api import compile
+    from resq_compiler.api import compile, load
     from resq_compiler.errors import ResqError
-    from resq_compiler.model.compiled_model import CompiledModel
+    from resq_compiler.model import CompiledModel
     from resq_compiler.recipes.settings import CompileConfig
-    from resq_compiler.storage.checkpoint import load
 
 __version__ = "0.2.0.dev0"
 __all__ = ["CompileConfig", "CompiledModel", "ResqError", "__version__", "compile", "load"]
 
 _HOMES = {
-    "compile": "api", "load": "storage.checkpoint", "CompiledModel": "model.compiled_model",
+    "compile": "api", "load": "api", "CompiledModel": "model",
     "CompileConfig": "recipes.settings", "ResqError": "errors",
 }  # fmt: skip
 

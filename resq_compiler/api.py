@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import logging
 import time
@@ -16,6 +17,7 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from resq_compiler.analysis.overrides import read_overrides
+from resq_compiler.backends import load_backend
 from resq_compiler.calibration import precision
 from resq_compiler.calibration.bases import needs_moments
 from resq_compiler.calibration.data import calibration_windows
@@ -25,9 +27,10 @@ from resq_compiler.frontend.capture import Captured, capture
 from resq_compiler.frontend.models import LoadedModel, load_model
 from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
-from resq_compiler.model import auto_classes
-from resq_compiler.model.compiled_model import CompiledModel
+from resq_compiler.model import CompiledModel
+from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
 from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.recipes import named
@@ -77,43 +80,65 @@ def compile(
     overrides = read_overrides(topology)
     dump_dir = target_directory(dump_dir)
     memory.tune_allocator()
-    auto_classes.register()  # so that the directory of a compiled model is recognized
     if isinstance(model, CompiledModel):
         raise ModelError(f"model: already compiled ({model.options.scheme}); give the float model it was made from")
     loaded = load_model(model)
-    tokenizer = tokenizer or loaded.tokenizer
+    loaded = dataclasses.replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
     report = progress or (lambda step, done, total: None)
-    windows = _calibration(loaded, tokenizer, calib_data, config, report)
-    own = not isinstance(model, PreTrainedModel)
+    windows = _calibration(loaded, calib_data, config, report)
     work = None if work_dir is None else WorkDirectory(work_dir, fingerprint(config, loaded.model, windows, overrides))
-    source, hf_config = loaded.source, copy.deepcopy(loaded.model.config)
-    generation_config = copy.deepcopy(loaded.model.generation_config)
+    about = _about(loaded)
     start = time.perf_counter()
-    captured = _capture_float32(loaded.model, own, report)
+    captured = _capture_float32(loaded.model, not isinstance(model, PreTrainedModel), report)
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
-    bos = hf_config.get_text_config().bos_token_id
+    bos = about["config"].get_text_config().bos_token_id
     ctx = PassContext(config, captured.example_inputs, windows, overrides, bos_token=bos, progress=report, work=work)
-    if windows is not None and config.calibration_dtype != "float32":
+    _note_calibration(ctx)
+    with recording(dump_dir, about["source"], config.to_dict(), on_stage) as record, memory.settled():
+        pipeline = Pipeline(ctx, record.add)
+        pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
+        _run_passes(pipeline, captured.graph_module, config, on_float)
+        result = CompileResult(
+            captured.graph_module, ctx.config, captured.cache, **about, stages=tuple(pipeline.stages), notes=tuple(ctx.notes),
+            topology=ctx.topology, sample_ids=None if windows is None else windows[:1],
+        )  # fmt: skip
+        record.complete(result)
+    return CompiledModel(result).use_backend(backend)
+
+
+def load(directory: str | Path, device: torch.device | str | None = None) -> CompiledModel:
+    """Open a saved compiled model, from a directory or from the Hugging Face hub by its id.
+
+    Raises: CheckpointError: nothing there, not compiled by resq, written by a newer format, incomplete or damaged.
+    """
+    return CompiledModel.from_pretrained(directory, device_map=device)
+
+
+def _about(loaded: LoadedModel) -> dict[str, Any]:
+    """What a result keeps of the float model beside its graph."""
+    return {
+        "config": copy.deepcopy(loaded.model.config),
+        "generation_config": copy.deepcopy(loaded.model.generation_config),
+        "tokenizer": loaded.tokenizer,
+        "source": loaded.source,
+    }
+
+
+def _note_calibration(ctx: PassContext) -> None:
+    """Tell what calibration leaves out."""
+    config, windows = ctx.config, ctx.calibration
+    if windows is None:
+        return
+    if config.calibration_dtype != "float32":
         ctx.note(
             f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
             "calibration_dtype=float32 for all of it"
         )
-    if windows is not None and needs_moments(config) and config.basis_samples < len(windows):
+    if needs_moments(config) and config.basis_samples < len(windows):
         ctx.note(
             f"calibration: bases and channel order from {config.basis_samples} of {len(windows)} windows (basis_samples)"
         )
-    with recording(dump_dir, source, config.to_dict(), on_stage) as record, memory.settled():
-        pipeline = Pipeline(ctx, record.add)
-        pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
-        _run_passes(pipeline, captured.graph_module, config, on_float)
-        compiled = CompiledModel(
-            hf_config, captured.graph_module, ctx.config, captured.cache, generation_config=generation_config, tokenizer=tokenizer,
-            stages=pipeline.stages, notes=ctx.notes, topology=ctx.topology, source=source,
-            sample_ids=None if windows is None else windows[:1],
-        )  # fmt: skip
-        record.complete(compiled)
-    return compiled.use_backend(backend)
 
 
 @torch.no_grad()
@@ -132,8 +157,6 @@ def _run_passes(
 
 def check_backend(name: str) -> None:
     """Raise BackendError if a backend does not exist or cannot run here."""
-    from resq_compiler.backends import load_backend
-
     load_backend(name)
 
 
@@ -144,14 +167,12 @@ def needs_calibration(config: CompileConfig) -> bool:
     return needs_moments(config) or gptq or searches_clips or config.prefix_tokens != "none"
 
 
-def _calibration(
-    loaded: LoadedModel, tokenizer: Any, calib_data: Any, config: CompileConfig, report: Progress
-) -> Tensor | None:
+def _calibration(loaded: LoadedModel, calib_data: Any, config: CompileConfig, report: Progress) -> Tensor | None:
     if not needs_calibration(config):
         return None
     vocab_size = loaded.model.config.get_text_config().vocab_size
     return calibration_windows(
-        calib_data, model=loaded.model, tokenizer=tokenizer, samples=config.calibration_samples,
+        calib_data, model=loaded.model, tokenizer=loaded.tokenizer, samples=config.calibration_samples,
         sequence_length=config.calibration_length, seed=config.seed,
         vocab_size=vocab_size, progress=lambda done, total: report("write calibration text", done, total),
     )  # fmt: skip
@@ -170,8 +191,6 @@ def _capture_float32(model: PreTrainedModel, own: bool, report: Progress) -> Cap
 
 def trace(model: PreTrainedModel, topology: Any = None) -> tuple[GraphModule, PassContext]:
     """The named float graph of a model and its topology, nothing quantized. Works on meta weights. topology: as for compile()."""
-    from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
-
     captured = capture(model)
     ctx = PassContext(CompileConfig(), captured.example_inputs, overrides=read_overrides(topology))
     pipeline = Pipeline(ctx)

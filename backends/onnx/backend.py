@@ -13,7 +13,7 @@ from torch import Tensor
 from resq_compiler.errors import BackendError
 
 if TYPE_CHECKING:
-    from resq_compiler.model.compiled_model import CompiledModel
+    from resq_compiler.pipeline.result import CompileResult
 
 
 class OnnxBackend(Backend):
@@ -29,8 +29,8 @@ class OnnxBackend(Backend):
             return str(error)
         return None
 
-    def prepare(self, model: CompiledModel) -> Runner:
-        built = export.build_model(model, "ort", embedding="float32")
+    def prepare(self, result: CompileResult) -> Runner:
+        built = export.build_model(result, "ort", embedding="float32")
         if built.ByteSize() <= export.EXTERNAL_DATA_ABOVE:
             return OnnxRunner(session.open_session(built.SerializeToString()))
         with tempfile.TemporaryDirectory(prefix="resq-onnx-", ignore_cleanup_errors=True) as directory:

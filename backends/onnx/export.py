@@ -19,7 +19,7 @@ from resq_compiler.util.install import install_command
 if TYPE_CHECKING:
     import onnx
 
-    from resq_compiler.model.compiled_model import CompiledModel
+    from resq_compiler.pipeline.result import CompileResult
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 EXTERNAL_DATA_ABOVE = 2**26  # bytes; ONNX Runtime maps data files instead of copying them, and protobuf ends at 2 GiB
@@ -27,7 +27,7 @@ EMBEDDINGS = ("float16", "float32", "int8")
 
 
 def export_onnx(
-    compiled: CompiledModel, directory: str | Path, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float",
+    compiled: CompileResult, directory: str | Path, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float",
     overwrite: bool = False, tokenizer: Any = None,
 ) -> Path:  # fmt: skip
     """Write `compiled` to a directory.
@@ -53,7 +53,7 @@ def export_onnx(
 
 
 def build_model(
-    compiled: CompiledModel, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float"
+    compiled: CompileResult, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float"
 ) -> onnx.ModelProto:
     """The ONNX model in memory. Raises BackendError as `export_onnx`."""
     require_onnx()
@@ -154,7 +154,7 @@ def save_model(model: onnx.ModelProto, directory: Path) -> None:
         onnx.save(model, directory / MODEL_FILE)
 
 
-def write_settings(compiled: CompiledModel, directory: Path, profile: str, kv_cache: str, tokenizer: Any) -> None:
+def write_settings(compiled: CompileResult, directory: Path, profile: str, kv_cache: str, tokenizer: Any) -> None:
     """config.json, generation_config.json, the tokenizer and genai_config.json."""
     from resq_compiler.backends.onnx.genai import genai_config
 
@@ -171,7 +171,7 @@ def write_settings(compiled: CompiledModel, directory: Path, profile: str, kv_ca
         (directory / "genai_config.json").write_text(json.dumps(genai_config(compiled, profile), indent=2) + "\n")
 
 
-def metadata(compiled: CompiledModel, profile: str, embedding: str, kv_cache: str) -> dict[str, str]:
+def metadata(compiled: CompileResult, profile: str, embedding: str, kv_cache: str) -> dict[str, str]:
     """What was exported and by what: recipe, options, versions, and the session options that go with it."""
     from resq_compiler.backends.onnx.profiles import PROFILES
 

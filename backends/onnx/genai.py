@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK, PROFILES
 
 if TYPE_CHECKING:
-    from resq_compiler.model.compiled_model import CompiledModel
+    from resq_compiler.pipeline.result import CompileResult
 
 
-def genai_config(compiled: CompiledModel, profile: str) -> dict[str, Any]:
+def genai_config(compiled: CompileResult, profile: str) -> dict[str, Any]:
     """Settings for the generic decoder type: the names of inputs and outputs, sizes, token ids, session options."""
     text = compiled.config.get_text_config()
     spec = compiled.cache_specs[0]
@@ -38,7 +38,7 @@ def genai_config(compiled: CompiledModel, profile: str) -> dict[str, Any]:
     return {"model": model, "search": search_options(compiled, context)}
 
 
-def search_options(compiled: CompiledModel, context: int) -> dict[str, Any]:
+def search_options(compiled: CompileResult, context: int) -> dict[str, Any]:
     """Generation defaults; the cache grows by concatenation, so its buffers are not shared. Prompts run in chunks, as in our runtime."""
     generation = compiled.generation_config
     options = {"max_length": context, "past_present_share_buffer": False, "do_sample": bool(generation.do_sample)}
@@ -49,7 +49,7 @@ def search_options(compiled: CompiledModel, context: int) -> dict[str, Any]:
     return options
 
 
-def special_tokens(compiled: CompiledModel) -> dict[str, Any]:
+def special_tokens(compiled: CompileResult) -> dict[str, Any]:
     """bos, eos and pad ids; bos and eos only where the model has them.
 
     onnxruntime-genai always has a padding token, 0 unless told, and stops at it where there is no end of sequence: without either,
@@ -65,7 +65,7 @@ def special_tokens(compiled: CompiledModel) -> dict[str, Any]:
     return found
 
 
-def token_ids(compiled: CompiledModel, name: str) -> list[int]:
+def token_ids(compiled: CompileResult, name: str) -> list[int]:
     """Special token ids of the generation settings, else of the configuration. Some models say -1 for a token they have not."""
     for holder in (compiled.generation_config, compiled.config):
         value = getattr(holder, name, None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from resq_compiler.backends.base import Backend, Runner
 
 if TYPE_CHECKING:
-    from resq_compiler.model.compiled_model import CompiledModel
+    from resq_compiler.pipeline.result import CompileResult
 
 
 class ReferenceBackend(Backend):
@@ -18,5 +18,5 @@ class ReferenceBackend(Backend):
     def unavailable(self) -> str | None:
         return None
 
-    def prepare(self, model: CompiledModel) -> Runner:
-        return model.graph_module
+    def prepare(self, result: CompileResult) -> Runner:
+        return result.graph_module

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from resq_compiler.backends.triton.source import QuantizedSource
     from torch.fx import GraphModule
 
-    from resq_compiler.model.compiled_model import CompiledModel
+    from resq_compiler.pipeline.result import CompileResult
 
 
 class TritonBackend(Backend):
@@ -38,14 +38,14 @@ class TritonBackend(Backend):
     def unavailable(self) -> str | None:
         return unavailable()
 
-    def prepare(self, model: CompiledModel) -> TritonRunner:
+    def prepare(self, result: CompileResult) -> TritonRunner:
         """Lower a copy of the model's graph. Raises BackendError that lists every node it cannot take, with the reason."""
         from resq_compiler.backends.triton.lower import lower
         from resq_compiler.backends.triton.source import QuantizedSource
 
-        begun, gm = time.perf_counter(), model.graph_module
+        begun, gm = time.perf_counter(), result.graph_module
         lowered = lower(graph_tools.snapshot(gm), self.dtype, self.allow_fallback)
-        stage = self._stage(lowered, len(model.stages) or 1, time.perf_counter() - begun)
+        stage = self._stage(lowered, len(result.stages) or 1, time.perf_counter() - begun)
         return TritonRunner(lowered, QuantizedSource(gm, lowered.places), stage)
 
     def _stage(self, lowered: Lowered, index: int, seconds: float) -> Stage:

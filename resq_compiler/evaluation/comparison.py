@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resq_compiler.evaluation import report
 from resq_compiler.evaluation.predictions import Evaluation, evaluate
-from resq_compiler.model.compiled_model import CompiledModel
+from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.util.text import megabytes, number, percent, table
 
 
@@ -60,12 +60,18 @@ def measure(
         "model": found.to_dict(),
         "reference": observed.result().to_dict() if observed else None,
     }
-    if isinstance(model, CompiledModel):
-        result |= report.describe(model)
+    if compiled := compile_result(model):
+        result |= report.describe(compiled)
     for name, candidate in (("model", model), ("reference", reference)):
-        if candidate is not None and not isinstance(candidate, CompiledModel):
+        if candidate is not None and compile_result(candidate) is None:
             result[f"{name}_float32_bytes"] = 4 * sum(p.numel() for p in candidate.parameters())
     return result
+
+
+def compile_result(model: Any) -> CompileResult | None:
+    """What a compiled model was made of; None for a float model."""
+    found = getattr(model, "result", None)
+    return found if isinstance(found, CompileResult) else None
 
 
 def measure_table(result: dict[str, Any], names: tuple[str, str] = ("compiled", "float")) -> str:

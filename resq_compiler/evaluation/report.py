@@ -18,8 +18,8 @@ from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import aten, is_call
-from resq_compiler.model.compiled_model import CompiledModel
 from resq_compiler.numerics.packing import packed_length
+from resq_compiler.pipeline.result import CompileResult
 
 CODED_LINEARS = (ops.quantized_linear, ops.weight_only_linear)
 LINEARS = (*CODED_LINEARS, aten.linear.default)
@@ -81,7 +81,7 @@ class SiteNoise:
         return asdict(self)
 
 
-def average_bits(compiled: CompiledModel) -> AverageBits:
+def average_bits(compiled: CompileResult) -> AverageBits:
     """Average bits of weights, activations and cache; see AverageBits for what is counted."""
     gm = compiled.graph_module
     weights, activations = _Mean(), _Mean()
@@ -106,7 +106,7 @@ def average_bits(compiled: CompiledModel) -> AverageBits:
     return AverageBits(*weights.values(), *activations.values(), *kv.values())
 
 
-def memory_bytes(compiled: CompiledModel) -> dict[str, int]:
+def memory_bytes(compiled: CompileResult) -> dict[str, int]:
     """Bytes of a compiled model by kind, codes at their packed width, and "total".
 
     weight_codes, weight_scales: linears of the blocks. head: lm_head, scales included. embeddings: tables of tokens and
@@ -130,7 +130,7 @@ def resident_bytes(module: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-def cache_bytes_per_token(compiled: CompiledModel) -> int:
+def cache_bytes_per_token(compiled: CompileResult) -> int:
     """Bytes that one token takes in a packed cache, scales and zero points included."""
     total = 0.0
     for heads, width, parts in _cache_entries(compiled):
@@ -148,7 +148,7 @@ def _cache_width(bits: int) -> int:
 
 @torch.no_grad()
 def site_noise(
-    compiled: CompiledModel, windows: Tensor, progress: Callable[[int, int], None] | None = None
+    compiled: CompileResult, windows: Tensor, progress: Callable[[int, int], None] | None = None
 ) -> list[SiteNoise]:
     """Compare what enters every quantizer with the float image of what leaves it.
 
@@ -160,11 +160,11 @@ def site_noise(
     gm = compiled.graph_module
     sums = {node: torch.zeros(2, dtype=torch.float64) for node in gm.graph.nodes if is_call(node, *QUANTIZERS)}
     taps = {source: _tap(readers, sums) for source, readers in _by_source(list(sums)).items()}
-    inputs = graph_tools.placeholders(gm.graph)
-    schedule = executor.Schedule(gm, list(sums), inputs)
+    schedule = executor.Schedule(gm, list(sums), graph_tools.placeholders(gm.graph))
+    device = next(gm.buffers()).device
     batches = executor.batches(windows)
     for i, ids in enumerate(batches):
-        schedule.run(dict(zip(inputs, _first_inputs(compiled, ids), strict=True)), taps)
+        schedule.run(executor.first_tokens(gm, ids.to(device)), taps)
         if progress is not None:
             progress(i + 1, len(batches))
     return [_site(node, total) for node, total in sums.items()]
@@ -186,7 +186,7 @@ def summarize_noise(sites: list[SiteNoise]) -> list[dict[str, Any]]:
     return result
 
 
-def describe(compiled: CompiledModel) -> dict[str, Any]:
+def describe(compiled: CompileResult) -> dict[str, Any]:
     """Scheme, average bits and sizes as plain values."""
     return {
         "recipe": compiled.options.recipe,
@@ -238,7 +238,7 @@ def _bytes(gm: GraphModule, tensor: Node) -> int:
     return value.numel() * value.element_size()
 
 
-def _cache_entries(compiled: CompiledModel) -> Iterator[tuple[int, int, tuple[tuple[int, int, int], ...]]]:
+def _cache_entries(compiled: CompileResult) -> Iterator[tuple[int, int, tuple[tuple[int, int, int], ...]]]:
     """Heads, width and parts (bits, start, stop) of every layer's keys and values; no parts: kept in float."""
     appends = compiled.graph_module.graph.find_nodes(op="call_function", target=ops.append_cache)
     new = {str(node.args[0].target): node.args[1] for node in appends}
@@ -266,15 +266,6 @@ def _tap(readers: list[Node], sums: dict[Node, Tensor]) -> Callable[[Tensor], No
             sums[node] += torch.stack((x.double().square().sum(), (image.double() - x.double()).square().sum())).cpu()
 
     return tap
-
-
-def _first_inputs(compiled: CompiledModel, ids: Tensor) -> list[Tensor]:
-    """Graph inputs for sequences [B, S] that start from an empty cache."""
-    ids = ids.to(compiled.device)
-    batch, length = ids.shape
-    positions = torch.arange(length, device=ids.device).expand(batch, length)
-    shapes = [(batch, s.num_heads, 0, w) for s in compiled.cache_specs for w in (s.key_dim, s.value_dim)]
-    return [ids, torch.ones_like(ids), positions, *(torch.zeros(shape, device=ids.device) for shape in shapes)]
 
 
 def _site(node: Node, sums: Tensor) -> SiteNoise:

@@ -1,5 +1,6 @@
 """What the compiler did to a model: dumps of every pass, a page to browse them, differences, and diagnostics.
 
+dump_files.py     names of a dump's files, writing and reading them
 dump.py           numbered text, JSON and Graphviz files of every stage; never weights, always in the same order
 page.py           index.html: one self-contained page over a dump
 diff.py           what differs between two dumps

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from resq_compiler.inspection import dump, page
+from resq_compiler.inspection import dump_files, page
 from resq_compiler.inspection.activations import Diagnostics
 from resq_compiler.inspection.attribution import Costs
 
@@ -129,17 +129,17 @@ def write_diagnostics(directory: Path, found: Diagnostics | None = None, costs: 
     """Write tables as JSON and plots as PNG into a dump, and its page again. Returns what was written."""
     from resq_compiler.inspection import plots
 
-    dump.read_manifest(directory)
+    dump_files.read_manifest(directory)
     titles: dict[str, str] = {}
     written: list[Path] = []
     if found is not None:
-        dump.write_file(directory / ACTIVATIONS, dump.json_text({"tables": activation_tables(found)}))
+        dump_files.write_file(directory / ACTIVATIONS, dump_files.json_text({"tables": activation_tables(found)}))
         titles |= plots.activation_plots(found, directory / "plots")
         written.append(directory / ACTIVATIONS)
     if costs is not None:
-        dump.write_file(directory / ATTRIBUTION, dump.json_text({"tables": attribution_tables(costs)}))
+        dump_files.write_file(directory / ATTRIBUTION, dump_files.json_text({"tables": attribution_tables(costs)}))
         titles |= plots.attribution_plots(costs, directory / "plots")
         written.append(directory / ATTRIBUTION)
-    earlier = dump.read_optional(directory, TITLES) or {}
-    dump.write_file(directory / TITLES, dump.json_text({**earlier, **titles}))
+    earlier = dump_files.read_optional(directory, TITLES) or {}
+    dump_files.write_file(directory / TITLES, dump_files.json_text({**earlier, **titles}))
     return [*written, *(directory / "plots" / name for name in titles), page.write_page(directory)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resq_compiler.inspection import dump
+from resq_compiler.inspection import dump_files
 
 COMPARED = ("target", "text", "values", "module", "pass", "block", "bits", "facts")
 STAGE_FIELDS = ("options", "nodes", "rewrites", "relative_error", "failed", "failed_node")
@@ -72,7 +72,7 @@ class Difference:
 
 def compare(directory_a: Path | str, directory_b: Path | str) -> Difference:
     """Compare two dumps. Stages meet by the name of their pass. Raises DumpError: not a dump, another version, damaged."""
-    a, b = dump.read_manifest(directory_a), dump.read_manifest(directory_b)
+    a, b = dump_files.read_manifest(directory_a), dump_files.read_manifest(directory_b)
     stages_a, stages_b = ({s["name"]: s for s in m["stages"]} for m in (a, b))
     common = [name for name in stages_a if name in stages_b]
     stages = [_compare_stage(Path(directory_a), Path(directory_b), stages_a[n], stages_b[n]) for n in common]
@@ -126,8 +126,8 @@ def _by_kind(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Change]:
 def _compare_stage(a: Path, b: Path, info_a: dict[str, Any], info_b: dict[str, Any]) -> StageDifference:
     result = StageDifference(info_b["label"])
     result.fields = _changes({f: info_a[f] for f in STAGE_FIELDS}, {f: info_b[f] for f in STAGE_FIELDS})
-    before = {r["name"]: r for r in dump.read_stage(a, info_a["label"])}
-    after = {r["name"]: r for r in dump.read_stage(b, info_b["label"])}
+    before = {r["name"]: r for r in dump_files.read_stage(a, info_a["label"])}
+    after = {r["name"]: r for r in dump_files.read_stage(b, info_b["label"])}
     result.operators = _changes(
         *(Counter(r["target"] for r in side.values() if r["op"] == "call_function") for side in (before, after))
     )
@@ -150,7 +150,7 @@ def _site_bits(directory: Path | str, manifest: dict[str, Any]) -> dict[str, str
     if not manifest["stages"]:
         return {}
     found = {}
-    for record in dump.read_stage(directory, manifest["stages"][-1]["label"]):
+    for record in dump_files.read_stage(directory, manifest["stages"][-1]["label"]):
         part, site = record["facts"].get("LinearPart"), record["facts"].get("QuantizerSite")
         if part is not None:
             columns = f"{record['bits'] or 'float'}, columns {part['start']}:{part['stop']}"

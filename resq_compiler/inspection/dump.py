@@ -19,21 +19,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from resq_compiler import __version__
 from resq_compiler.errors import DumpError
-from resq_compiler.inspection import records, text
+from resq_compiler.evaluation import report
+from resq_compiler.inspection import page, records, text
+from resq_compiler.inspection.dump_files import FORMAT, MANIFEST, TIMING, VERSION, json_text, unwritable, write_file
+from resq_compiler.inspection.noise import site_noise
+from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.stages import Stage
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from resq_compiler.model.compiled_model import CompiledModel
-
 VARIABLE = "RESQ_DUMP_DIR"
-FORMAT, VERSION = "resq-dump", 1
-MANIFEST, TIMING, PAGE = "dump.json", "timing.json", "index.html"
 OURS = re.compile(
     r"\d\d-.*\.(txt|json|dot|svg)|dump\.json|timing\.json|index\.html|activations\.json|attribution\.json"
 )
@@ -81,16 +80,13 @@ class DumpWriter:
         write_file(self.directory / f"{stage.label}.json", stage_json(entry, nodes))
         self._write_manifest()
 
-    def finish(self, compiled: CompiledModel | None = None, tokens: Tensor | None = None) -> Path:
-        """Complete the manifest, without a model as that of a compile that failed, and write the page; returns the directory."""
-        from resq_compiler.evaluation import report
-        from resq_compiler.inspection import page
-
-        if compiled is not None:
-            self.manifest["options"] = compiled.options.to_dict()  # as passes resolved them
-            self.manifest["notes"] = list(compiled.notes)
-            self.manifest["summary"] = report.describe(compiled)
-            self.manifest["noise"] = measured_noise(compiled, tokens)
+    def finish(self, result: CompileResult | None = None, tokens: Tensor | None = None) -> Path:
+        """Complete the manifest, without a result as that of a compile that failed, and write the page; returns the directory."""
+        if result is not None:
+            self.manifest["options"] = result.options.to_dict()  # as passes resolved them
+            self.manifest["notes"] = list(result.notes)
+            self.manifest["summary"] = report.describe(result)
+            self.manifest["noise"] = measured_noise(result, tokens)
         self._write_manifest()
         page.write_page(self.directory)
         return self.directory
@@ -114,10 +110,10 @@ class Recording:
         if self.listener is not None:
             self.listener(stage)
 
-    def complete(self, compiled: CompiledModel) -> None:
+    def complete(self, result: CompileResult) -> None:
         """Write what is known only after the compile."""
         if self.writer is not None:
-            self.writer.finish(compiled)
+            self.writer.finish(result)
 
 
 def target_directory(directory: Path | str | None) -> Path | None:
@@ -148,21 +144,18 @@ def recording(
         raise
 
 
-def dump_compiled(compiled: CompiledModel, directory: Path | str, tokens: Tensor | None = None) -> Path:
-    """Write the stages of a compiled model; of a loaded one, whose stages were not saved, its graph."""
-    writer = DumpWriter(directory, compiled.source, compiled.options.to_dict())
-    stages = compiled.stages or [Stage(0, "loaded", "", compiled.graph_module.graph, 0, 0.0, None)]
-    for stage in stages:
+def dump_result(result: CompileResult, directory: Path | str, tokens: Tensor | None = None) -> Path:
+    """Write the stages of a compile; of a loaded model, whose stages were not saved, its graph."""
+    writer = DumpWriter(directory, result.source, result.options.to_dict())
+    for stage in result.stages or (Stage(0, "loaded", "", result.graph_module.graph, 0, 0.0, None),):
         writer.add(stage)
-    return writer.finish(compiled, tokens)
+    return writer.finish(result, tokens)
 
 
-def measured_noise(compiled: CompiledModel, tokens: Tensor | None) -> dict[str, Any]:
+def measured_noise(result: CompileResult, tokens: Tensor | None) -> dict[str, Any]:
     """Noise of every quantizer on tokens or, without any, on the model's calibration sample; empty without both."""
-    from resq_compiler.inspection.noise import site_noise
-
-    ids = compiled.sample_ids if tokens is None else tokens
-    return {} if ids is None else site_noise(compiled.graph_module, ids)
+    ids = result.sample_ids if tokens is None else tokens
+    return {} if ids is None else site_noise(result.graph_module, ids)
 
 
 def stage_entry(stage: Stage, nodes: int) -> dict[str, Any]:
@@ -179,62 +172,3 @@ def stage_json(entry: dict[str, Any], nodes: list[dict[str, Any]]) -> str:
     """A stage as JSON, one node on each line, so that line-by-line tools can compare dumps."""
     body = ",\n".join(json.dumps(record, ensure_ascii=False) for record in nodes)
     return f'{{"format": "{FORMAT}", "version": {VERSION}, "stage": {json.dumps(entry)}, "nodes": [\n{body}\n]}}\n'
-
-
-def json_text(value: Any) -> str:
-    """Readable JSON with a final newline."""
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
-def write_file(path: Path, content: str) -> None:
-    """Write text; DumpError where that is not possible."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> DumpError:
-    """The error for a target that cannot be written."""
-    return DumpError(f"dump: cannot write {path}: {error.strerror}; give a writable directory with free space")
-
-
-def read_manifest(directory: Path | str) -> dict[str, Any]:
-    """The manifest of a dump. Raises DumpError for what is not a dump of this version."""
-    directory = Path(directory)
-    path = directory / MANIFEST
-    if not path.is_file():
-        found = "a directory without one" if directory.is_dir() else "a file" if directory.exists() else "nothing"
-        raise DumpError(
-            f"{directory}: expected a dump (a directory with {MANIFEST}), found {found}; "
-            "make one with `resq inspect MODEL --dump DIR` or compile(..., dump_dir=DIR)"
-        )
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DumpError(f"{path}: not a manifest of a dump; expected format {FORMAT!r}")
-    if manifest.get("version") != VERSION:
-        raise DumpError(
-            f"{path}: this dump has version {manifest.get('version')}, resq_compiler {__version__} reads version {VERSION}; "
-            "dump again with this release"
-        )
-    return manifest
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a dump. Raises DumpError when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DumpError(f"{path}: cannot be read as JSON ({error}); dump again") from error
-
-
-def read_stage(directory: Path | str, label: str) -> list[dict[str, Any]]:
-    """The node records of one stage of a dump."""
-    return read_json(Path(directory) / f"{label}.json")["nodes"]
-
-
-def read_optional(directory: Path | str, name: str) -> Any:
-    """A JSON file of a dump, or None where it was not asked for."""
-    path = Path(directory) / name
-    return read_json(path) if path.is_file() else None

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from resq_compiler.inspection import dump
+from resq_compiler.inspection import dump_files
 
 FIELDS = ("name", "op", "target", "text", "inputs", "values", "module", "pass", "block", "bits", "precision", "facts")
 SCRIPTS = ("data.js", "graph.js", "compare.js", "tables.js", "summary.js", "search.js", "app.js")
@@ -25,24 +25,24 @@ LAYOUT = "vendor/dagre"
 
 def page_data(directory: Path) -> dict[str, Any]:
     """What the page shows: manifest, timing, stages over a pool of node records, diagnostics."""
-    manifest = dump.read_manifest(directory)
+    manifest = dump_files.read_manifest(directory)
     pool: dict[str, int] = {}
     stages = []
     for info in manifest["stages"]:
         rows = (
             json.dumps([record[f] for f in FIELDS], ensure_ascii=False)
-            for record in dump.read_stage(directory, info["label"])
+            for record in dump_files.read_stage(directory, info["label"])
         )
         stages.append({"info": info, "nodes": [pool.setdefault(row, len(pool)) for row in rows]})
     return {
-        "manifest": {**manifest, "stages": []}, "timing": dump.read_optional(directory, dump.TIMING) or {}, "stages": stages,
+        "manifest": {**manifest, "stages": []}, "timing": dump_files.read_optional(directory, dump_files.TIMING) or {}, "stages": stages,
         "pool": [json.loads(row) for row in pool], "plots": plots(directory), "tables": tables(directory),
     }  # fmt: skip
 
 
 def plots(directory: Path) -> list[dict[str, str]]:
     """Pictures of the dump, with their titles."""
-    titles = dump.read_optional(directory, "plots/titles.json") or {}
+    titles = dump_files.read_optional(directory, "plots/titles.json") or {}
     found = [directory / "plots" / name for name in titles]
     return [{"title": titles[p.name], "png": base64.b64encode(p.read_bytes()).decode()} for p in found if p.is_file()]
 
@@ -51,7 +51,7 @@ def tables(directory: Path) -> list[dict[str, Any]]:
     """Tables of the diagnostics: title, columns, rows."""
     result: list[dict[str, Any]] = []
     for name in ("attribution.json", "activations.json"):
-        result += (dump.read_optional(directory, name) or {}).get("tables", [])
+        result += (dump_files.read_optional(directory, name) or {}).get("tables", [])
     return result
 
 
@@ -60,7 +60,7 @@ def write_page(directory: Path | str) -> Path:
     directory = Path(directory)
     data = json.dumps(page_data(directory), ensure_ascii=False, separators=(",", ":")).encode()
     static = resources.files("resq_compiler.inspection") / "static"
-    title = dump.read_manifest(directory)["model"] or directory.resolve().name
+    title = dump_files.read_manifest(directory)["model"] or directory.resolve().name
     fields = {
         "title": html.escape(f"resq: {title}"),
         "css": (static / "page.css").read_text(encoding="utf-8"),
@@ -70,6 +70,6 @@ def write_page(directory: Path | str) -> Path:
         "script": "\n".join((static / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
     template = (static / "page.html").read_text(encoding="utf-8")
-    path = directory / dump.PAGE
-    dump.write_file(path, re.sub(r"\{\{(\w+)\}\}", lambda m: fields[m.group(1)], template))
+    path = directory / dump_files.PAGE
+    dump_files.write_file(path, re.sub(r"\{\{(\w+)\}\}", lambda m: fields[m.group(1)], template))
     return path

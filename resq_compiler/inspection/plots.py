@@ -8,7 +8,7 @@ from typing import Any
 from resq_compiler.errors import DumpError
 from resq_compiler.inspection.activations import Diagnostics
 from resq_compiler.inspection.attribution import Cost, Costs
-from resq_compiler.inspection.dump import unwritable
+from resq_compiler.inspection.dump_files import unwritable
 from resq_compiler.util.install import install_command
 
 COLOURS = {

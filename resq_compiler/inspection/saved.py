@@ -20,8 +20,11 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.overrides import read_overrides
 from resq_compiler.errors import ConfigError
+from resq_compiler.frontend.capture import capture
+from resq_compiler.frontend.models import load_model
 from resq_compiler.inspection.activations import diagnose
 from resq_compiler.inspection.attribution import coded_parts, float_weights
+from resq_compiler.inspection.dump import dump_result
 from resq_compiler.inspection.noise import ratio_db
 from resq_compiler.inspection.session import (
     Inspection,
@@ -32,9 +35,11 @@ from resq_compiler.inspection.session import (
     write_results,
 )
 from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.storage import checkpoint
 
 RECORD, CONFIG = "resq_report.json", "config.json"
 LEAST_DB = 3.0  # codes of three bits or more are about 10 dB or more from their own weights, and 0 from others
@@ -50,11 +55,7 @@ def inspect_saved(
              compiled with, as for compile().
     Raises:  ConfigError: the reference, or the calibration data, is not what the model was compiled from.
     """
-    from resq_compiler.frontend.capture import capture
-    from resq_compiler.frontend.models import load_model
-    from resq_compiler.storage.checkpoint import load
-
-    compiled = load(directory)
+    compiled = checkpoint.read(directory)
     loaded = load_model(reference)
     check_reference(compiled, loaded.model, loaded.source)
     windows = measuring_windows(loaded.model, loaded.tokenizer or compiled.tokenizer, request)
@@ -80,7 +81,7 @@ def inspect_saved(
         check_projection(compiled.graph_module, gm, loaded.source)
         result.costs = measure_costs(compiled.graph_module, gm, windows, request)
     if request.dump_dir is not None:
-        compiled.dump(request.dump_dir, windows[:1])
+        dump_result(compiled, request.dump_dir, windows[:1])
     return write_results(result, request)
 
 
@@ -104,7 +105,7 @@ def _calibration(options: CompileConfig, loaded: Any, data: Any, request: Reques
     )  # fmt: skip
 
 
-def check_reference(compiled: Any, model: Any, name: str) -> None:
+def check_reference(compiled: CompileResult, model: Any, name: str) -> None:
     """Raise ConfigError unless a model has the sizes of the one that was compiled."""
     ours, theirs = (c.get_text_config() for c in (compiled.config, model.config))
     for field in (

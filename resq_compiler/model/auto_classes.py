@@ -1,8 +1,8 @@
 """Compiled models under transformers' Auto classes: `AutoModelForCausalLM.from_pretrained(directory)`.
 
 The model type of a saved model is its own, so that transformers alone refuses it in clear words: under the model type of the float
-original it would load, with a warning, as that model with random weights. Import this module (or anything of resq_compiler
-that handles models) to register the type.
+original it would load, with a warning, as that model with random weights. Import resq_compiler.model (or anything of
+resq_compiler that handles models) to register the type.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from resq_compiler.model.compiled_model import CompiledModel
-
-MODEL_TYPE, ARCHITECTURE = "resq_compiled", "ResqForCausalLM"
+from resq_compiler.storage.quantization_config import MODEL_TYPE
 
 
 class ResqConfig(PreTrainedConfig):

@@ -1,22 +1,25 @@
-"""CompiledModel: a quantized graph that behaves like the Hugging Face model it came from."""
+"""CompiledModel: a compile's result that behaves like the Hugging Face model it came from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from resq_compiler.backends.onnx import export_onnx
 from resq_compiler.errors import BackendError
-from resq_compiler.frontend.capture import CacheSpec
+from resq_compiler.inspection.dump import dump_result
+from resq_compiler.model import cache as cache_tensors
+from resq_compiler.model.execution import Execution
+from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.stages import Stage, copy_graph
-from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.storage import checkpoint
 
 
 class CompiledModel(PreTrainedModel, GenerationMixin):
@@ -24,7 +27,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
 
     config: the HF configuration. options: the CompileConfig. graph_module: the quantized graph. stages: the graph after every
     pass (empty after `load`). notes: what a user should know. tokenizer: the one the model came with, or None. sample_ids: a
-    window of the calibration data [1, length], or None.
+    window of the calibration data [1, length], or None. result: all of it as a CompileResult.
 
     The cache holds the float image of 4/8-bit codes: values are those of a packed cache, its memory is not (ONNX and Triton
     backends store the codes).
@@ -34,26 +37,27 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _is_stateful = False
 
-    def __init__(
-        self, config: PreTrainedConfig, graph_module: GraphModule, options: CompileConfig, cache: Sequence[CacheSpec], *,
-        generation_config: GenerationConfig | None = None, tokenizer: Any = None, stages: Sequence[Stage] = (),
-        notes: Sequence[str] = (), topology: Any = None, source: str = "", sample_ids: Tensor | None = None,
-    ):  # fmt: skip
-        super().__init__(config)
-        self._graph_module: GraphModule | None = graph_module
-        self.options = options
-        self.cache_specs = tuple(cache)
-        self.tokenizer = tokenizer
-        self.stages = list(stages)
-        self.notes = list(notes)
-        self.topology = topology
-        self.source = source
-        self.sample_ids = sample_ids
-        self.backend = "reference"
-        self._runner: Any = None
-        if generation_config is not None:
-            self.generation_config = generation_config
+    def __init__(self, result: CompileResult):
+        super().__init__(result.config)
+        self.execution = Execution(result.graph_module)
+        self.generation_config = result.generation_config
+        self.options = result.options
+        self.cache_specs = result.cache_specs
+        self.tokenizer = result.tokenizer
+        self.stages = list(result.stages)
+        self.notes = list(result.notes)
+        self.topology = result.topology
+        self.source = result.source
+        self.sample_ids = result.sample_ids
         self.eval()
+
+    @property
+    def result(self) -> CompileResult:
+        """What was compiled, as everything below the Hugging Face face takes it."""
+        return CompileResult(
+            self.graph_module, self.options, self.cache_specs, self.config, self.generation_config, self.tokenizer,
+            tuple(self.stages), tuple(self.notes), self.topology, self.source, self.sample_ids,
+        )  # fmt: skip
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -61,13 +65,18 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
 
     @property
     def graph_module(self) -> GraphModule:
-        """The quantized graph. A backend that holds the weights in a form of its own makes it again for whoever asks."""
-        return self._runner.quantized_graph() if self._graph_module is None else self._graph_module
+        """The quantized graph."""
+        return self.execution.graph_module
 
     @property
     def runner(self) -> Any:
         """What computes: the quantized graph, or what a backend made of it (triton: a module with the lowered graph_module)."""
-        return self._graph_module if self._runner is None else self._runner
+        return self.execution.runner
+
+    @property
+    def backend(self) -> str:
+        """The name of what computes."""
+        return self.execution.backend
 
     @property
     def device(self) -> torch.device:
@@ -86,31 +95,27 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: Cache | None = None, use_cache: bool | None = None, labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0, return_dict: bool | None = None, **unused: Any,
-    ) -> CausalLMOutputWithPast | tuple:  # fmt: skip
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Logits [B, S, vocabulary] float32 for new tokens input_ids [B, S], as the original model's forward.
 
         attention_mask [B, P + S] (0 = padding), position_ids [B, S]; past_key_values: the cache a former call returned.
         Raises BackendError for inputs a compiled graph cannot take (inputs_embeds, attention outputs, other caches).
         """
-        self._refuse(unused)
-        cache, past = self._past(past_key_values, input_ids)
+        _refuse_inputs(unused)
+        cache, past = cache_tensors.opened(past_key_values, self.cache_specs, input_ids)
         length = past[0].shape[2] if past else 0
         batch, new = input_ids.shape
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, length + new)
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, length:]  # padding takes no position
-        logits, *present = self._execute(input_ids, attention_mask.long(), position_ids.expand(batch, new), past)
+        logits, *present = self.execution(input_ids, attention_mask.long(), position_ids.expand(batch, new), *past)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep]
         loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        returned = self._filled(cache, present) if use_cache is not False else None
+        returned = cache_tensors.filled(cache, present) if use_cache is not False else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=returned)
         return output if return_dict is not False else output.to_tuple()
-
-    def _execute(self, ids: Tensor, mask: Tensor, positions: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """Run the graph on the chosen backend."""
-        return self.runner(ids, mask, positions, *past)
 
     def use_backend(self, name: str, **options: Any) -> CompiledModel:
         """Compute with another backend from now on ("reference", "onnx", "triton"); returns the model itself.
@@ -119,94 +124,35 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         only holder then; its lowered graph joins `stages`, and so `dump`.
         Raises BackendError if there is no such backend or option, it cannot run here, or it cannot take the graph.
         """
-        from resq_compiler.backends import load_backend
-
-        graph = self.graph_module
-        runner = load_backend(name, **options).prepare(self) if name != "reference" or options else None
-        self._graph_module = None if hasattr(runner, "quantized_graph") else graph
-        if self._graph_module is None:
-            graph.graph.owning_module = None  # facts refer to nodes, which must not keep the weights alive
-        del self._runner  # one that was a module, registered as such, may be followed by one that is none
-        self._runner, self.backend = runner, name
-        self._add_stages(graph, getattr(runner, "stages", []))
+        result = self.result
+        lowered = self.execution.switch(result, name, options)
+        passes = [stage for stage in self.stages if not stage.name.startswith("lower-")]
+        if lowered and not passes:
+            passes = [Stage(0, "loaded", "", copy_graph(result.graph_module.graph), 0, 0.0, None)]
+        self.stages = [*passes, *lowered]
         return self
-
-    def _add_stages(self, graph: GraphModule, lowered: Sequence[Stage]) -> None:
-        """Put what a backend made of the graph behind the passes, in place of what another one did."""
-        self.stages = [stage for stage in self.stages if not stage.name.startswith("lower-")]
-        if lowered and not self.stages:
-            self.stages = [Stage(0, "loaded", "", copy_graph(graph.graph), 0, 0.0, None)]
-        self.stages += lowered
 
     def export_onnx(self, directory: str | Path, profile: str = "qdq", **options: Any) -> Path:
         """Write an ONNX directory that runs as it is: profile "qdq", "ort" or "weight-only"; see backends.onnx.export_onnx."""
-        from resq_compiler.backends.onnx import export_onnx
+        return export_onnx(self.result, directory, profile, **options)
 
-        return export_onnx(self, directory, profile, **options)
-
-    @staticmethod
-    def _refuse(unused: dict[str, Any]) -> None:
-        harmless = {
-            "output_attentions",
-            "output_hidden_states",
-            "token_type_ids",
-            "cache_position",
-            "num_items_in_batch",
-        }
-        bad = [
-            k
-            for k, v in unused.items()
-            if v is not None and v is not False and (k not in harmless or k.startswith("output_"))
-        ]
-        if bad:
-            raise BackendError(
-                f"forward: a compiled graph cannot take {', '.join(bad)}; it takes input_ids, attention_mask, position_ids, past_key_values"
-            )
-
-    def _past(self, cache: Cache | None, input_ids: Tensor) -> tuple[DynamicCache, list[Tensor]]:
-        """Cache tensors in graph order. A fresh cache of another class is replaced by a plain DynamicCache: masks do windows."""
-        filled = cache is not None and cache.get_seq_length() > 0
-        if filled and not (
-            isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
-        ):
-            raise BackendError(
-                f"past_key_values: expected the DynamicCache that forward returned, got a filled {type(cache).__name__}"
-            )
-        if not filled:
-            plain = isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
-            cache = cache if plain else DynamicCache()
-            batch = input_ids.shape[0]
-            shapes = [(batch, s.num_heads, 0, w) for s in self.cache_specs for w in (s.key_dim, s.value_dim)]
-            return cache, [torch.zeros(shape, device=input_ids.device) for shape in shapes]
-        return cache, [t for layer in cache.layers for t in (layer.keys, layer.values)]
-
-    @staticmethod
-    def _filled(cache: DynamicCache, present: list[Tensor]) -> DynamicCache:
-        while len(cache.layers) < len(present) // 2:
-            cache.layers.append(DynamicLayer())
-        for layer, key, value in zip(cache.layers, present[::2], present[1::2], strict=True):
-            layer.keys, layer.values = key, value
-            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
-        return cache
-
-    def save_pretrained(self, save_directory: str | Path, max_shard_size: str | int = "5GB", **unused: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, max_shard_size: str | int = "5GB", **unused: Any
+    ) -> None:
         """Write safetensors and JSON to a directory; see checkpoint.save."""
-        from resq_compiler.storage import checkpoint
-
         _refuse_options("save_pretrained", unused, {"safe_serialization": True, "is_main_process": True})
-        checkpoint.save(self, save_directory, max_shard_size)
+        checkpoint.save(self.result, save_directory, max_shard_size)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device_map: Any = None, **unused: Any) -> CompiledModel:  # type: ignore[override]
-        """Open a saved compiled model; see checkpoint.load. device_map: one device. Raises BackendError for other options."""
-        from resq_compiler.storage import checkpoint
-
+        """Open a saved compiled model; see checkpoint.read. device_map: one device. Raises BackendError for other options."""
         harmless = {"dtype": (torch.float32, "float32", "auto"), "trust_remote_code": (True, False)}
         ignored = {"config", "revision", "adapter_kwargs", "low_cpu_mem_usage"}
         _refuse_options("from_pretrained", {k: v for k, v in unused.items() if k not in ignored}, harmless)
         if isinstance(device_map, dict):
             (device_map,) = set(device_map.values())
-        return checkpoint.load(name, device=None if device_map == "auto" else device_map)
+        model = cls(checkpoint.read(name))
+        return model if device_map in (None, "auto") else model.to(device_map)
 
     def dump(self, directory: str | Path, tokens: Tensor | None = None) -> Path:
         """Write what every pass did: text, JSON and Graphviz of each stage, and index.html. See inspection/dump.py.
@@ -216,12 +162,20 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         Returns: the directory.
         Raises:  DumpError: the directory cannot be written.
         """
-        from resq_compiler.inspection.dump import dump_compiled
-
-        return dump_compiled(self, directory, tokens)
+        return dump_result(self.result, directory, tokens)
 
 
-def _refuse_options(where: str, options: dict[str, Any], harmless: dict[str, Any]) -> None:
+def _refuse_inputs(given: Mapping[str, Any]) -> None:
+    """Raise BackendError for inputs of forward that would change nothing."""
+    harmless = {"token_type_ids", "cache_position", "num_items_in_batch"}
+    bad = [name for name, value in given.items() if value is not None and value is not False and name not in harmless]
+    if bad:
+        raise BackendError(
+            f"forward: a compiled graph cannot take {', '.join(bad)}; it takes input_ids, attention_mask, position_ids, past_key_values"
+        )
+
+
+def _refuse_options(where: str, options: Mapping[str, Any], harmless: Mapping[str, Any]) -> None:
     """Raise BackendError for an option that would be ignored."""
     for name, value in options.items():
         allowed = harmless.get(name, ())

@@ -28,8 +28,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTra
 from resq_compiler.errors import CheckpointError, ResqError
 from resq_compiler.frontend import capture
 from resq_compiler.ir import graph_tools, serialize, verify
-from resq_compiler.model import auto_classes
-from resq_compiler.model.compiled_model import CompiledModel
+from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.storage import quantization_config, tensor_files
 from resq_compiler.storage.tensor_files import read_json
 
@@ -41,12 +40,12 @@ _CARD_TEXT = """# A model compiled by resq_compiler ({scheme})
     import resq_compiler
     model = resq_compiler.load("this directory")     # then model.generate(...), as in transformers
 
-`AutoModelForCausalLM.from_pretrained` works after `import resq_compiler.hf`. Compiled from: {source}
+`AutoModelForCausalLM.from_pretrained` works after `import resq_compiler.model`. Compiled from: {source}
 """
 
 
-def save(model: CompiledModel, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
-    """Write a compiled model; `load` gives it back with bit-identical outputs. `stages` are not kept.
+def save(result: CompileResult, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
+    """Write a compiled model; `read` gives it back with bit-identical outputs. `stages` are not kept.
 
     A former compiled model in `directory` is replaced, and files there that are not part of it stay. Anything else
     there is refused.
@@ -59,7 +58,7 @@ def save(model: CompiledModel, directory: str | Path, max_shard_size: str | int 
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         aside.mkdir(parents=True)
-        _write(model, aside, max_shard_size)
+        _write(result, aside, max_shard_size)
         _move_into_place(aside, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: could not be written ({error}); nothing was changed there") from error
@@ -67,8 +66,8 @@ def save(model: CompiledModel, directory: str | Path, max_shard_size: str | int 
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def load(directory: str | Path, device: torch.device | str | None = None) -> CompiledModel:
-    """Open a saved compiled model, from a directory or from the Hugging Face hub by its id.
+def read(directory: str | Path) -> CompileResult:
+    """A saved compiled model, from a directory or from the Hugging Face hub by its id.
 
     Raises: CheckpointError: nothing there, not compiled by resq, written by a newer format, incomplete or damaged.
     """
@@ -77,56 +76,57 @@ def load(directory: str | Path, device: torch.device | str | None = None) -> Com
     options = quantization_config.check(config, str(directory))
     data = read_json(path / GRAPH)
     try:
-        model = _build(path, config, options, data)
+        return _build(path, config, options, data)
     except ResqError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{directory}: malformed contents ({reason}); the files are damaged") from error
-    return model if device is None else model.to(torch.device(device))  # type: ignore[arg-type]
 
 
-def _write(model: CompiledModel, directory: Path, max_shard_size: str | int) -> None:
-    gm = model.graph_module
+def _write(result: CompileResult, directory: Path, max_shard_size: str | int) -> None:
+    gm = result.graph_module
     tensors = tensor_files.describe(gm)
     graph = serialize.graph_to_dict(gm.graph, tensors)
     serialize.dict_to_graph(graph)  # refuses now what could not be read later
-    cache = [[s.num_heads, s.key_dim, s.value_dim] for s in model.cache_specs]
+    cache = [[s.num_heads, s.key_dim, s.value_dim] for s in result.cache_specs]
     _write_text(directory / GRAPH, serialize.to_text({"cache": cache, **graph}))
     tensor_files.write(gm, tensors, directory, max_shard_size)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(directory)
-    quantization = quantization_config.build(model.options, gm.graph, model.notes, model.source)
-    _write_text(directory / GENERATION, model.generation_config.to_json_string())
-    _write_text(directory / RECIPE, _recipe_text(model, quantization))
-    _write_text(directory / CARD, _CARD_TEXT.format(scheme=model.options.scheme, source=model.source or "not recorded"))
+    if result.tokenizer is not None:
+        result.tokenizer.save_pretrained(directory)
+    quantization = quantization_config.build(result.options, gm.graph, result.notes, result.source)
+    _write_text(directory / GENERATION, result.generation_config.to_json_string())
+    _write_text(directory / RECIPE, _recipe_text(result, quantization))
+    _write_text(
+        directory / CARD, _CARD_TEXT.format(scheme=result.options.scheme, source=result.source or "not recorded")
+    )
     quantization["files"] = sorted([CONFIG, *(entry.name for entry in directory.iterdir())])
-    _write_text(directory / CONFIG, _config_text(model, quantization))
+    _write_text(directory / CONFIG, _config_text(result, quantization))
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _config_text(model: CompiledModel, quantization: dict[str, Any]) -> str:
-    source = json.loads(model.config.to_json_string(use_diff=False))
+def _config_text(result: CompileResult, quantization: dict[str, Any]) -> str:
+    source = json.loads(result.config.to_json_string(use_diff=False))
     for private in ("_name_or_path", "transformers_version", "quantization_config"):
         source.pop(private, None)
     config = {
-        "model_type": auto_classes.MODEL_TYPE,
-        "architectures": [auto_classes.ARCHITECTURE],
+        "model_type": quantization_config.MODEL_TYPE,
+        "architectures": [quantization_config.ARCHITECTURE],
         "dtype": "float32",
         "transformers_version": quantization["versions"]["transformers"],
-        "vocab_size": model.config.get_text_config().vocab_size,
+        "vocab_size": result.config.get_text_config().vocab_size,
         "quantization_config": quantization,
         "source_config": source,
     }
     return json.dumps(config, indent=2) + "\n"
 
 
-def _recipe_text(model: CompiledModel, quantization: dict[str, Any]) -> str:
+def _recipe_text(result: CompileResult, quantization: dict[str, Any]) -> str:
     written_by = ", ".join(f"{name} {version}" for name, version in quantization["versions"].items())
-    return f"# {written_by}\n# source: {model.source}\n" + yaml.safe_dump(model.options.to_dict(), sort_keys=False)
+    return f"# {written_by}\n# source: {result.source}\n" + yaml.safe_dump(result.options.to_dict(), sort_keys=False)
 
 
 def _check_target(target: Path) -> None:
@@ -185,7 +185,7 @@ def _local(directory: str | Path) -> Path:
         ) from error
 
 
-def _build(path: Path, config: dict[str, Any], options: Any, data: Mapping[str, Any]) -> CompiledModel:
+def _build(path: Path, config: dict[str, Any], options: Any, data: Mapping[str, Any]) -> CompileResult:
     graph = serialize.dict_to_graph(data)
     info = {n["target"]: n["tensor"] for n in data["nodes"] if n["op"] == "get_attr"}
     root = torch.nn.Module()
@@ -198,9 +198,9 @@ def _build(path: Path, config: dict[str, Any], options: Any, data: Mapping[str, 
     verify.check_graph(gm)
     verify.propagate_shapes(gm, capture.concrete_example(hf_config.get_text_config().vocab_size, cache))
     quantization = config["quantization_config"]
-    return CompiledModel(
-        hf_config, gm, options, cache, generation_config=GenerationConfig.from_dict(read_json(path / GENERATION)),
-        tokenizer=_tokenizer(path, hf_config), notes=quantization.get("notes", []), source=quantization.get("source", ""),
+    return CompileResult(
+        gm, options, cache, hf_config, GenerationConfig.from_dict(read_json(path / GENERATION)), _tokenizer(path, hf_config),
+        notes=tuple(quantization.get("notes", ())), source=quantization.get("source", ""),
     )  # fmt: skip
 
 

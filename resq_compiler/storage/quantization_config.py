@@ -18,6 +18,7 @@ from resq_compiler.ir import meta
 from resq_compiler.recipes.settings import CompileConfig, without_removed
 
 QUANT_METHOD = "resq"
+MODEL_TYPE, ARCHITECTURE = "resq_compiled", "ResqForCausalLM"
 FORMAT_VERSION = (
     "1.1"  # 1.0 kept codes of 3, 5, 6 and 7 bits in bytes; tensors say how they are kept, so it is read too
 )

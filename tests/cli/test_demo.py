@@ -9,12 +9,12 @@ import shlex
 
 import pytest
 
+from resq_compiler.api import load
 from resq_compiler.cli import demo, main
 from resq_compiler.cli.commands import demo as command
 from resq_compiler.errors import ConfigError
 from resq_compiler.inspection.saved import recorded_source
 from resq_compiler.recipes.named import RECIPES
-from resq_compiler.storage.checkpoint import load
 from resq_compiler.tiny import tiny_model, tiny_tokenizer
 
 SMALL = ["--calibration-samples=4", "--calibration-length=32", "--windows=2", "--window-length=64", "--new-tokens=3"]

@@ -119,7 +119,7 @@ def test_measure_observes_the_reference(compiled, tiny):
 
 
 def test_a_loaded_model_reports_as_a_fresh_one(compiled, tmp_path):
-    from resq_compiler.storage.checkpoint import load
+    from resq_compiler.api import load
 
     model = compiled("llama", weight_method="rtn")
     model.save_pretrained(tmp_path)

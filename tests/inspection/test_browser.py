@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from resq_compiler.inspection import dump
+from resq_compiler.inspection import dump_files
 from resq_compiler.inspection.diagnostic_tables import write_diagnostics
 from resq_compiler.inspection.page import write_page
 
@@ -213,7 +213,7 @@ def test_a_failed_compile_opens_at_the_failing_node(browser, compiled, tmp_path)
     manifest = json.loads((tmp_path / "dump" / "dump.json").read_text())
     name = next(
         r["name"]
-        for r in dump.read_stage(compiled.dump, "05-find-topology")
+        for r in dump_files.read_stage(compiled.dump, "05-find-topology")
         if r["target"] == "attention" and r["block"] == 1
     )
     kept = [s for s in manifest["stages"] if s["label"] <= "05-find-topology"]

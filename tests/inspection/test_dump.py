@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from resq_compiler.api import compile, trace
 from resq_compiler.errors import DumpError, PassError
-from resq_compiler.inspection import dump, records
+from resq_compiler.inspection import dump, dump_files, records
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_model, tiny_tokens
@@ -27,13 +27,13 @@ def test_every_stage_has_its_files(compiled):
     labels = [s.label for s in compiled.model.stages]
     assert labels[:2] == ["00-capture", "01-canonicalize"]
     assert names(compiled.dump) >= {f"{label}.{kind}" for label in labels for kind in ("txt", "json", "dot")}
-    manifest = dump.read_manifest(compiled.dump)
+    manifest = dump_files.read_manifest(compiled.dump)
     assert [s["label"] for s in manifest["stages"]] == labels
     assert manifest["options"]["weight_method"] == "rtn"
 
 
 def test_records_say_everything_about_a_quantized_linear(compiled):
-    nodes = dump.read_stage(compiled.dump, compiled.model.stages[-1].label)
+    nodes = dump_files.read_stage(compiled.dump, compiled.model.stages[-1].label)
     q = [
         n
         for n in nodes
@@ -50,7 +50,7 @@ def test_records_say_everything_about_a_quantized_linear(compiled):
 
 
 def test_noise_of_every_quantizer_and_weight_is_in_the_manifest(compiled):
-    noise = dump.read_manifest(compiled.dump)["noise"]
+    noise = dump_files.read_manifest(compiled.dump)["noise"]
     assert {v["kind"] for v in noise.values()} == {"activation", "kv", "weight"}
     low, high = noise["blocks.0.attention_input.part0"], noise["blocks.0.attention_input.part1"]
     assert high["sqnr_db"] > low["sqnr_db"] + 15  # four bits more are worth about 24 dB
@@ -62,7 +62,7 @@ def test_dumps_of_equal_compiles_are_equal(compiled, tmp_path):
         dump_dir=tmp_path,
     )  # fmt: skip
     assert again.stages
-    for name in names(compiled.dump) - {dump.TIMING, dump.PAGE}:
+    for name in names(compiled.dump) - {dump_files.TIMING, dump_files.PAGE}:
         assert without_rounding(tmp_path / name) == without_rounding(compiled.dump / name), name
 
 
@@ -104,7 +104,7 @@ def test_a_failing_pass_is_dumped_and_its_node_marked(monkeypatch, tmp_path):
     monkeypatch.setenv("RESQ_DUMP_DIR", str(tmp_path))
     with pytest.raises(PassError, match="pass 2 broken: node bad_product"):
         compile(tiny_model("llama"), recipe="rtn")
-    manifest = dump.read_manifest(tmp_path)
+    manifest = dump_files.read_manifest(tmp_path)
     assert [s["failed_node"] for s in manifest["stages"]] == [None, None, "bad_product"]
     assert ">>> FAILED HERE >>> %bad_product" in (tmp_path / "02-broken.txt").read_text()
     assert 'color="red"' in (tmp_path / "02-broken.dot").read_text()
@@ -119,23 +119,23 @@ def test_blocks_of_nodes_without_facts_come_from_modules():
 
 def test_not_a_dump(tmp_path):
     with pytest.raises(DumpError, match=r"expected a dump .*resq inspect MODEL --dump DIR"):
-        dump.read_manifest(tmp_path)
+        dump_files.read_manifest(tmp_path)
     (tmp_path / "file").write_text("")
     for name, found in (("absent", "nothing"), ("file", "a file")):
         with pytest.raises(DumpError, match=rf"{name}: expected a dump .*, found {found}; "):
-            dump.read_manifest(tmp_path / name)
+            dump_files.read_manifest(tmp_path / name)
     (tmp_path / "dump.json").write_text("{")
     with pytest.raises(DumpError, match="cannot be read as JSON"):
-        dump.read_manifest(tmp_path)
+        dump_files.read_manifest(tmp_path)
     (tmp_path / "dump.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(DumpError, match="not a manifest of a dump"):
-        dump.read_manifest(tmp_path)
+        dump_files.read_manifest(tmp_path)
 
 
 def test_another_version(tmp_path):
     (tmp_path / "dump.json").write_text(json.dumps({"format": "resq-dump", "version": 99}))
     with pytest.raises(DumpError, match="version 99.* reads version 1; dump again"):
-        dump.read_manifest(tmp_path)
+        dump_files.read_manifest(tmp_path)
 
 
 def test_unwritable_target(tmp_path):

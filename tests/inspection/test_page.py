@@ -10,7 +10,7 @@ import re
 import pytest
 
 from resq_compiler.errors import DumpError
-from resq_compiler.inspection import dump, page
+from resq_compiler.inspection import dump_files, page
 
 
 def unpacked(text):
@@ -26,7 +26,7 @@ def test_page_is_self_contained_and_has_every_stage(compiled):
     data = unpacked(text)
     assert [s["info"]["label"] for s in data["stages"]] == [s.label for s in compiled.model.stages]
     for stage in data["stages"]:
-        expected = dump.read_stage(compiled.dump, stage["info"]["label"])
+        expected = dump_files.read_stage(compiled.dump, stage["info"]["label"])
         assert [dict(zip(page.FIELDS, data["pool"][i], strict=True)) for i in stage["nodes"]] == expected
 
 

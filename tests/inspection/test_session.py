@@ -7,7 +7,7 @@ import json
 import pytest
 
 from resq_compiler.cli.main import main
-from resq_compiler.inspection.dump import read_manifest
+from resq_compiler.inspection.dump_files import read_manifest
 from resq_compiler.inspection.session import Request, inspect_model
 from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_model, tiny_tokens

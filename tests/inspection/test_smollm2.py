@@ -10,7 +10,7 @@ import pytest
 import resq_compiler
 from resq_compiler.calibration.data import demo_text
 from resq_compiler.frontend.models import embedded_model_path, load_model
-from resq_compiler.inspection import dump
+from resq_compiler.inspection import dump_files
 from resq_compiler.inspection.attribution import attribute
 from resq_compiler.inspection.diff import compare, difference_text
 from resq_compiler.inspection.page import write_page
@@ -41,7 +41,7 @@ def test_a_dump_with_its_page_is_written_within_20_seconds_and_10_megabytes(comp
     begun = time.process_time()  # of all threads, so a crowded machine does not count
     compiles.model.dump(tmp_path)
     assert time.process_time() - begun < 20
-    assert (tmp_path / dump.PAGE).stat().st_size < 10e6
+    assert (tmp_path / dump_files.PAGE).stat().st_size < 10e6
     begun = time.process_time()
     write_page(tmp_path)
     assert time.process_time() - begun < 5

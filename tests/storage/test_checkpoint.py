@@ -191,7 +191,7 @@ def test_failed_save_changes_nothing(compiled, copied, monkeypatch, broken, erro
     expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     for target in (copied, copied.parent / "new"):
         with pytest.raises(expected):
-            checkpoint.save(compiled("llama", **VARIANTS["llama"]), target)
+            checkpoint.save(compiled("llama", **VARIANTS["llama"]).result, target)
         assert tree(copied.parent) == before
 
 
@@ -216,7 +216,7 @@ def test_failed_replacement_brings_the_former_back(compiled, copied, monkeypatch
 
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(CheckpointError, match="input/output"):
-        checkpoint.save(compiled("llama", **VARIANTS["llama"]), copied)
+        checkpoint.save(compiled("llama", **VARIANTS["llama"]).result, copied)
     assert tree(copied.parent) == before
 
 

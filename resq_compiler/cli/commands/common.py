@@ -91,7 +91,7 @@ def open_model(name: str, backend: str = "reference") -> OpenModel:
     """Load a compiled directory on a backend, or a float model (which PyTorch computes). Raises ConfigError otherwise."""
     quiet_libraries()
     if is_compiled_directory(name):
-        from resq_compiler.storage.checkpoint import load
+        from resq_compiler.api import load
 
         compiled = load(Path(name).expanduser())
         return OpenModel(compiled.use_backend(backend), compiled.tokenizer, name, True)
@@ -207,7 +207,7 @@ def run_record(compiled: Any, command: str, seconds: float) -> dict[str, Any]:
         "peak_memory_bytes": environment.peak_memory(),
         "passes": stages,
         "notes": list(compiled.notes),
-        **report.describe(compiled),
+        **report.describe(compiled.result),
     }
 
 

@@ -65,7 +65,7 @@ def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse
         )
         if opened.compiled and arguments.noise:
             few = windows[: max(1, NOISE_TOKENS // arguments.length)]
-            sites = report.site_noise(opened.model, few, progress.of("noise of quantizers"))
+            sites = report.site_noise(opened.model.result, few, progress.of("noise of quantizers"))
             result["noise"] = [site.to_dict() for site in sites]
             result["noise_table"] = comparison.noise_table(sites, arguments.all_sites)
     return result

@@ -205,7 +205,7 @@ def inspect_compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str
         opened.model.dump(arguments.dump)
     result = {
         "options": opened.model.options.to_dict(),
-        **report.describe(opened.model),
+        **report.describe(opened.model.result),
         "passes": _recorded(arguments.model),
     }
     bits = result["average_bits"]

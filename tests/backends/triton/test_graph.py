@@ -10,7 +10,7 @@ from resq_compiler.backends.triton import lower
 from resq_compiler.backends.triton.attention import read_cache_ref
 from torch import Tensor
 
-from resq_compiler.inspection import dump
+from resq_compiler.inspection import dump_files
 from resq_compiler.ir import graph_tools
 from resq_compiler.tiny import tiny_tokens
 
@@ -151,10 +151,10 @@ def test_it_compiles_without_a_graph_break(lowered, prompt, backend):
 def test_the_dump_of_a_model_has_the_lowered_graph(compiled, sharing, tmp_path):
     model = sharing(compiled("llama", recipe="resq", weight_method="rtn")).use_backend("triton")
     directory = model.dump(tmp_path)
-    manifest = dump.read_manifest(directory)
+    manifest = dump_files.read_manifest(directory)
     last = manifest["stages"][-1]
     assert last["name"] == "lower-triton" and last["rewrites"] == 2 * sum(BLOCK_KERNELS.values())
-    nodes = dump.read_stage(directory, last["label"])
+    nodes = dump_files.read_stage(directory, last["label"])
     linear = next(n for n in nodes if n["target"] == "mixed_linear")
     assert linear["values"] == [["float32", [2, 5, 128]]]  # q, k and v of one launch
     assert linear["pass"] == "lower-triton" and linear["block"] == 0

@@ -1,0 +1,59 @@
+"""What computes a compiled model: its quantized graph, or what a backend made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from resq_compiler.backends import load_backend
+from resq_compiler.pipeline.result import CompileResult
+from resq_compiler.pipeline.stages import Stage
+
+
+class Execution(nn.Module):
+    """Runs the graph on the chosen backend. One holder of the weights at a time: the graph, or a backend that packs them.
+
+    backend: its name. As a module it moves with `.to(device)`.
+    """
+
+    def __init__(self, graph_module: GraphModule):
+        super().__init__()
+        self.backend = "reference"
+        self._graph: GraphModule | None = graph_module
+        self._lowered: Any = None
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The quantized graph. A backend that holds the weights in a form of its own makes it again for whoever asks."""
+        if self._graph is not None:
+            return self._graph
+        restored: GraphModule = self._lowered.quantized_graph()
+        return restored
+
+    @property
+    def runner(self) -> Any:
+        """What is called: the quantized graph, or what a backend made of it (triton: a module with the lowered graph_module)."""
+        return self._graph if self._lowered is None else self._lowered
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Graph inputs to graph outputs."""
+        outputs: tuple[Tensor, ...] = self.runner(*tensors)
+        return outputs
+
+    def switch(self, result: CompileResult, name: str, options: dict[str, Any]) -> tuple[Stage, ...]:
+        """Compute with another backend from now on; returns what it made of the graph, as stages of a dump.
+
+        Raises BackendError, and nothing has changed: no such backend or option, it cannot run here or cannot take the graph.
+        """
+        lowered = load_backend(name, **options).prepare(result) if name != "reference" or options else None
+        packs = hasattr(lowered, "quantized_graph")
+        if packs:
+            result.graph_module.graph.owning_module = (
+                None  # facts refer to nodes, which must not keep the weights alive
+            )
+        self._graph = None if packs else result.graph_module
+        del self._lowered  # one that was a module, registered as such, may be followed by one that is none
+        self._lowered, self.backend = lowered, name
+        return tuple(getattr(lowered, "stages", ()))
