@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resq_compiler.errors import BackendError
+from resq_compiler.util import placement
 from resq_compiler.util.install import install_command
 
 if TYPE_CHECKING:
@@ -22,6 +19,7 @@ if TYPE_CHECKING:
     from resq_compiler.pipeline.result import CompileResult
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+LAST_FILE = "config.json"  # put in place after all others: without it the directory is no model
 EXTERNAL_DATA_ABOVE = 2**26  # bytes; ONNX Runtime maps data files instead of copying them, and protobuf ends at 2 GiB
 EMBEDDINGS = ("float16", "float32", "int8")
 
@@ -43,12 +41,16 @@ def export_onnx(
     Raises:  BackendError, before anything is written: an operator without an ONNX form, an unknown choice, onnx missing,
              onnxruntime too old for the profile, a target that is not empty, not writable or too small.
     """
-    target = Path(directory)
+    target = Path(directory).expanduser()
+    former = check_target(target, overwrite)
     model = build_model(compiled, profile, embedding=embedding, kv_cache=kv_cache)
-    check_target(target, model.ByteSize(), overwrite)
-    with replacing(target) as temporary:
-        save_model(model, temporary)
-        write_settings(compiled, temporary, profile, kv_cache, tokenizer or compiled.tokenizer)
+    check_space(target, model.ByteSize())
+    try:
+        with placement.replacing(target, former, last=LAST_FILE) as fresh:
+            save_model(model, fresh)
+            write_settings(compiled, fresh, profile, kv_cache, tokenizer or compiled.tokenizer)
+    except OSError as error:
+        raise BackendError(f"export_onnx: writing to {target} failed: {error}; nothing was changed there") from error
     return target
 
 
@@ -110,37 +112,28 @@ def number(text: str) -> tuple[int, ...]:
     return tuple(int(p) for p in text.split(".")[:2] if p.isdigit())
 
 
-def check_target(target: Path, size: int, overwrite: bool) -> None:
-    """BackendError when the model cannot be written there."""
+def check_target(target: Path, overwrite: bool) -> set[str]:
+    """Names there that the export replaces. BackendError when it cannot be written there, before any work."""
     if target.exists() and not target.is_dir():
         raise BackendError(f"export_onnx: {target} is a file; expected a directory")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    try:
+        former = placement.contents(target) if target.is_dir() else set()
+        placement.check(target)
+    except OSError as error:
+        raise BackendError(f"export_onnx: {target} is not writable ({error}); choose another directory") from error
+    if former and not overwrite:
         raise BackendError(f"export_onnx: {target} is not empty; choose another directory or pass overwrite=True")
-    parent = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise BackendError(f"export_onnx: {parent} is not writable; choose another directory")
-    free = shutil.disk_usage(parent).free
+    return former
+
+
+def check_space(target: Path, size: int) -> None:
+    """BackendError when the disk is too full for a model of that size."""
+    place = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
     if free < size + 2**24:
         raise BackendError(
-            f"export_onnx: {parent} has {free / 2**20:.0f} MiB free, the model needs {size / 2**20:.0f} MiB"
+            f"export_onnx: {place} has {free / 2**20:.0f} MiB free, the model needs {size / 2**20:.0f} MiB"
         )
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary directory beside the target that takes its place when all was written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}-{secrets.token_hex(4)}"
-    try:
-        temporary.mkdir()  # not mkdtemp, whose directories are their owner's alone
-        yield temporary
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    except OSError as error:
-        raise BackendError(f"export_onnx: writing to {target} failed: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_model(model: onnx.ModelProto, directory: Path) -> None:

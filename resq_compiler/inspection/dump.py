@@ -24,7 +24,6 @@ from typing import Any
 from torch import Tensor
 
 from resq_compiler import __version__
-from resq_compiler.errors import DumpError
 from resq_compiler.evaluation import report
 from resq_compiler.inspection import page, records, text
 from resq_compiler.inspection.dump_files import FORMAT, MANIFEST, TIMING, VERSION, json_text, unwritable, write_file

@@ -39,7 +39,7 @@ from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import CompileConfig
-from resq_compiler.storage import checkpoint
+from resq_compiler.storage.reading import read
 
 RECORD, CONFIG = "resq_report.json", "config.json"
 LEAST_DB = 3.0  # codes of three bits or more are about 10 dB or more from their own weights, and 0 from others
@@ -55,7 +55,7 @@ def inspect_saved(
              compiled with, as for compile().
     Raises:  ConfigError: the reference, or the calibration data, is not what the model was compiled from.
     """
-    compiled = checkpoint.read(directory)
+    compiled = read(directory)
     loaded = load_model(reference)
     check_reference(compiled, loaded.model, loaded.source)
     windows = measuring_windows(loaded.model, loaded.tokenizer or compiled.tokenizer, request)

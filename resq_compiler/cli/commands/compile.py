@@ -50,8 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.output is None:
         raise ConfigError("resq compile: --output DIR is missing; name the directory the compiled model goes to")
+    from resq_compiler.storage.saving import check_target
+
     output = arguments.output.expanduser()
     common.check_output(output, arguments.overwrite)
+    check_target(output)
     compiled, seconds = _compile(arguments, config)
     compiled.save_pretrained(output)
     record = common.run_record(compiled, shlex.join(sys.argv), seconds)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import stat
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -263,9 +264,29 @@ class TestRefusals:
             export_onnx(compiled, tmp_path / "file")
 
     def test_target_read_only(self, compiled, tmp_path):
-        with mock.patch.object(os, "access", return_value=False), pytest.raises(BackendError, match="not writable"):
+        with (
+            mock.patch.object(Path, "mkdir", side_effect=PermissionError("denied")),
+            mock.patch.object(export, "build_model", side_effect=AssertionError("checked before any work")),
+            pytest.raises(BackendError, match="not writable .denied"),
+        ):
             export_onnx(compiled, tmp_path / "model")
         assert not (tmp_path / "model").exists()
+
+    def test_failed_overwrite_leaves_the_former_export(self, compiled, tmp_path):
+        """Of a directory that cannot be renamed, as a mount point."""
+        (tmp_path / "old.onnx").write_text("old")
+        rename = os.rename
+
+        def full(source, destination):
+            if Path(destination).name == "config.json":
+                raise OSError("Device or resource busy")
+            rename(source, destination)
+
+        with mock.patch.object(os, "rename", full), pytest.raises(BackendError, match="busy; nothing was changed"):
+            export_onnx(compiled, tmp_path, overwrite=True)
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("old.onnx", "old")]
+        export_onnx(compiled, tmp_path, overwrite=True)
+        assert (tmp_path / "model.onnx").exists() and not (tmp_path / "old.onnx").exists()
 
     def test_target_full(self, compiled, tmp_path):
         with (

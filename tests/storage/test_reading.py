@@ -1,0 +1,120 @@
+"""reading.py: clear errors for what is not a whole saved model, and hub ids."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import resq_compiler
+from resq_compiler.errors import CheckpointError
+from resq_compiler.model import CompiledModel
+from resq_compiler.storage import reading
+from resq_compiler.tiny import tiny_model
+
+
+def change_json(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def change_tensors(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+SCALE = "model.layers.1.mlp.up_proj.part0.scale"
+CODES = "model.layers.1.mlp.up_proj.part0.qdata"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def in_graph(change):
+    return lambda d: change_json(d / "resq_graph.json", change)
+
+
+def in_config(change):
+    return lambda d: change_json(d / "config.json", change)
+
+
+def in_tensors(change):
+    return lambda d: change_tensors(d / "model.safetensors", change)
+
+
+def version(text):
+    return in_config(lambda c: c["quantization_config"].update(format_version=text))
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
+    (lambda d: (d / "resq_graph.json").unlink(), "resq_graph.json is missing"),
+    (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    (lambda d: (d / "generation_config.json").unlink(), "generation_config.json is missing"),
+    (lambda d: truncate(d / "model.safetensors"), "model.safetensors: not readable"),
+    (lambda d: truncate(d / "resq_graph.json"), "not readable as JSON"),
+    (lambda d: (d / "config.json").write_text("[1]"), "expected a JSON object"),
+    (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "not readable as JSON"),
+    (in_tensors(lambda t: t.pop(SCALE)), f"tensor {SCALE}, which is missing"),
+    (in_tensors(lambda t: t.update({SCALE: t[SCALE][:3].clone()})), rf"{SCALE} should be float32 \[160\] and is float32 \[3\]"),
+    (in_tensors(lambda t: t.update({SCALE: t[SCALE].half()})), "and is float16"),
+    (in_tensors(lambda t: t.update({CODES: t[CODES].view(torch.int8)})), "should be uint8"),
+    (in_graph(lambda g: g["nodes"][0].update(target="somewhere.else")), "somewhere.else"),
+    (in_graph(lambda g: g["nodes"][-5].update(target="os.system")), "unknown operator"),
+    (in_graph(lambda g: g.pop("cache")), "malformed"),
+    (in_graph(lambda g: g["nodes"][0]["tensor"].pop("shape")), "malformed"),
+    (version("2.0"), "format version 2.0.*upgrade"),
+    (version("x"), "format version x"),
+    (in_config(lambda c: c["quantization_config"]["options"].update(colour=1)), "colour"),
+    (in_config(lambda c: c["source_config"].update(model_type="future")), "future"),
+    (in_config(lambda c: c.pop("source_config")), "malformed"),
+    (in_config(lambda c: c["quantization_config"].update(quant_method="awq")), "not compiled by resq .quantized by awq"),
+])  # fmt: skip
+def test_damage_is_named(copied, damage, message):
+    damage(copied)
+    with pytest.raises(CheckpointError, match=message):
+        resq_compiler.load(copied)
+
+
+def test_newer_minor_version_is_read(copied):
+    expected = resq_compiler.load(copied)
+    version("1.7")(copied)
+    ids = torch.arange(6)[None]
+    assert torch.equal(resq_compiler.load(copied)(ids).logits, expected(ids).logits)
+
+
+def test_foreign_directories(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "float")
+    with pytest.raises(CheckpointError, match="not compiled by resq .a float model.*resq_compiler.compile"):
+        resq_compiler.load(tmp_path / "float")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        resq_compiler.load(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="no such directory"):
+        resq_compiler.load(tmp_path / "nothing")
+
+
+def test_hub_id_that_cannot_be_reached(monkeypatch):
+    def fail(name):
+        raise OSError(f"offline: {name}")
+
+    monkeypatch.setattr(reading, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="not downloaded.*offline: someone/model"):
+        resq_compiler.load("someone/model")
+
+
+def test_hub_id(monkeypatch, saved, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        reading, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(saved)
+    )
+    assert resq_compiler.load("someone/model").options.scheme == "W4A4KV4"
+    options = {"revision": "v2", "cache_dir": tmp_path, "local_files_only": True}
+    model = CompiledModel.from_pretrained("someone/model", torch_dtype="auto", **options)
+    assert model.options.scheme == "W4A4KV4"
+    assert asked == [("someone/model", {}), ("someone/model", options)]
