@@ -60,6 +60,7 @@ class DemoOptions:
     windows: int = 2
     window_length: int = 1024
     new_tokens: int = 40
+    search_shares: bool = False  # which sites gain from more bits, where the recipe asks that; else equal shares
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,8 +69,8 @@ class DemoOptions:
             raise ConfigError(f"demo: expected recipes out of {', '.join(RECIPES)}; got {', '.join(unknown) or 'none'}")
 
 
-FULL = DemoOptions(recipes=EVERY_RECIPE, calibration_samples=32, windows=6)
-"""The thorough comparison: four times the calibration text, three times the evaluated text, every recipe."""
+FULL = DemoOptions(recipes=EVERY_RECIPE, calibration_samples=32, windows=6, search_shares=True)
+"""The thorough comparison: every recipe whole, four times the calibration text, three times the evaluated text."""
 
 
 def run_demo(options: DemoOptions, output: Path, progress: Progress = lambda step, done, total: None) -> dict[str, Any]:
@@ -168,15 +169,17 @@ def texts(result: dict[str, Any]) -> str:
 
 
 def setting(result: dict[str, Any]) -> str:
-    """On how much text the table rests, and what to run for more."""
+    """On how much text the table rests, what was left out to be quick, and what to run for the rest."""
     calibration, evaluation = result["tokens"]["calibration"], result["tokens"]["evaluation"]
-    line = f"Calibrated on {calibration:,} tokens, evaluated on {evaluation:,} others."
-    if calibration >= FULL.calibration_samples * FULL.calibration_length:
-        return line
-    return (
-        f"{line}\nThat is little, to be quick: with {FULL.calibration_samples * FULL.calibration_length:,} tokens "
-        "(`make demo-all`, or `resq demo --all`) compiled models come closer to float."
-    )
+    lines = [f"Calibrated on {calibration:,} tokens, evaluated on {evaluation:,} others."]
+    most = FULL.calibration_samples * FULL.calibration_length
+    if calibration < most:
+        lines.append(f"That is little, to be quick: compiled models come closer to float with {most:,} tokens.")
+    if not result["search_shares"]:
+        lines.append("To be quick, 8-bit columns have equal shares at all sites: resq+ searches for better ones.")
+    if len(lines) > 1:
+        lines.append("All of it: `make demo-all`, or `resq demo --all`.")
+    return "\n".join(lines)
 
 
 def next_steps(program: str, directory: Path, chat: bool) -> str:
@@ -197,9 +200,9 @@ def markdown_report(result: dict[str, Any]) -> str:
     recipes = "\n".join(f"- {name}: {DESCRIPTIONS.get(name, 'a recipe')}" for name in result["recipes"])
     return (
         f"# {result['model'].rpartition('/')[2]}, compiled\n\n{summary(result, markdown=True)}\n\n{recipes}\n\n"
-        f"{setting(result)} Both texts are help texts of Python {result['versions']['python']}. KL divergence in nats a "
-        f"token and top-1 agreement are against the float model. {result['seconds']:.0f} s in all, peak memory "
-        f"{megabytes(result['peak_memory_bytes'])}.\n\n"
+        f"{' '.join(setting(result).splitlines())} Both texts are help texts of Python {result['versions']['python']}. "
+        f"KL divergence in nats a token and top-1 agreement are against the float model. {result['seconds']:.0f} s in all, "
+        f"peak memory {megabytes(result['peak_memory_bytes'])}.\n\n"
         f"What they write, likeliest token at every step:\n\n```text\n{texts(result)}\n```\n"
     )
 
@@ -222,6 +225,7 @@ def _setting(loaded: LoadedModel, options: DemoOptions, calibration: Tensor, win
         "seed": options.seed,
         "prompts": list(prompts(loaded.tokenizer)),
         "chat": has_chat(loaded.tokenizer),
+        "search_shares": options.search_shares,
         "tokens": {"calibration": calibration.numel(), "evaluation": windows.numel()},
         "versions": environment.versions(),
         "cpu": environment.cpu(),
@@ -234,8 +238,9 @@ def _try_recipe(
 ) -> dict[str, Any]:  # fmt: skip
     """Compile by one recipe, measure, generate; save if it is the first."""
     began = time.perf_counter()
+    shares = {} if options.search_shares else {"allocation": "equal"}
     compiled = compile(
-        loaded.model, calibration, recipe=recipe, tokenizer=loaded.tokenizer, seed=options.seed,
+        loaded.model, calibration, recipe=recipe, tokenizer=loaded.tokenizer, seed=options.seed, **shares,
         calibration_samples=options.calibration_samples, calibration_length=options.calibration_length,
         progress=lambda step, done, total: progress(f"{recipe}: {step}", done, total),
     )  # fmt: skip

@@ -40,6 +40,7 @@ def test_demo_writes_model_and_report(model, tmp_path, capsys):
         assert f"{name} W4A4KV4" in out
     assert result["tokens"] == {"calibration": 128, "evaluation": 128}
     assert "Calibrated on 128 tokens, evaluated on 128 others.\nThat is little" in out
+    assert "equal shares" in out and load(tmp_path / "model").options.allocation == "equal"
     assert result["float"]["perplexity"] > 1 and f"{result['float']['perplexity']:.3f}" in out
     assert load(tmp_path / "model").options.recipe == "resq"
     assert recorded_source(tmp_path / "model")[1] == str(model)
@@ -81,12 +82,24 @@ def test_the_quick_and_the_full_setting():
     quick, full = parsed(), parsed("--all")
     assert quick == demo.DemoOptions(model="some/model") and quick.recipes == ("resq+", "quarot")
     assert full.recipes == demo.EVERY_RECIPE and set(full.recipes) == set(RECIPES)
-    assert (full.calibration_samples, full.windows, full.window_length) == (32, 6, 1024)
+    assert (full.calibration_samples, full.windows, full.window_length, full.search_shares) == (32, 6, 1024, True)
     assert parsed("--all", "--recipes", "rtn", "--windows", "3", "--seed", "5") == dataclasses.replace(
         full, recipes=("rtn",), windows=3, seed=5
     )
     with pytest.raises(ConfigError, match="windows: expected a whole number of at least 1; got 0"):
         parsed("--windows", "0")
+
+
+def test_the_setting_says_what_was_left_out():
+    result = {"tokens": {"calibration": 16384, "evaluation": 6144}, "search_shares": True}
+    assert demo.setting(result) == "Calibrated on 16,384 tokens, evaluated on 6,144 others."
+    quick = {"tokens": {"calibration": 4096, "evaluation": 2048}, "search_shares": False}
+    assert [line.partition(":")[0] for line in demo.setting(quick).splitlines()] == [
+        "Calibrated on 4,096 tokens, evaluated on 2,048 others.",
+        "That is little, to be quick",
+        "To be quick, 8-bit columns have equal shares at all sites",
+        "All of it",
+    ]
 
 
 def test_unknown_recipes_are_refused():
