@@ -238,7 +238,7 @@ def _try_recipe(
 ) -> dict[str, Any]:  # fmt: skip
     """Compile by one recipe, measure, generate; save if it is the first."""
     began = time.perf_counter()
-    shares = {} if options.search_shares else {"allocation": "equal"}
+    shares: dict[str, Any] = {} if options.search_shares else {"allocation": "equal"}
     compiled = compile(
         loaded.model, calibration, recipe=recipe, tokenizer=loaded.tokenizer, seed=options.seed, **shares,
         calibration_samples=options.calibration_samples, calibration_length=options.calibration_length,
