@@ -5,15 +5,79 @@ Packing happens once, when a model is exported or lowered; kernels read these by
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resq_compiler.errors import QuantError
+from resq_compiler.numerics.quantized import quantize_activation
 
 TILE = 64
 NIBBLE_BITS = 4
 """Codes of up to so many bits are stored two a byte."""
+
+
+@dataclass(frozen=True)
+class CachedHead:
+    """A cached head: columns [0, low) in codes of at most 4 bits, the `high` columns behind them in codes of 5 to 8 bits."""
+
+    low: int
+    high: int
+    low_bits: int = 4
+    high_bits: int = 8
+
+    @property
+    def columns(self) -> int:
+        return self.low + self.high
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(bits, start, stop) of the parts there are."""
+        both = ((self.low_bits, 0, self.low), (self.high_bits, self.low, self.columns))
+        return [span for span in both if span[2] > span[1]]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token: codes, a zero point and a scale for each part."""
+        return (self.low + 1) // 2 + self.high + 5 * len(self.spans)
+
+
+def pack_cache(x: Tensor, head: CachedHead, clip: float = 1.0) -> Tensor:
+    """Quantize keys or values as the kernels do: x [..., columns] -> cache rows uint8 [..., row bytes]."""
+    codes, zero_points, scales = [], [], []
+    for bits, start, stop in head.spans:
+        xq = quantize_activation(x[..., start:stop], bits, 1, clip)
+        stored = (xq.qdata.short() + 2 ** (bits - 1)).to(torch.uint8)
+        codes.append(_pack_halves(stored) if bits <= NIBBLE_BITS else stored)
+        zero_points.append((xq.zero_point + 2 ** (bits - 1)).to(torch.uint8))
+        scales.append(xq.scale.view(torch.uint8))
+    return torch.cat([*codes, *zero_points, *scales], -1)
+
+
+def unpack_cache(rows: Tensor, head: CachedHead) -> Tensor:
+    """The float image of cache rows: float32 [..., columns]."""
+    parts, images, start = len(head.spans), [], 0
+    scales = rows[..., head.row_bytes - 4 * parts :].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    zero_points = rows[..., head.row_bytes - 5 * parts : head.row_bytes - 4 * parts].float()
+    for i, (bits, first, last) in enumerate(head.spans):
+        size = (last - first + 1) // 2 if bits <= NIBBLE_BITS else last - first
+        stored = rows[..., start : start + size]
+        codes = _unpack_halves(stored, last - first) if bits <= NIBBLE_BITS else stored
+        images.append((codes.float() - zero_points[..., i : i + 1]) * scales[..., i : i + 1])
+        start += size
+    return torch.cat(images, -1)
+
+
+def _pack_halves(stored: Tensor) -> Tensor:
+    half = stored.shape[-1] // 2
+    return torch.cat((stored[..., :half] | stored[..., half : 2 * half] << 4, stored[..., 2 * half :]), -1)
+
+
+def _unpack_halves(packed: Tensor, width: int) -> Tensor:
+    pairs = packed[..., : width // 2]
+    return torch.cat((pairs & 15, pairs >> 4, packed[..., width // 2 :]), -1)
 
 
 def stride(width: int) -> int:

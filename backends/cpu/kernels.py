@@ -97,16 +97,16 @@ def mixed_linear(
     """
     m, n = x.scale.shape[0], weight.channels
     parts = _linear_parts(library, x, weight)
-    _check("mixed_linear", "scale", x.scale, torch.float32, (m, sum(x.groups)))
-    _check("mixed_linear", "zero_point", x.zero_point, torch.int32, (m, sum(x.groups)))
-    _check("mixed_linear", "weight scale", weight.scale, torch.float32, (len(x.rows), n))
-    _check("mixed_linear", "weight row_sum", weight.row_sum, torch.int32, (sum(x.groups), n))
-    _check("mixed_linear", "bias", bias, torch.float32, (n,))
-    _check("mixed_linear", "residual", residual, torch.float32, (m, n))
+    check_operand("mixed_linear", "scale", x.scale, torch.float32, (m, sum(x.groups)))
+    check_operand("mixed_linear", "zero_point", x.zero_point, torch.int32, (m, sum(x.groups)))
+    check_operand("mixed_linear", "weight scale", weight.scale, torch.float32, (len(x.rows), n))
+    check_operand("mixed_linear", "weight row_sum", weight.row_sum, torch.int32, (sum(x.groups), n))
+    check_operand("mixed_linear", "bias", bias, torch.float32, (n,))
+    check_operand("mixed_linear", "residual", residual, torch.float32, (m, n))
     y = torch.empty(m, n, dtype=torch.float32)
     arguments = MixedLinearArgs(
-        m, n, len(x.rows), parts, _at(x.scale), _at(x.zero_point), _at(weight.scale),
-        _at(weight.row_sum), _at(bias), _at(residual), n, _at(y), n,
+        m, n, len(x.rows), parts, address(x.scale), address(x.zero_point), address(weight.scale),
+        address(weight.row_sum), address(bias), address(residual), n, address(y), n,
     )  # fmt: skip
     library.run("mixed_linear", arguments, threads)
     return y
@@ -121,10 +121,10 @@ def _linear_parts(library: Library, x: RowParts, weight: LinearWeight) -> ctypes
     parts = (LinearPart * MAX_PARTS)()
     for i, (rows, width, groups) in enumerate(zip(x.rows, x.widths, x.groups, strict=True)):
         bits = weight.bits[i]
-        _check("mixed_linear", f"rows of part {i}", rows, torch.int8, (m, library.row_bytes(width, groups)))
+        check_operand("mixed_linear", f"rows of part {i}", rows, torch.int8, (m, library.row_bytes(width, groups)))
         expected = (tiles, library.tile_bytes(width, groups, bits))
-        _check("mixed_linear", f"weight of part {i}", weight.tiles[i], torch.uint8, expected)
-        parts[i] = LinearPart(Part(width, groups, 8, 1.0), bits, _at(rows), _at(weight.tiles[i]))
+        check_operand("mixed_linear", f"weight of part {i}", weight.tiles[i], torch.uint8, expected)
+        parts[i] = LinearPart(Part(width, groups, 8, 1.0), bits, address(rows), address(weight.tiles[i]))
     return parts
 
 
@@ -144,11 +144,11 @@ def norm_quantize(
     Raises:  BackendError: operands that do not fit each other, or more columns than MAX_COLUMNS.
     """
     rows, columns = x.shape[0], sum(p.width * p.groups for p in parts)
-    _check("norm_quantize", "x", x, torch.float32, (rows, columns))
-    _check("norm_quantize", "weight", weight, torch.float32, (columns,))
-    _check("norm_quantize", "bias", bias, torch.float32, (columns,))
-    result, out = _codes_out("norm_quantize", library, rows, parts)
-    arguments = NormQuantizeArgs(rows, _at(x), columns, NORMS.index(norm), eps, _at(weight), _at(bias), out)
+    check_operand("norm_quantize", "x", x, torch.float32, (rows, columns))
+    check_operand("norm_quantize", "weight", weight, torch.float32, (columns,))
+    check_operand("norm_quantize", "bias", bias, torch.float32, (columns,))
+    result, out = codes_out("norm_quantize", library, rows, parts)
+    arguments = NormQuantizeArgs(rows, address(x), columns, NORMS.index(norm), eps, address(weight), address(bias), out)
     library.run("norm_quantize", arguments, threads)
     return result
 
@@ -168,14 +168,14 @@ def hadamard_quantize(
     Raises:  BackendError: operands that do not fit each other, or more columns than MAX_COLUMNS.
     """
     rows, columns = gate.shape[0], sum(p.width for p in parts)
-    _check("hadamard_quantize", "gate", gate, torch.float32, (rows, columns))
-    _check("hadamard_quantize", "up", up, torch.float32, (rows, columns))
-    result, out = _codes_out("hadamard_quantize", library, rows, parts)
+    check_operand("hadamard_quantize", "gate", gate, torch.float32, (rows, columns))
+    check_operand("hadamard_quantize", "up", up, torch.float32, (rows, columns))
+    result, out = codes_out("hadamard_quantize", library, rows, parts)
     plans = [hadamard_plan(p.width) for p in parts]
     factors = [_dense_factors(plan, transpose) for plan in plans]
     transforms = (Transform * MAX_PARTS)(*map(_transform, plans, factors))
     index = ACTIVATIONS.index(activation)
-    arguments = HadamardQuantizeArgs(rows, _at(gate), _at(up), columns, columns, index, transforms, out)
+    arguments = HadamardQuantizeArgs(rows, address(gate), address(up), columns, columns, index, transforms, out)
     library.run("hadamard_quantize", arguments, threads)
     return result
 
@@ -189,11 +189,11 @@ def _dense_factors(plan: HadamardPlan, transpose: bool) -> list[Tensor | None]:
 def _transform(plan: HadamardPlan, factors: list[Tensor | None]) -> Transform:
     transform = Transform(plan.blocks, len(factors))
     for i, factor in enumerate(factors):
-        transform.order[i], transform.factor[i] = plan.orders[i], _at(factor)
+        transform.order[i], transform.factor[i] = plan.orders[i], address(factor)
     return transform
 
 
-def _codes_out(kernel: str, library: Library, rows: int, parts: Sequence[CodePart]) -> tuple[RowParts, CodesOut]:
+def codes_out(kernel: str, library: Library, rows: int, parts: Sequence[CodePart]) -> tuple[RowParts, CodesOut]:
     columns, runs = sum(p.width * p.groups for p in parts), sum(p.groups for p in parts)
     if not 1 <= len(parts) <= MAX_PARTS or columns > MAX_COLUMNS:
         raise BackendError(
@@ -201,18 +201,20 @@ def _codes_out(kernel: str, library: Library, rows: int, parts: Sequence[CodePar
         )
     codes = [torch.empty(rows, library.row_bytes(p.width, p.groups), dtype=torch.int8) for p in parts]
     scale, zero_point = torch.empty(rows, runs), torch.empty(rows, runs, dtype=torch.int32)
-    out = CodesOut(len(parts), scale=_at(scale), zero_point=_at(zero_point))
+    out = CodesOut(len(parts), scale=address(scale), zero_point=address(zero_point))
     for i, part in enumerate(parts):
-        out.part[i], out.rows[i] = Part(part.width, part.groups, part.bits, part.clip), _at(codes[i])
+        out.part[i], out.rows[i] = Part(part.width, part.groups, part.bits, part.clip), address(codes[i])
     result = RowParts(tuple(codes), tuple(p.width for p in parts), tuple(p.groups for p in parts), scale, zero_point)
     return result, out
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's values are; None for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(kernel: str, name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def check_operand(kernel: str, name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise BackendError unless the operand is absent, or contiguous on the CPU and of this dtype and shape."""
     if tensor is None:
         return
     if (

@@ -16,6 +16,7 @@ from resq_compiler.errors import BackendError
 VERSION = 1
 MAX_PARTS = 4
 MAX_FACTORS = 6
+MAX_HEAD = 256
 MAX_COLUMNS = 65536
 POINTER, INT64, INT32, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -79,10 +80,41 @@ class HadamardQuantizeArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Head(ctypes.Structure):
+    """rk_head."""
+
+    _fields_ = [("low", INT32), ("high", INT32), ("low_bits", INT32), ("high_bits", INT32)]
+
+
+class RopeCacheArgs(ctypes.Structure):
+    """rk_rope_cache_args."""
+
+    _fields_ = [
+        ("batch", INT64), ("tokens", INT64), ("heads", INT64), ("kv_heads", INT64), ("q", POINTER), ("k", POINTER), ("v", POINTER),
+        ("q_stride", INT64), ("k_stride", INT64), ("v_stride", INT64), ("cos", POINTER), ("sin", POINTER), ("rotary", INT64),
+        ("rotary_batch_stride", INT64), ("basis", POINTER), ("bases", INT64), ("q_norm", POINTER), ("k_norm", POINTER),
+        ("epsilon", FLOAT), ("clip", FLOAT), ("key", Head), ("value", Head), ("key_cache", POINTER), ("value_cache", POINTER),
+        ("capacity", INT64), ("start", POINTER), ("q_out", POINTER),
+    ]  # fmt: skip
+
+
+class AttentionArgs(ctypes.Structure):
+    """rk_attention_args."""
+
+    _fields_ = [
+        ("batch", INT64), ("tokens", INT64), ("heads", INT64), ("kv_heads", INT64), ("q", POINTER), ("key", Head), ("value", Head),
+        ("key_cache", POINTER), ("value_cache", POINTER), ("capacity", INT64), ("start", POINTER), ("mask", POINTER),
+        ("mask_stride", INT64), ("scale", FLOAT), ("softcap", FLOAT), ("window", INT64), ("sinks", POINTER), ("out", POINTER),
+        ("codes", CodesOut),
+    ]  # fmt: skip
+
+
 KERNELS: dict[str, type[ctypes.Structure]] = {
     "mixed_linear": MixedLinearArgs,
     "norm_quantize": NormQuantizeArgs,
     "hadamard_quantize": HadamardQuantizeArgs,
+    "rope_cache": RopeCacheArgs,
+    "attention": AttentionArgs,
 }
 """Every kernel with the type of its arguments."""
 

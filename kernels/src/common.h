@@ -98,6 +98,21 @@ RK_INLINE float rk_total(rk_lanes lanes) {
     return s[0];
 }
 
+/* Sum of (x - shift), or of its squares. */
+RK_INLINE float rk_sum_of(const float *x, int64_t columns, float shift, const int squares) {
+    rk_lanes sums = {{{0}}};
+    float last[16] = {0};
+    const int64_t whole = columns / 16 * 16;
+    for (int64_t j = 0; j < columns - whole; j++)
+        last[j] = x[whole + j] - shift;
+    for (int64_t i = 0; i <= whole; i += 16)
+        for (int j = 0; j < 16 / RK_WIDTH; j++) {
+            f32v v = i < whole ? rk_load(x + i + RK_WIDTH * j) - shift : rk_load(last + RK_WIDTH * j);
+            sums.part[j] += squares ? v * v : v;
+        }
+    return rk_total(sums);
+}
+
 /* The lowest or highest element; any order gives the same. */
 RK_INLINE float rk_lowest_of(f32v v) { float s = v[0]; for (int i = 1; i < RK_WIDTH; i++) s = v[i] < s ? v[i] : s; return s; }
 RK_INLINE float rk_highest_of(f32v v) { float s = v[0]; for (int i = 1; i < RK_WIDTH; i++) s = v[i] > s ? v[i] : s; return s; }

@@ -1,7 +1,9 @@
 /* All kernels of one instruction set: the build compiles this file once for each, with RK_ISA=avx512vnni and RK_AVX512VNNI. */
+#include "attention.c"
 #include "hadamard_quantize.c"
 #include "mixed_linear.c"
 #include "norm_quantize.c"
+#include "rope_cache.c"
 
 #include "table.h"
 

@@ -27,6 +27,7 @@
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
 #define RK_MAX_FACTORS 6
+#define RK_MAX_HEAD 256 /* columns of a head */
 #define RK_MAX_COLUMNS 65536 /* of a row that is quantized */
 #define RK_API __attribute__((visibility("default")))
 
@@ -113,6 +114,56 @@ typedef struct {
     rk_codes out;
 } rk_hadamard_quantize_args;
 
+/* A cached head: columns [0, low) in codes of at most 4 bits, the `high` columns behind them in codes of 5 to 8 bits; either may be
+ * 0. A part that is there has a zero point and a scale. */
+typedef struct {
+    int32_t low, high, low_bits, high_bits;
+} rk_head;
+
+/* Queries, keys and values of new tokens; keys and values are quantized and written into the cache behind what is there.
+ *     x = rms_norm(x) * norm            per head; q_norm or k_norm NULL: not
+ *     x = x * cos + rotate_half(x) * sin    the first `rotary` columns of queries and keys
+ *     x = x U                           queries and keys, with the basis of their key head; basis NULL: not
+ * A unit is one head of one token. */
+typedef struct {
+    int64_t batch, tokens, heads, kv_heads;
+    const float *q, *k, *v;                /* [batch, tokens, heads, columns]; floats from token to token: */
+    int64_t q_stride, k_stride, v_stride;
+    const float *cos, *sin;                /* [batch or 1, tokens, rotary] */
+    int64_t rotary, rotary_batch_stride;   /* floats from batch to batch, 0 when all share them */
+    const float *basis;                    /* [bases, D, D]; bases: 1 or kv_heads */
+    int64_t bases;
+    const float *q_norm, *k_norm;
+    float epsilon, clip;
+    rk_head key, value;
+    uint8_t *key_cache, *value_cache;      /* [batch, kv_heads, capacity, rk_head_bytes] */
+    int64_t capacity;
+    const int32_t *start;                  /* [batch]: tokens that are there already */
+    float *q_out;                          /* [batch, tokens, heads, D] */
+} rk_rope_cache_args;
+
+/* softmax(scale q k^T) v over the cache, into which the new tokens have been written. Query i of a batch, in slot start + i, sees
+ * the slots t with slot - window < t <= slot (window 0: all t <= slot) and mask[t] != 0. softcap c > 0: scores are c tanh(score / c).
+ * sinks: a further score of every head that has no value. A query that sees nothing gives 0.
+ * The result goes to out, or if codes.parts is not 0 to codes, a run for each head: its parts are split as the values are.
+ * A unit is a few queries of the heads that share a key head. Sums use fused multiply-add where the processor has it: instruction
+ * sets differ in the last bits. */
+typedef struct {
+    int64_t batch, tokens, heads, kv_heads;
+    const float *q;                        /* [batch, tokens, heads, D] */
+    rk_head key, value;
+    const uint8_t *key_cache, *value_cache;
+    int64_t capacity;
+    const int32_t *start;
+    const uint8_t *mask;                   /* [batch, slots] or NULL */
+    int64_t mask_stride;
+    float scale, softcap;
+    int64_t window;
+    const float *sinks;                    /* [heads] or NULL */
+    float *out;                            /* [batch, tokens, heads, value columns] or NULL */
+    rk_codes codes;
+} rk_attention_args;
+
 /* Interface version, to be compared with RK_VERSION. */
 RK_API int32_t rk_version(void);
 /* Instruction sets compiled into this library, best first; NULL behind the last. */
@@ -128,6 +179,9 @@ RK_API int32_t rk_select(int32_t index);
 RK_API int64_t rk_row_bytes(const rk_part *part);
 RK_API int64_t rk_tile_bytes(const rk_part *part, int32_t weight_bits);
 
+/* Bytes of one token of a cached head. */
+RK_API int64_t rk_head_bytes(const rk_head *head);
+
 RK_API int64_t rk_mixed_linear_units(const rk_mixed_linear_args *args);
 RK_API void rk_mixed_linear(const rk_mixed_linear_args *args, int64_t begin, int64_t end);
 RK_API int64_t rk_norm_quantize_units(const rk_norm_quantize_args *args);
@@ -135,5 +189,11 @@ RK_API void rk_norm_quantize(const rk_norm_quantize_args *args, int64_t begin, i
 
 RK_API int64_t rk_hadamard_quantize_units(const rk_hadamard_quantize_args *args);
 RK_API void rk_hadamard_quantize(const rk_hadamard_quantize_args *args, int64_t begin, int64_t end);
+
+RK_API int64_t rk_rope_cache_units(const rk_rope_cache_args *args);
+RK_API void rk_rope_cache(const rk_rope_cache_args *args, int64_t begin, int64_t end);
+
+RK_API int64_t rk_attention_units(const rk_attention_args *args);
+RK_API void rk_attention(const rk_attention_args *args, int64_t begin, int64_t end);
 
 #endif

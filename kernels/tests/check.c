@@ -1,5 +1,5 @@
 /* Runs every kernel on random operands of odd sizes, with every instruction set that the processor has, and compares: integer
- * results with plain loops written from resq_kernels.h, all results among instruction sets, bit for bit. Buffers are exactly as
+ * results with plain loops written from resq_kernels.h, all results among instruction sets, bit for bit (attention: to rounding). Buffers are exactly as
  * large as they must be, so that a sanitizer sees any access beyond them. Prints what differs; exits with 1 then. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,7 +33,19 @@ static float *floats(int64_t count, float low, float high) {
 /* Runs a kernel in two pieces under each instruction set; the first result is what `fill` left in `expected`, if it is not NULL. */
 typedef void (*run_function)(const void *args);
 
-static int compare(const char *what, run_function run, const void *args, void *result, int64_t bytes, const void *expected) {
+static int differ(const void *a, const void *b, int64_t bytes, float tolerance) {
+    if (tolerance == 0)
+        return memcmp(a, b, (size_t)bytes);
+    const float *x = a, *y = b;
+    for (int64_t i = 0; i < bytes / 4; i++)
+        if (!(x[i] - y[i] <= tolerance && y[i] - x[i] <= tolerance))
+            return 1;
+    return 0;
+}
+
+/* tolerance 0: bit for bit, else floats. */
+static int compare_within(const char *what, run_function run, const void *args, void *result, int64_t bytes, const void *expected,
+                          float tolerance) {
     void *first = expected ? memcpy(array(bytes, 1), expected, (size_t)bytes) : NULL;
     int wrong = 0;
     for (int32_t i = 0; rk_instruction_set(i); i++) {
@@ -43,13 +55,17 @@ static int compare(const char *what, run_function run, const void *args, void *r
         run(args);
         if (!first)
             first = memcpy(array(bytes, 1), result, (size_t)bytes);
-        if (memcmp(first, result, (size_t)bytes)) {
+        if (differ(first, result, bytes, tolerance)) {
             printf("%s: %s differs\n", what, rk_instruction_set(i));
             wrong = 1;
         }
     }
     free(first);
     return wrong;
+}
+
+static int compare(const char *what, run_function run, const void *args, void *result, int64_t bytes, const void *expected) {
+    return compare_within(what, run, args, result, bytes, expected, 0);
 }
 
 #define RUNNER(name) \
@@ -257,10 +273,71 @@ static int check_hadamard_quantize(void) {
     return wrong;
 }
 
+/* The cache: rope_cache writes one, attention reads it. */
+
+RUNNER(rope_cache)
+RUNNER(attention)
+
+static rk_head random_head(void) {
+    rk_head h = {(int32_t)between(0, 45), (int32_t)between(0, 40), (int32_t)between(2, 4), (int32_t)between(5, 8)};
+    h.high += h.low + h.high == 0;
+    return h;
+}
+
+static int64_t columns_of(rk_head h) { return h.low + h.high; }
+
+static int check_attention(const rk_rope_cache_args *r) {
+    rk_attention_args a = {r->batch, r->tokens, r->heads, r->kv_heads, r->q_out, r->key, r->value, r->key_cache, r->value_cache,
+                           r->capacity, r->start, .scale = 0.2f, .window = between(0, 1) * between(1, 9)};
+    a.mask_stride = r->capacity;
+    a.softcap = random_bits() & 1 ? 3.0f : 0.0f;
+    a.sinks = random_bits() & 1 ? floats(a.heads, -1, 1) : NULL;
+    uint8_t *mask = random_bits() & 1 ? array(a.batch * a.capacity, 1) : NULL;
+    for (int64_t i = 0; mask && i < a.batch * a.capacity; i++)
+        mask[i] = random_bits() % 4 > 0;
+    a.mask = mask;
+    int64_t bytes = a.batch * a.tokens * a.heads * columns_of(a.value) * 4;
+    a.out = array(bytes, 1);
+    int wrong = compare_within("attention", run_attention, &a, a.out, bytes, NULL, 1e-4f);
+    free(mask), free((void *)a.sinks), free(a.out);
+    return wrong;
+}
+
+static int check_rope_cache_and_attention(void) {
+    rk_rope_cache_args a = {.batch = between(1, 2), .tokens = between(1, 40), .kv_heads = between(1, 3), .epsilon = 1e-5f, .clip = 1};
+    a.heads = a.kv_heads * between(1, 4);
+    a.key = random_head(), a.value = random_head();
+    a.capacity = a.tokens + 50;
+    const int64_t d = columns_of(a.key), e = columns_of(a.value), rows = a.batch * a.tokens, slots = a.batch * a.kv_heads * a.capacity;
+    a.q_stride = a.heads * d, a.k_stride = a.kv_heads * d, a.v_stride = a.kv_heads * e;
+    a.q = floats(rows * a.q_stride, -2, 2), a.k = floats(rows * a.k_stride, -2, 2), a.v = floats(rows * a.v_stride, -2, 2);
+    a.rotary = between(0, d / 2) * 2, a.rotary_batch_stride = a.tokens * a.rotary;
+    a.cos = floats(rows * a.rotary, -1, 1), a.sin = floats(rows * a.rotary, -1, 1);
+    a.bases = random_bits() & 1 ? 1 : a.kv_heads;
+    a.basis = random_bits() & 1 ? floats(a.bases * d * d, -0.3f, 0.3f) : NULL;
+    a.q_norm = random_bits() & 1 ? floats(d, 0.5f, 2) : NULL;
+    a.k_norm = a.q_norm;
+    int32_t *start = array(a.batch, 4);
+    for (int64_t b = 0; b < a.batch; b++)
+        start[b] = (int32_t)between(0, 50);
+    a.start = start;
+    const int64_t key_bytes = slots * rk_head_bytes(&a.key), value_bytes = slots * rk_head_bytes(&a.value);
+    int64_t bytes = rows * a.q_stride * 4 + key_bytes + value_bytes;
+    uint8_t *result = array(bytes, 1);
+    a.q_out = (float *)result, a.key_cache = result + rows * a.q_stride * 4, a.value_cache = a.key_cache + key_bytes;
+    int wrong = compare("rope_cache", run_rope_cache, &a, result, bytes, NULL);
+    memset(a.key_cache, 0, (size_t)(key_bytes + value_bytes)); /* slots that nothing was written to hold some numbers */
+    run_rope_cache(&a);
+    wrong |= check_attention(&a);
+    free((void *)a.q), free((void *)a.k), free((void *)a.v), free((void *)a.cos), free((void *)a.sin), free((void *)a.basis);
+    free((void *)a.q_norm), free(start), free(result);
+    return wrong;
+}
+
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 20, wrong = 0;
     for (int i = 0; i < rounds; i++)
-        wrong |= check_mixed_linear() | check_norm_quantize() | check_hadamard_quantize();
+        wrong |= check_mixed_linear() | check_norm_quantize() | check_hadamard_quantize() | check_rope_cache_and_attention();
     for (int32_t i = 0; rk_instruction_set(i); i++)
         printf("%s: %s\n", rk_instruction_set(i), rk_supported(i) ? "checked" : "not supported by this processor");
     return wrong;

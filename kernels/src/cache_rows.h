@@ -1,0 +1,85 @@
+/* Writing and reading one token of a cached head: the layout is in resq_kernels.h. */
+#ifndef RK_CACHE_ROWS_H
+#define RK_CACHE_ROWS_H
+
+#include "quantize.h"
+
+/* Codes of `width` values, unsigned, a byte each; returns the quantizer. `space` has room for the width, rounded up to 8. */
+RK_INLINE quantizer unsigned_codes(const float *x, int64_t width, int bits, float clip, uint8_t *space) {
+    const quantizer q = quantizer_of(x, width, bits, clip);
+    store_codes(q, x, width, (int8_t *)space);
+    for (int64_t i = 0; i < width; i++)
+        space[i] = (uint8_t)(space[i] - q.lowest);
+    return q;
+}
+
+/* Two codes a byte: the first half of the columns in the low nibbles, the second half in the high ones; an odd column alone. */
+RK_INLINE void pack_nibbles(const uint8_t *codes, int64_t width, uint8_t *bytes) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i++)
+        bytes[i] = (uint8_t)(codes[i] | codes[half + i] << 4);
+    if (width % 2)
+        bytes[half] = codes[width - 1];
+}
+
+/* Quantize a head of x into a row of the cache. */
+static inline void write_row(const rk_head *h, const float *x, float clip, uint8_t *row) {
+    const int64_t low_bytes = (h->low + 1) / 2;
+    uint8_t codes[RK_MAX_HEAD + 8], *zero_points = row + low_bytes + h->high;
+    float scales[2];
+    int parts = 0;
+    if (h->low) {
+        const quantizer q = unsigned_codes(x, h->low, h->low_bits, clip, codes);
+        pack_nibbles(codes, h->low, row);
+        zero_points[parts] = (uint8_t)((int)q.zero_point - q.lowest);
+        scales[parts++] = q.scale;
+    }
+    if (h->high) {
+        const quantizer q = unsigned_codes(x + h->low, h->high, h->high_bits, clip, codes);
+        memcpy(row + low_bytes, codes, (size_t)h->high);
+        zero_points[parts] = (uint8_t)((int)q.zero_point - q.lowest);
+        scales[parts++] = q.scale;
+    }
+    memcpy(zero_points + parts, scales, sizeof(float) * (size_t)parts);
+}
+
+RK_INLINE f32v byte_floats(u8v bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, i32v), f32v); }
+
+/* x[i] = ((bytes[i] >> shift & mask) - zero_point) * scale */
+RK_INLINE void read_codes(const uint8_t *bytes, int64_t count, const int shift, const int mask, float zero_point, float scale,
+                          float *x) {
+    int64_t i = 0;
+    for (; i + RK_WIDTH <= count; i += RK_WIDTH) {
+        u8v v;
+        memcpy(&v, bytes + i, sizeof v);
+        rk_store(x + i, (byte_floats(v >> shift & (uint8_t)mask) - zero_point) * scale);
+    }
+    if (i < count && i > 0) { /* the last vector, some of whose values are there already */
+        i = count - RK_WIDTH;
+        u8v v;
+        memcpy(&v, bytes + i, sizeof v);
+        rk_store(x + i, (byte_floats(v >> shift & (uint8_t)mask) - zero_point) * scale);
+    } else
+        for (; i < count; i++)
+            x[i] = ((float)(bytes[i] >> shift & mask) - zero_point) * scale;
+}
+
+/* The float image of a row of the cache. */
+RK_INLINE void read_row(const rk_head *h, const uint8_t *row, float *x) {
+    const int64_t half = h->low / 2, low_bytes = (h->low + 1) / 2;
+    const uint8_t *zero_points = row + low_bytes + h->high, *scales = zero_points + (h->low > 0) + (h->high > 0);
+    float scale;
+    memcpy(&scale, scales, 4);
+    if (h->low) {
+        const float zero_point = zero_points[0];
+        read_codes(row, half, 0, 15, zero_point, scale, x);
+        read_codes(row, half, 4, 15, zero_point, scale, x + half);
+        if (h->low % 2)
+            x[h->low - 1] = ((float)row[half] - zero_point) * scale;
+        memcpy(&scale, scales + 4 * (h->high > 0), 4);
+    }
+    if (h->high)
+        read_codes(row + low_bytes, h->high, 0, 255, zero_points[h->low > 0], scale, x + h->low);
+}
+
+#endif

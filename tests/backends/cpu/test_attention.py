@@ -1,0 +1,225 @@
+"""rope_cache and attention against torch: cache rows are the law's codes of the float heads, the rest to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from resq_compiler.backends.cpu import formats
+from resq_compiler.backends.cpu.attention import attention, empty_cache, rope_cache
+from resq_compiler.backends.cpu.formats import CachedHead
+from resq_compiler.backends.cpu.kernels import CodePart, norm_quantize
+
+from resq_compiler.errors import BackendError
+from resq_compiler.ir import ops
+
+HEADS = {
+    "both": CachedHead(56, 8),
+    "odd": CachedHead(13, 3),
+    "low": CachedHead(32, 0),
+    "high": CachedHead(0, 24),
+    "3+6": CachedHead(21, 11, 3, 6),
+}
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(batch, heads, slots, head, value_head=None):
+    """A cache that holds random keys and values, `start` still 0."""
+    cache = empty_cache(batch, heads, slots, head, value_head or head)
+    cache.keys.copy_(formats.pack_cache(random(batch, heads, slots, head.columns, seed=1), head))
+    cache.values.copy_(
+        formats.pack_cache(random(batch, heads, slots, cache.value_head.columns, seed=2), cache.value_head)
+    )
+    return cache
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_cache_rows_come_back(library, head):
+    x = random(3, 5, head.columns)
+    rows = formats.pack_cache(x, head)
+    assert rows.shape == (3, 5, head.row_bytes)
+    parts = [(bits, a, b) for bits, a, b in head.spans]
+    assert torch.equal(formats.unpack_cache(rows, head), ops.quantize_dequantize(x, parts))
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("clip", [1.0, 0.9])
+def test_values_are_appended_as_the_law_says(library, isa, head, clip):
+    """Without norm, rotation and basis, keys and values are the codes of what comes in, to the bit; other slots stay."""
+    batch, new, g, d = 2, 3, 2, head.columns
+    q, k, v = random(batch, new, 4, d), random(batch, new, g, d, seed=1), random(batch, new, g, d, seed=2)
+    cache = empty_cache(batch, g, 10, head, head)
+    cache.start.copy_(torch.tensor([2, 7]))
+    assert torch.equal(rope_cache(library, q, k, v, None, cache, clip=clip), q)
+    for x, stored in ((k, cache.keys), (v, cache.values)):
+        expected = torch.zeros_like(stored)
+        for b, start in enumerate((2, 7)):
+            expected[b, :, start : start + new] = formats.pack_cache(x[b].transpose(0, 1), head, clip)
+        assert torch.equal(stored, expected)
+
+
+@pytest.mark.parametrize("bases", [None, 1, 2])
+@pytest.mark.parametrize("rotary", [0, 16, 64])
+@pytest.mark.parametrize("norm", [False, True])
+def test_queries_are_normed_rotated_and_turned(library, isa, bases, rotary, norm):
+    batch, new, heads, g, head = 2, 5, 4, 2, HEADS["both"]
+    d = head.columns
+    stacked = random(batch, new, (heads + 2 * g) * d)
+    q, k, v = (x.unflatten(-1, (-1, d)) for x in stacked.split([heads * d, g * d, g * d], -1))
+    basis = None if bases is None else torch.linalg.qr(random(bases, d, d, seed=3))[0].contiguous()
+    q_norm, k_norm = (random(d, seed=4), random(d, seed=5)) if norm else (None, None)
+    angles = random(1, new, rotary, seed=6)
+    tables = (angles.cos(), angles.sin()) if rotary else None
+    cache = empty_cache(batch, g, new, head, head)
+    shared = basis[0] if bases == 1 else basis
+    got = rope_cache(library, q, k, v, tables, cache, shared, q_norm, k_norm, 1e-6)
+
+    def expected(x, weight):
+        y = ops.rms_norm(x, weight, 1e-6) if norm else x
+        y = ops.rope(y.transpose(1, 2), tables[0][:, None], tables[1][:, None]) if rotary else y.transpose(1, 2)
+        return y if basis is None else ops.project_heads(y, basis)
+
+    torch.testing.assert_close(got.transpose(1, 2), expected(q, q_norm), rtol=1e-5, atol=1e-5)
+    steps = formats.unpack_cache(cache.keys, head) - formats.unpack_cache(
+        formats.pack_cache(expected(k, k_norm), head), head
+    )
+    assert (steps.abs() > 1e-4).float().mean() < 0.01  # a key that rounding put on the other side of a step
+
+
+def reference(q, cache, scale, mask, window, softcap, sinks, total):
+    """Float attention over the images, rows that see nothing are 0."""
+    heads = q.shape[2]
+    k, v = (
+        formats.unpack_cache(x[:, :, :total], h).repeat_interleave(heads // x.shape[1], 1)
+        for x, h in ((cache.keys, cache.key_head), (cache.values, cache.value_head))
+    )
+    scores = torch.einsum("bshd,bhtd->bhst", q, k) * scale
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    slots = cache.start[:, None] + torch.arange(q.shape[1])
+    keys = torch.arange(total)
+    seen = keys <= slots[..., None]
+    seen = seen & (slots[..., None] - keys < window) if window else seen
+    seen = seen if mask is None else seen & mask[:, None, :total]
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)), -1)
+    p = torch.softmax(scores, -1).nan_to_num(0.0)[..., :total]
+    return torch.einsum("bhst,bhtd->bshd", p, v)
+
+
+CASES = {
+    "decode": dict(new=1, start=(130, 37), heads=6, g=2),
+    "prefill": dict(new=70, start=(0, 0), heads=6, g=2),
+    "chunk": dict(new=9, start=(40, 3), heads=6, g=2),
+    "mqa": dict(new=33, start=(5, 5), heads=8, g=1),
+    "mha": dict(new=20, start=(0, 11), heads=3, g=3),
+    "window": dict(new=50, start=(60, 0), heads=4, g=2, window=17),
+    "window_decode": dict(new=1, start=(100, 3), heads=4, g=2, window=17),
+    "softcap": dict(new=12, start=(7, 0), heads=4, g=2, softcap=2.0),
+    "softcap_decode": dict(new=2, start=(40, 9), heads=4, g=2, softcap=2.0),
+    "padding": dict(new=40, start=(0, 0), heads=4, g=2, padding=9),
+    "padding_decode": dict(new=1, start=(50, 50), heads=4, g=2, padding=9),
+    "sinks": dict(new=40, start=(0, 0), heads=4, g=2, sinks=True, padding=5),
+    "sinks_decode": dict(new=1, start=(50, 2), heads=4, g=2, sinks=True),
+}
+
+
+def case(name, head=HEADS["both"], value_head=None):
+    c = CASES[name]
+    total = max(c["start"]) + c["new"]
+    cache = filled(2, c["g"], total + 3, head, value_head)
+    cache.start.copy_(torch.tensor(c["start"]))
+    mask = None
+    if "padding" in c:
+        mask = torch.ones(2, total, dtype=torch.bool)
+        mask[1, : c["padding"]] = False
+    sinks = random(c["heads"], seed=9) if "sinks" in c else None
+    options = (0.2, mask, c.get("window", 0), c.get("softcap", 0.0), sinks)
+    return random(2, c["new"], c["heads"], head.columns, seed=3), cache, options, total
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention(library, isa, name):
+    q, cache, options, total = case(name)
+    got = attention(library, q, cache, *options)
+    torch.testing.assert_close(got, reference(q, cache, *options, total), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["decode", "chunk"])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_heads_of_other_shapes(library, isa, name, head):
+    q, cache, options, total = case(name, head, CachedHead(21, 11))
+    got = attention(library, q, cache, *options)
+    torch.testing.assert_close(got, reference(q, cache, *options, total), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_codes_for_the_output_projection(library, isa, name):
+    """The same as quantizing the float result, heads in order, all low runs before all high ones."""
+    q, cache, options, _ = case(name)
+    heads, parts = q.shape[2], [CodePart(4, 56, q.shape[2]), CodePart(8, 8, q.shape[2])]
+    got = attention(library, q, cache, *options, parts)
+    y = attention(library, q, cache, *options)
+    columns = torch.cat((y[..., :56].flatten(2), y[..., 56:].flatten(2)), -1).flatten(0, 1)
+    expected = norm_quantize(library, columns.contiguous(), parts)
+    assert all(torch.equal(a, b) for a, b in zip(got.rows, expected.rows, strict=True))
+    assert torch.equal(got.scale, expected.scale) and torch.equal(got.zero_point, expected.zero_point)
+    assert got.scale.shape == (2 * q.shape[1], 2 * heads)
+
+
+@given(
+    new=st.integers(1, 40), start=st.integers(0, 50), group=st.integers(1, 4), g=st.integers(1, 3), low=st.integers(0, 40),
+    high=st.integers(1, 20), window=st.sampled_from([0, 1, 7]), seed=st.integers(0, 2**20),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_any_sizes_and_threads(library, new, start, group, g, low, high, window, seed):
+    head = CachedHead(low, high)
+    cache = filled(1, g, start + new, head)
+    cache.start.fill_(start)
+    q = random(1, new, g * group, head.columns, seed=seed)
+    expected = reference(q, cache, 0.3, None, window, 0.0, None, start + new)
+    for name in (name for name, able in library.instruction_sets().items() if able):
+        with library.using(name):
+            got = [attention(library, q, cache, 0.3, None, window, threads=threads) for threads in (1, 2, 3, 4)]
+        torch.testing.assert_close(got[0], expected, rtol=1e-4, atol=2e-6)
+        assert all(torch.equal(got[0], other) for other in got)
+
+
+def test_a_sequence_in_pieces_is_the_sequence_at_once(library):
+    """Tokens one by one, behind each other in one cache, see what a prompt sees."""
+    head, d = HEADS["both"], 64
+    q, k, v = random(1, 20, 4, d), random(1, 20, 2, d, seed=1), random(1, 20, 2, d, seed=2)
+    whole, pieces, outputs = empty_cache(1, 2, 20, head, head), empty_cache(1, 2, 20, head, head), []
+    expected = attention(library, rope_cache(library, q, k, v, None, whole), whole, 0.125)
+    for i in range(20):
+        step = [x[:, i : i + 1].contiguous() for x in (q, k, v)]
+        outputs.append(attention(library, rope_cache(library, *step, None, pieces), pieces, 0.125))
+        pieces.start.add_(1)
+    assert torch.equal(pieces.keys, whole.keys) and torch.equal(pieces.values, whole.values)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-4, atol=2e-6)
+
+
+def test_heads_of_torch_attention(library):
+    q, cache, _, total = case("prefill")
+    k, v = (formats.unpack_cache(x[:, :, :total], cache.key_head) for x in (cache.keys, cache.values))
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(attention(library, q, cache, 0.125).transpose(1, 2), expected, rtol=1e-4, atol=2e-6)
+
+
+def test_operands_that_do_not_fit(library):
+    q, cache, _, _ = case("decode")
+    with pytest.raises(BackendError, match=r"9 tokens behind \[130, 37\] need room for 139, the cache has 134"):
+        attention(library, random(2, 9, 6, 64), cache, 1.0)
+    with pytest.raises(BackendError, match=r"mask \(2, 4\); expected \[2, at least 131\]"):
+        attention(library, q, cache, 1.0, torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(BackendError, match="output parts .* the values are split as"):
+        attention(library, q, cache, 1.0, parts=[CodePart(4, 64, 6)])
+    with pytest.raises(BackendError, match="5 query heads for 2 key heads"):
+        attention(library, random(2, 1, 5, 64), cache, 1.0)
+    with pytest.raises(BackendError, match="tokens evenly spaced"):
+        rope_cache(library, q, random(2, 1, 64, 2).transpose(2, 3), q[:, :, :2], None, cache)
