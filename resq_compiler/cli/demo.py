@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -182,14 +183,14 @@ def setting(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def next_steps(program: str, directory: Path, chat: bool) -> str:
-    """Three commands to go on with. program: how `resq` is called here; directory: of the compiled model."""
+def next_steps(program: str, directory: Path, model: str, chat: bool) -> str:
+    """Three commands to go on with. program: how `resq` is called here; directory: of the compiled model; model: the float one."""
     prompt = '--chat --prompt "What is gravity?"' if chat else '--prompt "Gravity is"'
     return "\n".join(
         (
             "Try next:",
-            f"  {program} generate {directory} {prompt}",
-            f"  {program} inspect {directory} --activations",
+            f"  {program} generate {shlex.quote(str(directory))} {prompt}",
+            f"  {program} inspect {shlex.quote(str(directory))} --activations --reference {shlex.quote(model)}",
             f"  {program} compile MODEL --calibration TEXT.txt --output out/mine   # a directory, a .gguf file or a hub id",
         )
     )

@@ -67,7 +67,7 @@ def test_a_model_with_a_chat_template_is_asked_questions(tmp_path, capsys):
 
 def test_commands_to_try_next_parse(tmp_path):
     for chat in (True, False):
-        first, *commands = demo.next_steps("resq", tmp_path / "model", chat).splitlines()
+        first, *commands = demo.next_steps("resq", tmp_path / "a model", "embedded", chat).splitlines()
         assert first == "Try next:" and len(commands) == 3
         for words in (shlex.split(line, comments=True)[1:] for line in commands):
             module = importlib.import_module(f"resq_compiler.cli.commands.{words[0]}")

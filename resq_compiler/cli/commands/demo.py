@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     common.write_text(output / "report.json", common.to_json(result) + "\n")
     common.write_text(output / "report.md", demo.markdown_report(result))
     saved = f"compiled model: {output / 'model'}   report: {output / 'report.md'}   {result['seconds']:.0f} s in all"
-    steps = demo.next_steps(_program(), output / "model", result["chat"])
+    steps = demo.next_steps(_program(), output / "model", arguments.model, result["chat"])
     parts = (demo.texts(result), demo.summary(result), demo.setting(result), saved, steps)
     common.show(arguments, result, "\n\n".join(parts))
     return 0
