@@ -27,8 +27,10 @@ import accuracy
 import torch
 
 from resq_compiler import api
-from resq_compiler.calibration import moments, precision
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.calibration import precision, requests
 from resq_compiler.calibration.data import calibration_windows, text_windows
+from resq_compiler.calibration.statistics import take
 from resq_compiler.cli import environment
 from resq_compiler.cli.commands.common import model_source
 from resq_compiler.evaluation.predictions import evaluate
@@ -38,6 +40,7 @@ from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes.named import passes_for, resolve
+from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.util.text import number, table
 
 TOKENS_ALIKE = {"gptq_token_weighting": "none"}
@@ -141,6 +144,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def settings(recipe: str, **options: Any) -> CompileConfig:
+    """Settings with the dtype of calibration that this machine takes."""
+    config = resolve(recipe, **options)
+    return dataclasses.replace(config, calibration_dtype=precision.resolve(config.calibration_dtype))
+
+
 def make_job(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """What a row is known by."""
     recipe, options, _ = VARIANTS[name]
@@ -172,17 +181,27 @@ class Bench:
         self.logits = {tuple(w.tolist()): self.loaded.model(w[None]) for w in self.windows}
         captured = api._capture_float32(self.loaded.model, False, lambda *step: None)
         self.gm, self.cache = captured.graph_module, captured.cache
-        self.config = precision.resolve(resolve("resq+", calibration_samples=arguments.calibration_samples,
-                                               calibration_length=arguments.calibration_length))  # fmt: skip
+        sizes = {n: getattr(arguments, n) for n in ("calibration_samples", "calibration_length")}
+        self.config = settings("resq+", **sizes)
         bos = self.loaded.model.config.get_text_config().bos_token_id
-        self.ctx = PassContext(self.config, captured.example_inputs, self.calibration(base), bos_token=bos)
+        self.ctx = PassContext(
+            captured.example_inputs, self.calibration(base), bos_token=bos, calibration_dtype=self.config.calibration_dtype,
+            basis_samples=self.config.basis_samples,
+        )  # fmt: skip
         self.pipeline = Pipeline(self.ctx)
         self.pipeline.start(self.gm)
         first = passes_for(self.config)
         self.shared = [p.name for p in first].index("fold-norms") + 1
         self.pipeline.run(self.gm, first[: self.shared])
         with precision.linears_in(self.config.calibration_dtype):
-            self.moments = moments.calibrate(self.gm, self.ctx)
+            topology = self.ctx.facts.get(Topology)
+            every = [
+                requests.residual_moment(topology),
+                requests.residual_peak(topology),
+                *requests.head_moments(topology),
+            ]
+            every += [r for by in ("energy", "peak") for r in requests.down_sizes(topology, by)]
+            self.statistics = take(self.gm, every, self.ctx.statistics_windows, None, self.ctx.progress)
 
     def reference(self, ids: torch.Tensor) -> Any:
         """The float model on one of the windows."""
@@ -203,17 +222,21 @@ class Bench:
         row = {**job, "load_before": environment.load_average(), "threads": torch.get_num_threads()}
         model, seconds = self.loaded.model, 0.0
         if job["recipe"] != "float":
-            config = precision.resolve(resolve(job["recipe"], weight_method="gptq", seed=job["seed"], **job["options"]))
-            own = job["self_written"] or config.down_proj == "block-pca"
-            own = own or any(getattr(config, name) != getattr(self.config, name) for name in MOMENTS)
+            config = settings(job["recipe"], weight_method="gptq", seed=job["seed"], **job["options"])
+            own = job["self_written"] or any(getattr(config, name) != getattr(self.config, name) for name in MOMENTS)
             began = time.perf_counter()
-            ctx = dataclasses.replace(self.ctx, config=config, notes=[], lines=[])
-            ctx.calibration = self.calibration(job) if own else self.ctx.calibration
-            ctx.moments = None if own else self.moments
+            ctx = dataclasses.replace(
+                self.ctx, seed=config.seed, calibration_dtype=config.calibration_dtype, basis_samples=config.basis_samples,
+                notes=[], lines=[],
+            )  # fmt: skip
+            if own:
+                ctx.calibration = self.calibration(job)
+            else:
+                ctx.facts.put(self.statistics)
             self.pipeline.ctx = ctx
             self.pipeline.run(self.gm, passes_for(config)[self.shared :])
             seconds = time.perf_counter() - began
-            model = CompiledModel(CompileResult(self.gm, ctx.config, self.cache, model.config, model.generation_config))
+            model = CompiledModel(CompileResult(self.gm, config, self.cache, model.config, model.generation_config))
         found = evaluate(model, self.windows, self.reference)
         row |= {
             "perplexity": found.perplexity,

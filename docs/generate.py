@@ -12,7 +12,7 @@ from pathlib import Path
 from resq_compiler.cli.commands import COMMANDS
 from resq_compiler.cli.commands.options import HELP
 from resq_compiler.recipes.named import RECIPES
-from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig
+from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig, base_type
 
 FOLDER = Path(__file__).parent
 
@@ -65,7 +65,7 @@ def _values(field: dataclasses.Field) -> str:
         return ", ".join(_shown(choice) for choice in CHOICES[field.name])
     kinds = {"int": "whole number", "float": "number", "str": "text", "bool": "on, off", "None": "none"}
     words = [f"`{word}`" for word in WORDS.get(field.name, ())]
-    alternatives = [kinds[kind] for kind in str(field.type).split(" | ") if not (words and kind == "str")]
+    alternatives = [kinds[kind] for kind in base_type(field.name).split(" | ")]
     return ", ".join([*alternatives, *words])
 
 
@@ -81,8 +81,8 @@ def _escaped(text: str) -> str:
 
 def _recipes() -> str:
     rows = [
-        f"| `{name}` | {', '.join(f'`{option}={value}`' for option, value in values.items()) or 'the defaults'} |"
-        for name, values in RECIPES.items()
+        f"| `{name}` | {', '.join(f'`{option}={value}`' for option, value in recipe.settings.items()) or 'the defaults'} |"
+        for name, recipe in RECIPES.items()
     ]
     return "## What recipes set\n\n| recipe | options |\n|---|---|\n" + "\n".join(rows)
 

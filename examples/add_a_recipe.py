@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from resq_compiler.passes import QuantizeWeights
 from torch.fx import GraphModule
 
 import resq_compiler
 from resq_compiler.ir import graph_tools, meta
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.recipes import named
+from resq_compiler.recipes.named import RECIPES, Recipe, before
+from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.recipes.standard import standard_passes
 from resq_compiler.tiny import tiny_model, tiny_tokens
-
-# A recipe is a name for options: three precisions, 8 bits for 1/16 of the columns, 2 bits for 1/16.
-named.RECIPES["three-parts"] = {"high_fraction": 1 / 16, "low_fraction": 1 / 16, "weight_method": "rtn"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class PruneSmallWeights(Pass):
         return len(parts)
 
 
-# A pass goes where the list says: here before the weights are quantized, on the partitioned linears.
-usual_passes = named.passes_for
-named.passes_for = lambda config: [
-    step
-    for item in usual_passes(config)
-    for step in ([PruneSmallWeights()] if item.name == "quantize-weights" else []) + [item]
-]
+def passes(settings: CompileConfig) -> tuple[Pass, ...]:
+    """The usual passes, with one before the weights are quantized, on the partitioned linears."""
+    return before(standard_passes(settings), QuantizeWeights, PruneSmallWeights())
+
+
+# A recipe is a name for settings, and for the passes they stand for: three precisions, 8 bits for 1/16 of the columns, 2 bits for 1/16.
+THREE_PARTS = {"high_fraction": 1 / 16, "low_fraction": 1 / 16, "weight_method": "rtn"}
+RECIPES["three-parts"] = Recipe(THREE_PARTS, passes)
 
 if __name__ == "__main__":
     compiled = resq_compiler.compile(

@@ -10,15 +10,29 @@ from resq_compiler.passes.insert_prefix import InsertPrefix
 from resq_compiler.passes.insert_projections import InsertProjections
 from resq_compiler.passes.name_attention import NameAttention
 from resq_compiler.passes.partition_linears import PartitionLinears
+from resq_compiler.passes.plan_columns import PlanColumns
 from resq_compiler.passes.quantize_activations import QuantizeActivations
 from resq_compiler.passes.quantize_kv_cache import QuantizeKvCache
 from resq_compiler.passes.quantize_weights import QuantizeWeights
 from resq_compiler.passes.reorder_channels import ReorderChannels
+from resq_compiler.passes.rotate_bases import RotateBases
 from resq_compiler.passes.split_fused import SplitFused
 from resq_compiler.passes.untie_embeddings import UntieEmbeddings
 
+from resq_compiler.pipeline.passes import Pass
+
+PASSES: dict[str, type[Pass]] = {
+    kind.name: kind
+    for kind in (
+        Canonicalize, NameAttention, SplitFused, UntieEmbeddings, FindTopology, FoldNorms, PlanColumns, ComputeBases, AllocateBits,
+        RotateBases, ReorderChannels, InsertProjections, FuseProjections, PartitionLinears, InsertPrefix, QuantizeWeights,
+        QuantizeActivations, QuantizeKvCache,
+    )
+}  # fmt: skip
+"""By name, as the text form of a tuple of passes knows them. A pass of one's own is added here: PASSES[MyPass.name] = MyPass."""
+
 __all__ = [
-    "AllocateBits", "Canonicalize", "ComputeBases", "FindTopology", "FoldNorms", "FuseProjections", "InsertPrefix", "InsertProjections",
-    "NameAttention", "PartitionLinears", "QuantizeActivations", "QuantizeKvCache", "QuantizeWeights", "ReorderChannels", "SplitFused",
-    "UntieEmbeddings",
+    "PASSES", "AllocateBits", "Canonicalize", "ComputeBases", "FindTopology", "FoldNorms", "FuseProjections", "InsertPrefix",
+    "InsertProjections", "NameAttention", "PartitionLinears", "PlanColumns", "QuantizeActivations", "QuantizeKvCache", "QuantizeWeights",
+    "ReorderChannels", "RotateBases", "SplitFused", "UntieEmbeddings",
 ]  # fmt: skip

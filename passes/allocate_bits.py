@@ -1,302 +1,221 @@
-"""allocate-bits: spend a budget of bits where spectra and sensitivities say it pays. Changes nothing but the shares of sites.
+"""allocate-bits: spend a budget of bits where spectra and sensitivities say it pays. Changes nothing but the column plan.
 
-Each site may give some of its columns more bits than the main ones, or fewer. With energies e_1 >= e_2 >= ... of its directions, and
-b_i bits for direction i, the relative error of a quantized value is about
-
-    sum_i 4^-b_i e_i / sum e
-
-and counts by how far it moves the model's predictions (sensitivity.py). Sites go from split to split, each time the one that lowers the
-sum most for what it costs: bits of the weights that read the columns, or bits of the cache. Linears and cache have a budget each.
-`allocation` says what splits there are: "sensitivity", shares of columns at `high_bits`; "widths", also 5 to 8 bits for them, and shares
-of columns at `low_bits`, so that the paper's 8/4/2 and 6/4/2 are among them. The budget is `average_bits` or `model_megabytes`, or what
-equal shares of `high_fraction` cost, and then the shares stay equal where the forecast gains less than a tenth. The result replaces
-`site_fractions`; the table is in this stage's text in a dump.
-
-Source: reverse water-filling on the eigenvalues (as in rate-distortion theory), restricted to widths that kernels have.
+Each site may give some of its columns more bits than the main ones, or fewer; analysis/splits.py says which. Linears and cache have a
+budget each. `kind` says what splits there are: "sensitivity", shares of columns at the plan's high bits; "widths", also 5 to 8 bits for
+them, and shares of columns at the plan's low bits, so that the paper's 8/4/2 and 6/4/2 are among them. The budget is `average_bits` or
+`megabytes`, or what the plan's equal shares cost, and then the shares stay equal where the forecast gains less than `worth`. The table
+is in this stage's text in a dump.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import heapq
-import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis import sensitivity, size_budget
-from resq_compiler.analysis.columns import SPLIT_DOWN
-from resq_compiler.calibration.bases import block_basis, head_moments, residual_moment
-from resq_compiler.calibration.moments import Moments, calibrate
+from resq_compiler.analysis.columns import ColumnPlan
+from resq_compiler.analysis.site_shares import SiteShares, least_average
+from resq_compiler.analysis.sites import Site
+from resq_compiler.analysis.splits import Choice, Menu, Split, spend
+from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.calibration import requests
+from resq_compiler.calibration.bases import Bases
+from resq_compiler.calibration.statistics import Request, Statistics
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools
-from resq_compiler.numerics.basis import principal_basis
+from resq_compiler.numerics.channels import Energy, Peak
+from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.util.text import number, table
 
-STEPS = 32  # of a site's columns: one step gives width / STEPS of them other bits
-WORTH = (
-    0.1  # of the forecast: what it lowers by less may be the forecast's own error (SmolLM2: docs/results/ablation.md)
-)
-DOWN_STEPS = (
-    16  # parts of down projections are Hadamard transforms: multiples of width / 16 have orders of small factors
-)
-WIDTHS = (5, 6, 7, 8)  # of the high part, with allocation="widths"
-MOST_LOW = (
-    4  # at most 1 / MOST_LOW of a site's columns are below the main bits, as CompileConfig.least_average counts on
-)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Columns above the main bits and below them, and the bits of each."""
-
-    high: int
-    high_bits: int
-    low: int = 0
-    low_bits: int = 2
-
-    def said(self, width: int, config: CompileConfig) -> str:
-        """In the words of `site_fractions`, after the equals sign."""
-        high = f"{self.high}/{width}" + (
-            f"@{self.high_bits}" if self.high and self.high_bits != config.high_bits else ""
-        )
-        return high + (f":{self.low}/{width}@{self.low_bits}" if self.low else "")
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """A site whose split is free.
-
-    energies: of its directions, those that get high bits first; each weighted by how far errors move predictions, in nats a token.
-    cost: of a bit of a column, the weights that read it, or the cache entries. main_bits, high_bits: what equal shares have.
-    """
-
-    site: str
-    energies: Tensor
-    cost: float
-    main_bits: int
-    high_bits: int
-
-    @property
-    def width(self) -> int:
-        return len(self.energies)
-
-    @functools.cached_property
-    def _sums(self) -> list[float]:
-        return [0.0, *self.energies.cumsum(0).tolist()]
-
-    def error(self, split: Split) -> float:
-        """Movement of the predictions, up to a factor that all sites share."""
-        sums, middle = self._sums, self.width - split.low
-        high, main, low = sums[split.high], sums[middle] - sums[split.high], sums[-1] - sums[middle]
-        return high * 4.0**-split.high_bits + main * 4.0**-self.main_bits + low * 4.0**-split.low_bits
-
-    def price(self, split: Split) -> float:
-        """Bits beyond the main ones, times cost; below zero where low columns save more than high ones take."""
-        return self.cost * (
-            split.high * (split.high_bits - self.main_bits) - split.low * (self.main_bits - split.low_bits)
-        )
-
-    def splits(self, config: CompileConfig) -> list[Split]:
-        """All that the site may become."""
-        step_, half = step(self, config), self.width // 2
-        counts = range(step_, half + 1, step_)
-        wide = config.allocation == "widths"
-        widths = [w for w in WIDTHS if w > self.main_bits] if wide else [self.high_bits]
-        can_sink = wide and config.low_bits < self.main_bits and not self.site.startswith(("key", "value"))
-        lows = [0, *(n for n in counts if n <= self.width // MOST_LOW)] if can_sink else [0]
-        pairs = [(0, self.high_bits), *itertools.product(counts, widths)]
-        return [Split(high, bits, low, config.low_bits) for (high, bits), low in itertools.product(pairs, lows)]
+Felt = Mapping[Site, Tensor]
+HEADER = ("site", "columns", "high", "low", "bits", "sensitivity", "of it in high %", "error against equal shares %")
 
 
 @dataclass(frozen=True)
 class AllocateBits(Pass):
-    """Set `site_fractions`. Raises PassError: the budget is out of reach."""
+    """Replace the shares of the ColumnPlan. Raises PassError: the budget is out of reach.
+
+    average_bits: of linears, and of the cache. megabytes: of the whole model, which says what linears may have. channels: how
+    reorder-channels finds the strongest ones; none, where down projections have bases or no parts. prefix_tokens: as many as a size must
+    have room for. worth: of the forecast; what it lowers by less may be the forecast's own error. steps, down_steps: see Menu.
+    """
 
     name: ClassVar[str] = "allocate-bits"
+    rewrites: ClassVar[bool] = False
+    requires: ClassVar[tuple[type, ...]] = (Topology, Bases, ColumnPlan)
+    provides: ClassVar[tuple[type, ...]] = (ColumnPlan,)
+
+    kind: Literal["sensitivity", "widths"] = "sensitivity"
+    average_bits: float | None = option(None, 2, 8)
+    megabytes: float | None = option(None, 0)
+    channels: Literal["energy", "peak", "none"] = "energy"
+    prefix_tokens: int = option(0, 0)
+    worth: float = option(0.1, 0, 1)
+    steps: int = option(32, 1)
+    down_steps: int = option(16, 1)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def statistics(self, gm: GraphModule, ctx: PassContext) -> Sequence[Request]:
+        return () if self.channels == "none" else requests.down_sizes(ctx.facts.get(Topology), self.channels)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a budget was stated, which is spent however little it gains."""
+        return self.average_bits is not None or self.megabytes is not None
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        config = ctx.config
-        if not config.allocates:
-            return 0
-        settled = {"allocation": "equal", "average_bits": None, "model_megabytes": None}
-        asked = config.average_bits is not None or config.model_megabytes is not None
-        if min(config.weight_bits, config.activation_bits, config.kv_bits) >= config.high_bits or (
-            not asked and config.high_fraction == 0
-        ):
-            ctx.config = dataclasses.replace(config, **settled)
+        plan = ctx.facts.get(ColumnPlan)
+        if nothing_to_share(plan, self.asked):
             ctx.lines.append("nothing to share out: all columns have the same bits")
             return 0
-        ctx.moments = ctx.moments or calibrate(gm, ctx)
-        felt = sensitivity.measure(gm, ctx)
-        averages = (size_budget.average_bits(gm, ctx), config.average_bits)
-        budgets = [(linear_choices(gm, ctx, felt), averages[0]), (cache_choices(gm, ctx, felt), averages[1])]
-        found: dict[Choice, Split] = {}
-        before = 0.0
-        for choices, average in budgets:
-            if choices:
-                found |= spend(choices, extra_bits(choices[0], config, average), config)
-                before += sum(c.error(equal(c, config, average)) for c in choices)
-        fall = 1 - sum(c.error(s) for c, s in found.items()) / before if before else 0.0
-        worth = asked or fall >= WORTH
-        shares = ",".join(f"{c.site}={s.said(c.width, config)}" for c, s in found.items()) if worth else ""
-        ctx.config = dataclasses.replace(config, site_fractions=shares, **settled)
-        result = (
-            ""
-            if worth
-            else f": below {100 * WORTH:g} %, so the shares stay equal, and the table says what they would have been"
-        )
-        ctx.lines += [f"forecast of the error: {100 * fall:.1f} % lower than with equal shares{result}"]
-        ctx.lines += describe(found, config, averages).splitlines()
+        found, averages = self._spend_budgets(gm, ctx, plan)
+        errors = [
+            (c.error(split), c.error(c.equal(plan, averages[is_cache(c)]))) for c, split in found.items()
+        ]  # fmt: skip
+        before = sum(error for _, error in errors)
+        fall = 1 - sum(error for error, _ in errors) / before if before else 0.0
+        worth = self.asked or fall >= self.worth
+        if worth:
+            shares = (s.share(c.site, c.width, plan.common.high_bits) for c, s in found.items())
+            ctx.facts.put(dataclasses.replace(plan, sites=SiteShares(tuple(shares))))
+        ctx.lines += [self._result(fall, worth), *describe(found, plan, averages).splitlines()]
         return len(found) if worth else 0
 
+    def _spend_budgets(
+        self, gm: GraphModule, ctx: PassContext, plan: ColumnPlan
+    ) -> tuple[dict[Choice, Split], tuple[float | None, float | None]]:
+        """The split of every site, and the average bits of linears and of the cache."""
+        felt = sensitivity.measure(gm, ctx.facts.get(Topology), ctx.windows, ctx.seed, ctx.progress)
+        averages = (self._linear_average(gm, ctx, plan), self.average_bits)
+        menu = Menu(
+            self.kind == "widths", plan.common.low_bits, plan.rank_multiple, self.steps, self.down_steps
+        )  # fmt: skip
+        found: dict[Choice, Split] = {}
+        for choices, average in zip((self._linears(gm, ctx, felt), caches(ctx, felt)), averages, strict=True):
+            if choices:
+                found |= spend(choices, choices[0].extra_bits(plan, average), menu)
+        return found, averages
 
-def linear_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) -> list[Choice]:
-    """Sites of linears, with energies in the order of their bases."""
-    config, blocks, moments = ctx.config, ctx.topology.blocks, ctx.moments
-    bits = (min(config.weight_bits, config.activation_bits), config.high_bits)
-    if bits[0] >= bits[1]:
-        return []
-    stream = residual_moment(gm, moments, ctx.topology, config)[None]
-    attention = [n for b in blocks for n in (b.attention.q, b.attention.k, b.attention.v)]
-    mlp = [n for b in blocks for f in b.feed_forwards for n in (*f.gates, *f.ups)]
-    choices = [
-        Choice(site, along(stream, felt[site]), sum(out_features(gm, n) for n in linears), *bits)
-        for site, linears in (("attention", attention), ("mlp", mlp))
-    ]
-    for block in blocks:
-        a, i = block.attention, block.index
-        values, _ = head_moments(gm, moments, block, config)
-        energies = along(values.repeat_interleave(a.num_heads // a.num_kv_heads, 0), felt[f"o.{i}"])
-        choices.append(Choice(f"o.{i}", energies, out_features(gm, a.o) * a.num_heads, *bits))
-        if config.down_proj in SPLIT_DOWN:
-            downs = [f.down for f in block.feed_forwards]
-            energies = down_energies(moments, downs, felt[f"down.{i}"].sum(0), config.down_proj)
-            choices.append(Choice(f"down.{i}", energies, sum(out_features(gm, d) for d in downs), *bits))
-    return choices
+    def _linear_average(self, gm: GraphModule, ctx: PassContext, plan: ColumnPlan) -> float | None:
+        if self.megabytes is None:
+            return self.average_bits
+        least = least_average(plan.weight_bits, plan.common.low_bits, self.kind == "widths")
+        budget = size_budget.SizeBudget(self.megabytes, least, 3 if self.kind == "widths" else 2, self.prefix_tokens)
+        return size_budget.average_bits(gm, ctx.facts.get(Topology), plan, ctx.facts.get(Bases), budget, ctx.note)
 
+    def _linears(self, gm: GraphModule, ctx: PassContext, felt: Felt) -> list[Choice]:
+        """Sites of linears, with energies in the order of their bases."""
+        topology, plan, bases = ctx.facts.get(Topology), ctx.facts.get(ColumnPlan), ctx.facts.get(Bases)
+        bits = (min(plan.weight_bits, plan.activation_bits), plan.common.high_bits)
+        if bits[0] >= bits[1]:
+            return []
+        if bases.residual is None:
+            raise PassError("columns are shared out along a basis of the residual stream; give compute-bases a basis")
+        stream = bases.residual[None]
+        attention = [n for b in topology.blocks for n in (b.attention.q, b.attention.k, b.attention.v)]
+        mlp = [n for b in topology.blocks for f in b.feed_forwards for n in (*f.gates, *f.ups)]
+        choices = [
+            Choice(site, along(stream, felt[site]), rows(gm, linears), *bits)
+            for site, linears in ((Site("attention"), attention), (Site("mlp"), mlp))
+        ]
+        for block in topology.blocks:
+            a, site = block.attention, Site("o", block.index)
+            values = bases.value[block.index].repeat_interleave(a.num_heads // a.num_kv_heads, 0)
+            choices.append(Choice(site, along(values, felt[site]), rows(gm, [a.o]) * a.num_heads, *bits))
+            if plan.split_down:
+                site = Site("down", block.index)
+                energies = self._down_energies(ctx, block, felt[site].sum(0))
+                choices.append(Choice(site, energies, rows(gm, [f.down for f in block.feed_forwards]), *bits))
+        return choices
 
-def down_energies(moments: Moments, downs: list[Node], weighted: Tensor, kind: str) -> Tensor:
-    """Weighted energies [width] of a down projection's channels in the order in which they get high bits.
+    def _down_energies(self, ctx: PassContext, block: Block, weighted: Tensor) -> Tensor:
+        """Weighted energies [width] of the inputs of a block's down projections, in the order in which they get high bits.
 
-    With block-pca of its directions, as if errors of channels did not add up: sensitivities have no more than a diagonal there.
-    """
-    if kind == "block-pca":
-        basis, order = block_basis(torch.stack([moments.down_blocks[d].mean() for d in downs]).sum(0))
-        along_blocks = torch.einsum("gcd,gc->gd", basis.square(), weighted.unflatten(0, basis.shape[:2]))
-        return along_blocks.flatten()[order].flip(0)
-    size = moments.down_energy if kind == "energy-split" else moments.down_peak
-    return weighted[torch.stack([size[d] for d in downs]).sum(0).argsort(descending=True, stable=True)]
+        With block PCA of its directions, as if errors of channels did not add up: sensitivities have no more than a diagonal there.
+        """
+        bases = ctx.facts.get(Bases)
+        if bases.down:
+            return torch.stack(
+                [along_blocks(bases.down[f.down].vectors, weighted)[bases.down[f.down].order] for f in block.feed_forwards]
+            ).mean(0).flip(0)  # fmt: skip
+        if self.channels == "none":
+            raise PassError(
+                "down projections have parts, and no order of channels: say channels=energy or channels=peak"
+            )
+        seen, kind = ctx.facts.get(Statistics), Energy if self.channels == "energy" else Peak
+        sizes = [seen.get(kind, Site("down", block.index, j)).sizes for j in range(len(block.feed_forwards))]
+        return weighted[torch.stack(sizes).sum(0).argsort(descending=True, stable=True)]
 
-
-def cache_choices(gm: GraphModule, ctx: PassContext, felt: dict[str, Tensor]) -> list[Choice]:
-    """Keys and values of every block."""
-    config, bits = ctx.config, (ctx.config.kv_bits, ctx.config.high_bits)
-    choices = []
-    for block in ctx.topology.blocks if bits[0] < bits[1] else ():
-        i, heads = block.index, block.attention.num_kv_heads
-        values, keys = head_moments(gm, ctx.moments, block, config)
-        choices.append(Choice(f"key.{i}", along(keys, felt[f"key.{i}"]), heads, *bits))
-        choices.append(Choice(f"value.{i}", along(values, felt[f"value.{i}"]), heads, *bits))
-    return choices
-
-
-def along(moment: Tensor, weighted: Tensor) -> Tensor:
-    """Energies of weighted moments [G, D, D] along the eigenvectors of a moment [G or 1, D, D], largest eigenvalue first; summed over G."""
-    basis, _ = principal_basis(moment)
-    return torch.einsum(
-        "gij,gik,gkj->j", basis.expand(len(weighted), -1, -1), weighted, basis.expand(len(weighted), -1, -1)
-    ).flip(0)
-
-
-def spend(choices: list[Choice], extra: float, config: CompileConfig) -> dict[Choice, Split]:
-    """The split of every site: from the cheapest on, always the change that lowers the error most for its price.
-
-    extra: bits a column beyond the main ones, on average. Among a site's splits that walks the lower convex hull of error over price, so
-    that the result is optimal up to the last change that fits.
-    """
-    options = {c: sorted((c.price(s), c.error(s), i, s) for i, s in enumerate(c.splits(config))) for c in choices}
-    found = {c: rows[0] for c, rows in options.items()}
-    left = sum(c.cost * c.width for c in choices) * extra - sum(row[0] for row in found.values())
-    if left < 0:
-        raise PassError(
-            f"a budget of {choices[0].main_bits + extra:.2f} average bits is less than the {choices[0].main_bits} main bits take; raise "
-            "it, lower weight_bits, or say allocation=widths, which may also take bits away"
+    def _result(self, fall: float, worth: bool) -> str:
+        """The first line of the stage's text."""
+        stays = (
+            f": below {100 * self.worth:g} %, so the shares stay equal, and the table says what they would have been"
         )
-    order = itertools.count()
-    waiting: list[tuple[float, int, Choice, tuple]] = []
-
-    def offer(choice: Choice) -> None:
-        price, error, *_ = found[choice]
-        better = [row for row in options[choice] if row[1] < error and price < row[0] <= price + left]
-        if better:
-            row = min(better, key=lambda row: (row[1] - error) / (row[0] - price))
-            heapq.heappush(waiting, ((row[1] - error) / (row[0] - price), next(order), choice, row))
-
-    for choice in choices:
-        offer(choice)
-    while waiting:
-        _, _, choice, row = heapq.heappop(waiting)
-        if row[0] - found[choice][0] <= left:
-            left -= row[0] - found[choice][0]
-            found[choice] = row
-        offer(choice)
-    return {choice: row[3] for choice, row in found.items()}
+        return f"forecast of the error: {100 * fall:.1f} % lower than with equal shares{'' if worth else stays}"
 
 
-def step(choice: Choice, config: CompileConfig) -> int:
-    """Columns given at a time."""
-    least = choice.width // (DOWN_STEPS if choice.site.startswith("down") else STEPS)
-    return max(config.rank_multiple, least // config.rank_multiple * config.rank_multiple)
+def nothing_to_share(plan: ColumnPlan, asked: bool) -> bool:
+    """Whether the main bits reach the high ones everywhere, or no column is to have high bits."""
+    main = min(plan.weight_bits, plan.activation_bits, plan.kv_bits)
+    return main >= plan.common.high_bits or (not asked and plan.common.high == 0)
 
 
-def extra_bits(choice: Choice, config: CompileConfig, average: float | None) -> float:
-    """The budget of a column beyond the main bits: of an average, or of equal shares."""
-    return (
-        config.high_fraction * (choice.high_bits - choice.main_bits) if average is None else average - choice.main_bits
-    )
+def caches(ctx: PassContext, felt: Felt) -> list[Choice]:
+    """Keys and values of every block."""
+    plan, bases = ctx.facts.get(ColumnPlan), ctx.facts.get(Bases)
+    bits = (plan.kv_bits, plan.common.high_bits)
+    choices = []
+    for block in ctx.facts.get(Topology).blocks if bits[0] < bits[1] else ():
+        i, heads = block.index, block.attention.num_kv_heads
+        keys = bases.key[i] if bases.key[i].dim() == 3 else bases.key[i][None]
+        for site, basis in ((Site("key", i), keys), (Site("value", i), bases.value[i])):
+            choices.append(Choice(site, along(basis, felt[site]), heads, *bits))
+    return choices
 
 
-def equal(choice: Choice, config: CompileConfig, average: float | None) -> Split:
-    """The split of a site if all have the same share of high columns."""
-    share = extra_bits(choice, config, average) / (choice.high_bits - choice.main_bits)
-    return Split(max(0, round(choice.width * share)), choice.high_bits)
+def is_cache(choice: Choice) -> bool:
+    """Whether a site is one of keys or values, which have a budget of their own."""
+    return choice.site.name in ("key", "value")
 
 
-def out_features(gm: GraphModule, linear: object) -> int:
-    """Rows of a linear's weight."""
-    return int(graph_tools.get_tensor(gm, linear.args[1]).shape[0])  # type: ignore[attr-defined]
+def along(basis: Tensor, weighted: Tensor) -> Tensor:
+    """Energies of weighted moments [G, D, D] along the directions of a basis [G or 1, D, D], last direction first; summed over G."""
+    each = basis.expand(len(weighted), -1, -1)
+    return torch.einsum("gij,gik,gkj->j", each, weighted, each).flip(0)
 
 
-def describe(found: dict[Choice, Split], config: CompileConfig, averages: tuple[float | None, float | None]) -> str:
+def along_blocks(basis: Tensor, weighted: Tensor) -> Tensor:
+    """Weighted energies [G·D] of channels along the directions of blocks of them [G, D, D]."""
+    return torch.einsum("gcd,gc->gd", basis.square(), weighted.unflatten(0, basis.shape[:2])).flatten()
+
+
+def rows(gm: GraphModule, linears: Iterable[Node]) -> int:
+    """Rows of the weights of linears, together."""
+    return sum(len(graph_tools.get_tensor(gm, requests.argument(n, 1))) for n in linears)
+
+
+def describe(found: dict[Choice, Split], plan: ColumnPlan, averages: tuple[float | None, float | None]) -> str:
     """The table: what each site got, and its predicted error against that of equal shares; averages: of linears and of the cache."""
-    rows = []
+    lines = []
     for choice, split in found.items():
         bits = choice.main_bits + choice.price(split) / choice.cost / choice.width
-        plain = equal(choice, config, averages[choice.site.startswith(("key", "value"))])
-        change = 100 * (choice.error(split) / choice.error(plain) - 1)
+        change = 100 * (choice.error(split) / choice.error(choice.equal(plan, averages[is_cache(choice)])) - 1)
         weight, kept = float(choice.energies.sum()), float(choice.energies[: split.high].sum())
         high, low = (
             f"{n} at {b}" if n else "0" for n, b in ((split.high, split.high_bits), (split.low, split.low_bits))
-        )
+        )  # fmt: skip
         part = number(100 * kept / weight, 1)
-        rows.append(
-            (choice.site, str(choice.width), high, low, number(bits, 2), number(weight, 3), part, f"{change:+.1f}")
-        )
-    header = (
-        "site",
-        "columns",
-        "high",
-        "low",
-        "bits",
-        "sensitivity",
-        "of it in high %",
-        "error against equal shares %",
-    )
-    return table(header, rows)
+        lines.append(
+            (str(choice.site), str(choice.width), high, low, number(bits, 2), number(weight, 3), part, f"{change:+.1f}")
+        )  # fmt: skip
+    return table(HEADER, lines)

@@ -1,25 +1,139 @@
-"""compute-bases: run the calibration data, take second moments, and make U_A, U_B and U_C from them. Changes nothing."""
+"""compute-bases: find the orthogonal bases in which a part of the directions carries most of the energy. Changes nothing.
+
+pca          eigenvectors of second moments of the calibration run, by ascending eigenvalue (ResQ)
+outliers     a permutation that puts the channels with the largest peaks last (QUIK)
+hadamard     a random rotation of the whole width: a randomized Hadamard matrix (QuaRot)
+orthogonal   the same, any random orthogonal matrix
+none         no bases, but those of down projections
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
-from resq_compiler.calibration.bases import make_bases, needs_moments
-from resq_compiler.calibration.moments import calibrate
+from resq_compiler.analysis.amplification import residual_readers, value_readers, weigh
+from resq_compiler.analysis.sites import Site
+from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.calibration import requests
+from resq_compiler.calibration.bases import Bases, BlockBasis, block_basis, permutation, random_basis
+from resq_compiler.calibration.statistics import Request, Statistics
+from resq_compiler.numerics.basis import SecondMoment, principal_basis
+from resq_compiler.numerics.channels import Peak
 from resq_compiler.pipeline.passes import Pass, PassContext
+
+MEASURED = ("pca", "outliers")
 
 
 @dataclass(frozen=True)
 class ComputeBases(Pass):
-    """Set ctx.moments and ctx.bases."""
+    """Provide Bases.
+
+    weighting "readers": directions also count by how much the weights (for U_C the queries) that read them amplify errors.
+    key_basis: U_C, one for all heads of a layer, or one for each key/value head. down "block-pca": principal directions of blocks of 64
+    channels at the inputs of down projections.
+    """
 
     name: ClassVar[str] = "compute-bases"
+    rewrites: ClassVar[bool] = False
+    requires: ClassVar[tuple[type, ...]] = (Topology,)
+    provides: ClassVar[tuple[type, ...]] = (Bases,)
+
+    basis: Literal["pca", "outliers", "hadamard", "orthogonal", "none"] = "pca"
+    weighting: Literal["none", "readers"] = "none"
+    key_basis: Literal["shared", "head"] = "shared"
+    down: Literal["none", "block-pca"] = "none"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.basis in MEASURED or self.down == "block-pca"
+
+    def statistics(self, gm: GraphModule, ctx: PassContext) -> Sequence[Request]:
+        topology = ctx.facts.get(Topology)
+        found: list[Request] = []
+        if self.basis in MEASURED:
+            at_residual = requests.residual_moment if self.basis == "pca" else requests.residual_peak
+            found += [at_residual(topology), *requests.head_moments(topology)]
+        if self.down == "block-pca":
+            found += requests.down_moments(topology)
+        return found
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        if needs_moments(ctx.config):
-            ctx.moments = ctx.moments or calibrate(gm, ctx)
-        ctx.bases = make_bases(gm, ctx.moments, ctx.topology, ctx.config)
+        topology, seen = ctx.facts.get(Topology), ctx.facts.find(Statistics) or Statistics()
+        down = self._down(topology, seen)
+        if self.basis == "pca":
+            bases = self._principal(gm, topology, seen, down)
+        elif self.basis == "outliers":
+            bases = ordered(topology, seen, self.key_basis == "shared", down)
+        elif self.basis == "none":
+            bases = Bases(down=down)
+        else:
+            bases = drawn(topology, self.basis, ctx.seed, down)
+        ctx.facts.put(bases)
         return 0
+
+    def _down(self, topology: Topology, seen: Statistics) -> dict[torch.fx.Node, BlockBasis]:
+        if self.down == "none":
+            return {}
+        sites = requests.feed_forwards(topology)
+        return {f.down: block_basis(seen.get(SecondMoment, site).mean()) for site, f in sites}
+
+    def _principal(
+        self, gm: GraphModule, topology: Topology, seen: Statistics, down: dict[torch.fx.Node, BlockBasis]
+    ) -> Bases:  # fmt: skip
+        moment = seen.get(SecondMoment, requests.RESIDUAL).mean()
+        if self.weighting == "readers":
+            moment = weigh(moment, residual_readers(gm, topology))
+        heads = [self._head_moments(gm, seen, block) for block in topology.blocks]
+        value = tuple(each_basis(values) for values, _ in heads)
+        key = tuple(each_basis(keys) for _, keys in heads)
+        if self.key_basis == "shared":
+            key = tuple(u[0] for u in key)
+        return Bases(principal_basis(moment)[0], value, key, down)
+
+    def _head_moments(self, gm: GraphModule, seen: Statistics, block: Block) -> tuple[Tensor, Tensor]:
+        """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
+        value, key, query = (seen.get(SecondMoment, Site(n, block.index)).mean() for n in ("value", "key", "query"))
+        if self.key_basis == "shared":
+            key, query = key.mean(0, keepdim=True), query.mean(0, keepdim=True)
+        if self.weighting == "readers":
+            value, key = weigh(value, value_readers(gm, block.attention)), weigh(key, query)
+        return value, key
+
+
+def each_basis(moments: Tensor) -> Tensor:
+    """Eigenvectors of moments [G, D, D]."""
+    return torch.stack([principal_basis(moment)[0] for moment in moments])
+
+
+def ordered(
+    topology: Topology, seen: Statistics, shared: bool, down: dict[torch.fx.Node, BlockBasis]
+) -> Bases:  # fmt: skip
+    """Permutations of channels by their size; of keys one for all heads of a block (shared) or one for each."""
+
+    def sizes(name: str, block: int) -> Tensor:
+        return seen.get(SecondMoment, Site(name, block)).mean().diagonal(dim1=-2, dim2=-1)
+
+    blocks = range(len(topology.blocks))
+    value = tuple(torch.stack([permutation(size) for size in sizes("value", i)]) for i in blocks)
+    if shared:
+        key = tuple(permutation(sizes("key", i).mean(0)) for i in blocks)
+    else:
+        key = tuple(torch.stack([permutation(size) for size in sizes("key", i)]) for i in blocks)
+    return Bases(permutation(seen.get(Peak, requests.RESIDUAL).sizes), value, key, down)
+
+
+def drawn(topology: Topology, kind: str, seed: int, down: dict[torch.fx.Node, BlockBasis]) -> Bases:
+    """Random rotations of the whole width: one for the stream, one for the values and one for the keys of all heads."""
+    residual = random_basis(topology.hidden_size, kind, seed, "residual")
+    heads = [block.attention for block in topology.blocks]
+    value = tuple(
+        torch.stack([random_basis(a.value_dim, kind, seed, "head")] * a.num_kv_heads) for a in heads
+    )  # fmt: skip
+    key = tuple(random_basis(a.head_dim, kind, seed, "key") for a in heads)
+    return Bases(residual, value, key, down)

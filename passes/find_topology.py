@@ -13,10 +13,12 @@ from resq_compiler.pipeline.passes import Pass, PassContext
 
 @dataclass(frozen=True)
 class FindTopology(Pass):
-    """Set ctx.topology."""
+    """Provide the Topology."""
 
     name: ClassVar[str] = "find-topology"
+    rewrites: ClassVar[bool] = False
+    provides: ClassVar[tuple[type, ...]] = (topology.Topology,)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        ctx.topology = topology.analyze(gm, ctx.overrides)
+        ctx.facts.put(topology.analyze(gm, ctx.overrides))
         return 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.graph_tools import aten, emit, is_call
 from resq_compiler.pipeline.passes import Pass, PassContext
@@ -31,9 +32,10 @@ class FoldNorms(Pass):
     """Fold gains, biases and means of the norms that read the residual stream."""
 
     name: ClassVar[str] = "fold-norms"
+    requires: ClassVar[tuple[type, ...]] = (Topology,)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        residual = ctx.topology.residual
+        residual = ctx.facts.get(Topology).residual
         done = 0
         for group in residual.readers:
             if group.norm is not None and fold_gain(gm, group.norm, group.linears):

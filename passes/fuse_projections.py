@@ -52,10 +52,10 @@ class FuseProjections(Pass):
 
 
 def _float64_bases(ctx: PassContext) -> dict[str, Tensor]:
-    bases = ctx.bases or Bases()
+    bases = ctx.facts.find(Bases) or Bases()
     table = {"resq.U_A": bases.residual}
-    table |= {f"resq.U_B.{i}": u for i, u in enumerate(bases.value or [])}
-    table |= {f"resq.U_D.{down.name}": u for down, (u, _) in bases.down.items()}
+    table |= {f"resq.U_B.{i}": u for i, u in enumerate(bases.value)}
+    table |= {f"resq.U_D.{down.name}": basis.vectors for down, basis in bases.down.items()}
     return {name: u for name, u in table.items() if u is not None}
 
 

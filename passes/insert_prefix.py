@@ -22,43 +22,53 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
-from resq_compiler.calibration.moments import basis_windows
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
-
-MASSIVE = 64  # times the median size of a window's tokens: the ratio of PrefixQuant
-MOST = 8  # tokens of a prefix
 
 
 @dataclass(frozen=True)
 class InsertPrefix(Pass):
-    """Find the tokens, and put their keys and values before those of every sequence."""
+    """Find the tokens, and put their keys and values before those of every sequence.
+
+    massive: times the median size of a window's tokens (the ratio of PrefixQuant). most: tokens of a prefix.
+    """
 
     name: ClassVar[str] = "insert-prefix"
     exact: ClassVar[bool] = False
+    requires: ClassVar[tuple[type, ...]] = (Topology,)
+
+    massive: float = option(64.0, 1)
+    most: int = option(8, 1)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         if any(is_call(node, ops.prepend) for node in gm.graph.nodes):
             return 0
-        require_causal_masks(ctx)
-        before = find_massive(gm, ctx)
-        tokens = choose(before, ctx.bos_token)
+        topology = ctx.facts.get(Topology)
+        require_causal_masks(topology)
+        before = find_massive(gm, topology, ctx.statistics_windows, self.massive)
+        tokens = choose(before, ctx.bos_token, self.most)
         if not tokens:
             ctx.note(
-                f"prefix_tokens: no token of the calibration text is {MASSIVE} times the median size; none were inserted"
+                f"prefix_tokens: no token of the calibration text is {self.massive:g} times the median size; none were inserted"
             )
             return 0
-        insert(gm, ctx, tokens)
-        after = find_massive(gm, ctx)
+        insert(gm, topology, tokens)
+        after = find_massive(gm, topology, ctx.statistics_windows, self.massive)
         ctx.lines.append(f"prefix: token ids {tokens}")
         ctx.lines.append(
             f"massive tokens a window: {before.per_window:.2f} before, {after.per_window:.2f} behind the prefix"
         )
         ctx.note(f"prefix_tokens: every sequence stands behind the tokens {tokens}; positions start at {len(tokens)}")
-        return len(ctx.topology.blocks)
+        return len(topology.blocks)
 
 
 @dataclass
@@ -76,32 +86,33 @@ class Massive:
 
 
 @torch.no_grad()
-def find_massive(gm: GraphModule, ctx: PassContext) -> Massive:
-    """Tokens whose value in the residual stream is, behind some block, MASSIVE times the median of their window."""
-    assert ctx.calibration is not None
-    found, ends = Massive(), [block.end for block in ctx.topology.blocks]
+def find_massive(gm: GraphModule, topology: Topology, windows: Tensor, ratio: float) -> Massive:
+    """Tokens of windows [n, length] whose value in the residual stream is, behind some block, `ratio` times their window's median."""
+    found, ends = Massive(), [block.end for block in topology.blocks]
     schedule = executor.Schedule(gm, ends[-1:], graph_tools.placeholders(gm.graph))
-    for ids in executor.batches(basis_windows(ctx.calibration, ctx.config)):
+    for ids in executor.batches(windows):
         marked = torch.zeros(ids.shape, dtype=torch.bool)
-        schedule.run(executor.first_tokens(gm, ids), {end: lambda x, marked=marked: mark(x, marked) for end in ends})
+        schedule.run(
+            executor.first_tokens(gm, ids), {end: lambda x, marked=marked: mark(x, marked, ratio) for end in ends}
+        )
         found.windows += len(ids)
         found.first.update(ids[:, :1][marked[:, :1]].tolist())
         found.later.update(ids[:, 1:][marked[:, 1:]].tolist())
     return found
 
 
-def mark(stream: Tensor, marked: Tensor) -> None:
+def mark(stream: Tensor, marked: Tensor, ratio: float) -> None:
     """Mark the massive tokens of a value of the stream [B, S, d] in marked [B, S]."""
     size = stream.norm(dim=-1)
-    marked |= size > MASSIVE * size.median(dim=1, keepdim=True).values
+    marked |= size > ratio * size.median(dim=1, keepdim=True).values
 
 
-def choose(found: Massive, bos: int | None) -> list[int]:
+def choose(found: Massive, bos: int | None, most: int = 8) -> list[int]:
     """As many tokens as a window has massive ones: the most frequent that do not need the first place, then one that has it.
 
     That one is the beginning-of-sequence token where the model has one, else the most frequent first token.
     """
-    count = min(math.ceil(found.per_window), MOST)
+    count = min(math.ceil(found.per_window), most)
     if count == 0:
         return []
     first = [bos] if bos is not None else [token for token, _ in found.first.most_common(1)]
@@ -109,9 +120,9 @@ def choose(found: Massive, bos: int | None) -> list[int]:
     return later[: count - len(first)] + first
 
 
-def require_causal_masks(ctx: PassContext) -> None:
+def require_causal_masks(topology: Topology) -> None:
     """Raise PassError where a mask is more than a choice of keys."""
-    for block in ctx.topology.blocks:
+    for block in topology.blocks:
         core = block.attention.core
         if not is_call(core.args[3], ops.causal_mask):
             found = core.args[3].format_node() if isinstance(core.args[3], Node) else core.args[3]
@@ -122,13 +133,13 @@ def require_causal_masks(ctx: PassContext) -> None:
 
 
 @torch.no_grad()
-def insert(gm: GraphModule, ctx: PassContext, tokens: list[int]) -> None:
+def insert(gm: GraphModule, topology: Topology, tokens: list[int]) -> None:
     """Run the tokens through the graph, and rewrite every attention, and the positions."""
-    caches = [(b.attention.key_cache, b.attention.value_cache) for b in ctx.topology.blocks]
+    caches = [(b.attention.key_cache, b.attention.value_cache) for b in topology.blocks]
     env = executor.first_tokens(gm, torch.tensor([tokens]))
     executor.Schedule(gm, [node for pair in caches for node in pair], env).run(env)
     made_by, masks = InsertPrefix.name, {}
-    for block, pair in zip(ctx.topology.blocks, caches, strict=True):
+    for block, pair in zip(topology.blocks, caches, strict=True):
         core, mask = block.attention.core, block.attention.core.args[3]
         with gm.graph.inserting_after(mask):
             masks[mask] = masks.get(mask) or emit(gm.graph, ops.see_prefix, (mask, len(tokens)), mask, made_by)

@@ -6,7 +6,7 @@
     U_B  values: project_heads before the cache, inverse after attention.
     U_C  queries and keys, after RoPE: project both; the product q kᵀ does not change.
     U_D  input of down projections: Hadamard transform and its inverse; inside each part where channels are split by energy. Before it,
-         with down_proj="block-pca", the principal directions of blocks of 64 channels: 64 multiplications a channel, online.
+         where Bases have them, the principal directions of blocks of 64 channels: 64 multiplications a channel, online.
 
 Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
 """
@@ -14,45 +14,45 @@ Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis.columns import sizes
+from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Attention, Topology
-from resq_compiler.calibration.bases import Bases
+from resq_compiler.calibration.bases import Bases, BlockBasis
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import emit
 from resq_compiler.numerics.hadamard import hadamard_plan
 from resq_compiler.pipeline.passes import Pass, PassContext
 
-TRANSFORMED = ("hadamard", "energy-split", "block-pca")
-
 
 @dataclass(frozen=True)
 class InsertProjections(Pass):
-    """Insert U_A, U_B, U_C and U_D with their inverses."""
+    """Insert U_A, U_B and U_C of the Bases with their inverses, and U_D; down "none": no Hadamard transform."""
 
     name: ClassVar[str] = "insert-projections"
+    requires: ClassVar[tuple[type, ...]] = (Topology, ColumnPlan)
+
+    down: Literal["hadamard", "none"] = "hadamard"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         if any(meta.get(node, meta.Projection) for node in gm.graph.nodes):
             return 0  # bases do not nest
-        topology: Topology = ctx.topology
+        topology, bases = ctx.facts.get(Topology), ctx.facts.find(Bases) or Bases()
         done = 0
-        bases = ctx.bases or Bases()
         if bases.residual is not None:
-            done += insert_residual(gm, topology, ctx)
+            done += insert_residual(gm, topology, bases.residual, ctx)
         for block in topology.blocks:
-            if bases.value is not None:
+            if bases.value:
                 done += insert_value(gm, block.attention, bases.value[block.index], block.index)
-            if bases.key is not None and ctx.config.kv_bits < 16:
+            if bases.key and ctx.facts.get(ColumnPlan).kv_bits < FLOAT_BITS:
                 done += insert_key(gm, block.attention, bases.key[block.index], block.index)
-            for feed_forward in block.feed_forwards:
-                if ctx.config.down_proj in TRANSFORMED and feed_forward.down not in topology.floats:
-                    done += insert_hadamard(gm, feed_forward.down, ctx, block.index)
-                    done += insert_down_blocks(gm, feed_forward.down, ctx) if feed_forward.down in bases.down else 0
+            downs = [f.down for f in block.feed_forwards if f.down not in topology.floats]
+            for down in downs if self.down == "hadamard" else ():
+                done += insert_hadamard(gm, down, ctx, block.index)
+                done += insert_down_blocks(gm, down, bases.down[down]) if down in bases.down else 0
         return done
 
 
@@ -73,10 +73,10 @@ def basis_node(gm: GraphModule, name: str, value: Tensor, like: Tensor) -> Node:
     return graph_tools.add_tensor(gm, f"resq.{name}", value.to(like.dtype).to(like.device), InsertProjections.name)
 
 
-def insert_residual(gm: GraphModule, topology: Topology, ctx: PassContext) -> int:
+def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor, ctx: PassContext) -> int:
     """U_A around the residual stream, or before each reading linear where the stream itself cannot change basis."""
     weight = graph_tools.get_tensor(gm, topology.head.args[1])
-    u = basis_node(gm, "U_A", ctx.bases.residual, weight)
+    u = basis_node(gm, "U_A", basis, weight)
     forward, inverse = meta.Projection("U_A"), meta.Projection("U_A", inverse=True)
     residual, done = topology.residual, 0
     if residual.fusable:
@@ -123,8 +123,8 @@ def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -
     """U_D and its inverse before a down projection."""
     x = down.args[0]
     width = x.meta["val"].shape[-1]
-    split = ctx.config.down_proj != "hadamard"
-    parts = tuple(sizes(width, ctx.config, "down", block=block)) if split else (width,)
+    plan = ctx.facts.get(ColumnPlan)
+    parts = tuple(plan.sizes(width, "down", block=block)) if plan.split_down else (width,)
     stretches = parts if len(parts) > 1 else None
     for plan in map(hadamard_plan, parts):
         if not plan.full_width:
@@ -134,12 +134,11 @@ def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -
     return 2
 
 
-def insert_down_blocks(gm: GraphModule, down: Node, ctx: PassContext) -> int:
+def insert_down_blocks(gm: GraphModule, down: Node, basis: BlockBasis) -> int:
     """Principal directions of blocks of channels before the Hadamard transform of a down projection, and back behind its inverse."""
-    basis, order = ctx.bases.down[down]
     name, dtype = f"resq.U_D.{down.name}", graph_tools.get_tensor(gm, down.args[1]).dtype
-    u = graph_tools.add_tensor(gm, name, basis.to(dtype), InsertProjections.name)
-    columns = graph_tools.add_tensor(gm, f"{name}_order", order, InsertProjections.name)
+    u = graph_tools.add_tensor(gm, name, basis.vectors.to(dtype), InsertProjections.name)
+    columns = graph_tools.add_tensor(gm, f"{name}_order", basis.order, InsertProjections.name)
     back = down.args[0]
     turn = back.args[0]
     insert_after(gm, back, [down], ops.project_blocks, (u, columns, True), meta.Projection("U_D", inverse=True))

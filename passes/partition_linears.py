@@ -16,7 +16,7 @@ from resq_compiler.passes.fold_norms import linear_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis.columns import SPLIT_DOWN, ColumnPart, linear_parts
+from resq_compiler.analysis.columns import ColumnPart, ColumnPlan
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import aten, emit, is_call
@@ -29,40 +29,41 @@ SITE_OF_ROLE = {"q": "attention", "k": "attention", "v": "attention", "gate": "m
 
 @dataclass(frozen=True)
 class PartitionLinears(Pass):
-    """Split every linear of the blocks (and lm_head if it is quantized) by precision."""
+    """Split every linear of the blocks (and lm_head if it is quantized) by precision, as the ColumnPlan says."""
 
     name: ClassVar[str] = "partition-linears"
+    requires: ClassVar[tuple[type, ...]] = (Topology, ColumnPlan)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         if any(meta.get(node, meta.LinearPart) for node in gm.graph.nodes):
             return 0
-        topology: Topology = ctx.topology
+        topology, plan = ctx.facts.get(Topology), ctx.facts.get(ColumnPlan)
         pieces: dict[tuple, Node] = {}
         done = 0
         for linear in topology.linears:
             site = meta.get(linear, meta.LinearSite)
             assert site is not None
-            done += self._partition(gm, linear, site, ctx, pieces)
+            parts, heads = parts_of(linear_weight(gm, linear).shape[1], site, topology, plan)
+            done += split(gm, linear, site, parts, heads, pieces)
             memory.trim()
-        if ctx.config.lm_head_bits is not None:
+        if (bits := plan.lm_head_bits) is not None:
             site = meta.get(topology.head, meta.LinearSite)
-            bits = ctx.config.lm_head_bits
+            assert site is not None
             whole = ColumnPart(0, topology.hidden_size, bits, bits)
             done += split(gm, topology.head, site, (whole,), 1, pieces)
         graph_tools.delete_unused_tensors(gm)
         return done
 
-    def _partition(self, gm: GraphModule, linear: Node, site: meta.LinearSite, ctx: PassContext, pieces: dict) -> int:
-        topology: Topology = ctx.topology
-        if site.role == "o":
-            assert site.block is not None
-            attention = topology.blocks[site.block].attention
-            parts = linear_parts(attention.value_dim, ctx.config, "o", block=site.block)
-            return split(gm, linear, site, parts, attention.num_heads, pieces)
-        width = linear_weight(gm, linear).shape[1]
-        kind = SITE_OF_ROLE[site.role]
-        parts = linear_parts(width, ctx.config, kind, kind != "down" or ctx.config.down_proj in SPLIT_DOWN, site.block)
-        return split(gm, linear, site, parts, 1, pieces)
+
+def parts_of(
+    width: int, site: meta.LinearSite, topology: Topology, plan: ColumnPlan
+) -> tuple[tuple[ColumnPart, ...], int]:  # fmt: skip
+    """The parts of a linear's input of a width, and how many heads it consists of, each split alike."""
+    if site.role != "o":
+        return plan.linear_parts(width, SITE_OF_ROLE[site.role], site.block), 1
+    assert site.block is not None
+    attention = topology.blocks[site.block].attention
+    return plan.linear_parts(attention.value_dim, "o", site.block), attention.num_heads
 
 
 def split(

@@ -4,48 +4,61 @@
     weight_only_linear(x, q, scale) -> quantized_linear(quantize(x, bits), q, scale)
 
 One quantizer for each value and width, shared by the linears that read it (q, k, v; gate, up). Per token; the input of an
-output projection per token and head, or per token (`o_proj_granularity`). How much of the range the codes cover is `activation_clip`;
+output projection per token and head, or per token (`o_granularity`). How much of the range the codes cover is `clip`;
 "input" searches it for each of them on calibration tokens, by the error of the value, "output" by that of the linears that read it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS
-from resq_compiler.calibration import executor
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.calibration.statistics import observe
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import aten, emit, is_call
 from resq_compiler.numerics.clip import ClipSearch
+from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.util import memory
 
 SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip
 
-SEARCHED = ("input", "output")
 SEARCH_TOKENS = 2048  # shares that are nearly as good are all that more tokens would tell apart
 
 
 @dataclass(frozen=True)
 class QuantizeActivations(Pass):
-    """Insert activation quantizers."""
+    """Insert activation quantizers.
+
+    clip: the share of the range that codes cover, or by what error it is searched. o_granularity: of the scales at output projections.
+    """
 
     name: ClassVar[str] = "quantize-activations"
     exact: ClassVar[bool] = False
+    requires: ClassVar[tuple[type, ...]] = (Topology,)
+
+    clip: float | Literal["input", "output"] = option(1.0, 0.1, 1)
+    o_granularity: Literal["head", "token"] = "head"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return isinstance(self.clip, str)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         shared: dict[tuple, Node] = {}
         done = 0
-        clips = search_clips(gm, ctx) if ctx.config.activation_clip in SEARCHED else {}
+        clips = search_clips(gm, ctx, self.clip == "output") if isinstance(self.clip, str) else {}
         for node, part in open_parts(gm):
-            clip = clips.get(node.args[0], ctx.config.activation_clip) if may_clip(part) else 1.0
-            done += quantize_input(gm, node, part, clip, ctx, shared)
+            wide = 1.0 if isinstance(self.clip, str) else self.clip
+            clip = clips.get(node.args[0], wide) if may_clip(part) else 1.0
+            groups = part.heads if self.o_granularity == "head" else 1
+            done += quantize_input(gm, node, part, clip, groups, shared)
         return done
 
 
@@ -63,11 +76,10 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
 
 
 def quantize_input(
-    gm: GraphModule, node: Node, part: meta.LinearPart, clip: float, ctx: PassContext, shared: dict[tuple, Node]
+    gm: GraphModule, node: Node, part: meta.LinearPart, clip: float, groups: int, shared: dict[tuple, Node]
 ) -> int:
     """Put a quantizer before one part of a linear."""
     x: Node = node.args[0]
-    groups = part.heads if ctx.config.o_proj_granularity == "head" else 1
     key = (x, part.activation_bits, groups)
     if key not in shared:
         with gm.graph.inserting_after(x):
@@ -86,7 +98,7 @@ def quantize_input(
     return 1
 
 
-def search_clips(gm: GraphModule, ctx: PassContext) -> dict[Node, float]:
+def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Node, float]:
     """For every value in question, the share of its range that loses least on calibration tokens; told in the stage."""
     readers: dict[Node, list[Node]] = {}
     sites: dict[Node, meta.LinearPart] = {}
@@ -96,20 +108,13 @@ def search_clips(gm: GraphModule, ctx: PassContext) -> dict[Node, float]:
             readers.setdefault(node.args[0], []).append(node)
     if not sites:
         return {}
-    assert ctx.calibration is not None
-    by_output = ctx.config.activation_clip == "output"
     searches = {
         x: ClipSearch(part.activation_bits, torch.cat([float_weight(gm, n) for n in readers[x]]) if by_output else None)
         for x, part in sites.items()
     }
+    windows = ctx.windows[: max(1, SEARCH_TOKENS // ctx.windows.shape[1])]
     taps = {x: search.update for x, search in searches.items()}
-    schedule = executor.Schedule(gm, [ctx.topology.blocks[-1].end], graph_tools.placeholders(gm.graph))
-    windows = ctx.calibration[: max(1, SEARCH_TOKENS // ctx.calibration.shape[1])]
-    batches = executor.batches(windows)
-    for i, ids in enumerate(batches):
-        ctx.progress("search clips", i, len(batches))
-        schedule.run(executor.first_tokens(gm, ids), taps)
-        memory.trim()
+    observe(gm, taps, windows, lambda done, total: ctx.progress("search clips", done, total))
     ctx.lines += [f"clip of {name_of(sites[x])}: {search.best():g}" for x, search in searches.items()]
     return {x: search.best() for x, search in searches.items()}
 

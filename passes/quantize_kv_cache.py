@@ -13,32 +13,38 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from resq_compiler.analysis.columns import FLOAT_BITS, cache_parts
+from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.ir import meta, ops
 from resq_compiler.ir.graph_tools import emit, is_call
+from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 
 @dataclass(frozen=True)
 class QuantizeKvCache(Pass):
-    """Insert cache quantizers."""
+    """Insert cache quantizers, with the parts of the ColumnPlan; clip: the share of the range that codes cover."""
 
     name: ClassVar[str] = "quantize-kv-cache"
     exact: ClassVar[bool] = False
+    requires: ClassVar[tuple[type, ...]] = (Topology, ColumnPlan)
+
+    clip: float = option(1.0, 0.1, 1)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        if ctx.config.kv_bits == FLOAT_BITS:
+        plan = ctx.facts.get(ColumnPlan)
+        if plan.kv_bits == FLOAT_BITS:
             return 0
         done = 0
-        for block in ctx.topology.blocks:
+        for block in ctx.facts.get(Topology).blocks:
             for kind, cache in (("key", block.attention.key_cache), ("value", block.attention.value_cache)):
                 new = cache.args[1]
                 if is_call(new, ops.quantize_dequantize):
                     continue
                 width = new.meta["val"].shape[-1]
-                parts = tuple((p.bits, p.start, p.stop) for p in cache_parts(width, ctx.config, kind, block.index))
+                parts = tuple((p.bits, p.start, p.stop) for p in plan.cache_parts(width, kind, block.index))
                 with gm.graph.inserting_after(new):
-                    image = emit(gm.graph, ops.quantize_dequantize, (new, parts, ctx.config.kv_clip), new, self.name)
+                    image = emit(gm.graph, ops.quantize_dequantize, (new, parts, self.clip), new, self.name)
                 site = meta.QuantizerSite(f"blocks.{block.index}.{kind}", "kv", block.index, parts[0][0])
                 cache.update_arg(1, meta.put(image, site))
                 done += 1

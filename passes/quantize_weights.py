@@ -13,14 +13,14 @@ Source: GPTQ, arXiv 2210.17323; columns in order, 8-bit columns last, so that th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS
-from resq_compiler.analysis.topology import Topology
+from resq_compiler.analysis.topology import Block, Topology
 from resq_compiler.calibration import executor, precision, workdir
 from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.ir import graph_tools, meta, ops
@@ -29,9 +29,9 @@ from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
 from resq_compiler.numerics.quantized import Part
+from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.run import relative_error
-from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.util import memory
 
 LINEAR = aten.linear.default
@@ -68,10 +68,31 @@ def graph_columns(node: Node) -> int:
 
 @dataclass(frozen=True)
 class QuantizeWeights(Pass):
-    """Quantize the weights of all partitioned linears."""
+    """Quantize the weights of all partitioned linears.
+
+    clip: how their scales are chosen. Of gptq only: damping, added to the diagonal of the moment, relative to its mean; act_order,
+    columns by descending energy inside each part; token_weighting "residual", errors of layers that write into the residual stream
+    count relative to its size at each token.
+    """
 
     name: ClassVar[str] = "quantize-weights"
     exact: ClassVar[bool] = False
+    requires: ClassVar[tuple[type, ...]] = (Topology,)
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    clip: Literal["mse", "hessian", "max"] = "mse"
+    damping: float = option(0.01, 0, 1)
+    act_order: bool = False
+    token_weighting: Literal["none", "residual"] = "none"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method == "gptq"
+
+    @property
+    def plain_clip(self) -> Literal["mse", "max"]:
+        """How scales are chosen on the weight alone."""
+        return "max" if self.clip == "max" else "mse"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         sites = find_sites(gm)
@@ -79,14 +100,14 @@ class QuantizeWeights(Pass):
         sites = [s for s in sites if s.fact.role != "head"]
         if not sites and not head:
             return 0
-        if ctx.config.weight_method == "gptq":
-            run_gptq(gm, ctx, sites)
+        if self.method == "gptq" and sites:
+            run_gptq(gm, ctx, sites, self)
         else:
             for i, site in enumerate(sites):
                 ctx.progress("quantize weights", i, len(sites))
-                round_to_nearest(gm, [site], ctx.config)
+                round_to_nearest(gm, [site], self.plain_clip)
         for site in head:
-            round_to_nearest(gm, [site], ctx.config)
+            round_to_nearest(gm, [site], self.plain_clip)
         graph_tools.delete_unused_tensors(gm)
         return len(sites) + len(head)
 
@@ -120,8 +141,8 @@ def stacked_weight(gm: GraphModule, group: list[Site]) -> Tensor:
     return torch.cat(rows)
 
 
-def round_to_nearest(gm: GraphModule, group: list[Site], config: CompileConfig) -> None:
-    clip = "max" if config.weight_clip == "max" else "mse"
+def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "max"]) -> None:
+    """Quantize a group without looking at its inputs."""
     store(gm, group, weight_core.quantize_weight_rtn(stacked_weight(gm, group), group[0].parts(), clip=clip))
 
 
@@ -156,41 +177,51 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
     graph_tools.erase_tensor(gm, weight)
 
 
-def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site]) -> None:
+def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site], options: QuantizeWeights) -> None:
     """Quantize block by block; the values alive between two stretches are kept for every batch."""
-    topology: Topology = ctx.topology
-    assert ctx.calibration is not None
-    runner = Lockstep.begin(gm, executor.batches(ctx.calibration), topology.blocks[0].start)
+    topology = ctx.facts.get(Topology)
+    runner = Lockstep.begin(gm, executor.batches(ctx.windows), topology.blocks[0].start)
     for block in topology.blocks:
         ctx.progress("quantize weights", block.index, len(topology.blocks))
         groups = by_input([s for s in sites if s.fact.block == block.index])
-        finished, before = workdir.block_codes(ctx, block.index), len(ctx.notes)
-        made = []
-        for i, group in enumerate(groups):
-            if finished is None:
-                made.append(quantize_group(gm, group, runner, block.end, ctx))
-            store(gm, group, made[i] if finished is None else finished[i])
+        finished = workdir.block_codes(ctx.work, block.index)
         if finished is None:
-            workdir.keep_block(ctx, block.index, made, ctx.notes[before:])
+            quantize_block(gm, block, groups, runner, ctx, options)
+        else:
+            codes, notes = finished
+            for note in notes:
+                ctx.note(note)
+            for group, parts in zip(groups, codes, strict=True):
+                store(gm, group, parts)
         runner.advance(block.end)
         memory.trim()
     ctx.progress("quantize weights", len(topology.blocks), len(topology.blocks))
 
 
+def quantize_block(
+    gm: GraphModule, block: Block, groups: list[list[Site]], runner: Lockstep, ctx: PassContext, options: QuantizeWeights
+) -> None:  # fmt: skip
+    """GPTQ on the groups of a block, each on inputs that the groups before it, already quantized, make."""
+    before, made = len(ctx.notes), []
+    for group in groups:
+        stream = written_stream(group, ctx.facts.get(Topology)) if options.token_weighting == "residual" else None
+        hessian = input_moment(group[0], list(source_of(group[0])), stream, runner, block.end)
+        memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
+        made.append(quantize_group(gm, group, hessian, ctx, options))
+        store(gm, group, made[-1])
+    workdir.keep_block(ctx.work, block.index, made, ctx.notes[before:])
+
+
 def quantize_group(
-    gm: GraphModule, group: list[Site], runner: Lockstep, goal: Node, ctx: PassContext
+    gm: GraphModule, group: list[Site], hessian: Tensor, ctx: PassContext, options: QuantizeWeights
 ) -> list[weight_core.QuantizedWeight]:
     """GPTQ on the stacked weights of a group."""
-    config, weight, inputs = ctx.config, stacked_weight(gm, group), list(source_of(group[0]))
-    stream = written_stream(group, ctx.topology) if config.gptq_token_weighting == "residual" else None
-    hessian = input_moment(group[0], inputs, stream, runner, goal)
-    memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
     result = gptq_core.gptq(
-        weight, hessian, group[0].parts(), damping=config.gptq_damping, act_order=config.gptq_act_order,
-        clip="max" if config.weight_clip == "max" else "mse", weighted_clip=config.weight_clip == "hessian",
+        stacked_weight(gm, group), hessian, group[0].parts(), damping=options.damping, act_order=options.act_order,
+        clip=options.plain_clip, weighted_clip=options.clip == "hessian",
     )  # fmt: skip
-    where = f"{group[0].fact.name} and linears of the same input"
-    if result.damping != config.gptq_damping:
+    if result.damping != options.damping:
+        where = f"{group[0].fact.name} and linears of the same input"
         ctx.note(
             f"GPTQ on {where}: damping raised to {result.damping:g}, the calibration moment was not positive definite"
         )

@@ -1,46 +1,63 @@
 """reorder-channels: put the strongest input channels of every down projection last, where they get more bits.
 
 The channels between gate/up and down may be permuted freely when only elementwise operators lie between: rows of gate and up
-and columns of down move together. Free at inference. `down_proj="energy-split"` orders by energy, "outliers" by peak (QUIK).
+and columns of down move together. Free at inference. By energy, or by peak as QUIK does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from resq_compiler.passes.fold_norms import linear_weight, replace_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis.topology import FeedForward, Topology
+from resq_compiler.calibration import requests
+from resq_compiler.calibration.statistics import Request, Statistics
 from resq_compiler.ir import graph_tools
+from resq_compiler.numerics.channels import Energy, Peak
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 
 @dataclass(frozen=True)
 class ReorderChannels(Pass):
-    """Sort the hidden channels of feed-forwards by their size on the calibration data, ascending."""
+    """Sort the hidden channels of feed-forwards by their energy, or their peak, on the calibration data, ascending."""
 
     name: ClassVar[str] = "reorder-channels"
+    requires: ClassVar[tuple[type, ...]] = (Topology,)
+
+    by: Literal["energy", "peak"] = "energy"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def statistics(self, gm: GraphModule, ctx: PassContext) -> Sequence[Request]:
+        return requests.down_sizes(ctx.facts.get(Topology), self.by)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        size = ctx.moments.down_energy if ctx.config.down_proj == "energy-split" else ctx.moments.down_peak
+        seen, kind = ctx.facts.get(Statistics), Energy if self.by == "energy" else Peak
         done = 0
-        for block in ctx.topology.blocks:
-            for feed_forward in block.feed_forwards:
-                down = feed_forward.down
-                if not feed_forward.channelwise:
-                    ctx.note(
-                        f"node {down.name}: its input channels cannot be reordered, operators before it mix them; its 8-bit channels are "
-                        "the last ones, not the strongest (down_proj='hadamard' may serve this model better)"
-                    )
-                    continue
-                order = size[down].argsort(stable=True)
-                for linear in (*feed_forward.gates, *feed_forward.ups):
-                    reorder_rows(gm, linear, order)
-                replace_weight(gm, down, linear_weight(gm, down)[:, order].contiguous())
-                done += 1
+        for site, feed_forward in requests.feed_forwards(ctx.facts.get(Topology)):
+            if not feed_forward.channelwise:
+                ctx.note(
+                    f"node {feed_forward.down.name}: its input channels cannot be reordered, operators before it mix them; its 8-bit "
+                    "channels are the last ones, not the strongest (down_proj='hadamard' may serve this model better)"
+                )
+                continue
+            reorder(gm, feed_forward, seen.get(kind, site).sizes.argsort(stable=True))
+            done += 1
         return done
+
+
+def reorder(gm: GraphModule, feed_forward: FeedForward, order: Tensor) -> None:
+    """Permute the hidden channels of a feed-forward."""
+    for linear in (*feed_forward.gates, *feed_forward.ups):
+        reorder_rows(gm, linear, order)
+    replace_weight(gm, feed_forward.down, linear_weight(gm, feed_forward.down)[:, order].contiguous())
 
 
 def reorder_rows(gm: GraphModule, linear: Node, order: Tensor) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from resq_compiler.analysis.overrides import read_overrides
+from resq_compiler.analysis.columns import ColumnPlan
+from resq_compiler.analysis.overrides import TopologyOverrides, read_overrides
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.backends import load_backend
 from resq_compiler.calibration import precision
-from resq_compiler.calibration.bases import needs_moments
 from resq_compiler.calibration.data import calibration_windows
 from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
 from resq_compiler.errors import ModelError
@@ -29,12 +30,14 @@ from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import CompiledModel
 from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
-from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.order import check_order
+from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.recipes import named
-from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig
+from resq_compiler.storage.quantization_config import versions
 from resq_compiler.util import memory
 
 log = logging.getLogger("resq_compiler")
@@ -46,7 +49,7 @@ def compile(
     model: PreTrainedModel | str | Path,
     calib_data: Any = None,
     *,
-    recipe: str | CompileConfig = named.DEFAULT_RECIPE,
+    recipe: str | CompileConfig | Sequence[Pass] = named.DEFAULT_RECIPE,
     backend: str = "reference",
     tokenizer: Any = None,
     topology: Any = None,
@@ -62,8 +65,8 @@ def compile(
     Args:    model: a PreTrainedModel (left as it is), a local directory, a hub id, or a GGUF file.
              calib_data: list of texts, token-id tensors, dict batches, a DataLoader or Dataset, a path to .txt or .jsonl;
              None: the model writes its own calibration text, seeded.
-             recipe: "resq+" (ResQ and what was found to help), "resq" (as published), "quarot", "quik", "gptq", "rtn", or a
-             CompileConfig. options: any field of CompileConfig.
+             recipe: "resq+" (ResQ and what was found to help), "resq" (as published), "quarot", "quik", "gptq", "rtn", a
+             CompileConfig, or a tuple of passes. options: any field of CompileConfig; beside passes, those of recipes.RUN_OPTIONS.
              backend: what computes: "reference" (PyTorch), "onnx" (ONNX Runtime) or "triton".
              tokenizer: for texts, when `model` does not come with one.
              topology: statements that override what is found in the graph: a dict, a YAML or a JSON file (topology_overrides.py).
@@ -75,7 +78,11 @@ def compile(
     Raises:  BackendError before any work if the backend cannot run here; ConfigError, ModelError, DataError, CaptureError,
              TopologyError, PassError: each says what to do.
     """
-    config = precision.resolve(named.resolve(recipe, **options))
+    chosen = named.choose(recipe, **options)
+    check_order(chosen.passes)
+    config = dataclasses.replace(
+        chosen.settings, calibration_dtype=precision.resolve(chosen.settings.calibration_dtype)
+    )  # fmt: skip
     check_backend(backend)
     overrides = read_overrides(topology)
     dump_dir = target_directory(dump_dir)
@@ -85,23 +92,33 @@ def compile(
     loaded = load_model(model)
     loaded = dataclasses.replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
     report = progress or (lambda step, done, total: None)
-    windows = _calibration(loaded, calib_data, config, report)
-    work = None if work_dir is None else WorkDirectory(work_dir, fingerprint(config, loaded.model, windows, overrides))
+    windows = _calibration(loaded, calib_data, config, chosen.passes, report)
+    work = None
+    if work_dir is not None:
+        work = _work_directory(work_dir, chosen.passes, config, loaded.model, windows, overrides)
     about = _about(loaded)
     start = time.perf_counter()
     captured = _capture_float32(loaded.model, not isinstance(model, PreTrainedModel), report)
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
     bos = about["config"].get_text_config().bos_token_id
-    ctx = PassContext(config, captured.example_inputs, windows, overrides, bos_token=bos, progress=report, work=work)
-    _note_calibration(ctx)
+    ctx = PassContext(
+        captured.example_inputs, windows, overrides, work, bos, config.seed, config.calibration_dtype, config.basis_samples,
+        progress=report,
+    )  # fmt: skip
+    if windows is not None and config.calibration_dtype != "float32":
+        ctx.note(
+            f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
+            "calibration_dtype=float32 for all of it"
+        )
     with recording(dump_dir, about["source"], config.to_dict(), on_stage) as record, memory.settled():
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
-        _run_passes(pipeline, captured.graph_module, config, on_float)
+        _run_passes(pipeline, captured.graph_module, chosen.passes, on_float)
+        plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
         result = CompileResult(
-            captured.graph_module, ctx.config, captured.cache, **about, stages=tuple(pipeline.stages), notes=tuple(ctx.notes),
-            topology=ctx.topology, sample_ids=None if windows is None else windows[:1],
+            captured.graph_module, named.settled(config, str(plan.sites)), captured.cache, **about, stages=tuple(pipeline.stages),
+            notes=tuple(ctx.notes), topology=ctx.facts.find(Topology), sample_ids=None if windows is None else windows[:1],
         )  # fmt: skip
         record.complete(result)
     return CompiledModel(result).use_backend(backend)
@@ -125,27 +142,10 @@ def _about(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _note_calibration(ctx: PassContext) -> None:
-    """Tell what calibration leaves out."""
-    config, windows = ctx.config, ctx.calibration
-    if windows is None:
-        return
-    if config.calibration_dtype != "float32":
-        ctx.note(
-            f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
-            "calibration_dtype=float32 for all of it"
-        )
-    if needs_moments(config) and config.basis_samples < len(windows):
-        ctx.note(
-            f"calibration: bases and channel order from {config.basis_samples} of {len(windows)} windows (basis_samples)"
-        )
-
-
 @torch.no_grad()
 def _run_passes(
-    pipeline: Pipeline, gm: GraphModule, config: CompileConfig, on_float: Callable[[GraphModule], None] | None
+    pipeline: Pipeline, gm: GraphModule, passes: Sequence[Pass], on_float: Callable[[GraphModule], None] | None
 ) -> None:
-    passes = named.passes_for(config)
     exact = list(itertools.takewhile(lambda item: item.exact, passes))
     if on_float is None:
         pipeline.run(gm, passes)
@@ -160,15 +160,24 @@ def check_backend(name: str) -> None:
     load_backend(name)
 
 
-def needs_calibration(config: CompileConfig) -> bool:
-    """True when a recipe looks at activations at all."""
-    gptq = config.weight_method == "gptq" and config.weight_bits < 16
-    searches_clips = isinstance(config.activation_clip, str) and config.activation_bits < 8
-    return needs_moments(config) or gptq or searches_clips or config.prefix_tokens != "none"
+def needs_calibration(passes: Sequence[Pass]) -> bool:
+    """True when any of the passes looks at activations."""
+    return any(item.needs_calibration for item in passes)
 
 
-def _calibration(loaded: LoadedModel, calib_data: Any, config: CompileConfig, report: Progress) -> Tensor | None:
-    if not needs_calibration(config):
+def _work_directory(
+    path: str | Path, passes: Sequence[Pass], config: CompileConfig, model: PreTrainedModel, windows: Tensor | None,
+    overrides: TopologyOverrides,
+) -> WorkDirectory:  # fmt: skip
+    run_options = {name: getattr(config, name) for name in RUN_OPTIONS}
+    settings = {"passes": ",".join(map(str, passes)), "options": run_options, "versions": versions()}
+    return WorkDirectory(path, fingerprint(settings, model, windows, overrides))
+
+
+def _calibration(
+    loaded: LoadedModel, calib_data: Any, config: CompileConfig, passes: Sequence[Pass], report: Progress
+) -> Tensor | None:  # fmt: skip
+    if not needs_calibration(passes):
         return None
     vocab_size = loaded.model.config.get_text_config().vocab_size
     return calibration_windows(
@@ -192,7 +201,7 @@ def _capture_float32(model: PreTrainedModel, own: bool, report: Progress) -> Cap
 def trace(model: PreTrainedModel, topology: Any = None) -> tuple[GraphModule, PassContext]:
     """The named float graph of a model and its topology, nothing quantized. Works on meta weights. topology: as for compile()."""
     captured = capture(model)
-    ctx = PassContext(CompileConfig(), captured.example_inputs, overrides=read_overrides(topology))
+    ctx = PassContext(captured.example_inputs, overrides=read_overrides(topology))
     pipeline = Pipeline(ctx)
     pipeline.start(captured.graph_module)
     pipeline.run(captured.graph_module, [Canonicalize(), NameAttention(), SplitFused(), FindTopology()])

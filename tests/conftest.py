@@ -12,16 +12,22 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import pytest
 import torch
+from resq_compiler.passes import InsertPrefix
 from torch.fx import GraphModule, Node
 
 from resq_compiler import api
+from resq_compiler.analysis.columns import ColumnPlan
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.calibration.bases import Bases
+from resq_compiler.calibration.statistics import Statistics
 from resq_compiler.frontend.capture import Captured, capture
 from resq_compiler.ir import graph_tools, verify
 from resq_compiler.model.compiled_model import CompiledModel
-from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.facts import Facts
+from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes import named
-from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 with torch.device(
@@ -47,6 +53,23 @@ class Built:
     gm: GraphModule
     ctx: PassContext
     pipeline: Pipeline
+    rest: tuple[Pass, ...] = ()  # the passes that come next
+
+    @property
+    def topology(self) -> Topology:
+        return self.ctx.facts.get(Topology)
+
+    @property
+    def bases(self) -> Bases:
+        return self.ctx.facts.get(Bases)
+
+    @property
+    def plan(self) -> ColumnPlan:
+        return self.ctx.facts.get(ColumnPlan)
+
+    @property
+    def seen(self) -> Statistics:
+        return self.ctx.facts.get(Statistics)
 
 
 @pytest.fixture(scope="session")
@@ -80,46 +103,61 @@ def captured(tiny):
 def build(captured):
     """(family, before=pass name, double=True, **options) -> Built: the passes of these options up to, not with, `before`.
 
-    `double` turns the weights to float64 once composites are named, so that exact passes can be held to 1e-9. Every state is
-    made once; a test gets a copy of the graph that shares the weights, which passes rebind and never write into.
+    `passes` in place of options: a tuple of passes. `double` turns the weights to float64 once composites are named, so that exact passes
+    can be held to 1e-9. Every state is made once for equal passes; a test gets a copy of the graph that shares the weights, which passes
+    rebind and never write into.
     """
     made: dict = {}
 
-    def state(family: str, count: int, double: bool, config: CompileConfig) -> Built:
-        """After the first `count` passes; those up to fold-norms do not look at options, so all options share them."""
-        passes = named.passes_for(config)
+    def state(family: str, double: bool, config: CompileConfig, passes: tuple[Pass, ...]) -> Built:
+        """After all of these passes; those up to fold-norms look at nothing but the graph, so all settings share them."""
         names = [p.name for p in passes]
-        common = names.index("fold-norms") + 1
-        double = double and count > names.index("find-topology")
-        key = (family, count, double, config if count > common else None)
+        double = double and "find-topology" in names
+        run_options = [getattr(config, name) for name in RUN_OPTIONS] if "plan-columns" in names else []
+        key = (family, double, passes, *run_options)
         if key not in made:
-            made[key] = advance(family, count, double, config, passes)
+            made[key] = advance(family, double, config, passes)
         return made[key]
 
-    def advance(family: str, count: int, double: bool, config: CompileConfig, passes: list) -> Built:
-        if count == 0:
+    def advance(family: str, double: bool, config: CompileConfig, passes: tuple[Pass, ...]) -> Built:
+        if not passes:
             source = captured(family)
-            ctx = PassContext(config, source.example_inputs, tiny_tokens(4, 32))
+            ctx = PassContext(source.example_inputs, tiny_tokens(4, 32))
             built = Built(source.graph_module, ctx, Pipeline(ctx))
             built.pipeline.start(built.gm)
             return built
-        built = copy_of(state(family, count - 1, double, config))
-        built.ctx.config = config
-        last = passes[count - 1]
+        built = with_options(copy_of(state(family, double, config, passes[:-1])), config)
         with torch.no_grad():
-            if double and last.name == "find-topology":
+            if double and passes[-1].name == "find-topology":
                 to_float64(built)
-            built.pipeline.run(built.gm, [last])
+            built.pipeline.run(built.gm, passes[-1:])
         return built
 
-    def run(family: str, before: str | None = None, *, double: bool = False, recipe: str = "resq", **options) -> Built:
+    def run(
+        family: str, before: str | None = None, *, double: bool = False, recipe: str = "resq", passes: tuple[Pass, ...] = (), **options
+    ) -> Built:  # fmt: skip
         config = named.resolve(recipe, **options)
-        names = [p.name for p in named.passes_for(config)]
-        built = copy_of(state(family, names.index(before) if before else len(names), double, config))
-        built.ctx.config = config
+        passes = passes or named.passes_for(config)
+        names = [p.name for p in passes]
+        count = names.index(before) if before else len(names)
+        built = with_options(copy_of(state(family, double, config, passes[:count])), config)
+        built.rest = passes[count:]
         return built
 
     return run
+
+
+def with_prefix(recipe: str = "resq", **options) -> tuple[Pass, ...]:
+    """The passes of these options and a prefix; a random model has no tokens that are 64 times as large as others."""
+    passes = named.passes_for(named.resolve(recipe, prefix_tokens="auto", **options))
+    return tuple(InsertPrefix(massive=1.5) if isinstance(item, InsertPrefix) else item for item in passes)
+
+
+def with_options(built: Built, config: CompileConfig) -> Built:
+    """The same, with the options of a run that are no pass's own."""
+    built.ctx.seed, built.ctx.basis_samples = config.seed, config.basis_samples
+    built.ctx.calibration_dtype = config.calibration_dtype
+    return built
 
 
 def copy_of(built: Built) -> Built:
@@ -127,22 +165,22 @@ def copy_of(built: Built) -> Built:
     gm, table = graph_tools.snapshot(built.gm), {}
     for old, new in zip(built.gm.graph.nodes, gm.graph.nodes, strict=True):
         table[old] = new
-    values = {f.name: moved(getattr(built.ctx, f.name), table) for f in dataclasses.fields(built.ctx)}
-    ctx = PassContext(**values)
+    facts = Facts(moved(fact, table) for fact in built.ctx.facts)
+    ctx = dataclasses.replace(built.ctx, facts=facts, notes=list(built.ctx.notes), lines=list(built.ctx.lines))
     pipeline = Pipeline(ctx)
     pipeline.stages, pipeline.reference = list(built.pipeline.stages), built.pipeline.reference
     return Built(gm, ctx, pipeline)
 
 
 def moved(value, table: dict[Node, Node]):
-    """value with nodes replaced, through lists, dicts and dataclasses."""
+    """value with nodes replaced, through lists, tuples, dicts and dataclasses."""
     if isinstance(value, Node):
         return table.get(value, value)
-    if isinstance(value, list):
-        return [moved(v, table) for v in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(v, table) for v in value)
     if isinstance(value, dict):
         return {moved(k, table): moved(v, table) for k, v in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, CompileConfig)):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return type(value)(**{f.name: moved(getattr(value, f.name), table) for f in dataclasses.fields(value)})
     return value
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from resq_compiler.analysis.site_shares import Shares, SiteShares
 from resq_compiler.numerics.quantized import Part, parts_for
-from resq_compiler.recipes.settings import CompileConfig
 
-FLOAT_BITS = 16  # what the options call "not quantized"
-SPLIT_DOWN = ("energy-split", "block-pca", "outliers")
-"""Values of `down_proj` that give the input of down projections parts; the others quantize it whole, at the main bits."""
+FLOAT_BITS = 16  # stands for: not quantized
 
 
 @dataclass(frozen=True)
@@ -23,43 +21,61 @@ class ColumnPart:
     activation_bits: int
 
 
-def column_parts(width: int, config: CompileConfig, site: str, block: int | None = None) -> tuple[Part, ...]:
-    """The split of a width at a site (of shares.SITES) of a block by the shares alone. The bits in it only name the parts: 4, 8 (and 2)."""
-    shares = config.shares(site, block)
-    return parts_for(
-        width, shares.high, low_bits=4, high_bits=8, lowest_fraction=shares.low, lowest_bits=2,
-        rank_multiple=config.rank_multiple,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class ColumnPlan:
+    """A fact: the bits of every column. Sites are those of analysis/sites.py.
 
+    weight_bits, activation_bits, kv_bits: the main bits. common: shares with other bits at every site; sites: at single ones.
+    rank_multiple: columns of these shares are a multiple of it. split_down: inputs of down projections have parts, too; else they are
+    quantized whole, at the main bits. lm_head_bits: None where lm_head stays in float.
+    """
 
-def sizes(width: int, config: CompileConfig, *sites: str, block: int | None = None) -> list[int]:
-    """Columns between one part's border and the next, ascending in precision: of all sites that share a basis."""
-    borders = sorted({0} | {p.stop for site in sites for p in column_parts(width, config, site, block)})
-    return [stop - start for start, stop in itertools.pairwise(borders)]
+    weight_bits: int = 4
+    activation_bits: int = 4
+    kv_bits: int = 4
+    common: Shares = Shares(1 / 8, 8, 0.0, 2)
+    sites: SiteShares = SiteShares()
+    rank_multiple: int = 1
+    split_down: bool = False
+    lm_head_bits: int | None = None
 
+    def shares(self, site: str, block: int | None = None) -> Shares:
+        """Of a site, in a block where blocks differ."""
+        said = self.sites.find(site, block)
+        return self.common if said is None else said.over(self.common)
 
-def linear_parts(
-    width: int, config: CompileConfig, site: str, split: bool = True, block: int | None = None
-) -> tuple[ColumnPart, ...]:
-    """Parts of a linear's input. One part where `split` is off or the main bits already reach the high ones."""
-    weight, activation, shares = config.weight_bits, config.activation_bits, config.shares(site, block)
-    if not split or min(weight, activation) >= shares.high_bits:
-        return (ColumnPart(0, width, weight, activation),)
-    bits = {2: shares.low_bits, 8: shares.high_bits}
-    return tuple(
-        ColumnPart(p.start, p.stop, _bits(weight, bits.get(p.bits)), _bits(activation, bits.get(p.bits)))
-        for p in column_parts(width, config, site, block)
-    )
+    def column_parts(self, width: int, site: str, block: int | None = None) -> tuple[Part, ...]:
+        """The split of a width by the shares alone. The bits in it only name the parts: 4, 8 (and 2)."""
+        shares = self.shares(site, block)
+        return parts_for(
+            width, shares.high, low_bits=4, high_bits=8, lowest_fraction=shares.low, lowest_bits=2,
+            rank_multiple=self.rank_multiple,
+        )  # fmt: skip
+
+    def sizes(self, width: int, *sites: str, block: int | None = None) -> list[int]:
+        """Columns between one part's border and the next, ascending in precision: of all sites that share a basis."""
+        borders = sorted({0} | {p.stop for site in sites for p in self.column_parts(width, site, block)})
+        return [stop - start for start, stop in itertools.pairwise(borders)]
+
+    def linear_parts(self, width: int, site: str, block: int | None = None) -> tuple[ColumnPart, ...]:
+        """Parts of a linear's input. One part where nothing is split or the main bits already reach the high ones."""
+        weight, activation, shares = self.weight_bits, self.activation_bits, self.shares(site, block)
+        if (site == "down" and not self.split_down) or min(weight, activation) >= shares.high_bits:
+            return (ColumnPart(0, width, weight, activation),)
+        bits = {2: shares.low_bits, 8: shares.high_bits}
+        return tuple(
+            ColumnPart(p.start, p.stop, _bits(weight, bits.get(p.bits)), _bits(activation, bits.get(p.bits)))
+            for p in self.column_parts(width, site, block)
+        )
+
+    def cache_parts(self, width: int, site: str, block: int | None = None) -> tuple[Part, ...]:
+        """Parts of a cached key or value (the site) of one head."""
+        main, shares = self.kv_bits, self.shares(site, block)
+        if main >= shares.high_bits:
+            return (Part(main, 0, width),)
+        bits = {2: shares.low_bits, 4: main, 8: shares.high_bits}
+        return tuple(Part(bits[p.bits], p.start, p.stop) for p in self.column_parts(width, site, block))
 
 
 def _bits(main: int, special: int | None) -> int:
     return main if special is None or main == FLOAT_BITS else special
-
-
-def cache_parts(width: int, config: CompileConfig, site: str, block: int | None = None) -> tuple[Part, ...]:
-    """Parts of a cached key or value (the site) of one head."""
-    main, shares = config.kv_bits, config.shares(site, block)
-    if main >= shares.high_bits:
-        return (Part(main, 0, width),)
-    bits = {2: shares.low_bits, 4: main, 8: shares.high_bits}
-    return tuple(Part(bits[p.bits], p.start, p.stop) for p in column_parts(width, config, site, block))

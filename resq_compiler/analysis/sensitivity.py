@@ -12,19 +12,19 @@ Source: the Fisher matrix as second derivative of the KL divergence (Amari, Natu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
 from resq_compiler.errors import DataError
 from resq_compiler.ir import graph_tools
 from resq_compiler.numerics.seeds import generator
-from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.util import memory
 
 TOKENS = 1024  # two sets of so many agree on SmolLM2's sites within a third
@@ -44,17 +44,18 @@ class Place:
         return (x.transpose(1, 2) if x.dim() == 4 else x.unflatten(-1, (self.groups, -1))).flatten(0, 1).double()
 
 
-def places(topology: Topology) -> dict[str, list[Place]]:
+def places(topology: Topology) -> dict[Site, list[Place]]:
     """Where the values of each site are. U_A is shared, so attention and feed-forward inputs are one site each for all blocks."""
-    found: dict[str, list[Place]] = {}
+    found: dict[Site, list[Place]] = {}
     for block in topology.blocks:
         a, i = block.attention, block.index
-        found.setdefault("attention", []).append(Place(argument(a.q)))
-        found.setdefault("mlp", []).extend(Place(argument((*f.gates, *f.ups)[0])) for f in block.feed_forwards)
-        found[f"o.{i}"] = [Place(argument(a.o), a.num_heads)]
-        found[f"down.{i}"] = [Place(argument(f.down), channels=True) for f in block.feed_forwards]
-        found[f"key.{i}"] = [Place(argument(a.key_cache, 1), a.num_kv_heads)]
-        found[f"value.{i}"] = [Place(argument(a.value_cache, 1), a.num_kv_heads)]
+        found.setdefault(Site("attention"), []).append(Place(argument(a.q)))
+        inputs = [Place(argument((*f.gates, *f.ups)[0])) for f in block.feed_forwards]
+        found.setdefault(Site("mlp"), []).extend(inputs)
+        found[Site("o", i)] = [Place(argument(a.o), a.num_heads)]
+        found[Site("down", i)] = [Place(argument(f.down), channels=True) for f in block.feed_forwards]
+        found[Site("key", i)] = [Place(argument(a.key_cache, 1), a.num_kv_heads)]
+        found[Site("value", i)] = [Place(argument(a.value_cache, 1), a.num_kv_heads)]
     return found
 
 
@@ -65,7 +66,9 @@ def argument(node: Node, index: int = 0) -> Node:
     return value
 
 
-def measure(gm: GraphModule, ctx: PassContext) -> dict[str, Tensor]:
+def measure(
+    gm: GraphModule, topology: Topology, windows: Tensor, seed: int, progress: Callable[[str, int, int], None]
+) -> dict[Site, Tensor]:  # fmt: skip
     """Second moments of every site, a row counting by half the mean square of its gradient: float64 [groups, width, width].
 
     Of down projections only the diagonal, [groups, width]. Where rows lose a share h of their energy in the directions of an orthogonal
@@ -73,21 +76,20 @@ def measure(gm: GraphModule, ctx: PassContext) -> dict[str, Tensor]:
 
     Raises: DataError: a gradient is not finite.
     """
-    assert ctx.calibration is not None
-    sites = places(ctx.topology)
-    length = min(LENGTH, ctx.calibration.shape[1])
-    windows = ctx.calibration[:, :length][: max(1, TOKENS // length)]
-    draw = generator(ctx.config.seed, "sensitivity")
-    total: dict[str, Tensor] = {}
+    sites = places(topology)
+    length = min(LENGTH, windows.shape[1])
+    windows = windows[:, :length][: max(1, TOKENS // length)]
+    draw = generator(seed, "sensitivity")
+    total: dict[Site, Tensor] = {}
     for i, ids in enumerate(windows.split(1)):
-        ctx.progress("sensitivity", i, len(windows))
-        values = backward(gm, ctx, ids, [p.node for where in sites.values() for p in where], draw)
+        progress("sensitivity", i, len(windows))
+        values = backward(gm, topology, ids, [p.node for where in sites.values() for p in where], draw)
         for site, where in sites.items():
             for place in where:
                 found = weighted_moment(values[place.node], place) / windows.numel()
                 total[site] = total[site] + found if site in total else found
         memory.trim()
-    ctx.progress("sensitivity", len(windows), len(windows))
+    progress("sensitivity", len(windows), len(windows))
     if bad := [site for site, moment in total.items() if not bool(moment.isfinite().all())]:
         raise DataError(
             f"sensitivity of {bad[0]}: the gradient is not finite on the calibration data; check the model and the text"
@@ -96,10 +98,10 @@ def measure(gm: GraphModule, ctx: PassContext) -> dict[str, Tensor]:
 
 
 def backward(
-    gm: GraphModule, ctx: PassContext, ids: Tensor, nodes: Iterable[Node], draw: torch.Generator
+    gm: GraphModule, topology: Topology, ids: Tensor, nodes: Iterable[Node], draw: torch.Generator
 ) -> dict[Node, Tensor]:
     """Values of nodes, with gradients of the log-likelihood of tokens drawn from the model's predictions for ids [B, S]."""
-    start, wanted = ctx.topology.blocks[0].start, set(nodes)
+    start, wanted = topology.blocks[0].start, set(nodes)
     env = {**executor.shared_values(gm, ids, start), **executor.first_tokens(gm, ids)}
     executor.Schedule(gm, [start], env).run(env)
     logits = graph_tools.output_args(gm.graph)[0]

@@ -2,80 +2,96 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch.fx import GraphModule
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis.columns import FLOAT_BITS
-from resq_compiler.calibration.moments import BLOCK, input_width
+from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.calibration.bases import Bases
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools
-from resq_compiler.pipeline.passes import PassContext
 
 MEGABYTE = 10**6
 
 
-def average_bits(gm: GraphModule, ctx: PassContext) -> float | None:
-    """`average_bits`, or what `model_megabytes` leaves for a weight of the linears; None without a budget.
+@dataclass(frozen=True)
+class SizeBudget:
+    """megabytes: of the whole model. least: average bits that a linear has at least. parts: of a linear, at most. prefix_tokens: ditto."""
+
+    megabytes: float
+    least: float
+    parts: int = 2
+    prefix_tokens: int = 0
+
+
+def average_bits(
+    gm: GraphModule, topology: Topology, plan: ColumnPlan, bases: Bases, budget: SizeBudget, note: Callable[[str], None]
+) -> float:  # fmt: skip
+    """What a size leaves for a weight of the linears, in bits.
 
     gm: before bases, float. Where more is allowed than half of all columns at the high bits take, the rest is not spent, with a note.
-    Raises: PassError: not even the main bits (with allocation="widths", a quarter of the columns below them) fit.
+    Raises: PassError: not even the main bits (where bits may be taken away, a quarter of the columns below them) fit.
     """
-    config = ctx.config
-    if config.model_megabytes is None:
-        return config.average_bits
-    weights = sum(graph_tools.get_tensor(gm, n.args[1]).numel() for n in ctx.topology.linears)
-    fixed, allowed = fixed_bytes(gm, ctx), config.model_megabytes * MEGABYTE
-    least, most = config.least_average(config.weight_bits), (config.weight_bits + config.high_bits) / 2
-    bits = 8 * (allowed - fixed) / weights
+    weights = sum(weight_of(gm, n).numel() for n in topology.linears)
+    fixed = fixed_bytes(gm, topology, plan, bases, budget)
+    least, most = budget.least, (plan.weight_bits + plan.common.high_bits) / 2
+    bits = 8 * (budget.megabytes * MEGABYTE - fixed) / weights
     at_least, at_most, other = ((fixed + b * weights / 8) / MEGABYTE for b in (least, most, 0))
     if bits < least:
         raise PassError(
-            f"option model_megabytes: {config.model_megabytes:g} MB are too few: at {least:g} bits linears take {at_least - other:.3f} MB, "
+            f"option model_megabytes: {budget.megabytes:g} MB are too few: at {least:g} bits linears take {at_least - other:.3f} MB, "
             f"and everything else {other:.3f} MB; expected at least {at_least:.3f}, or fewer weight_bits, or lm_head_bits=8"
         )
     if bits > most:
-        ctx.note(f"model_megabytes: {at_most:.3f} MB are all that is spent, {most:g} average bits")
+        note(f"model_megabytes: {at_most:.3f} MB are all that is spent, {most:g} average bits")
     return min(bits, most)
 
 
-def fixed_bytes(gm: GraphModule, ctx: PassContext) -> int:
+def fixed_bytes(
+    gm: GraphModule, topology: Topology, plan: ColumnPlan, bases: Bases, budget: SizeBudget
+) -> int:  # fmt: skip
     """Bytes of the compiled model without the codes of its linears, at most: as report.memory_bytes counts, rows padded to bytes."""
-    topology, config = ctx.topology, ctx.config
-    linears = {str(n.args[1].target): graph_tools.get_tensor(gm, n.args[1]) for n in topology.linears}
+    linears = {str(weight_node(n).target): weight_of(gm, n) for n in topology.linears}
     tensors = {str(n.target): graph_tools.get_tensor(gm, n) for n in gm.graph.find_nodes(op="get_attr")}
     total = sum(t.numel() * t.element_size() for name, t in tensors.items() if name not in linears)
-    parts = 3 if config.allocation == "widths" else 2
-    total += sum(
-        parts * len(w) * (4 + 1) for w in linears.values()
-    )  # a float32 scale, and less than a byte that is not full
-    if config.lm_head_bits is not None:
-        head = graph_tools.get_tensor(gm, topology.head.args[1])
+    scales = 4 + 1  # a float32 scale, and less than a byte that is not full
+    total += sum(budget.parts * len(w) * scales for w in linears.values())
+    if plan.lm_head_bits is not None:
+        head = weight_of(gm, topology.head)
         total += len(head) * 4 - head.numel() * (head.element_size() - 1)
-    return total + projection_bytes(ctx) + prefix_bytes(ctx)
+    return total + projection_bytes(topology, plan, bases) + prefix_bytes(topology, budget.prefix_tokens)
 
 
-def prefix_bytes(ctx: PassContext) -> int:
-    """Float32 keys and values of as many prefix tokens as there may be."""
-    from resq_compiler.passes.insert_prefix import MOST
-
-    entries = sum(
-        b.attention.num_kv_heads * (b.attention.head_dim + b.attention.value_dim) for b in ctx.topology.blocks
-    )
-    return 4 * MOST * entries if ctx.config.prefix_tokens != "none" else 0
+def weight_node(linear: Node) -> Node:
+    """The tensor node of a linear's weight."""
+    node = linear.args[1]
+    assert isinstance(node, Node)
+    return node
 
 
-def projection_bytes(ctx: PassContext) -> int:
+def weight_of(gm: GraphModule, linear: Node) -> Tensor:
+    """The weight [N, K] of a linear."""
+    return graph_tools.get_tensor(gm, weight_node(linear))
+
+
+def prefix_bytes(topology: Topology, tokens: int) -> int:
+    """Float32 keys and values of prefix tokens."""
+    attentions = [block.attention for block in topology.blocks]
+    return 4 * tokens * sum(a.num_kv_heads * (a.head_dim + a.value_dim) for a in attentions)
+
+
+def projection_bytes(topology: Topology, plan: ColumnPlan, bases: Bases) -> int:
     """Bases that stay online: U_C, U_A where norms write into the stream, U_B where values are no plain linear, blocks of U_D; float32."""
-    topology, config = ctx.topology, ctx.config
     values = 0 if topology.residual.fusable else topology.hidden_size**2
     for block in topology.blocks:
         a = block.attention
-        if config.kv_bits < FLOAT_BITS:
-            values += a.head_dim**2 * (a.num_kv_heads if config.key_basis == "head" else 1)
+        if plan.kv_bits < FLOAT_BITS:
+            values += bases.key[block.index].numel()
         if not a.value_is_linear:
-            values += a.num_kv_heads * a.value_dim**2
-        if config.down_proj == "block-pca":
-            widths = [input_width(f.down) for f in block.feed_forwards]
-            values += sum(n * math.gcd(n, BLOCK) + 2 * n for n in widths)  # and the order of columns, in int64
+            values += bases.value[block.index].numel()
+    for down in bases.down.values():
+        values += down.vectors.numel() + 2 * down.order.numel()  # the order of columns is int64
     return 4 * values

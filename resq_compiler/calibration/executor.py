@@ -6,7 +6,7 @@ forward function gives neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,20 @@ TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed
 
 
 class Schedule:
-    """The nodes needed to compute `targets` from `given` values, in order, and when each value can be released."""
+    """The nodes needed to compute `targets` from `given` values, in order, and when each value can be released.
 
-    def __init__(self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node]):
+    keep: values that are left at the end (default: the targets).
+    """
+
+    def __init__(
+        self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], keep: Iterable[Node] | None = None
+    ):
         self.gm = gm
         self.targets = list(targets)
         self.given = set(given)
         needed = self._needed()
         self.order = [n for n in gm.graph.nodes if n in needed]
-        self.release = last_uses(self.order, keep=set(self.targets))
+        self.release = last_uses(self.order, keep=set(self.targets if keep is None else keep))
 
     def _needed(self) -> set[Node]:
         seen: set[Node] = set()
@@ -40,7 +45,7 @@ class Schedule:
                 pending.extend(n for n in node.all_input_nodes if n not in self.given)
         return seen
 
-    def run(self, env: dict[Node, Any], taps: dict[Node, Callable[[Any], None]] | None = None) -> None:
+    def run(self, env: dict[Node, Any], taps: Mapping[Node, Callable[[Any], None]] | None = None) -> None:
         """Compute the targets into env; taps see values as they are computed."""
         run_nodes(self.gm, self.order, self.release, env, taps or {})
 
@@ -78,7 +83,7 @@ def last_uses(order: Sequence[Node], keep: set[Node]) -> dict[Node, list[Node]]:
 @torch.no_grad()
 def run_nodes(
     gm: GraphModule, order: Sequence[Node], release: dict[Node, list[Node]], env: dict[Node, Any],
-    taps: dict[Node, Callable[[Any], None]],
+    taps: Mapping[Node, Callable[[Any], None]],
 ) -> None:  # fmt: skip
     """Run nodes in order on env, dropping released values."""
     substitutes = precision.substitutes()

@@ -9,8 +9,8 @@ GPTQ. Nothing of this is left in the compiled model.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten
-from resq_compiler.recipes.settings import CompileConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NATIVE = ("avx512_bf16", "amx_bf16")
@@ -28,14 +27,12 @@ NATIVE = ("avx512_bf16", "amx_bf16")
 _dtype = torch.float32
 
 
-def resolve(config: CompileConfig) -> CompileConfig:
-    """The same options with the dtype that "auto" stands for on this machine: recorded with the result, it repeats it elsewhere."""
-    if config.calibration_dtype != "auto":
-        return config
+def resolve(dtype: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
+    """The dtype that "auto" stands for on this machine: recorded with the result, it repeats it elsewhere."""
+    if dtype != "auto":
+        return dtype
     capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name) for name in NATIVE)
-    dtype = "bfloat16" if native else "float32"
-    return dataclasses.replace(config, calibration_dtype=dtype)
+    return "bfloat16" if any(capabilities.get(name) for name in NATIVE) else "float32"
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Work directories: a compile that was interrupted goes on where it stopped, with bit-identical results.
 
-    fingerprint.json         which compile this is: options, versions, hashes of the weights and of the calibration tokens
-    moments.safetensors      second moments, when compute-bases has taken them
+    fingerprint.json         which compile this is: passes, versions, hashes of the weights and of the calibration tokens
+    statistics.safetensors   what passes asked for of the calibration run, when it has been taken
     block-0000.safetensors   weight codes, when GPTQ has finished the block; its inputs are recomputed from the blocks before
 
 Every file is written aside and then renamed: a name is there whole or not at all.
@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,14 +24,9 @@ from torch import Tensor, nn
 from resq_compiler.analysis.overrides import TopologyOverrides
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.numerics.weights import QuantizedWeight
-from resq_compiler.recipes.settings import CompileConfig
-from resq_compiler.storage.quantization_config import versions
-
-if TYPE_CHECKING:
-    from resq_compiler.calibration.moments import Moments
-    from resq_compiler.pipeline.passes import PassContext
 
 FINGERPRINT = "fingerprint.json"
+LAYOUT = 2  # of these files
 
 
 class WorkDirectory:
@@ -95,13 +90,13 @@ class WorkDirectory:
 
 
 def fingerprint(
-    config: CompileConfig, model: nn.Module, windows: Tensor | None, overrides: TopologyOverrides | None = None
+    settings: Mapping[str, Any], model: nn.Module, windows: Tensor | None, overrides: TopologyOverrides | None = None
 ) -> dict[str, Any]:
-    """What must be equal for two compiles to share work."""
+    """What must be equal for two compiles to share work; settings: passes, seed and versions, as plain values."""
     return {
-        "options": config.to_dict(),
+        "layout": LAYOUT,
+        **settings,
         "topology": repr(overrides or TopologyOverrides()),
-        "versions": versions(),
         "weights": _hash(model.state_dict()),
         "calibration tokens": _hash({} if windows is None else {"windows": windows}),
     }
@@ -115,53 +110,12 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_moments(ctx: PassContext, empty: Moments) -> bool:
-    """Fill in what the work directory has; False where there is nothing yet."""
-    saved = None if ctx.work is None else ctx.work.load("moments")
-    if saved is None:
-        return False
-    tensors = saved[0]
-    for name, moment in _accumulators(empty).items():
-        moment.total += tensors[f"{name}.total"]
-        moment.tokens = int(tensors[f"{name}.tokens"])
-    empty.residual_peak = tensors.get("residual_peak")
-    for node in (f.down for block in ctx.topology.blocks for f in block.feed_forwards):
-        empty.down_energy[node] = tensors[f"down_energy.{node.name}"]
-        empty.down_peak[node] = tensors[f"down_peak.{node.name}"]
-    return True
-
-
-def keep_moments(ctx: PassContext, found: Moments) -> None:
-    """Keep finished moments, if there is a work directory."""
-    if ctx.work is not None:
-        ctx.work.save("moments", _moments_to_tensors(found))
-
-
-def _moments_to_tensors(found: Moments) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, moment in _accumulators(found).items():
-        tensors |= {f"{name}.total": moment.total, f"{name}.tokens": torch.tensor(moment.tokens)}
-    if found.residual_peak is not None:
-        tensors["residual_peak"] = found.residual_peak
-    for node, energy in found.down_energy.items():
-        tensors |= {f"down_energy.{node.name}": energy, f"down_peak.{node.name}": found.down_peak[node]}
-    return tensors
-
-
-def _accumulators(found: Moments) -> dict[str, Any]:
-    lists = {f"{kind}.{i}": m for kind in ("value", "key", "query") for i, m in enumerate(getattr(found, kind))}
-    blocks = {f"down_blocks.{node.name}": moment for node, moment in found.down_blocks.items()}
-    return {"residual": found.residual, **lists, **blocks}
-
-
-def block_codes(ctx: PassContext, block: int) -> list[list[QuantizedWeight]] | None:
-    """The codes of a finished block: for each group of linears, its parts. None where the block is still to do."""
-    saved = None if ctx.work is None else ctx.work.load(f"block-{block:04d}")
+def block_codes(work: WorkDirectory | None, block: int) -> tuple[list[list[QuantizedWeight]], list[str]] | None:
+    """The codes of a finished block, for each group of linears its parts, and what was noted. None where it is still to do."""
+    saved = None if work is None else work.load(f"block-{block:04d}")
     if saved is None:
         return None
     tensors, notes = saved
-    for note in notes:
-        ctx.note(note)
     groups: list[list[QuantizedWeight]] = []
     while f"{len(groups)}.0.qdata" in tensors:
         parts: list[QuantizedWeight] = []
@@ -170,12 +124,14 @@ def block_codes(ctx: PassContext, block: int) -> list[list[QuantizedWeight]] | N
                 QuantizedWeight(tensors[f"{name}.qdata"], tensors[f"{name}.scale"], int(tensors[f"{name}.bits"]))
             )
         groups.append(parts)
-    return groups
+    return groups, notes
 
 
-def keep_block(ctx: PassContext, block: int, groups: list[list[QuantizedWeight]], notes: list[str]) -> None:
+def keep_block(
+    work: WorkDirectory | None, block: int, groups: list[list[QuantizedWeight]], notes: list[str]
+) -> None:  # fmt: skip
     """Keep the codes of a block that is finished, if there is a work directory."""
-    if ctx.work is None:
+    if work is None:
         return
     tensors: dict[str, Tensor] = {}
     for i, parts in enumerate(groups):
@@ -186,4 +142,4 @@ def keep_block(ctx: PassContext, block: int, groups: list[list[QuantizedWeight]]
                 f"{name}.scale": part.scale,
                 f"{name}.bits": torch.tensor(part.bits),
             }
-    ctx.work.save(f"block-{block:04d}", tensors, notes)
+    work.save(f"block-{block:04d}", tensors, notes)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.overrides import read_overrides
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.errors import ConfigError
 from resq_compiler.frontend.capture import capture
 from resq_compiler.frontend.models import load_model
@@ -62,9 +63,11 @@ def inspect_saved(
     data = _calibration(compiled.options, loaded, calibration(), request) if request.levels else None
     captured = capture(loaded.model)
     gm = captured.graph_module
+    options = compiled.options
     ctx = PassContext(
-        compiled.options, captured.example_inputs, data, read_overrides(topology), progress=request.progress
-    )
+        captured.example_inputs, data, read_overrides(topology), seed=options.seed, basis_samples=options.basis_samples,
+        calibration_dtype=options.calibration_dtype, progress=request.progress,
+    )  # fmt: skip
     pipeline = Pipeline(ctx)
     pipeline.start(gm)
     named, projecting = _exact_passes(compiled.options)
@@ -73,7 +76,7 @@ def inspect_saved(
     if request.activations:
         text = decoder(loaded.tokenizer or compiled.tokenizer)
         result.diagnostics = diagnose(
-            gm, ctx.topology, compiled.graph_module, windows, compiled.options.activation_bits, text
+            gm, ctx.facts.get(Topology), compiled.graph_module, windows, compiled.options.activation_bits, text
         )
     if request.levels:
         with torch.no_grad():
@@ -96,7 +99,7 @@ def _calibration(options: CompileConfig, loaded: Any, data: Any, request: Reques
     from resq_compiler.api import needs_calibration
     from resq_compiler.calibration.data import calibration_windows
 
-    if not needs_calibration(options):
+    if not needs_calibration(named.passes_for(options)):
         return None
     return calibration_windows(
         data, model=loaded.model, tokenizer=loaded.tokenizer, samples=options.calibration_samples,

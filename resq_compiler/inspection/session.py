@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.errors import DataError
 from resq_compiler.inspection.activations import Diagnostics, diagnose
 from resq_compiler.inspection.attribution import Costs, attribute
@@ -86,7 +87,7 @@ def inspect_model(
         original, ctx = trace(loaded.model if loaded.model.dtype == torch.float32 else loaded.model.float(), topology)
         text = decoder(loaded.tokenizer)
         result.diagnostics = diagnose(
-            original, ctx.topology, compiled.graph_module, windows, config.activation_bits, text
+            original, ctx.facts.get(Topology), compiled.graph_module, windows, config.activation_bits, text
         )
     if request.levels and windows is not None:
         result.costs = measure_costs(compiled.graph_module, held[0], windows, request)

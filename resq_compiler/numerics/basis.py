@@ -6,6 +6,7 @@ The moment is the uncentred sum of xᵀx over tokens, so moments of batches, fil
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -100,6 +101,19 @@ class SecondMoment:
         if self.tokens == 0:
             raise DataError(f"second moment of {self.site}: no tokens were seen; give calibration data that reaches it")
         return self.total / self.tokens
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` takes."""
+        return {"total": self.total, "tokens": torch.tensor(self.tokens)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state` returned. Raises QuantError: the total is that of another site."""
+        if state["total"].shape != self.total.shape:
+            raise QuantError(
+                f"second moment of {self.site}: expected a saved total {tuple(self.total.shape)}, "
+                f"got {tuple(state['total'].shape)}; the file belongs to another model or is damaged"
+            )
+        self.total, self.tokens = state["total"], int(state["tokens"])
 
     def _require_finite(self, addition: Tensor, rows: Tensor) -> None:
         # A NaN or infinity anywhere in a column reaches that column's square sum: d values to look at, not tokens x d.

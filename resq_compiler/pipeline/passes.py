@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.analysis.overrides import TopologyOverrides
+from resq_compiler.calibration.statistics import Request, spread
+from resq_compiler.calibration.workdir import WorkDirectory
+from resq_compiler.errors import DataError
+from resq_compiler.pipeline.facts import Facts
+from resq_compiler.pipeline.options import check_options, options_text
 
 log = logging.getLogger("resq_compiler")
 
 
+def no_progress(what: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
 @dataclass
 class PassContext:
-    """What passes share: options, example inputs, calibration windows, and the facts that earlier passes found."""
+    """What all passes of a compile share: its inputs, and the facts that passes found.
 
-    config: CompileConfig
+    example_inputs: of the graph, one tensor for each placeholder. calibration: token ids [n, length] int64, None without. overrides:
+    what the user states about the model. work: where finished work of an interrupted compile is kept. bos_token: what the model's
+    texts begin with. seed: of all draws. calibration_dtype: of linears in calibration runs. basis_samples: how many of the windows
+    statistics are taken of. notes: what a user should know. lines: what the running pass adds to its stage, such as a table.
+    """
+
     example_inputs: tuple[Tensor, ...]
-    calibration: Tensor | None = None  # token ids [n, length], int64
-    overrides: Any = None  # resq_compiler.topology_overrides.TopologyOverrides, what the user states about the model
-    topology: Any = None  # resq_compiler.topology.Topology, set by the topology analysis
-    moments: Any = None  # resq_compiler.calibration.Moments, set by compute-bases where a recipe needs them
-    bases: Any = None  # resq_compiler.calibration.Bases, set by compute-bases
-    work: Any = None  # resq_compiler.resume.WorkDirectory, where finished work of an interrupted compile is kept
-    bos_token: int | None = None  # what the model's texts begin with
-    notes: list[str] = field(
-        default_factory=list
-    )  # what a user should know: approximations, projections that stay online
-    lines: list[str] = field(default_factory=list)  # text that the running pass adds to its stage, such as a table
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    calibration: Tensor | None = None
+    overrides: TopologyOverrides | None = None
+    work: WorkDirectory | None = None
+    bos_token: int | None = None
+    seed: int = 0
+    calibration_dtype: str = "float32"
+    basis_samples: int = 16
+    facts: Facts = field(default_factory=Facts)
+    notes: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    progress: Callable[[str, int, int], None] = no_progress
 
     def note(self, message: str) -> None:
         """Tell the user something, once."""
@@ -41,13 +54,49 @@ class PassContext:
             self.notes.append(message)
             log.info(message)
 
+    @property
+    def windows(self) -> Tensor:
+        """The calibration windows. Raises DataError: there are none."""
+        if self.calibration is None:
+            raise DataError("this pass looks at activations; expected calibration data, got none")
+        return self.calibration
+
+    @property
+    def statistics_windows(self) -> Tensor:
+        """Those of the calibration windows that statistics are taken of."""
+        return spread(self.windows, self.basis_samples)
+
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One rewrite of the graph. Options are the dataclass fields; the file is the snake_case of `name`."""
+    """One rewrite of the graph. Options are the dataclass fields; the file is the snake_case of `name`.
+
+    exact: the same function up to rounding; quantizers are not. rewrites: False where the pass only finds facts, so that statistics
+    taken before it hold after it. requires, provides: types of facts (Facts) that must be there before, and are there after.
+    """
 
     name: ClassVar[str]
-    exact: ClassVar[bool] = True  # the same function up to rounding; quantizers are not
+    exact: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True
+    requires: ClassVar[tuple[type, ...]] = ()
+    provides: ClassVar[tuple[type, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def __str__(self) -> str:
+        """The text form, such as `quantize-weights{method=rtn}`."""
+        options = options_text(self)
+        return f"{self.name}{{{options}}}" if options else self.name
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the pass, with these options, looks at activations."""
+        return False
+
+    def statistics(self, gm: GraphModule, ctx: PassContext) -> Sequence[Request]:
+        """What the pass wants to have seen of the calibration run before it runs; found in the fact Statistics."""
+        return ()
 
     @abstractmethod
     def run(self, gm: GraphModule, ctx: PassContext) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +12,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.calibration import precision
+from resq_compiler.calibration.statistics import Statistics, distinct, take
 from resq_compiler.errors import ModelError, PassError, ResqError, VerifyError
 from resq_compiler.ir import verify
+from resq_compiler.pipeline.options import options_text
+from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.pipeline.stages import Stage, copy_graph, failing_node, option_text
+from resq_compiler.pipeline.stages import Stage, copy_graph, failing_node
 from resq_compiler.util import memory
 
 log = logging.getLogger("resq_compiler")
@@ -46,20 +50,24 @@ class Pipeline:
 
     def run(self, gm: GraphModule, passes: Sequence[Pass]) -> None:
         """Run passes in order. A failure is a PassError that names the pass; the stage that failed is still recorded."""
+        check_order(passes, self.ctx.facts.kinds())
         for i, item in enumerate(passes):
             self.ctx.progress(item.name, i, len(passes))
-            self._run_one(gm, item)
+            self._run_one(gm, item, passes[i + 1 :])
         self.ctx.progress("done", len(passes), len(passes))
 
-    def _run_one(self, gm: GraphModule, item: Pass) -> None:
+    def _run_one(self, gm: GraphModule, item: Pass, rest: Sequence[Pass]) -> None:
         start = time.perf_counter()
-        index, options = len(self.stages), option_text(item)
+        index, options = len(self.stages), options_text(item)
         memory.release(gm)
         rewrites = 0
         self.ctx.lines.clear()
         try:
-            with precision.linears_in(self.ctx.config.calibration_dtype):
+            with precision.linears_in(self.ctx.calibration_dtype):
+                self._observe(gm, item, rest)
                 rewrites = item.run(gm, self.ctx)
+            if item.rewrites:
+                self.ctx.facts.drop(Statistics)
             gm.graph.eliminate_dead_code()
             gm.recompile()
             verify.check_graph(gm)
@@ -81,6 +89,23 @@ class Pipeline:
         self._record(
             Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact, lines=lines)
         )
+
+    def _observe(self, gm: GraphModule, item: Pass, rest: Sequence[Pass]) -> None:
+        """Take the statistics that a pass asks for and, in the same run, those of later passes that see the same graph."""
+        ctx = self.ctx
+        requests = list(item.statistics(gm, ctx))
+        seen = ctx.facts.find(Statistics)
+        if not requests or (seen is not None and seen.covers(requests)):
+            return
+        for last, following in itertools.pairwise((item, *rest)):
+            if last.rewrites:
+                break
+            requests += following.statistics(gm, ctx)
+        if ctx.basis_samples < len(ctx.windows):
+            ctx.note(
+                f"calibration: bases and channel order from {ctx.basis_samples} of {len(ctx.windows)} windows (basis_samples)"
+            )
+        ctx.facts.put(take(gm, distinct(requests), ctx.statistics_windows, ctx.work, ctx.progress))
 
     def _compare(self, gm: GraphModule, item: Pass) -> float | None:
         if self.reference is None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
-
-from resq_compiler.pipeline.passes import Pass
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,6 @@ def failing_node(graph: Graph, message: str) -> str | None:
     """The node that an error message names, as all of ours do: `node NAME`."""
     names = {node.name for node in graph.nodes}
     return next((name for name in re.findall(r"\bnode (\w+)", message) if name in names), None)
-
-
-def option_text(item: Pass) -> str:
-    """The options of a pass that differ from their defaults, as `name=value` pairs."""
-    values = ((f, getattr(item, f.name)) for f in dataclasses.fields(item))
-    return ", ".join(f"{f.name}={value!r}" for f, value in values if value != f.default)
 
 
 def copy_graph(graph: Graph) -> Graph:

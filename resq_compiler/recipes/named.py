@@ -1,86 +1,136 @@
-"""Recipes: named options, and the list of passes that options stand for."""
+"""Recipes: a name for settings, and the tuple of passes that settings stand for."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from resq_compiler.errors import ConfigError
+from resq_compiler.passes import ComputeBases, PlanColumns
 from resq_compiler.pipeline.passes import Pass
-from resq_compiler.recipes.settings import CompileConfig, check_names
+from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig, check_names
+from resq_compiler.recipes.standard import standard_passes
 
 DEFAULT_RECIPE = "resq+"
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "resq": {},
-    "resq+": {
-        "down_proj": "energy-split",
-        "allocation": "sensitivity",
-        "activation_clip": "output",
-        "basis_weighting": "readers",
-        "weight_clip": "hessian",
-        "gptq_act_order": True,
-        "gptq_token_weighting": "residual",
-        "gptq_damping": 0.03,
-    },
-    "quarot": {"basis": "hadamard", "high_fraction": 0.0},
-    "quik": {"basis": "outliers", "rotation": "none", "down_proj": "outliers"},
-    "gptq": {"basis": "none", "down_proj": "none", "high_fraction": 0.0},
-    "rtn": {"basis": "none", "down_proj": "none", "high_fraction": 0.0, "weight_method": "rtn"},
-}
-"""Options of each recipe that differ from the defaults of CompileConfig."""
 
+@dataclass(frozen=True)
+class Recipe:
+    """settings: options of CompileConfig that differ from its defaults. passes: what settings stand for."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    passes: Callable[[CompileConfig], tuple[Pass, ...]] = standard_passes
+
+
+RECIPES: dict[str, Recipe] = {
+    "resq": Recipe(),
+    "resq+": Recipe(
+        {
+            "down_proj": "energy-split",
+            "allocation": "sensitivity",
+            "activation_clip": "output",
+            "basis_weighting": "readers",
+            "weight_clip": "hessian",
+            "gptq_act_order": True,
+            "gptq_token_weighting": "residual",
+            "gptq_damping": 0.03,
+        }
+    ),
+    "quarot": Recipe({"basis": "hadamard", "high_fraction": 0.0}),
+    "quik": Recipe({"basis": "outliers", "rotation": "none", "down_proj": "outliers"}),
+    "gptq": Recipe({"basis": "none", "down_proj": "none", "high_fraction": 0.0}),
+    "rtn": Recipe({"basis": "none", "down_proj": "none", "high_fraction": 0.0, "weight_method": "rtn"}),
+}
+"""A recipe of one's own is added here: RECIPES["mine"] = Recipe({"weight_bits": 8})."""
 
 SHARES_STATED = {"site_fractions": "", "low_fraction": 0.0, "basis": "pca"}
 """Options that leave nothing to share out, and their usual values."""
 
 
-def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> CompileConfig:
-    """Options of a recipe with the user's on top. Raises ConfigError for unknown recipes, options and values."""
-    if isinstance(recipe, CompileConfig):
-        check_names(options)
-        return CompileConfig.from_dict({**recipe.to_dict(), **options})
-    if recipe not in RECIPES:
-        raise ConfigError(f"recipe: expected one of {', '.join(RECIPES)}; got {recipe!r}")
+@dataclass(frozen=True)
+class Chosen:
+    """What to do: passes in order, and the settings they come from. Of a tuple of passes, what its column plan says of them."""
+
+    settings: CompileConfig
+    passes: tuple[Pass, ...]
+
+
+def choose(recipe: str | CompileConfig | Sequence[Pass] = DEFAULT_RECIPE, **options: Any) -> Chosen:
+    """Passes of a recipe's name, of settings, or as given, with the user's options on top.
+
+    Raises ConfigError for unknown recipes, options and values, and for options beside a tuple of passes that are fields of these.
+    """
+    if isinstance(recipe, (str, CompileConfig)):
+        settings = resolve(recipe, **options)
+        return Chosen(settings, passes_for(settings))
+    passes = tuple(recipe)
     check_names(options)
-    values = {**RECIPES[recipe], **options}
+    if fields := [name for name in options if name not in RUN_OPTIONS]:
+        raise ConfigError(
+            f"option {fields[0]}: a tuple of passes has it as a field; set it there. Beside passes are expected: "
+            f"{', '.join(RUN_OPTIONS)}"
+        )
+    return Chosen(described(passes, options), passes)
+
+
+def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> CompileConfig:
+    """Settings of a recipe with the user's on top. Raises ConfigError for unknown recipes, options and values."""
+    check_names(options)
+    if isinstance(recipe, CompileConfig):
+        return CompileConfig.from_dict({**recipe.to_dict(), **options})
+    values = {**named(recipe).settings, **options}
     if any(options.get(name, usual) != usual for name, usual in SHARES_STATED.items()) and "allocation" not in options:
         values["allocation"] = "equal"  # shares that a user states are not shared out again
     return CompileConfig.from_dict({**values, "recipe": recipe})
 
 
-def passes_for(config: CompileConfig) -> list[Pass]:
-    """The whole pipeline, in order. Passes before insert-prefix and quantize-* are exact."""
-    from resq_compiler.passes import (
-        AllocateBits,
-        Canonicalize,
-        ComputeBases,
-        FindTopology,
-        FoldNorms,
-        FuseProjections,
-        InsertPrefix,
-        InsertProjections,
-        NameAttention,
-        PartitionLinears,
-        QuantizeActivations,
-        QuantizeKvCache,
-        QuantizeWeights,
-        ReorderChannels,
-        SplitFused,
-        UntieEmbeddings,
+def named(recipe: str) -> Recipe:
+    """The recipe of a name. Raises ConfigError: there is none."""
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe: expected one of {', '.join(RECIPES)}; got {recipe!r}")
+    return RECIPES[recipe]
+
+
+def passes_for(settings: CompileConfig) -> tuple[Pass, ...]:
+    """The passes that settings stand for, in order."""
+    return named(settings.recipe).passes(settings)
+
+
+def described(passes: tuple[Pass, ...], run_options: Mapping[str, Any]) -> CompileConfig:
+    """Settings for a tuple of passes: bits, shares and basis as its passes say; the others are defaults that mean nothing here."""
+    values: dict[str, Any] = {"recipe": "passes", "basis": "none"}
+    for item in passes:
+        if isinstance(item, PlanColumns):
+            same = (
+                "weight_bits",
+                "activation_bits",
+                "kv_bits",
+                "high_bits",
+                "high_fraction",
+                "low_bits",
+                "low_fraction",
+            )
+            values |= {name: getattr(item, name) for name in (*same, "rank_multiple", "lm_head_bits")}
+            values["site_fractions"] = str(item.sites)
+        elif isinstance(item, ComputeBases):
+            values["basis"] = "hadamard" if item.basis == "orthogonal" else item.basis
+    return CompileConfig(**values, **run_options)
+
+
+def settled(settings: CompileConfig, sites: str) -> CompileConfig:
+    """Settings that give the same model without sharing out bits again: with the shares that were found."""
+    if not settings.allocates:
+        return settings
+    return dataclasses.replace(
+        settings, allocation="equal", average_bits=None, model_megabytes=None, site_fractions=sites
     )  # fmt: skip
 
-    exact: list[Pass] = [Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology(), FoldNorms()]
-    reorder = config.down_proj in ("energy-split", "outliers")
-    if config.allocates:
-        exact.append(AllocateBits())
-    if config.basis != "none" or reorder or config.down_proj == "block-pca":
-        exact.append(ComputeBases())
-    if reorder:
-        exact.append(ReorderChannels())
-    if config.basis != "none" or config.down_proj != "none":
-        exact += [InsertProjections(), FuseProjections()]
-    exact.append(PartitionLinears())
-    prefix: list[Pass] = [InsertPrefix()] if config.prefix_tokens != "none" else []
-    weights: list[Pass] = [QuantizeWeights()] if config.weight_bits < 16 or config.lm_head_bits else []
-    activations: list[Pass] = [QuantizeActivations(), QuantizeKvCache()]
-    return exact + prefix + (activations + weights if config.gptq_on_quantized_activations else weights + activations)
+
+def before(passes: Sequence[Pass], kind: type[Pass], *added: Pass) -> tuple[Pass, ...]:
+    """The passes with others put before the first of a kind. Raises ConfigError: there is none of that kind."""
+    at = next((i for i, item in enumerate(passes) if isinstance(item, kind)), None)
+    if at is None:
+        raise ConfigError(f"recipe: expected a pass {kind.name} to put {', '.join(p.name for p in added)} before")
+    return (*passes[:at], *added, *passes[at:])

@@ -4,44 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from resq_compiler.analysis.site_shares import SiteShares, least_average
 from resq_compiler.errors import ConfigError
-from resq_compiler.recipes.site_shares import Shares, parse_shares
 
-CHOICES: dict[str, tuple[object, ...]] = {
-    "weight_bits": (2, 3, 4, 5, 6, 7, 8, 16),
-    "activation_bits": (2, 3, 4, 5, 6, 7, 8, 16),
-    "kv_bits": (2, 3, 4, 5, 6, 7, 8, 16),
-    "high_bits": (2, 3, 4, 5, 6, 7, 8),
-    "low_bits": (2, 3, 4, 5, 6, 7, 8),
-    "basis": ("pca", "hadamard", "outliers", "none"),
-    "rotation": ("hadamard", "orthogonal", "none"),
-    "down_proj": ("hadamard", "energy-split", "block-pca", "outliers", "none"),
-    "weight_method": ("rtn", "gptq"),
-    "weight_clip": ("mse", "hessian", "max"),
-    "o_proj_granularity": ("head", "token"),
-    "lm_head_bits": (None, 8),
-    "basis_weighting": ("none", "readers"),
-    "allocation": ("equal", "sensitivity", "widths"),
-    "key_basis": ("shared", "head"),
-    "gptq_token_weighting": ("none", "residual"),
-    "calibration_dtype": ("auto", "float32", "bfloat16"),
-    "prefix_tokens": ("none", "auto"),
-}
+MainBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+PartBits = Literal[2, 3, 4, 5, 6, 7, 8]
 
 WHOLE_NUMBERS = {
     "rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "seed": None,
 }  # fmt: skip
 """Options without a list of values, and the least that each may be."""
 
+RUN_OPTIONS = ("calibration_samples", "calibration_length", "basis_samples", "calibration_dtype", "seed")
+"""Options that are no pass's own: of the calibration run, and of all draws."""
+
 REMOVED: dict[str, object] = {
     "gptq_correction": "none", "gptq_correction_alpha": 1.0, "gptq_sweeps": 0, "basis_token_weighting": "none",
 }  # fmt: skip
 """Options of versions before 0.2 that gained nothing, and their defaults."""
-
-WORDS: dict[str, tuple[str, ...]] = {"activation_clip": ("input", "output")}
-"""Words that an option takes in place of a number."""
 
 
 @dataclass(frozen=True)
@@ -53,38 +36,38 @@ class CompileConfig:
     """
 
     recipe: str = "resq"
-    weight_bits: int = 4
-    activation_bits: int = 4
-    kv_bits: int = 4
-    high_bits: int = 8
+    weight_bits: MainBits = 4
+    activation_bits: MainBits = 4
+    kv_bits: MainBits = 4
+    high_bits: PartBits = 8
     high_fraction: float = 1 / 8
     site_fractions: str = ""
-    allocation: str = "equal"
+    allocation: Literal["equal", "sensitivity", "widths"] = "equal"
     average_bits: float | None = None
     model_megabytes: float | None = None
-    low_bits: int = 2
+    low_bits: PartBits = 2
     low_fraction: float = 0.0
     rank_multiple: int = 1
-    basis: str = "pca"
-    basis_weighting: str = "none"
-    key_basis: str = "shared"
-    rotation: str = "hadamard"
-    down_proj: str = "hadamard"
-    weight_method: str = "gptq"
-    weight_clip: str = "mse"
+    basis: Literal["pca", "hadamard", "outliers", "none"] = "pca"
+    basis_weighting: Literal["none", "readers"] = "none"
+    key_basis: Literal["shared", "head"] = "shared"
+    rotation: Literal["hadamard", "orthogonal", "none"] = "hadamard"
+    down_proj: Literal["hadamard", "energy-split", "block-pca", "outliers", "none"] = "hadamard"
+    weight_method: Literal["rtn", "gptq"] = "gptq"
+    weight_clip: Literal["mse", "hessian", "max"] = "mse"
     gptq_damping: float = 0.01
     gptq_act_order: bool = False
     gptq_on_quantized_activations: bool = False
-    gptq_token_weighting: str = "none"
-    activation_clip: float | str = 1.0
+    gptq_token_weighting: Literal["none", "residual"] = "none"
+    activation_clip: float | Literal["input", "output"] = 1.0
     kv_clip: float = 1.0
-    o_proj_granularity: str = "head"
-    prefix_tokens: str = "none"
-    lm_head_bits: int | None = None
+    o_proj_granularity: Literal["head", "token"] = "head"
+    prefix_tokens: Literal["none", "auto"] = "none"
+    lm_head_bits: Literal[8] | None = None
     calibration_samples: int = 64
     calibration_length: int = 512
     basis_samples: int = 16
-    calibration_dtype: str = "auto"
+    calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,13 +86,16 @@ class CompileConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
         self._check_allocation()
-        self.site_shares()
+        if not isinstance(self.site_fractions, str):
+            raise ConfigError(f"option site_fractions: expected text such as mlp=1/4,o=0; got {self.site_fractions!r}")
+        SiteShares.parse(self.site_fractions)
 
     def _check_allocation(self) -> None:
         if self.average_bits is not None:
             main = min(self.weight_bits, self.activation_bits, self.kv_bits)
+            least = least_average(main, self.low_bits, self.allocation == "widths")
             self._check_range(
-                "average_bits", self.least_average(main), (main + self.high_bits) / 2
+                "average_bits", least, (main + self.high_bits) / 2
             )  # at most half of the columns are high
         if self.model_megabytes is not None:
             self._check_range("model_megabytes", 0, float("inf"))
@@ -128,25 +114,15 @@ class CompileConfig:
                 f"site_fractions={self.site_fractions!r}"
             )
 
-    def least_average(self, main: int) -> float:
-        """The average bits that a budget may go down to: a quarter of the columns at `low_bits`, where `widths` may take bits away."""
-        return main - max(0, main - self.low_bits) / 4 if self.allocation == "widths" else main
-
     @property
     def allocates(self) -> bool:
         """Whether sites and blocks get the share of high columns that pays there; a budget asks for it too."""
         return self.allocation != "equal" or self.average_bits is not None or self.model_megabytes is not None
 
-    def shares(self, site: str, block: int | None = None) -> Shares:
-        """Of a site (of shares.SITES), in a block where blocks differ."""
-        found, common = self.site_shares(), Shares(self.high_fraction, self.high_bits, self.low_fraction, self.low_bits)
-        return dataclasses.replace(common, **found.get(f"{site}.{block}", found.get(site, {})))
-
-    def site_shares(self) -> dict[str, dict[str, Any]]:
-        """What `site_fractions` says: fields of Shares by site or site.block."""
-        if not isinstance(self.site_fractions, str):
-            raise ConfigError(f"option site_fractions: expected text such as mlp=1/4,o=0; got {self.site_fractions!r}")
-        return parse_shares(self.site_fractions)
+    @property
+    def sites(self) -> SiteShares:
+        """What `site_fractions` says."""
+        return SiteShares.parse(self.site_fractions)
 
     def _check_whole(self, name: str, least: int | None) -> None:
         value = getattr(self, name)
@@ -177,6 +153,38 @@ class CompileConfig:
         """Inverse of `to_dict`; an option that does not exist is a ConfigError that names the nearest one."""
         check_names(values)
         return cls(**values)
+
+
+def alternatives(name: str) -> tuple[Any, ...]:
+    """The types that an option may have, in the order of its annotation."""
+    hint = _HINTS[name]
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def words(name: str) -> tuple[object, ...]:
+    """The values that an option names one by one: whole numbers, or words."""
+    return tuple(value for kind in alternatives(name) if get_origin(kind) is Literal for value in get_args(kind))
+
+
+def base_type(name: str) -> str:
+    """bool, int, float or str, with ` | None` where the option may be none."""
+    kinds = [type(get_args(k)[0]) if get_origin(k) is Literal else k for k in alternatives(name)]
+    return kinds[0].__name__ + (" | None" if type(None) in kinds else "")
+
+
+_HINTS = get_type_hints(CompileConfig)
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    name: (*((None,) if base_type(name).endswith("None") else ()), *words(name))
+    for name in _HINTS
+    if words(name) and float not in alternatives(name)
+}
+"""Options with a list of values."""
+
+WORDS: dict[str, tuple[str, ...]] = {
+    name: tuple(map(str, words(name))) for name in _HINTS if words(name) and float in alternatives(name)
+}
+"""Words that an option takes in place of a number."""
 
 
 def check_names(values: dict[str, Any]) -> None:

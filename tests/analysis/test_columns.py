@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import pytest
+from resq_compiler.passes import PlanColumns
 
-from resq_compiler.analysis.columns import ColumnPart, cache_parts, column_parts, linear_parts, sizes
+from resq_compiler.analysis.columns import ColumnPart, ColumnPlan
+from resq_compiler.analysis.site_shares import Shares, SiteShare, SiteShares
+from resq_compiler.analysis.sites import SITES, Site
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import Part
-from resq_compiler.recipes.settings import CompileConfig
-from resq_compiler.recipes.site_shares import SITES, Shares, parse_shares
 
 
-def linear(width, split=True, **options):
+def plan(**options) -> ColumnPlan:
+    """Of the options of plan-columns; sites as text."""
+    return PlanColumns(**{**options, "sites": SiteShares.parse(options.get("sites", ""))}).plan
+
+
+def linear(width, site="mlp", **options):
     return [
-        (p.start, p.stop, p.weight_bits, p.activation_bits)
-        for p in linear_parts(width, CompileConfig(**options), "mlp", split)
-    ]
+        (p.start, p.stop, p.weight_bits, p.activation_bits) for p in plan(**options).linear_parts(width, site)
+    ]  # fmt: skip
 
 
 def test_the_paper_split():
@@ -40,7 +45,8 @@ def test_linear_parts(options, expected):
 
 
 def test_one_part_where_there_is_no_split():
-    assert linear(160, split=False) == [(0, 160, 4, 4)]
+    assert linear(160, site="down") == [(0, 160, 4, 4)]
+    assert linear(160, site="down", split_down=True) == linear(160)
     assert linear(64, high_fraction=0.0) == [(0, 64, 4, 4)]
 
 
@@ -49,50 +55,58 @@ def test_one_part_where_there_is_no_split():
 @pytest.mark.parametrize("low", [0.0, 0.25, 0.5])
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_parts_cover_the_width_with_ascending_bits(width, high, low, multiple):
-    config = CompileConfig(high_fraction=high, low_fraction=low, rank_multiple=multiple)
+    config = plan(high_fraction=high, low_fraction=low, rank_multiple=multiple)
     for parts in (
-        column_parts(width, config, "mlp"),
-        linear_parts(width, config, "mlp"),
-        cache_parts(width, config, "key"),
+        config.column_parts(width, "mlp"),
+        config.linear_parts(width, "mlp"),
+        config.cache_parts(width, "key"),
     ):
         assert parts[0].start == 0 and parts[-1].stop == width
         assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
         bits = [p.weight_bits if isinstance(p, ColumnPart) else p.bits for p in parts]
         assert bits == sorted(bits)
-    assert sum(sizes(width, config, "mlp")) == width
-    high_width = [p for p in column_parts(width, config, "mlp") if p.bits == 8]
+    assert sum(config.sizes(width, "mlp")) == width
+    high_width = [p for p in config.column_parts(width, "mlp") if p.bits == 8]
     assert (sum(p.width for p in high_width) - int(width * high)) * (multiple == 1 or high == 0) == 0
 
 
 def test_cache_parts():
-    assert cache_parts(16, CompileConfig(), "key") == (Part(4, 0, 14), Part(8, 14, 16))
-    assert cache_parts(16, CompileConfig(kv_bits=8), "key") == (Part(8, 0, 16),)
-    three = CompileConfig(kv_bits=3, low_fraction=0.25)
-    assert cache_parts(16, three, "key") == (Part(2, 0, 4), Part(3, 4, 14), Part(8, 14, 16))
+    assert plan().cache_parts(16, "key") == (Part(4, 0, 14), Part(8, 14, 16))
+    assert plan(kv_bits=8).cache_parts(16, "key") == (Part(8, 0, 16),)
+    three = plan(kv_bits=3, low_fraction=0.25)
+    assert three.cache_parts(16, "key") == (Part(2, 0, 4), Part(3, 4, 14), Part(8, 14, 16))
 
 
 def test_sites_may_have_fractions_of_their_own():
-    config = CompileConfig(site_fractions="mlp=1/4, o=0,key=1/2,down.1=1/2")
+    config = plan(split_down=True, sites="mlp=1/4, o=0,key=1/2,down.1=1/2")
     assert [config.shares(site).high for site in SITES] == [1 / 8, 1 / 4, 0, 1 / 8, 1 / 2, 1 / 8]
     assert [config.shares(*place).high for place in (("down", 1), ("down", 0), ("key", 1))] == [1 / 2, 1 / 8, 1 / 2]
-    assert cache_parts(16, config, "key") == (Part(4, 0, 8), Part(8, 8, 16))
-    assert [p.start for p in linear_parts(64, config, "mlp")] == [0, 48] and len(linear_parts(64, config, "o")) == 1
-    assert sizes(64, config, "attention", "mlp") == [48, 8, 8]  # a rotation crosses no border of either
-    assert sizes(16, config, "value", "o") == [14, 2] and sizes(64, config, "o") == [64]
+    assert config.cache_parts(16, "key") == (Part(4, 0, 8), Part(8, 8, 16))
+    assert [p.start for p in config.linear_parts(64, "mlp")] == [0, 48] and len(config.linear_parts(64, "o")) == 1
+    assert config.sizes(64, "attention", "mlp") == [48, 8, 8]  # a rotation crosses no border of either
+    assert config.sizes(16, "value", "o") == [14, 2] and config.sizes(64, "o") == [64]
 
 
 def test_sites_may_have_bits_of_their_own():
     """High and low parts of any width, beside sites that have the common ones."""
-    config = CompileConfig(site_fractions="mlp=1/4@6,down.1=1/8:1/4@3,key=1/4@5,attention=0:1/8")
-    assert parse_shares(config.site_fractions)["down.1"] == {"high": 1 / 8, "low": 1 / 4, "low_bits": 3}
+    config = plan(split_down=True, sites="mlp=1/4@6,down.1=1/8:1/4@3,key=1/4@5,attention=0:1/8")
+    assert config.sites.find("down", 1) == SiteShare(Site("down", 1), 1 / 8, None, 1 / 4, 3)
     assert config.shares("down", 1) == Shares(1 / 8, 8, 1 / 4, 3) and config.shares("value") == Shares(1 / 8, 8, 0.0, 2)
-    assert linear_parts(64, config, "mlp") == (ColumnPart(0, 48, 4, 4), ColumnPart(48, 64, 6, 6))
-    assert [(p.start, p.weight_bits) for p in linear_parts(64, config, "down", block=1)] == [(0, 3), (16, 4), (56, 8)]
-    assert [(p.start, p.weight_bits) for p in linear_parts(64, config, "attention")] == [(0, 2), (8, 4)]
-    assert cache_parts(16, config, "key") == (Part(4, 0, 12), Part(5, 12, 16))
-    assert sizes(64, config, "attention", "mlp") == [8, 40, 16]
+    assert config.linear_parts(64, "mlp") == (ColumnPart(0, 48, 4, 4), ColumnPart(48, 64, 6, 6))
+    assert [(p.start, p.weight_bits) for p in config.linear_parts(64, "down", block=1)] == [(0, 3), (16, 4), (56, 8)]
+    assert [(p.start, p.weight_bits) for p in config.linear_parts(64, "attention")] == [(0, 2), (8, 4)]
+    assert config.cache_parts(16, "key") == (Part(4, 0, 12), Part(5, 12, 16))
+    assert config.sizes(64, "attention", "mlp") == [8, 40, 16]
 
 
 def test_fractions_that_do_not_fit_say_so():
     with pytest.raises(QuantError, match="exceed width"):
         linear(24, high_fraction=0.5, low_fraction=0.5, rank_multiple=8)  # 12 rounds up to 16, twice
+
+
+@pytest.mark.parametrize(
+    "text", ["", "mlp=1/4,o=0", "down.3=1/2@6:1/8@2,key=5/192", "attention=1/8:1/3", "value.0=0.1234567891234567"]
+)
+def test_shares_of_sites_have_a_text(text):
+    shares = SiteShares.parse(text)
+    assert str(shares) == text and SiteShares.parse(str(shares)) == shares

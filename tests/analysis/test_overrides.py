@@ -17,7 +17,6 @@ from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.views import Linear
 from resq_compiler.pipeline.run import prefill_and_decode, relative_error
-from resq_compiler.recipes import named
 from resq_compiler.tiny import TINY_FAMILIES, tiny_model
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
@@ -35,7 +34,7 @@ def found_by(build, family, stated):
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_what_inspect_prints_states_what_is_found(family, build):
-    found = topology_dict(build(family, "fold-norms").ctx.topology)
+    found = topology_dict(build(family, "fold-norms").topology)
     assert topology_dict(found_by(build, family, json.loads(json.dumps(found)))) == found
 
 
@@ -47,10 +46,8 @@ def run_with(build):
         built = build(family, "find-topology", **FLOAT16, **options)
         before = prefill_and_decode(built.gm, built.ctx.example_inputs)
         built.ctx.overrides = read_overrides(stated)
-        passes = named.passes_for(built.ctx.config)
-        start = [p.name for p in passes].index("find-topology")
         with torch.no_grad():
-            built.pipeline.run(built.gm, [p for p in passes[start:] if p.exact])
+            built.pipeline.run(built.gm, [p for p in built.rest if p.exact])
         assert (
             relative_error(prefill_and_decode(built.gm, built.ctx.example_inputs), before) <= 1e-5
         )  # float32 rounding
@@ -129,8 +126,8 @@ def test_a_structure_that_is_not_understood_until_it_is_stated(build):
         FindTopology().run(built.gm, built.ctx)
     built.ctx.overrides = read_overrides({"float": [f"{ATTENTION}.first"], **block(q=f"{ATTENTION}.q_proj")})
     with torch.no_grad():
-        built.pipeline.run(built.gm, [p for p in named.passes_for(built.ctx.config)[4:] if p.exact])
-    assert built.ctx.topology.blocks[0].attention.q.op == "call_function"
+        built.pipeline.run(built.gm, [p for p in built.rest if p.exact])
+    assert built.topology.blocks[0].attention.q.op == "call_function"
 
 
 @pytest.mark.parametrize(

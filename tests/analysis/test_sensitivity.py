@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from resq_compiler.analysis import sensitivity
+from resq_compiler.analysis.sites import Site
 from resq_compiler.calibration import executor
 from resq_compiler.errors import DataError
 from resq_compiler.ir import graph_tools
 from resq_compiler.numerics.seeds import generator
 
 SHARE = 1e-4  # of the energy of a value: small enough for the second derivative to be all, large enough for float32
-SITES = ("attention", "mlp", "o.1", "down.0", "key.0", "value.1")
+SITES = (Site("attention"), Site("mlp"), Site("o", 1), Site("down", 0), Site("key", 0), Site("value", 1))
+
+
+def measure(built, seed: int = 0) -> dict[Site, torch.Tensor]:
+    return sensitivity.measure(built.gm, built.topology, built.ctx.windows, seed, built.ctx.progress)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "opt"])
@@ -23,8 +26,7 @@ def measured(request, build):
     built = build(request.param, before="compute-bases", double=False)
     rounds = []
     for seed in range(32):
-        built.ctx.config = dataclasses.replace(built.ctx.config, seed=seed)
-        rounds.append(sensitivity.measure(built.gm, built.ctx))
+        rounds.append(measure(built, seed))
     return built, {site: torch.stack([r[site] for r in rounds]).mean(0) for site in rounds[0]}
 
 
@@ -39,10 +41,10 @@ def log_p(built, errors: dict) -> torch.Tensor:
     return env[logits].double().log_softmax(-1)
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", SITES, ids=str)
 def test_small_errors_move_predictions_as_forecast(measured, site):
     built, found = measured
-    places = sensitivity.places(built.ctx.topology)[site]
+    places = sensitivity.places(built.topology)[site]
     draw, base = generator(0, "test"), log_p(built, {})
 
     def error(x, groups):
@@ -63,4 +65,4 @@ def test_gradients_that_are_not_finite_are_told(build, monkeypatch):
     built = build("llama", before="compute-bases", double=False)
     monkeypatch.setattr(sensitivity, "weighted_moment", lambda x, place: torch.full((1, 2, 2), torch.nan))
     with pytest.raises(DataError, match="sensitivity of attention: the gradient is not finite"):
-        sensitivity.measure(built.gm, built.ctx)
+        measure(built)

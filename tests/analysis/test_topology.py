@@ -20,7 +20,7 @@ POST_NORM = {"gemma2", "gemma3", "olmo2"}
 
 
 def topology_of(build, family):
-    return build(family, "fold-norms").ctx.topology
+    return build(family, "fold-norms").topology
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)

@@ -70,7 +70,7 @@ def test_a_goal_that_is_known_stays_known(chain):
 def test_runs_like_the_model(family, build, tiny):
     """The stream's end in the schedule is the input of lm_head's norm in the eager model: compare logits."""
     built = build(family, "fold-norms")
-    head, ids = built.ctx.topology.head, tiny_tokens(3, 11)
+    head, ids = built.topology.head, tiny_tokens(3, 11)
     env = executor.first_tokens(built.gm, ids)
     logits = graph_tools.output_args(built.gm.graph)[0]
     executor.Schedule(built.gm, [logits], env).run(env)
@@ -81,7 +81,7 @@ def test_runs_like_the_model(family, build, tiny):
 
 def test_shared_values_are_enough_to_run_blocks(build):
     built = build("gemma3", "fold-norms")
-    topology, ids = built.ctx.topology, tiny_tokens(2, 9)
+    topology, ids = built.topology, tiny_tokens(2, 9)
     env = executor.first_tokens(built.gm, ids)
     executor.Schedule(built.gm, [topology.blocks[0].start, topology.blocks[-1].end], env).run(env)
     shared = executor.shared_values(built.gm, ids, topology.blocks[0].start)

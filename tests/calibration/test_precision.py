@@ -9,7 +9,6 @@ from resq_compiler.calibration import executor, precision
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten
 from resq_compiler.pipeline.run import relative_error
-from resq_compiler.recipes.named import resolve
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 BFLOAT16_STEP = 2**-8  # relative distance of neighbours
@@ -72,8 +71,8 @@ def test_the_dtype_ends_with_the_block_also_after_an_error(operands):
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_what_the_processor_has(monkeypatch, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
-    assert precision.resolve(resolve("resq+")).calibration_dtype == ("bfloat16" if native else "float32")
-    assert precision.resolve(resolve("resq", calibration_dtype="bfloat16")).calibration_dtype == "bfloat16"
+    assert precision.resolve("auto") == ("bfloat16" if native else "float32")
+    assert precision.resolve("bfloat16") == "bfloat16"
 
 
 def test_a_compile_says_so_and_stays_close():

@@ -11,11 +11,14 @@ from resq_compiler.passes import quantize_weights
 
 import resq_compiler
 from resq_compiler import api
-from resq_compiler.calibration import moments, workdir
+from resq_compiler.calibration import requests, statistics, workdir
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 SMALL = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}  # as compile_tiny
+
+
+OPTIONS = {"passes": "canonicalize,fold-norms", "options": {"seed": 0}}
 
 
 @pytest.fixture
@@ -55,38 +58,39 @@ def test_resumed_compile_is_bit_identical(compile_in, compiled, tmp_path):
     assert {p.name for p in work.iterdir()} == {"fingerprint.json"}
     with pytest.raises(KeyboardInterrupt):
         compile_in(progress=stop_at("quantize weights", 1))
-    assert {p.name for p in work.iterdir()} == {"fingerprint.json", "moments.safetensors", "block-0000.safetensors"}
-    with mock.patch.object(moments, "_taps", side_effect=AssertionError("calibrated again")):
+    assert {p.name for p in work.iterdir()} == {"fingerprint.json", "statistics.safetensors", "block-0000.safetensors"}
+    with mock.patch.object(statistics, "observe", side_effect=AssertionError("calibrated again")):
         model, computed = compile_in()
     assert computed == 4  # block 1: q k v, o, gate up, down
     assert_equal(model, compiled("llama"))
 
 
-def test_moments_are_kept_whole(build, tmp_path):
-    built = build("llama", before="compute-bases", recipe="quik", down_proj="block-pca")
-    built.ctx.work = workdir.WorkDirectory(tmp_path / "work", {})
+def test_statistics_are_kept_whole(build, tmp_path):
+    built, work = build("llama", before="compute-bases"), workdir.WorkDirectory(tmp_path / "work", {})
+
+    def wanted():
+        t = built.topology
+        every = [*requests.head_moments(t), *requests.down_moments(t), *requests.down_sizes(t, "energy")]
+        return [requests.residual_moment(t), requests.residual_peak(t), *every]
+
+    first, again = wanted(), wanted()
     with torch.no_grad():
-        first = moments.calibrate(built.gm, built.ctx)
-    with mock.patch.object(moments, "_taps", side_effect=AssertionError("calibrated again")):
-        again = moments.calibrate(built.gm, built.ctx)
-    for ours, theirs in zip(
-        [again.residual, *again.value, *again.key, *again.down_blocks.values()],
-        [first.residual, *first.value, *first.key, *first.down_blocks.values()], strict=True,
-    ):  # fmt: skip
-        assert ours.tokens == theirs.tokens > 0 and torch.equal(ours.total, theirs.total)
-    assert torch.equal(again.residual_peak, first.residual_peak)
-    for node, energy in first.down_energy.items():
-        assert torch.equal(again.down_energy[node], energy) and torch.equal(
-            again.down_peak[node], first.down_peak[node]
-        )
+        statistics.take(built.gm, first, built.ctx.windows, work, built.ctx.progress)
+    with mock.patch.object(statistics, "observe", side_effect=AssertionError("calibrated again")):
+        statistics.take(built.gm, again, built.ctx.windows, work, built.ctx.progress)
+    for ours, theirs in zip(again, first, strict=True):
+        states = ours.statistic.state(), theirs.statistic.state()
+        assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    more = [*wanted(), *requests.down_sizes(built.topology, "peak")]
+    assert not statistics.restored(more, work)  # a file that lacks one is not used
 
 
 def test_another_compile_is_refused(tmp_path):
-    config, model, windows = resq_compiler.CompileConfig(), tiny_model("llama"), tiny_tokens(4, 32)
+    config, model, windows = OPTIONS, tiny_model("llama"), tiny_tokens(4, 32)
     workdir.WorkDirectory(tmp_path, workdir.fingerprint(config, model, windows))
     workdir.WorkDirectory(tmp_path, workdir.fingerprint(config, model, windows))
     for name, other in {
-        "options": (resq_compiler.CompileConfig(weight_bits=3), model, windows),
+        "passes": ({**OPTIONS, "passes": "canonicalize"}, model, windows),
         "weights": (config, tiny_model("llama-untied"), windows),
         "calibration tokens": (config, model, tiny_tokens(4, 32, seed=3)),
     }.items():
@@ -100,13 +104,13 @@ def test_foreign_and_damaged_directories_are_refused(tmp_path):
         with pytest.raises(ConfigError, match="holds something else"):
             workdir.WorkDirectory(path, {})
     work = workdir.WorkDirectory(tmp_path / "work", {})
-    work.save("moments", {"x": torch.ones(50)}, ["a note"])
-    tensors, notes = work.load("moments")
+    work.save("sums", {"x": torch.ones(50)}, ["a note"])
+    tensors, notes = work.load("sums")
     assert notes == ["a note"] and torch.equal(tensors["x"], torch.ones(50))
-    file = work.path / "moments.safetensors"
+    file = work.path / "sums.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="moments.safetensors: not readable.*delete this file"):
-        work.load("moments")
+    with pytest.raises(CheckpointError, match="sums.safetensors: not readable.*delete this file"):
+        work.load("sums")
     (work.path / "fingerprint.json").write_text("{")
     with pytest.raises(CheckpointError, match="fingerprint.json: not readable"):
         workdir.WorkDirectory(work.path, {})
@@ -124,13 +128,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(workdir, "save_file", half)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else KeyboardInterrupt):
-        work.save("moments", {"x": torch.ones(2)})
-    assert [p.name for p in work.path.iterdir()] == ["fingerprint.json"] and work.load("moments") is None
+        work.save("sums", {"x": torch.ones(2)})
+    assert [p.name for p in work.path.iterdir()] == ["fingerprint.json"] and work.load("sums") is None
 
 
 def test_fingerprint_sees_every_bit_of_the_weights():
     model = tiny_model("llama")
-    config = resq_compiler.CompileConfig()
+    config = OPTIONS
     before = workdir.fingerprint(config, model, None)
     assert workdir.fingerprint(config, tiny_model("llama"), None) == before
     with torch.no_grad():

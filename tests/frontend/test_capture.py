@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.api import trace
 from resq_compiler.errors import CaptureError
 from resq_compiler.frontend.capture import EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST, capture, concrete_example
@@ -56,7 +57,7 @@ def test_meta_device_gives_the_same_topology(family, build):
     shown = [
         [(b.index, b.attention.num_heads, len(b.feed_forwards)) for b in c.topology.blocks] for c in (ctx, real.ctx)
     ]
-    assert shown[0] == shown[1] and ctx.topology.hidden_size == 64
+    assert shown[0] == shown[1] and ctx.facts.get(Topology).hidden_size == 64
 
 
 def test_copies_no_weights(captured, tiny):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.inspection import dump_files
 from resq_compiler.inspection.diagnostic_tables import write_diagnostics
 from resq_compiler.inspection.page import write_page
@@ -113,7 +114,7 @@ def test_a_click_on_a_heading_sorts(page):
 
 def test_opens_on_the_last_stage_with_blocks_folded(opened):
     assert [b.text.split("\n")[0] for b in find(opened, ".stage b")][0] == "00-capture"
-    assert find(opened, ".stage.on b")[0].text == "13-quantize-kv-cache"
+    assert find(opened, ".stage.on b")[0].text == "15-quantize-kv-cache"
     assert len(find(opened, "#canvas g[data-id^='block:']")) == 2
     assert node_count(opened) < 30
 
@@ -181,7 +182,7 @@ def test_colours_by_noise(opened):
 
 def test_the_keyboard_does_what_the_list_of_keys_says(opened):
     press(opened, "[")
-    assert find(opened, ".stage.on b")[0].text == "12-quantize-activations"
+    assert find(opened, ".stage.on b")[0].text == "14-quantize-activations"
     press(opened, "]")
     press(opened, "e")
     assert node_count(opened) > 100
@@ -199,7 +200,7 @@ def test_the_address_leads_to_the_same_node(opened):
     find(opened, "#search")[0].send_keys("q_proj w4a4", "\n")
     name = opened.execute_script("return graph.selected")
     address = opened.current_url
-    assert address.endswith(f"#graph:13-quantize-kv-cache:{name}")
+    assert address.endswith(f"#graph:15-quantize-kv-cache:{name}")
     tab(opened, "linears")
     assert opened.current_url.endswith("#linears")
     opened.get("about:blank")
@@ -305,7 +306,7 @@ def test_diagnostics_show_plots_and_tables(browser, compiled, tmp_path):
     from resq_compiler.tiny import tiny_tokens
 
     original, ctx = trace(compiled.original)
-    found = diagnose(original, ctx.topology, compiled.model.graph_module, tiny_tokens(2, 48))
+    found = diagnose(original, ctx.facts.get(Topology), compiled.model.graph_module, tiny_tokens(2, 48))
     shutil.copytree(compiled.dump, tmp_path / "dump")
     write_diagnostics(tmp_path / "dump", found)
     browser.get((tmp_path / "dump" / "index.html").as_uri())

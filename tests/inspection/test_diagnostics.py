@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.api import trace
 from resq_compiler.errors import PassError
 from resq_compiler.evaluation.predictions import evaluate
@@ -29,7 +30,7 @@ IDS = tiny_tokens(4, 48, seed=5)
 @pytest.fixture(scope="module")
 def found(compiled):
     original, ctx = trace(compiled.original)
-    return diagnose(original, ctx.topology, compiled.model.graph_module, IDS)
+    return diagnose(original, ctx.facts.get(Topology), compiled.model.graph_module, IDS)
 
 
 def test_statistics_agree_with_hooks_on_the_original_model(compiled, found):

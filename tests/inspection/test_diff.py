@@ -22,7 +22,7 @@ def changed(compiled, tmp_path):
     manifest["options"]["seed"] = 7
     manifest["noise"]["blocks.0.key"]["sqnr_db"] += 3
     (other / "dump.json").write_text(json.dumps(manifest))
-    path = other / "13-quantize-kv-cache.json"
+    path = other / "15-quantize-kv-cache.json"
     stage = json.loads(path.read_text())
     key = next(n for n in stage["nodes"] if n["facts"].get("QuantizerSite", {}).get("name") == "blocks.0.key")
     key["bits"] = "8"
@@ -42,9 +42,9 @@ def test_finds_what_changed(compiled, changed):
     assert found.bits == {"blocks.0.key": ("4|8", "8")}
     ((before, after),) = found.noise.values()
     assert after - before == pytest.approx(3)
-    stage = next(s for s in found.stages if s.label == "13-quantize-kv-cache")
+    stage = next(s for s in found.stages if s.label == "15-quantize-kv-cache")
     assert len(stage.added) == len(stage.removed) == 1 and stage.added[0] == f"{stage.removed[0]}_renamed"
-    assert [s.label for s in found.stages if not s.empty] == ["13-quantize-kv-cache"]
+    assert [s.label for s in found.stages if not s.empty] == ["15-quantize-kv-cache"]
     text = difference_text(found)
     assert "seed: 0 -> 7" in text and "blocks.0.key: 4|8 -> 8" in text and "(+3.00)" in text
     json.dumps(found.to_dict())
@@ -61,7 +61,7 @@ def test_compiles_with_other_options(compiled, tmp_path):
     assert found.summary["average bits, kv"][1] == 8 and "average bits, weights" not in found.summary
     before, after = found.noise_by_kind["blocks.*.key"]
     assert after > before + 15  # four bits more are worth about 24 dB
-    last = next(s for s in found.stages if s.label == "13-quantize-kv-cache")
+    last = next(s for s in found.stages if s.label == "15-quantize-kv-cache")
     assert not last.operators and {c["bits"] for c in last.changed.values() if "bits" in c} == {("4|8", "8")}
     text = difference_text(found)
     assert "kv_bits: 4 -> 8" in text and "average bits, kv: 4.5" in text and "blocks.*.key: 4|8 -> 8 (2 blocks)" in text
@@ -72,7 +72,7 @@ def test_a_pass_less_shows_in_the_numbers_of_operators(compiled, tmp_path):
         compiled.original, tiny_tokens(4, 64), recipe="rtn", calibration_samples=4, calibration_length=64, dump_dir=tmp_path
     )  # fmt: skip
     found = compare(compiled.dump, tmp_path)
-    assert found.only_a == ["07-compute-bases", "08-insert-projections", "09-fuse-projections"]
+    assert found.only_a == ["08-compute-bases", "09-rotate-bases", "10-insert-projections", "11-fuse-projections"]
     last = next(s for s in found.stages if s.label.endswith("quantize-kv-cache"))
     assert last.operators["hadamard"] == (2, None) and last.operators["quantized_linear"] == (26, 14)
     assert "hadamard 2 -> 0" in difference_text(found)
@@ -102,7 +102,7 @@ def test_stages_of_one_side_only(compiled, changed):
     manifest = json.loads((changed / "dump.json").read_text())
     manifest["stages"] = [s for s in manifest["stages"] if s["name"] != "quantize-weights"]
     (changed / "dump.json").write_text(json.dumps(manifest))
-    assert compare(compiled.dump, changed).only_a == ["11-quantize-weights"]
+    assert compare(compiled.dump, changed).only_a == ["13-quantize-weights"]
 
 
 def test_not_a_dump(compiled, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.api import trace
 from resq_compiler.inspection.topology_view import topology_dict, topology_text
 from resq_compiler.tiny import tiny_model
@@ -17,7 +18,7 @@ def view(family):
 
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _, ctx = trace(model)
-    return topology_dict(ctx.topology)
+    return topology_dict(ctx.facts.get(Topology))
 
 
 def test_pre_norm_model_fuses_the_residual_basis():

@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 import torch
-from resq_compiler.passes import allocate_bits, insert_prefix
-from resq_compiler.passes.allocate_bits import Choice, Split, spend
+from resq_compiler.passes import AllocateBits, allocate_bits
 
+from resq_compiler.analysis.sites import Site
+from resq_compiler.analysis.splits import Choice, Menu, Split, spend
 from resq_compiler.errors import ConfigError, PassError
 from resq_compiler.evaluation import report
 from resq_compiler.recipes.named import resolve
-from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.tiny import tiny_tokens
+from tests.conftest import with_prefix
 
 PLUS = {"recipe": "resq+", "weight_method": "rtn"}
 
@@ -20,7 +21,8 @@ def choices() -> list[Choice]:
     """Three sites of 8 columns: flat, steep, and steep but twice as dear."""
     flat, steep = torch.full((8,), 1 / 8, dtype=torch.float64), 0.5 ** torch.arange(1, 9, dtype=torch.float64)
     steep = steep / steep.sum()
-    return [Choice("o.0", flat, 1, 4, 8), Choice("down.0", steep, 1, 4, 8), Choice("down.1", steep, 2, 4, 8)]
+    sites = Site("o", 0), Site("down", 0), Site("down", 1)
+    return [Choice(sites[0], flat, 1, 4, 8), Choice(sites[1], steep, 1, 4, 8), Choice(sites[2], steep, 2, 4, 8)]
 
 
 @pytest.mark.parametrize(
@@ -32,10 +34,10 @@ def choices() -> list[Choice]:
 )
 def test_no_other_allocation_of_the_budget_is_better(average, allocation):
     """All allocations tried; greedy may miss the best by the one change that did not fit."""
-    sites, config = choices(), CompileConfig(average_bits=average, allocation=allocation)
-    found = spend(sites, average - 4, config)
+    sites, menu = choices(), Menu(widths=allocation == "widths")
+    found = spend(sites, average - 4, menu)
     budget = sum(c.cost * c.width for c in sites) * (average - 4)
-    rows = [[(c.price(s), c.error(s)) for s in c.splits(config)] for c in sites]
+    rows = [[(c.price(s), c.error(s)) for s in menu.splits(c)] for c in sites]
     steepest = max(abs(e - f) for pairs in rows for p, e in pairs for q, f in pairs if 0 < abs(p - q) <= 8)
     best = min(sum(e for _, e in each) for each in itertools.product(*rows) if sum(p for p, _ in each) <= budget + 1e-9)
     spent, error = sum(c.price(s) for c, s in found.items()), sum(c.error(s) for c, s in found.items())
@@ -52,13 +54,16 @@ def test_error_and_price_by_hand():
     flat, split = choices()[0], Split(1, 8, 2, 2)
     assert flat.error(split) == pytest.approx((1 * 4**-8 + 5 * 4**-4 + 2 * 4**-2) / 8, rel=1e-12)
     assert flat.price(split) == 1 * 4 - 2 * 2
-    assert split.said(8, CompileConfig()) == "1/8:2/8@2" and Split(2, 6).said(8, CompileConfig()) == "2/8@6"
+    assert (
+        str(split.share(Site("o", 0), 8, 8)) == "o.0=1/8:1/4@2"
+        and str(Split(2, 6).share(Site("mlp"), 8, 8)) == "mlp=1/4@6"
+    )
 
 
 def test_average_of_the_result_is_the_budget(compile_tiny):
     """Linears and cache each, whatever the sites got; what is left over is less than the dearest step."""
     model, _ = compile_tiny("llama", **PLUS, average_bits=4.75)
-    shares = {name: said["high"] for name, said in model.options.site_shares().items()}
+    shares = {str(said.site): said.high for said in model.options.sites.items}
     assert {name.partition(".")[0] for name in shares} == {"attention", "mlp", "o", "down", "key", "value"}
     assert {f"{s}.{i}" for s in ("o", "down", "key", "value") for i in range(2)} <= set(shares)
     assert model.options.average_bits is None  # what it stood for is in site_fractions
@@ -103,20 +108,20 @@ def test_budgets_that_cannot_be_spent_are_refused(options):
 def test_without_a_budget_it_is_that_of_equal_shares(compile_tiny):
     """1/4 of the columns of keys and values, not the same number for all."""
     model, _ = compile_tiny("llama", **PLUS, allocation="sensitivity", high_fraction=0.25)
-    shares = {name: said["high"] for name, said in model.options.site_shares().items()}
+    shares = {str(said.site): said.high for said in model.options.sites.items}
     cache = [shares[f"{s}.{i}"] for s in ("key", "value") for i in range(2)]
     assert sum(cache) / 4 == pytest.approx(0.25, abs=1 / 16) and len(set(cache)) > 1
     assert model.options.allocation == "equal"  # a compile of the recorded options gives the same model
 
 
-def test_shares_stay_equal_where_the_forecast_gains_little(compile_tiny, monkeypatch):
-    monkeypatch.setattr(allocate_bits, "WORTH", 0.9)
-    model, _ = compile_tiny("llama", **PLUS, allocation="sensitivity", seed=1)
-    assert model.options.site_fractions == ""
-    assert "so the shares stay equal" in next(s for s in model.stages if s.name == "allocate-bits").lines[0]
-    plain, _ = compile_tiny("llama", **PLUS, seed=1, allocation="equal")
-    ids = tiny_tokens(2, 12)
-    assert torch.equal(model(ids).logits, plain(ids).logits)
+def test_shares_stay_equal_where_the_forecast_gains_little(build):
+    built = build("llama", "allocate-bits", **PLUS)
+    before = built.plan
+    built.pipeline.run(built.gm, [AllocateBits(worth=0.9)])
+    assert built.plan is before and built.pipeline.stages[-1].rewrites == 0
+    assert "below 90 %, so the shares stay equal" in built.pipeline.stages[-1].lines[0]
+    built.pipeline.run(built.gm, [AllocateBits(worth=0.0)])
+    assert built.plan.sites != before.sites and built.pipeline.stages[-1].rewrites == 10
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,7 @@ def test_nothing_is_measured_where_all_columns_are_alike(compile_tiny, options, 
 def test_families_without_gates(compile_tiny):
     """One linear before the activation, and none of a fused kind."""
     model, _ = compile_tiny("opt", **PLUS, average_bits=4.5)
-    assert {"mlp", "down.0", "o.1"} <= set(model.options.site_shares())
+    assert {"mlp", "down.0", "o.1"} <= {str(said.site) for said in model.options.sites.items}
 
 
 @pytest.mark.parametrize("average", [4.0, 4.5])
@@ -141,11 +146,9 @@ def test_widths_are_bits_of_the_model(compile_tiny, average):
     model, _ = compile_tiny("llama", **PLUS, allocation="widths", average_bits=average)
     bits = report.average_bits(model)
     assert average - 0.1 <= bits.weights <= average and average - 0.15 <= bits.kv <= average
-    splits = model.options.site_shares()
-    assert any(s.get("high_bits", 8) != 8 for s in splits.values())
-    assert any("low" in s for s in splits.values()) == (
-        average == 4.0
-    )  # what high columns take must come from somewhere
+    splits = model.options.sites.items
+    assert any(s.high_bits not in (None, 8) for s in splits)
+    assert any(s.low for s in splits) == (average == 4.0)  # what high columns take must come from somewhere
     again, _ = compile_tiny("llama", **PLUS, allocation="equal", site_fractions=model.options.site_fractions)
     ids = tiny_tokens(2, 12)
     assert torch.equal(model(ids).logits, again(ids).logits)
@@ -166,12 +169,11 @@ def test_a_size_is_kept(compile_tiny, family, options):
     assert size["weight_codes"] > before["weight_codes"] and model.options.model_megabytes is None
 
 
-def test_prefix_tokens_are_part_of_a_size(compile_tiny, monkeypatch):
-    monkeypatch.setattr(insert_prefix, "MASSIVE", 1.5)  # a random model has no massive tokens
-    plain, _ = compile_tiny("llama", **PLUS, allocation="equal", high_fraction=0.25, prefix_tokens="auto")
+def test_prefix_tokens_are_part_of_a_size(compile_tiny):
+    plain, _ = compile_tiny("llama", recipe=with_prefix(**PLUS, allocation="equal", high_fraction=0.25))
     assert any("resq.prefix_key" in name for name in plain.graph_module.state_dict())
     asked = report.memory_bytes(plain)["total"]
-    model, _ = compile_tiny("llama", **PLUS, prefix_tokens="auto", model_megabytes=asked / 1e6)
+    model, _ = compile_tiny("llama", recipe=with_prefix(**PLUS, model_megabytes=asked / 1e6))
     assert asked - 3 * report.memory_bytes(plain)["weight_scales"] <= report.memory_bytes(model)["total"] <= asked
 
 

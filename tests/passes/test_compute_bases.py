@@ -12,7 +12,7 @@ from resq_compiler.tiny import TINY_FAMILIES
 def test_rewrites(family, build):
     """It changes no node; it sets orthogonal bases of the right sizes."""
     built = build(family, "insert-projections")
-    bases, topology = built.ctx.bases, built.ctx.topology
+    bases, topology = built.bases, built.topology
     for block in topology.blocks:
         a = block.attention
         assert bases.value[block.index].shape == (a.num_kv_heads, a.value_dim, a.value_dim)
@@ -25,7 +25,8 @@ def test_rewrites(family, build):
 def test_leaves_alone(build):
     built = build("llama", "compute-bases")
     before = [n.format_node() for n in built.gm.graph.nodes]
-    assert ComputeBases().run(built.gm, built.ctx) == 0
+    built.pipeline.run(built.gm, [ComputeBases()])
+    assert built.pipeline.stages[-1].rewrites == 0
     assert [n.format_node() for n in built.gm.graph.nodes] == before
 
 
@@ -37,8 +38,8 @@ def test_numerics(build):
 
 
 def test_idempotent(build):
-    built = build("llama", "insert-projections")
-    first = built.ctx.bases
+    built = build("llama", "rotate-bases")
+    first = built.bases
     ComputeBases().run(built.gm, built.ctx)
-    assert torch.equal(built.ctx.bases.residual, first.residual)
-    assert all(torch.equal(a, b) for a, b in zip(built.ctx.bases.key, first.key, strict=True))
+    assert torch.equal(built.bases.residual, first.residual)
+    assert all(torch.equal(a, b) for a, b in zip(built.bases.key, first.key, strict=True))

@@ -33,6 +33,6 @@ def test_numerics(build):
 
 def test_idempotent(build):
     built = build("llama", "fold-norms")
-    first = built.ctx.topology
+    first = built.topology
     assert FindTopology().run(built.gm, built.ctx) == 0
-    assert built.ctx.topology == first
+    assert built.topology == first

@@ -12,7 +12,7 @@ FP64 = 1e-9  # relative; float64 rounding of a two-layer model is near 1e-14
 
 
 def norm_gains(built):
-    return [g.norm.args[1] for g in built.ctx.topology.residual.readers if g.norm is not None]
+    return [g.norm.args[1] for g in built.topology.residual.readers if g.norm is not None]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
@@ -28,7 +28,7 @@ def test_rewrites_layer_norm_to_rms_norm(family, build):
     built = build(family, "fold-norms")
     assert FoldNorms().run(built.gm, built.ctx) == 10  # 5 gains folded, 5 norms renamed
     assert not built.gm.graph.find_nodes(op="call_function", target=LAYER_NORM)
-    for writer in built.ctx.topology.residual.writers:
+    for writer in built.topology.residual.writers:
         index = 0 if writer.target is aten.embedding.default else 1
         weight = graph_tools.get_tensor(built.gm, writer.args[index])
         mean = weight.mean(-1 if index == 0 else 0)
@@ -38,7 +38,7 @@ def test_rewrites_layer_norm_to_rms_norm(family, build):
 def test_leaves_alone_norms_that_write_into_the_stream(build):
     """OLMo2 has only post-norms: the final one is folded, those with a gain behind attention and feed-forward stay."""
     built = build("olmo2", "fold-norms")
-    gained = built.ctx.topology.residual.gained_writers
+    gained = built.topology.residual.gained_writers
     assert len(gained) == 4
     assert FoldNorms().run(built.gm, built.ctx) == 1
     assert all(n.args[1] is not None for n in gained)

@@ -29,11 +29,11 @@ def test_rewrites(family, build):
 def test_weights_are_the_closed_forms(build, tiny):
     """llama, block 0, against the model's own modules: W_o <- U_A^T W_o blockdiag(U_B), W_v <- blockdiag(U_B)^T W_v diag(g) U_A."""
     built = build("llama", "partition-linears", double=True)
-    layer, bases = copy.deepcopy(tiny("llama")).double().model.layers[0], built.ctx.bases
+    layer, bases = copy.deepcopy(tiny("llama")).double().model.layers[0], built.bases
     u, heads = bases.residual, bases.value[0]
     block_kv, block_q = torch.block_diag(*heads), torch.block_diag(*heads.repeat_interleave(2, 0))
     gain = layer.input_layernorm.weight.detach()
-    attention = built.ctx.topology.blocks[0].attention
+    attention = built.topology.blocks[0].attention
     found = {role: graph_tools.get_tensor(built.gm, getattr(attention, role).args[1]) for role in "vo"}
     expected_v = block_kv.T @ layer.self_attn.v_proj.weight.detach() @ gain.diag() @ u
     expected_o = u.T @ layer.self_attn.o_proj.weight.detach() @ block_q

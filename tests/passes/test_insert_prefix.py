@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from resq_compiler.passes import insert_prefix
+from resq_compiler.passes import QuantizeWeights
 from resq_compiler.passes.insert_prefix import InsertPrefix, Massive, choose, find_massive, insert
 
 import resq_compiler
@@ -42,7 +44,7 @@ def prefixed(build, captured):
 
     def make(family, **options):
         built = build(family, before="quantize-weights", **options)
-        insert(built.gm, built.ctx, PREFIX)
+        insert(built.gm, built.topology, PREFIX)
         built.gm.recompile()
         return built, captured(family).cache
 
@@ -74,7 +76,7 @@ def test_prefill_and_decode_agree_with_left_padding(family, prefixed, tiny):
 
 def test_a_window_does_not_hide_the_prefix(prefixed):
     built, cache = prefixed("mistral")
-    window = next(b.attention.core.args[3].args[0].args[2] for b in built.ctx.topology.blocks)
+    window = next(b.attention.core.args[3].args[0].args[2] for b in built.topology.blocks)
     ids = tiny_tokens(1, 2 * window)
     before, _ = run(built.gm, cache, ids)
     name = "resq.prefix_value.0"
@@ -95,10 +97,9 @@ def test_massive_tokens_are_found_where_they_are(build):
     built = build("llama", before="quantize-weights")
     windows = torch.randint(10, 60, (4, 32), generator=torch.Generator().manual_seed(0))
     windows[0, 5] = windows[1, 9] = windows[1, 20] = windows[3, 0] = 5
-    built.ctx.calibration = windows
-    assert find_massive(built.gm, built.ctx).per_window == 0
+    assert find_massive(built.gm, built.topology, windows, 64).per_window == 0
     loud_token(built, 5)
-    found = find_massive(built.gm, built.ctx)
+    found = find_massive(built.gm, built.topology, windows, 64)
     assert found.later == {5: 3} and found.first == {5: 1} and found.windows == 4 and found.per_window == 1
 
 
@@ -114,7 +115,7 @@ def test_massive_tokens_are_found_where_they_are(build):
     ],
 )
 def test_choice(massive, bos, expected):
-    found = Massive(massive.windows, insert_prefix.Counter(massive.first), insert_prefix.Counter(massive.later))
+    found = Massive(massive.windows, Counter(massive.first), Counter(massive.later))
     assert choose(found, bos) == expected
 
 
@@ -132,7 +133,7 @@ def test_the_pass_says_what_it_did_and_does_it_once(build):
     built.ctx.calibration = torch.randint(10, 60, (4, 32), generator=torch.Generator().manual_seed(0))
     built.ctx.calibration[:, 0] = 5
     built.ctx.bos_token = 5
-    assert InsertPrefix().run(built.gm, built.ctx) == len(built.ctx.topology.blocks)
+    assert InsertPrefix().run(built.gm, built.ctx) == len(built.topology.blocks)
     assert built.ctx.lines == ["prefix: token ids [5]", "massive tokens a window: 1.00 before, 1.00 behind the prefix"]
     assert InsertPrefix().run(built.gm, built.ctx) == 0
 
@@ -152,10 +153,11 @@ def alibi_model():
     return BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4)).eval()
 
 
-def test_a_compiled_model_keeps_its_prefix(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(insert_prefix, "MASSIVE", 1.5)  # a random model has no massive tokens
+def test_a_compiled_model_keeps_its_prefix(tiny, tmp_path):
     options = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}
-    compiled = resq_compiler.compile(tiny("llama"), tiny_tokens(4, 32), prefix_tokens="auto", **options)
+    plain = named.passes_for(named.resolve())
+    passes = named.before(plain, QuantizeWeights, InsertPrefix(massive=1.5))  # a random model has no massive tokens
+    compiled = resq_compiler.compile(tiny("llama"), tiny_tokens(4, 32), recipe=passes, **options)
     assert any("every sequence stands behind the tokens" in note for note in compiled.notes)
     prefix = [n for n in compiled.graph_module.graph.nodes if is_call(n, ops.prepend)]
     assert len(prefix) == 2 * len(compiled.topology.blocks)

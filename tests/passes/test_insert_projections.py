@@ -44,7 +44,7 @@ def test_leaves_alone_a_stream_that_cannot_change_basis(build):
 )
 def test_leaves_alone_what_options_switch_off(options, absent, build):
     built = build("llama", "insert-projections", **options)
-    InsertProjections().run(built.gm, built.ctx)
+    InsertProjections(down=options.get("down_proj", "hadamard")).run(built.gm, built.ctx)
     assert absent not in {basis for basis, _ in projections(built.gm)}
 
 
@@ -58,7 +58,7 @@ def test_block_pca_stands_around_the_transform(build):
     """x -> blocks -> Hadamard -> inverse -> inverse -> down."""
     built = build("llama", "insert-projections", down_proj="block-pca")
     assert InsertProjections().run(built.gm, built.ctx) == 26
-    node = built.ctx.topology.blocks[0].feed_forwards[0].down
+    node = built.topology.blocks[0].feed_forwards[0].down
     chain = [node := node.args[0] for _ in range(4)]
     assert [n.target for n in chain] == [ops.project_blocks, ops.hadamard, ops.hadamard, ops.project_blocks]
     assert [meta.get(n, meta.Projection).inverse for n in chain] == [True, True, False, False]

@@ -75,7 +75,7 @@ def test_numerics(family, options, build):
 
 def test_weights_are_slices(build):
     before = build("llama", "partition-linears")
-    site = before.ctx.topology.blocks[0].attention.o
+    site = before.topology.blocks[0].attention.o
     weight = graph_tools.get_tensor(before.gm, site.args[1]).unflatten(1, (4, 16))
     PartitionLinears().run(before.gm, before.ctx)
     low, high = (dict(before.gm.named_buffers())[f"model.layers.0.self_attn.o_proj.part{i}.weight"] for i in (0, 1))

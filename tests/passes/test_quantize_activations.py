@@ -78,7 +78,7 @@ def test_searches_by_output_see_the_weights_that_read(options, build):
             before[node.args[0]].append(weight * scale)
     env = executor.first_tokens(built.gm, built.ctx.calibration)
     executor.Schedule(built.gm, list(before), env).run(env)
-    clips = search_clips(built.gm, built.ctx)
+    clips = search_clips(built.gm, built.ctx, by_output=True)
     assert clips.keys() == before.keys() and {len(w) for w in before.values()} == {1, 2, 3}
     for node, weights in before.items():
         x, readers = env[node].flatten(0, -2), torch.cat(weights).double()
@@ -92,7 +92,7 @@ def test_searches_by_output_see_the_weights_that_read(options, build):
 
 def test_the_search_is_told(build):
     built = build("llama", "quantize-activations", activation_clip="input", weight_method="rtn")
-    built.pipeline.run(built.gm, [QuantizeActivations()])
+    built.pipeline.run(built.gm, [QuantizeActivations(clip="input")])
     lines = built.pipeline.stages[-1].lines
     assert len(lines) == 6 and all(line.startswith("clip of blocks.") for line in lines)
     assert any("blocks.1.down_input.part0" in line for line in lines)

@@ -11,7 +11,7 @@ from resq_compiler.tiny import tiny_tokens
 
 def down_inputs(built):
     """Values at the down projections' inputs for the calibration tokens, flattened to [tokens, channels]."""
-    nodes = [f.down.args[0] for b in built.ctx.topology.blocks for f in b.feed_forwards]
+    nodes = [f.down.args[0] for b in built.topology.blocks for f in b.feed_forwards]
     env = executor.first_tokens(built.gm, tiny_tokens(4, 32))
     executor.Schedule(built.gm, nodes, env).run(env)
     return [env[n].flatten(0, 1) for n in nodes]
@@ -21,7 +21,8 @@ def down_inputs(built):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_rewrites(family, option, build):
     built = build(family, "reorder-channels", down_proj=option)
-    assert ReorderChannels().run(built.gm, built.ctx) == 2
+    built.pipeline.run(built.gm, [ReorderChannels("energy" if option == "energy-split" else "peak")])
+    assert built.pipeline.stages[-1].rewrites == 2
     for x in down_inputs(built):
         size = x.square().sum(0) if option == "energy-split" else x.abs().amax(0)
         assert bool((size[1:] >= size[:-1] * (1 - 1e-5)).all())  # ascending; 1e-5: near ties in float32 sums
@@ -29,10 +30,11 @@ def test_rewrites(family, option, build):
 
 def test_leaves_alone_channels_that_are_mixed(build):
     built = build("llama", "reorder-channels", down_proj="energy-split")
-    built.ctx.topology.blocks[1].feed_forwards[0].channelwise = False
-    down = built.ctx.topology.blocks[1].feed_forwards[0].down
+    built.topology.blocks[1].feed_forwards[0].channelwise = False
+    down = built.topology.blocks[1].feed_forwards[0].down
     before = graph_tools.get_tensor(built.gm, down.args[1])
-    assert ReorderChannels().run(built.gm, built.ctx) == 1  # the other block's
+    built.pipeline.run(built.gm, [ReorderChannels()])
+    assert built.pipeline.stages[-1].rewrites == 1  # the other block's
     assert graph_tools.get_tensor(built.gm, down.args[1]) is before
     assert any(f"node {down.name}: " in note and "down_proj='hadamard'" in note for note in built.ctx.notes)
 
@@ -51,12 +53,9 @@ def test_numerics(family, build):
 
 def test_idempotent(build):
     """The order is that of statistics taken before; run again on fresh ones, nothing moves."""
-    from resq_compiler.calibration import moments
-
     built = build("llama", "insert-projections", down_proj="energy-split")
-    down = [f.down for b in built.ctx.topology.blocks for f in b.feed_forwards]
+    down = [f.down for b in built.topology.blocks for f in b.feed_forwards]
     before = [graph_tools.get_tensor(built.gm, n.args[1]) for n in down]
-    built.ctx.moments = moments.calibrate(built.gm, built.ctx)
-    ReorderChannels().run(built.gm, built.ctx)
+    built.pipeline.run(built.gm, [ReorderChannels()])
     after = [graph_tools.get_tensor(built.gm, n.args[1]) for n in down]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -13,7 +13,6 @@ from resq_compiler.ir.graph_tools import aten
 from resq_compiler.pipeline import run
 from resq_compiler.pipeline.passes import Pass
 from resq_compiler.pipeline.run import relative_error
-from resq_compiler.pipeline.stages import option_text
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def test_errors_are_compared_with_the_graph_before_the_pass(built):
 
 def test_non_finite_outputs_fail(built):
     with pytest.raises(VerifyError, match="not finite"):
-        built.pipeline.run(built.gm, [Scale(factor=float("nan"))])
+        built.pipeline.run(built.gm, [Scale(factor=float("inf"))])
 
 
 @pytest.mark.parametrize("error, expected", [(ValueError, PassError), (TopologyError, TopologyError)])
@@ -115,10 +114,6 @@ def test_stages_number_name_and_keep_graphs_without_weights(build):
     assert all(s.graph.owning_module is None for s in stages)
     assert len(stages[-2].graph.nodes) != len(stages[0].graph.nodes)
     assert all(s.max_error <= run.EXACT_TOLERANCE for s in stages[1:-1]) and stages[-1].max_error > 1e-3
-
-
-def test_option_text_shows_what_differs():
-    assert option_text(Scale()) == "" and option_text(Scale(factor=2.0)) == "factor=2.0"
 
 
 def test_relative_error_closed_form():

@@ -177,6 +177,7 @@ def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
 
 def inspect_float(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Topology of a model that is not compiled; reads its configuration, not its weights."""
+    from resq_compiler.analysis.topology import Topology
     from resq_compiler.api import trace
     from resq_compiler.errors import ConfigError
     from resq_compiler.inspection.topology_view import topology_dict, topology_text
@@ -185,7 +186,7 @@ def inspect_float(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"resq inspect --stages: {arguments.model} is not a compiled model; compile it first")
     model = common.meta_model(arguments.model)
     _, ctx = trace(model, arguments.topology_file)
-    result = topology_dict(ctx.topology)
+    result = topology_dict(ctx.facts.get(Topology))
     return {"model": type(model).__name__, **result}, topology_text(type(model).__name__, result)
 
 

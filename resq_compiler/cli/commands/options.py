@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resq_compiler.errors import ConfigError
-from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig, check_names, without_removed
+from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig, base_type, check_names, without_removed
 
 HELP: dict[str, str] = {
     "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn",
@@ -69,14 +69,14 @@ def add_option_flags(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(CompileConfig):
         flag = "--" + field.name.replace("_", "-")
         text = f"{HELP[field.name]} (default: {_shown(field.default)})"
-        if field.type == "bool":
+        if base_type(field.name) == "bool":
             group.add_argument(
                 flag, dest=field.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
         else:
             group.add_argument(
                 flag, dest=field.name, type=_argument(field.name), default=argparse.SUPPRESS, help=text,
-                metavar=_metavar(field.name, str(field.type)),
+                metavar=_metavar(field.name, base_type(field.name)),
             )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
 def convert(name: str, value: Any) -> Any:
     """A value of the type of the option; texts are parsed as on the command line. Raises ConfigError."""
-    kind = str(_field(name).type)
+    kind = base_type(name)
     if isinstance(value, str) and kind != "bool":
         return _parse(name, kind, value)
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -122,10 +122,6 @@ def convert(name: str, value: Any) -> Any:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise ConfigError(f"option {name}: expected {kind}; got {value!r}")
     return value
-
-
-def _field(name: str) -> dataclasses.Field:
-    return next(f for f in dataclasses.fields(CompileConfig) if f.name == name)
 
 
 def _parse(name: str, kind: str, text: str) -> Any:

@@ -18,13 +18,14 @@ def make_plan(model: str, config: CompileConfig, calibration: str | None) -> dic
 
     common.quiet_libraries()
     sizes = _parameter_bytes(model)
-    windows = needs_calibration(config)
+    passes = named.passes_for(config)
+    windows = needs_calibration(passes)
     return {
         "model": model,
         "options": config.to_dict(),
         "calibration": (calibration or "self") if windows else "not needed",
         "calibration_tokens": config.calibration_samples * config.calibration_length if windows else 0,
-        "passes": [{"name": p.name, "exact": p.exact} for p in named.passes_for(config)],
+        "passes": [{"name": p.name, "exact": p.exact} for p in passes],
         "bytes": _estimates(sizes, config, windows),
     }
 

@@ -33,7 +33,7 @@ async function start() {
   document.body.dataset.ready = "yes";
 }
 
-// Links into the page: index.html#compare, or #graph:13-quantize-kv-cache:quantize_12 for a node of a stage.
+// Links into the page: index.html#compare, or #graph:15-quantize-kv-cache:quantize_12 for a node of a stage.
 function followLink(link) {
   const [tab, label, name] = decodeURIComponent(link.slice(1)).split(":");
   if (!document.querySelector(`#tabs [data-tab="${CSS.escape(tab)}"]`)) return;

@@ -8,21 +8,20 @@ import pytest
 from resq_compiler.backends.onnx import build_model, export_onnx
 from resq_compiler.backends.onnx.runtime import OnnxDecoder
 from resq_compiler.backends.onnx.session import open_session
-from resq_compiler.passes import insert_prefix
 
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import is_call
 from resq_compiler.tiny import tiny_tokens
 from tests.backends.onnx.conftest import example, reference, visible
+from tests.conftest import with_prefix
 
 
 @pytest.fixture
-def prefixed(compile_tiny, monkeypatch):
+def prefixed(compile_tiny):
     """family -> a compiled model with a prefix."""
 
     def make(family):
-        monkeypatch.setattr(insert_prefix, "MASSIVE", 1.5)  # a random model has no massive tokens
-        compiled, _ = compile_tiny(family, weight_method="rtn", lm_head_bits=8, prefix_tokens="auto")
+        compiled, _ = compile_tiny(family, recipe=with_prefix(weight_method="rtn", lm_head_bits=8))
         assert any(is_call(n, ops.prepend) for n in compiled.graph_module.graph.nodes)
         return compiled
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from resq_compiler.backends.triton.cache import PagedTensor, fresh
 from resq_compiler.backends.triton.shapes import LLAMA3_8B
-from resq_compiler.passes import insert_prefix
 from safetensors.torch import load_file
 
 from resq_compiler import api
@@ -19,6 +18,7 @@ from resq_compiler.evaluation.report import resident_bytes
 from resq_compiler.ir import graph_tools
 from resq_compiler.model.compiled_model import CompiledModel
 from resq_compiler.tiny import TINY_FAMILIES, tiny_model, tiny_tokens
+from tests.conftest import with_prefix
 
 FAST = ("llama",)
 GREEDY = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
@@ -198,11 +198,10 @@ def test_a_float_cache_is_refused_with_the_reason(compiled):
     assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
 
-def test_prefix_tokens_are_refused_or_left_to_pytorch(compiled, monkeypatch):
-    monkeypatch.setattr(insert_prefix, "MASSIVE", 1.5)  # a random model has no massive tokens
+def test_prefix_tokens_are_refused_or_left_to_pytorch(compiled):
     with pytest.raises(BackendError, match="(?s)attention.*prefix tokens.*prefix_tokens=none.*allow_fallback=True"):
-        compiled("llama", prefix_tokens="auto")
-    reference, ours = compiled("llama", dict(allow_fallback=True), prefix_tokens="auto")
+        compiled("llama", recipe=with_prefix())
+    reference, ours = compiled("llama", dict(allow_fallback=True), recipe=with_prefix())
     ids = tiny_tokens(2, 9)
     assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 

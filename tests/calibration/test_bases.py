@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from resq_compiler.passes import ComputeBases, ReorderChannels, RotateBases
 
 from resq_compiler.analysis.amplification import residual_readers, value_readers, weigh
-from resq_compiler.calibration import moments
-from resq_compiler.calibration.bases import Bases, make_bases, needs_moments, permutation
+from resq_compiler.analysis.sites import Site
+from resq_compiler.calibration import requests
+from resq_compiler.calibration.bases import Bases, permutation
+from resq_compiler.calibration.statistics import Request, Statistics, spread, take
 from resq_compiler.errors import DataError
 from resq_compiler.ir import ops
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
-from resq_compiler.recipes.named import resolve
+from resq_compiler.numerics.channels import Energy, Peak
 from resq_compiler.tiny import tiny_tokens
 
 
@@ -28,10 +31,15 @@ def hooked(model, tokens) -> dict[str, torch.Tensor]:
     return seen
 
 
+def taken(built, wanted):
+    """Statistics of the graph as it is, on the calibration windows."""
+    return take(built.gm, wanted, built.ctx.windows, None, built.ctx.progress)
+
+
 def test_moments_are_those_of_the_eager_model(build, tiny):
     """llama: inputs of attention and feed-forward (without the gains, which fold into the weights), values and down inputs."""
-    built, model = build("llama", "insert-projections"), tiny("llama")
-    seen, moments = hooked(model, tiny_tokens(4, 32)), built.ctx.moments
+    built, model = build("llama", "reorder-channels", recipe="resq+", allocation="equal"), tiny("llama")
+    seen, found = hooked(model, tiny_tokens(4, 32)), built.seen
     pooled = torch.zeros(64, 64, dtype=torch.float64)
     for i, layer in enumerate(model.model.layers):
         for norm, linear in (
@@ -41,47 +49,49 @@ def test_moments_are_those_of_the_eager_model(build, tiny):
             x = seen[f"model.layers.{i}.{linear}"] / norm.weight.detach()
             pooled += x.T @ x / (4 * 128)  # four sites of 128 tokens
         v = seen[f"model.layers.{i}.self_attn.v_proj"] @ layer.self_attn.v_proj.weight.detach().double().T
-        for head, mean in enumerate(moments.value[i].mean()):
+        for head, mean in enumerate(found.get(SecondMoment, Site("value", i)).mean()):
             part = v[:, 16 * head : 16 * head + 16]
             torch.testing.assert_close(mean, part.T @ part / 128, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(moments.residual.mean(), pooled, rtol=1e-4, atol=1e-5)  # float32 activations
-    down = built.ctx.topology.blocks[1].feed_forwards[0].down
-    x = seen["model.layers.1.mlp.down_proj"]
-    torch.testing.assert_close(moments.down_energy[down], x.square().sum(0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(moments.down_peak[down].double(), x.abs().amax(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found.get(SecondMoment, requests.RESIDUAL).mean(), pooled, rtol=1e-4, atol=1e-5
+    )  # float32 activations
+    x, down = seen["model.layers.1.mlp.down_proj"], Site("down", 1)
+    found = taken(built, [*requests.down_sizes(built.topology, "energy"), *requests.down_sizes(built.topology, "peak")])
+    torch.testing.assert_close(found.get(Energy, down).sizes, x.square().sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.get(Peak, down).sizes.double(), x.abs().amax(0), rtol=1e-4, atol=1e-6)
 
 
 def test_keys_are_taken_after_rope(build, tiny):
     """Against what the eager model writes into its own cache, pooled over heads."""
-    built = build("llama", "insert-projections")
+    built = build("llama", "rotate-bases")
     with torch.no_grad():
         cache = tiny("llama")(tiny_tokens(4, 32), use_cache=True).past_key_values
     for i, layer in enumerate(cache.layers):
         keys = layer.keys.transpose(0, 3).flatten(1).double()  # [16, everything]
         torch.testing.assert_close(
-            built.ctx.moments.key[i].mean().mean(0), keys @ keys.T / keys.shape[1], rtol=1e-4, atol=1e-5
+            built.seen.get(SecondMoment, Site("key", i)).mean().mean(0),
+            keys @ keys.T / keys.shape[1],
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
 def test_bases_see_some_of_the_windows_evenly(build):
-    built = build("llama", "insert-projections")
     windows = torch.arange(40).reshape(10, 4)
-    chosen = [moments.basis_windows(windows, resolve("resq", basis_samples=n))[:, 0].tolist() for n in (1, 4, 10, 99)]
+    chosen = [spread(windows, n)[:, 0].tolist() for n in (1, 4, 10, 99)]
     assert chosen == [[0], [0, 8, 20, 28], list(range(0, 40, 4)), list(range(0, 40, 4))]
-    config, built.ctx.config = built.ctx.config, resolve("resq", basis_samples=2)
-    try:
-        found = moments.calibrate(built.gm, built.ctx)
-    finally:
-        built.ctx.config = config
-    blocks = len(built.ctx.topology.blocks)
-    assert found.value[0].tokens == 2 * 32 and found.residual.tokens == 2 * 32 * 2 * blocks
+    built = build("llama", "rotate-bases", basis_samples=2)
+    values, pooled = (built.seen.get(SecondMoment, site) for site in (Site("value", 0), requests.RESIDUAL))
+    assert values.tokens == 2 * 32 and pooled.tokens == 2 * 32 * 2 * len(built.topology.blocks)
+    assert "calibration: bases and channel order from 2 of 4 windows (basis_samples)" in built.ctx.notes
 
 
 def test_block_pca_puts_more_energy_last_than_channels_do(build, tiny):
     """The last 1/8 of what the transform reads, in the eager model's values: eigenvalues majorize a diagonal."""
     built, seen = build("llama", "insert-projections", down_proj="block-pca"), hooked(tiny("llama"), tiny_tokens(4, 32))
     shares = []
-    for i, (u, order) in enumerate(built.ctx.bases.down.values()):
+    for i, basis in enumerate(built.bases.down.values()):
+        u, order = basis.vectors, basis.order
         x = seen[f"model.layers.{i}.mlp.down_proj"]
         torch.testing.assert_close(
             u.mT @ u, torch.eye(u.shape[-1], dtype=torch.float64).expand_as(u), rtol=0, atol=1e-10
@@ -93,35 +103,41 @@ def test_block_pca_puts_more_energy_last_than_channels_do(build, tiny):
     assert len(shares) == 2 and all(ours > channels for ours, channels in shares)
 
 
-def gaussian_moments(built, spectrum: torch.Tensor):
-    """Moments of a zero-mean Gaussian with known covariance Q diag(spectrum) Qᵀ, for the residual stream; real ones elsewhere."""
+def gaussian_bases(built, spectrum: torch.Tensor):
+    """Put bases from moments of a zero-mean Gaussian of covariance Q diag(spectrum) Qᵀ for the stream, real ones elsewhere; Q."""
     generator = torch.Generator().manual_seed(3)
     q = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0]
     x = torch.randn(20000, 64, generator=generator, dtype=torch.float64) * spectrum.sqrt() @ q.T
     moment = SecondMoment("gaussian", 64)
     moment.update(x.float())
-    return q, moments.Moments(moment, built.ctx.moments.value, built.ctx.moments.key, built.ctx.moments.query)
+    heads = requests.head_moments(built.topology)
+    for request in heads:
+        request.statistic.restore(built.seen.get(SecondMoment, request.site).state())
+    built.ctx.facts.put(Statistics([Request(requests.RESIDUAL, moment, ()), *heads]))
+    ComputeBases().run(built.gm, built.ctx)
+    return q
 
 
 @pytest.mark.parametrize("rotation", ["hadamard", "orthogonal", "none"])
 def test_u_a_spans_the_top_eigenvectors_of_a_known_covariance(rotation, build):
     """The last 1/8 of the columns, whatever the rotation inside the part: the projector is the closed form."""
-    built = build("llama", "insert-projections")
+    built = build("llama", "rotate-bases")
     spectrum = torch.cat((torch.linspace(0.1, 1, 56), torch.linspace(10, 20, 8)))
-    q, moments = gaussian_moments(built, spectrum)
-    bases = make_bases(None, moments, built.ctx.topology, resolve("resq", rotation=rotation))
-    high = bases.residual[:, 56:]
+    q = gaussian_bases(built, spectrum)
+    if rotation != "none":
+        RotateBases(rotation).run(built.gm, built.ctx)
+    high = built.bases.residual[:, 56:]
     error = torch.linalg.matrix_norm(high @ high.T - q[:, 56:] @ q[:, 56:].T, 2)
     assert error < 0.05  # sampling: angle ~ sqrt(64 / 20000) * sqrt(1 * 10) / (10 - 1) = 0.02
     assert (torch.linalg.matrix_norm(high @ high.T - q[:, :8] @ q[:, :8].T, 2)) > 0.9  # and not the bottom ones
-    torch.testing.assert_close(bases.spectra["residual"], spectrum.double(), rtol=0.1, atol=0.1)  # ascending, sampled
 
 
 def test_three_parts_keep_their_subspaces(build):
-    built = build("llama", "insert-projections")
+    built = build("llama", "rotate-bases", low_fraction=0.25)
     spectrum = torch.cat((torch.full((16,), 0.01), torch.full((40,), 1.0), torch.full((8,), 30.0)))
-    q, moments = gaussian_moments(built, spectrum)
-    u = make_bases(None, moments, built.ctx.topology, resolve("resq", low_fraction=0.25)).residual
+    q = gaussian_bases(built, spectrum)
+    RotateBases().run(built.gm, built.ctx)
+    u = built.bases.residual
     for start, stop in ((0, 16), (16, 56), (56, 64)):
         error = torch.linalg.matrix_norm(
             u[:, start:stop] @ u[:, start:stop].T - q[:, start:stop] @ q[:, start:stop].T, 2
@@ -130,22 +146,26 @@ def test_three_parts_keep_their_subspaces(build):
 
 
 def test_quik_orders_channels_by_peak(build):
-    built = build("llama", "insert-projections", recipe="quik")
-    u, peak = built.ctx.bases.residual, built.ctx.moments.residual_peak
+    built = build("llama", "reorder-channels", recipe="quik")
+    u, peak = built.bases.residual, built.seen.get(Peak, requests.RESIDUAL).sizes
     assert set(u.unique().tolist()) == {0.0, 1.0} and bool((peak.double() @ u).diff().ge(0).all())
 
 
 def test_quarot_needs_no_data_and_flattens_a_spike(build):
     built = build("llama", "insert-projections", recipe="quarot")
-    assert built.ctx.moments is None
-    assert not needs_moments(resolve("quarot")) and needs_moments(resolve("resq")) and needs_moments(resolve("quik"))
-    assert needs_moments(resolve("rtn", down_proj="energy-split")) and not needs_moments(resolve("rtn"))
+    assert built.ctx.facts.find(Statistics) is None
+    assert (
+        not ComputeBases("hadamard").needs_calibration and ComputeBases("hadamard", down="block-pca").needs_calibration
+    )
+    assert ComputeBases("pca").needs_calibration and ComputeBases("outliers").needs_calibration
     spike = torch.zeros(64, dtype=torch.float64).index_fill(0, torch.tensor([5]), 1.0)
-    torch.testing.assert_close((spike @ built.ctx.bases.residual).abs(), torch.full((64,), 1 / 8, dtype=torch.float64))
+    torch.testing.assert_close((spike @ built.bases.residual).abs(), torch.full((64,), 1 / 8, dtype=torch.float64))
 
 
-def test_no_basis():
-    assert make_bases(None, None, None, resolve("rtn")) == Bases()
+def test_no_basis(build):
+    built = build("llama", "plan-columns")
+    ComputeBases("none").run(built.gm, built.ctx)
+    assert built.bases == Bases()
 
 
 def test_permutation_sorts_ascending():
@@ -161,15 +181,15 @@ def test_activations_that_overflow_are_named(site, build, captured):
     built = build("llama", "compute-bases")
     node = next(n for n in built.gm.graph.find_nodes(op="get_attr") if f"layers.0.{site}" in str(n.target))
     graph_tools.set_tensor(built.gm, str(node.target), graph_tools.get_tensor(built.gm, node) * 1e30)
-    with pytest.raises(DataError, match=r"(node \w+|block 0 values|residual stream)"):
-        moments.calibrate(built.gm, built.ctx)
+    with pytest.raises(DataError, match=r"(node \w+|block 0 values|residual stream).*finite|overflow"):
+        built.pipeline.run(built.gm, [ComputeBases(), ReorderChannels()])
 
 
 def test_queries_are_counted_with_the_key_head_they_meet(build, tiny):
     """Against q_proj of the eager model with transformers' own rotary embedding: mean over tokens and the head's queries."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    built, model, tokens = build("llama", "insert-projections"), tiny("llama"), tiny_tokens(4, 32)
+    built, model, tokens = build("llama", "rotate-bases"), tiny("llama"), tiny_tokens(4, 32)
     with torch.no_grad():
         hidden = model(tokens, output_hidden_states=True).hidden_states[0]
         layer = model.model.layers[0]
@@ -177,7 +197,7 @@ def test_queries_are_counted_with_the_key_head_they_meet(build, tiny):
         cos, sin = model.model.rotary_emb(hidden, torch.arange(32)[None])
         q = apply_rotary_pos_emb(q, q, cos, sin)[0].double()
     heads = q.shape[1] // 2
-    for group, mean in enumerate(built.ctx.moments.query[0].mean()):
+    for group, mean in enumerate(built.seen.get(SecondMoment, Site("query", 0)).mean()):
         rows = q[:, heads * group : heads * (group + 1)].flatten(0, 2)
         torch.testing.assert_close(mean, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)  # float32 activations
 
@@ -193,7 +213,7 @@ def test_readers_raise_the_directions_they_amplify():
 
 def test_readers_of_the_stream_and_of_values_are_the_models_own_weights(build, tiny):
     built, layers = build("llama", "insert-projections"), tiny("llama").model.layers
-    gm, topology = build("llama", "compute-bases").gm, build("llama", "compute-bases").ctx.topology
+    gm, topology = build("llama", "compute-bases").gm, build("llama", "compute-bases").topology
     total = torch.zeros(64, 64, dtype=torch.float64)
     for layer in layers:
         for gain, linears in (
@@ -209,12 +229,12 @@ def test_readers_of_the_stream_and_of_values_are_the_models_own_weights(build, t
     for g in range(2):
         expected = sum(o[:, 16 * h : 16 * h + 16].T @ o[:, 16 * h : 16 * h + 16] for h in (2 * g, 2 * g + 1))
         torch.testing.assert_close(found[g], expected, rtol=1e-6, atol=1e-9)
-    assert built.ctx.bases.key[0].shape == (16, 16)
+    assert built.bases.key[0].shape == (16, 16)
 
 
 def test_a_key_basis_for_each_head(build):
     built = build("llama", "quantize-weights", key_basis="head", basis_weighting="readers")
-    u = built.ctx.bases.key[0]
+    u = built.bases.key[0]
     assert u.shape == (2, 16, 16)
     torch.testing.assert_close(u.mT @ u, torch.eye(16, dtype=torch.float64).expand_as(u), rtol=0, atol=1e-10)
     assert (

@@ -1,0 +1,103 @@
+"""The statistics that passes ask for, by site of a topology."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.fx import Node
+
+from resq_compiler.analysis.sites import Site
+from resq_compiler.analysis.topology import FeedForward, Topology
+from resq_compiler.calibration import precision
+from resq_compiler.calibration.statistics import Request
+from resq_compiler.numerics.basis import SecondMoment
+from resq_compiler.numerics.channels import Energy, Peak
+
+BLOCK = 64
+"""Channels of a down projection's input that share a basis with block PCA: their largest common divisor with the width."""
+
+RESIDUAL = Site("residual")
+
+
+def residual_moment(topology: Topology) -> Request:
+    """SecondMoment of all inputs of attention and feed-forward, pooled: [d, d]."""
+    moment = SecondMoment("residual stream", topology.hidden_size, dtype=precision.dtype())
+    return Request(RESIDUAL, moment, residual_values(topology))
+
+
+def residual_peak(topology: Topology) -> Request:
+    """Peak of the channels of the same values: [d]."""
+    return Request(RESIDUAL, Peak("residual stream"), residual_values(topology))
+
+
+def residual_values(topology: Topology) -> tuple[Node, ...]:
+    """What attention and feed-forward of all blocks read."""
+    return tuple(g.value for g in topology.residual.readers if topology.head not in g.linears)
+
+
+def head_moments(topology: Topology) -> list[Request]:
+    """SecondMoment of values, keys and queries of every block, for each key/value head: [G, D, D]."""
+    found = []
+    for block in topology.blocks:
+        a, i = block.attention, block.index
+        groups = a.num_kv_heads
+        value, key, query = (
+            SecondMoment(f"block {i} {what}", width, groups=groups)
+            for what, width in (("values", a.value_dim), ("keys", a.head_dim), ("queries", a.head_dim))
+        )
+        found += [
+            Request(Site("value", i), value, (argument(a.value_cache, 1),), heads_last),
+            Request(Site("key", i), key, (argument(a.key_cache, 1),), heads_last),
+            Request(Site("query", i), query, (argument(a.core, 0),), by_key_head(groups)),
+        ]
+    return found
+
+
+def down_sizes(topology: Topology, by: str) -> list[Request]:
+    """Energy or Peak (by: "energy" or "peak") of the input channels of every down projection: [width]."""
+    kind = Energy if by == "energy" else Peak
+    return [
+        Request(site, kind(f"the input of node {f.down.name}"), (argument(f.down, 0),))
+        for site, f in feed_forwards(topology)
+    ]
+
+
+def down_moments(topology: Topology) -> list[Request]:
+    """SecondMoment of blocks of neighbouring input channels of every down projection: [G, D, D]."""
+    found = []
+    for site, f in feed_forwards(topology):
+        x = argument(f.down, 0)
+        width = int(x.meta["val"].shape[-1])
+        size = math.gcd(width, BLOCK)
+        moment = SecondMoment(f"input of {f.down.name}", size, groups=width // size)
+        found.append(Request(site, moment, (x,), in_blocks(size)))
+    return found
+
+
+def feed_forwards(topology: Topology) -> list[tuple[Site, FeedForward]]:
+    """The feed-forwards of all blocks, with the sites of their down projections."""
+    return [(Site("down", b.index, j), f) for b in topology.blocks for j, f in enumerate(b.feed_forwards)]
+
+
+def argument(node: Node, index: int) -> Node:
+    """The value that a node reads."""
+    value = node.args[index]
+    assert isinstance(value, Node)
+    return value
+
+
+def heads_last(x: Tensor) -> Tensor:
+    """[B, G, S, D] -> [B, S, G, D]."""
+    return x.transpose(1, 2)
+
+
+def by_key_head(groups: int) -> Callable[[Tensor], Tensor]:
+    """Queries [B, H, S, D] -> [B, H / G, S, G, D]: those that meet a key head count together."""
+    return lambda x: x.unflatten(1, (groups, -1)).permute(0, 2, 3, 1, 4)
+
+
+def in_blocks(size: int) -> Callable[[Tensor], Tensor]:
+    """[..., width] -> [tokens, width / size, size]."""
+    return lambda x: x.flatten(0, -2).unflatten(-1, (-1, size))

@@ -1,0 +1,157 @@
+"""What passes want to see of the calibration run: sums over tokens, kept by kind and site. One run serves all who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.analysis.sites import Site
+from resq_compiler.calibration import executor
+from resq_compiler.calibration.workdir import WorkDirectory
+from resq_compiler.errors import PassError
+from resq_compiler.ir import graph_tools
+from resq_compiler.util import memory
+
+FILE = "statistics"
+
+
+class Statistic(Protocol):
+    """A sum over tokens."""
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of a value."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All there is to it, for a file."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state` returned."""
+
+
+Kind = TypeVar("Kind", bound=Statistic)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """The value itself."""
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A statistic, still empty, of the values at some nodes, pooled. rows: from a value to what the statistic takes."""
+
+    site: Site
+    statistic: Statistic
+    nodes: tuple[Node, ...]
+    rows: Callable[[Tensor], Tensor] = unchanged
+
+    @property
+    def key(self) -> tuple[type, Site]:
+        """Requests of one key are the same request."""
+        return type(self.statistic), self.site
+
+    @property
+    def name(self) -> str:
+        """In files."""
+        return f"{type(self.statistic).__name__}.{self.site}"
+
+    def see(self, x: Tensor) -> None:
+        """Add the tokens of a value at one of the nodes."""
+        self.statistic.update(self.rows(x))
+
+
+class Statistics:
+    """A fact: what was seen of the graph as it is. A pass that rewrites the graph ends it."""
+
+    def __init__(self, requests: Iterable[Request] = ()):
+        self._found = {request.key: request.statistic for request in requests}
+
+    def get(self, kind: type[Kind], site: Site) -> Kind:
+        """The statistic of a kind at a site. Raises PassError: nobody asked for it."""
+        found = self._found.get((kind, site))
+        if not isinstance(found, kind):
+            raise PassError(f"{kind.__name__} of {site} was not asked for; expected it in `statistics` of this pass")
+        return found
+
+    def covers(self, requests: Iterable[Request]) -> bool:
+        """Whether all of these were seen."""
+        return all(request.key in self._found for request in requests)
+
+
+def distinct(requests: Iterable[Request]) -> list[Request]:
+    """Of requests for the same, the first."""
+    found: dict[tuple[type, Site], Request] = {}
+    for request in requests:
+        found.setdefault(request.key, request)
+    return list(found.values())
+
+
+def take(
+    gm: GraphModule, requests: Sequence[Request], windows: Tensor, work: WorkDirectory | None,
+    progress: Callable[[str, int, int], None],
+) -> Statistics:  # fmt: skip
+    """Run windows of token ids [n, length] through the graph for what is asked; a work directory keeps it, and gives it back."""
+    if not restored(requests, work):
+        taps: dict[Node, Callable[[Tensor], None]] = {}
+        for request in requests:
+            for node in request.nodes:
+                taps[node] = both(taps[node], request.see) if node in taps else request.see
+        observe(gm, taps, windows, lambda done, total: progress("calibrate", done, total))
+        keep(requests, work)
+    return Statistics(requests)
+
+
+def both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Calls one after the other."""
+
+    def call(x: Tensor) -> None:
+        first(x)
+        second(x)
+
+    return call
+
+
+def observe(
+    gm: GraphModule, taps: Mapping[Node, Callable[[Tensor], None]], windows: Tensor, progress: Callable[[int, int], None]
+) -> None:  # fmt: skip
+    """Run windows of token ids [n, length] through the graph, batch by batch; taps see the values at their nodes."""
+    schedule = executor.Schedule(gm, taps, graph_tools.placeholders(gm.graph), keep=())
+    batches = executor.batches(windows)
+    for i, ids in enumerate(batches):
+        progress(i, len(batches))
+        schedule.run(executor.first_tokens(gm, ids), taps)
+        memory.trim()
+    progress(len(batches), len(batches))
+
+
+def spread(windows: Tensor, count: int) -> Tensor:
+    """`count` of the windows, spread evenly over them; all of them where there are no more."""
+    count = min(count, len(windows))
+    return windows[torch.arange(count) * len(windows) // count]
+
+
+def restored(requests: Sequence[Request], work: WorkDirectory | None) -> bool:
+    """Fill in what a work directory has; False where it lacks any of it."""
+    saved = None if work is None else work.load(FILE)
+    if saved is None:
+        return False
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in saved[0].items():
+        owner, _, part = name.rpartition(".")
+        states.setdefault(owner, {})[part] = tensor
+    if any(request.name not in states for request in requests):
+        return False
+    for request in requests:
+        request.statistic.restore(states[request.name])
+    return True
+
+
+def keep(requests: Sequence[Request], work: WorkDirectory | None) -> None:
+    """Write finished statistics into a work directory, if there is one."""
+    if work is not None:
+        work.save(FILE, {f"{r.name}.{part}": t for r in requests for part, t in r.statistic.state().items()})

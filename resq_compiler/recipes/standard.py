@@ -1,0 +1,94 @@
+"""From settings to passes, for all built-in recipes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from resq_compiler.passes import (
+    AllocateBits,
+    Canonicalize,
+    ComputeBases,
+    FindTopology,
+    FoldNorms,
+    FuseProjections,
+    InsertPrefix,
+    InsertProjections,
+    NameAttention,
+    PartitionLinears,
+    PlanColumns,
+    QuantizeActivations,
+    QuantizeKvCache,
+    QuantizeWeights,
+    ReorderChannels,
+    RotateBases,
+    SplitFused,
+    UntieEmbeddings,
+)  # fmt: skip
+from resq_compiler.pipeline.passes import Pass
+from resq_compiler.recipes.settings import CompileConfig
+
+ORDERS: dict[str, Literal["energy", "peak"]] = {"energy-split": "energy", "outliers": "peak"}
+"""Values of `down_proj` that put the strongest channels last, and by what."""
+
+SPLIT_DOWN = (*ORDERS, "block-pca")
+"""Values of `down_proj` that give the input of down projections parts; the others quantize it whole, at the main bits."""
+
+NAMING = (Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology(), FoldNorms())
+
+
+def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
+    """The whole pipeline, in order. Passes before insert-prefix and quantize-* are exact."""
+    project = s.basis != "none" or s.down_proj != "none"
+    channels = ORDERS.get(s.down_proj)
+    return (
+        *NAMING,
+        plan_columns(s),
+        *([compute_bases(s)] if s.basis != "none" or s.down_proj == "block-pca" else []),
+        *([allocate_bits(s)] if s.allocates else []),
+        *([RotateBases(s.rotation)] if s.basis == "pca" and s.rotation != "none" else []),
+        *([ReorderChannels(channels)] if channels else []),
+        *([InsertProjections("none" if s.down_proj in ("none", "outliers") else "hadamard")] if project else []),
+        *([FuseProjections()] if project else []),
+        PartitionLinears(),
+        *([InsertPrefix()] if s.prefix_tokens == "auto" else []),
+        *quantizers(s),
+    )
+
+
+def plan_columns(s: CompileConfig) -> PlanColumns:
+    """Bits of every column."""
+    return PlanColumns(
+        weight_bits=s.weight_bits, activation_bits=s.activation_bits, kv_bits=s.kv_bits, high_bits=s.high_bits,
+        high_fraction=s.high_fraction, low_bits=s.low_bits, low_fraction=s.low_fraction, sites=s.sites,
+        rank_multiple=s.rank_multiple, split_down=s.down_proj in SPLIT_DOWN, lm_head_bits=s.lm_head_bits,
+    )  # fmt: skip
+
+
+def compute_bases(s: CompileConfig) -> ComputeBases:
+    """Where the order of columns comes from. Without an order, a random rotation of the whole width."""
+    down: Literal["block-pca", "none"] = "block-pca" if s.down_proj == "block-pca" else "none"
+    random: Literal["orthogonal", "hadamard"] = "orthogonal" if s.rotation == "orthogonal" else "hadamard"
+    return ComputeBases(random if s.basis == "hadamard" else s.basis, s.basis_weighting, s.key_basis, down)
+
+
+def allocate_bits(s: CompileConfig) -> AllocateBits:
+    """Where bits are shared out."""
+    return AllocateBits(
+        kind="widths" if s.allocation == "widths" else "sensitivity",
+        average_bits=s.average_bits,
+        megabytes=s.model_megabytes,
+        channels=ORDERS.get(s.down_proj, "none"),
+        prefix_tokens=InsertPrefix().most if s.prefix_tokens == "auto" else 0,
+    )
+
+
+def quantizers(s: CompileConfig) -> tuple[Pass, ...]:
+    """Weights, then activations and cache; the other way round where GPTQ is to see quantized activations."""
+    method = s.weight_method if s.weight_bits < 16 else "rtn"  # of lm_head, which is all there is then
+    weights = QuantizeWeights(method, s.weight_clip, s.gptq_damping, s.gptq_act_order, s.gptq_token_weighting)
+    narrow = s.activation_bits < 8 or s.low_fraction or s.site_fractions  # parts whose range may be clipped
+    clip = s.activation_clip if narrow else 1.0
+    activations = (QuantizeActivations(clip, s.o_proj_granularity), QuantizeKvCache(s.kv_clip))
+    if s.weight_bits == 16 and s.lm_head_bits is None:
+        return activations
+    return (*activations, weights) if s.gptq_on_quantized_activations else (weights, *activations)
