@@ -11,6 +11,7 @@ Models with RMSNorm are not centred: that would change them. Arithmetic in float
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,9 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.ir import graph_tools, ops
-from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.ir.graph_tools import aten, is_call, rewrite
+from resq_compiler.ir.views import Embedding, Linear, Norm
+from resq_compiler.numerics.float64 import by_row_chunks
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
 
@@ -41,98 +44,55 @@ class FoldNorms(Pass):
             if group.norm is not None and fold_gain(gm, group.norm, group.linears):
                 done += 1
                 memory.trim()  # the weights before
-        norms = [g.norm for g in residual.readers]
-        if residual.fusable and all(is_call(n, LAYER_NORM) for n in norms):
+        norms = [group for group in residual.readers if is_call(group.norm, LAYER_NORM)]
+        if residual.fusable and len(norms) == len(residual.readers):
             for writer in residual.writers:
                 center(gm, writer)
-            for group in residual.readers:
-                group.norm = group.value = to_rms_norm(gm, group.norm)
+            for group in norms:
+                group.norm = group.value = to_rms_norm(group.value)
             done += len(norms)
         graph_tools.delete_unused_tensors(gm)
         return done
 
 
-def norm_weights(norm: Node) -> tuple[Node | None, Node | None]:
-    """(gain, bias) of a norm."""
-    if is_call(norm, ops.rms_norm):
-        return norm.args[1], None
-    padded = (*norm.args, None, None)
-    return padded[2], padded[3]
-
-
-def fold_gain(gm: GraphModule, norm: Node, linears: list[Node]) -> bool:
-    """Move gain and bias into the linears; False if there are none."""
-    gain_node, bias_node = norm_weights(norm)
-    if gain_node is None and bias_node is None:
+def fold_gain(gm: GraphModule, node: Node, linears: list[Node]) -> bool:
+    """Move gain and bias of a norm into the linears; False if it has none."""
+    norm = Norm.require(node)
+    if norm.gain is None and norm.bias is None:
         return False
-    gain = graph_tools.get_tensor(gm, gain_node).double() if gain_node is not None else None
-    bias = graph_tools.get_tensor(gm, bias_node).double() if bias_node is not None else None
-    for linear in linears:
-        weight = linear_weight(gm, linear)
+    gain, bias = (None if t is None else graph_tools.get_tensor(gm, t).double() for t in (norm.gain, norm.bias))
+    for linear in map(Linear.require, linears):
+        weight = linear.weight_tensor(gm)
         if bias is not None:
             add_to_bias(gm, linear, weight.double() @ bias)
         if gain is not None:
-            replace_weight(gm, linear, by_row_chunks(weight, lambda w: w * gain))
-    if is_call(norm, ops.rms_norm):
-        norm.update_arg(1, None)
-    else:
-        norm.args = (norm.args[0], norm.args[1], None, None, *norm.args[4:])
+            linear.set_weight(gm, by_row_chunks(weight, functools.partial(torch.mul, gain)))
+    norm.drop_affine()
     return True
 
 
 def center(gm: GraphModule, writer: Node) -> None:
     """Remove the mean over the hidden dimension from what a linear or embedding writes."""
-    if is_call(writer, aten.embedding.default):
-        node = writer.args[0]
-        graph_tools.set_tensor(
-            gm,
-            str(node.target),
-            by_row_chunks(graph_tools.get_tensor(gm, node), lambda w: w - w.mean(-1, keepdim=True)),
-        )
+    embedding = Embedding.of(writer)
+    if embedding is not None:
+        table = by_row_chunks(embedding.table_tensor(gm), lambda w: w - w.mean(-1, keepdim=True))
+        embedding.set_table(gm, table)
         return
-    weight = linear_weight(gm, writer)
-    replace_weight(gm, writer, (weight.double() - weight.double().mean(0)).to(weight.dtype))
-    if len(writer.args) > 2 and writer.args[2] is not None:
-        bias = graph_tools.get_tensor(gm, writer.args[2])
-        graph_tools.set_tensor(gm, str(writer.args[2].target), (bias.double() - bias.double().mean()).to(bias.dtype))
+    linear = Linear.require(writer)
+    weight, bias = linear.weight_tensor(gm), linear.bias_tensor(gm)
+    linear.set_weight(gm, (weight.double() - weight.double().mean(0)).to(weight.dtype))
+    if bias is not None:
+        linear.set_bias(gm, (bias.double() - bias.double().mean()).to(bias.dtype), FoldNorms.name)
 
 
-def to_rms_norm(gm: GraphModule, norm: Node) -> Node:
+def to_rms_norm(node: Node) -> Node:
     """Replace a bare LayerNorm of a centred stream by RMSNorm."""
-    eps = norm.args[4] if len(norm.args) > 4 else 1e-5
-    with gm.graph.inserting_after(norm):
-        new = emit(gm.graph, ops.rms_norm, (norm.args[0], None, eps), norm, FoldNorms.name)
-    new.meta["val"] = norm.meta["val"]
-    norm.replace_all_uses_with(new)
-    gm.graph.erase_node(norm)
-    return new
+    norm = Norm.require(node)
+    return rewrite(node, ops.rms_norm, (norm.x, None, norm.eps), FoldNorms.name)
 
 
-def linear_weight(gm: GraphModule, linear: Node) -> Tensor:
-    """Weight [out, in] of a linear node."""
-    return graph_tools.get_tensor(gm, linear.args[1])
-
-
-def replace_weight(gm: GraphModule, linear: Node, value: Tensor) -> None:
-    """Bind a new weight under the same name."""
-    graph_tools.set_tensor(gm, str(linear.args[1].target), value)
-
-
-def add_to_bias(gm: GraphModule, linear: Node, value: Tensor) -> None:
+def add_to_bias(gm: GraphModule, linear: Linear, value: Tensor) -> None:
     """Add to the bias of a linear, making one if it has none."""
-    old = linear.args[2] if len(linear.args) > 2 else None
-    dtype = linear_weight(gm, linear).dtype
-    if old is not None:
-        total = graph_tools.get_tensor(gm, old).double() + value
-        graph_tools.set_tensor(gm, str(old.target), total.to(dtype))
-        return
-    base = str(linear.args[1].target).removesuffix(".weight")
-    linear.args = (*linear.args[:2], graph_tools.add_tensor(gm, f"{base}.bias", value.to(dtype), FoldNorms.name))
-
-
-def by_row_chunks(weight: Tensor, change: object, rows: int = 4096) -> Tensor:
-    """Apply a float64 function to a weight a few thousand rows at a time: vocabularies are large."""
-    result = torch.empty_like(weight)
-    for start in range(0, weight.shape[0], rows):
-        result[start : start + rows] = change(weight[start : start + rows].double())
-    return result
+    old = linear.bias_tensor(gm)
+    total = value if old is None else old.double() + value
+    linear.set_bias(gm, total.to(linear.weight_tensor(gm).dtype), FoldNorms.name)

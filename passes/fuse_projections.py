@@ -18,17 +18,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from resq_compiler.passes.fold_norms import by_row_chunks, linear_weight, replace_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration.bases import Bases
 from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.args import source
+from resq_compiler.ir.graph_tools import is_call, only_user, replace
+from resq_compiler.ir.views import Embedding, Hadamard, Linear, Project, SplitHeads
+from resq_compiler.numerics.float64 import by_row_chunks
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
 
-LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
+TARGETS = (ops.project, ops.project_heads, ops.project_blocks, ops.hadamard)
 
 
 @dataclass(frozen=True)
@@ -38,84 +40,86 @@ class FuseProjections(Pass):
     name: ClassVar[str] = "fuse-projections"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        exact = _float64_bases(ctx)
-        found = [
-            n for n in gm.graph.nodes if is_call(n, ops.project, ops.project_heads, ops.project_blocks, ops.hadamard)
-        ]
+        bases = ctx.facts.find(Bases) or Bases()
+        found = [n for n in gm.graph.nodes if is_call(n, *TARGETS)]
         left, before = found, None
         while left != before:  # an inverse may meet a linear only once the one behind it is gone
-            left, before = [n for n in left if not fuse(gm, n, exact)], left
+            left, before = [n for n in left if not fuse(gm, n, bases)], left
         done = len(found) - len(left)
         gm.graph.eliminate_dead_code()
         graph_tools.delete_unused_tensors(gm)
         return done
 
 
-def _float64_bases(ctx: PassContext) -> dict[str, Tensor]:
-    bases = ctx.facts.find(Bases) or Bases()
-    table = {"resq.U_A": bases.residual}
-    table |= {f"resq.U_B.{i}": u for i, u in enumerate(bases.value)}
-    table |= {f"resq.U_D.{down.name}": basis.vectors for down, basis in bases.down.items()}
-    return {name: u for name, u in table.items() if u is not None}
-
-
-def fuse(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> int:
-    """Fuse one projection if it meets a linear on the side where it can; 0 if it stays."""
+def fuse(gm: GraphModule, node: Node, bases: Bases) -> bool:
+    """Fuse one projection if it meets a linear on the side where it can."""
     fact = meta.get(node, meta.Projection)
     if fact is None or fact.basis == "U_C" or fact.online:
-        return 0
-    fused = fuse_inverse(gm, node, bases) if fact.inverse else fuse_forward(gm, node, bases)
+        return False
+    fused = fuse_inverse(gm, node, fact, bases) if fact.inverse else fuse_forward(gm, node, fact, bases)
     if fused:
-        node.replace_all_uses_with(node.args[0])
-        gm.graph.erase_node(node)
+        replace(node, source(node))
         memory.trim()  # the weights before
-    return int(fused)
+    return fused
 
 
-def fuse_forward(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> bool:
+def exact_basis(fact: meta.Projection, bases: Bases) -> Tensor:
+    """U in float64: U_A [d, d], or U_B of a block [G, D, D]. The graph holds it in the type of the weights."""
+    if fact.basis == "U_A":
+        assert bases.residual is not None
+        return bases.residual
+    assert fact.block is not None
+    return bases.value[fact.block]
+
+
+def fuse_forward(gm: GraphModule, node: Node, fact: meta.Projection, bases: Bases) -> bool:
     """Into the linear or embedding that makes the value, if nothing else reads it."""
-    if is_call(node, ops.hadamard, ops.project_blocks):
+    project = Project.of(node)
+    if project is None:
         return False
-    u = bases[str(node.args[1].target)]
-    source = node.args[0]
-    if is_call(node, ops.project_heads):
-        if not is_call(source, ops.split_heads) or len(source.users) != 1:
+    x, u = project.x, exact_basis(fact, bases)
+    if project.by_head:
+        split = SplitHeads.of(x)
+        if split is None or only_user(x) is None:
             return False
-        source = source.args[0]
-    if len(source.users) != 1 or not is_call(source, LINEAR, EMBEDDING):
+        x = split.x
+    if only_user(x) is None:
         return False
-    if is_call(source, EMBEDDING):
-        table = source.args[0]
-        graph_tools.set_tensor(gm, str(table.target), by_row_chunks(graph_tools.get_tensor(gm, table), lambda w: w @ u))
-        return True
-    rotate_outputs(gm, source, u if is_call(node, ops.project) else _repeat(u, u.shape[0]))
-    return True
+    embedding, linear = Embedding.of(x), Linear.of(x)
+    if embedding is not None:
+        embedding.set_table(gm, by_row_chunks(embedding.table_tensor(gm), lambda w: w @ u))
+    elif linear is not None:
+        rotate_outputs(gm, linear, u)
+    return embedding is not None or linear is not None
 
 
-def fuse_inverse(gm: GraphModule, node: Node, bases: dict[str, Tensor]) -> bool:
+def fuse_inverse(gm: GraphModule, node: Node, fact: meta.Projection, bases: Bases) -> bool:
     """Into all linears that read the value."""
-    readers = list(node.users)
-    if is_call(node, ops.project_heads) and len(readers) == 1 and is_call(readers[0], ops.merge_heads):
-        readers = list(readers[0].users)
-    if not readers or not all(is_call(r, LINEAR) for r in readers):
+    merged = only_user(node)
+    readers = list((merged if is_call(node, ops.project_heads) and is_call(merged, ops.merge_heads) else node).users)
+    linears = [linear for reader in readers if (linear := Linear.of(reader)) is not None]
+    if not linears or len(linears) < len(readers):
         return False
-    for reader in readers:
-        weight = linear_weight(gm, reader)
-        replace_weight(gm, reader, by_row_chunks(weight, _column_change(gm, node, weight, bases)))
+    for linear in linears:
+        change = _column_change(gm, node, fact, linear, bases)
+        linear.set_weight(gm, by_row_chunks(linear.weight_tensor(gm), change))
     return True
 
 
-def _column_change(gm: GraphModule, node: Node, weight: Tensor, bases: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """The map W -> W U for the input columns of a weight."""
-    if is_call(node, ops.hadamard):
-        return lambda w: ops.hadamard(w, False, node.args[2])
-    u = bases[str(node.args[1].target)]
+def _column_change(
+    gm: GraphModule, node: Node, fact: meta.Projection, linear: Linear, bases: Bases
+) -> Callable[[Tensor], Tensor]:
+    """The map W -> W U for the input columns of a linear."""
+    hadamard = Hadamard.of(node)
+    if hadamard is not None:
+        return lambda w: ops.hadamard(w, False, hadamard.sizes)
+    if is_call(node, ops.project_blocks):
+        blocks = bases.down[linear.node]
+        return lambda w: ops.project_blocks(w, blocks.vectors, blocks.order)
+    u = exact_basis(fact, bases)
     if is_call(node, ops.project):
         return lambda w: w @ u
-    if is_call(node, ops.project_blocks):
-        order = graph_tools.get_tensor(gm, node.args[2])
-        return lambda w: ops.project_blocks(w, u, order)
-    heads = _repeat(u, weight.shape[1] // u.shape[-1])
+    heads = _repeat(u, linear.weight_tensor(gm).shape[1] // u.shape[-1])
     return lambda w: torch.einsum("nhd,hde->nhe", w.unflatten(1, heads.shape[:2]), heads).flatten(1)
 
 
@@ -124,7 +128,7 @@ def _repeat(u: Tensor, heads: int) -> Tensor:
     return u.repeat_interleave(heads // u.shape[0], 0)
 
 
-def rotate_outputs(gm: GraphModule, linear: Node, u: Tensor) -> None:
+def rotate_outputs(gm: GraphModule, linear: Linear, u: Tensor) -> None:
     """W <- Uᵀ W and b <- Uᵀ b; u is [N, N], or [G, D, D] for N = G·D outputs."""
 
     def turn(value: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ def rotate_outputs(gm: GraphModule, linear: Node, u: Tensor) -> None:
         grouped = wide.unflatten(0, u.shape[:2])
         return torch.einsum("gde,gd...->ge...", u, grouped).flatten(0, 1).to(value.dtype)
 
-    replace_weight(gm, linear, turn(linear_weight(gm, linear)))
-    bias = linear.args[2] if len(linear.args) > 2 else None
+    linear.set_weight(gm, turn(linear.weight_tensor(gm)))
+    bias = linear.bias_tensor(gm)
     if bias is not None:
-        graph_tools.set_tensor(gm, str(bias.target), turn(graph_tools.get_tensor(gm, bias)))
+        linear.set_bias(gm, turn(bias), FuseProjections.name)

@@ -103,9 +103,11 @@ def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: in
     """U_B between the value projection and the cache; its inverse after attention."""
     value, core = attention.value_cache.args[1], attention.core
     u = basis_node(gm, f"U_B.{index}", basis, graph_tools.get_tensor(gm, attention.v.args[1]))
-    forward = meta.Projection("U_B", online=not attention.value_is_linear)
+    forward = meta.Projection("U_B", online=not attention.value_is_linear, block=index)
     insert_after(gm, value, [attention.value_cache], ops.project_heads, (u,), forward)
-    insert_after(gm, core, list(core.users), ops.project_heads, (u, True), meta.Projection("U_B", inverse=True))
+    insert_after(
+        gm, core, list(core.users), ops.project_heads, (u, True), meta.Projection("U_B", inverse=True, block=index)
+    )
     return 2
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,24 +24,13 @@ from resq_compiler.errors import TopologyError
 from resq_compiler.frontend import eager_attention
 from resq_compiler.frontend.capture import concrete_example
 from resq_compiler.frontend.eager_attention import WrittenOut
-from resq_compiler.ir import graph_tools, ops
-from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
+from resq_compiler.ir import graph_tools, ops, values
+from resq_compiler.ir.args import argument, node_arg, optional_float_arg, optional_node_arg, set_argument, source
+from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call, replace, rewrite
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 SDPA = aten.scaled_dot_product_attention.default
 MAX_NEW, MAX_PAST = 2048, 2**20  # windows up to these are probed with as many new tokens, as long a past
-
-
-@dataclass(frozen=True)
-class AttentionArguments:
-    """What an attention core was given, before heads are un-repeated."""
-
-    q: Node
-    k: Node
-    v: Node
-    mask: Node | None
-    scale: float
-    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class NameAttention(Pass):
         done = name_caches(gm)
         env = dict(zip(graph_tools.placeholders(gm.graph), ctx.example_inputs, strict=True))
         for node in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
-            done += replace_core(gm, node, sdpa_arguments(node), env)
+            done += replace_core(gm, node, env)
         for node in list(gm.graph.find_nodes(op="call_function", target=aten.softmax.int)):
             found = eager_attention.find(gm, node, lambda n: is_call(n, ops.append_cache), self.name)
             if found is not None:
@@ -67,38 +56,24 @@ def name_caches(gm: GraphModule) -> int:
     """cat(past, new) along tokens, where past is a graph input."""
     done = 0
     for node in list(gm.graph.find_nodes(op="call_function", target=aten.cat.default)):
-        pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        if len(pieces) == 2 and pieces[0].op == "placeholder" and dim in (-2, 2):
-            with gm.graph.inserting_after(node):
-                new = emit(gm.graph, ops.append_cache, tuple(pieces), node, NameAttention.name)
-            new.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(new)
-            gm.graph.erase_node(node)
+        pieces = argument(node, "tensors")
+        if len(pieces) == 2 and pieces[0].op == "placeholder" and argument(node, "dim") in (-2, 2):
+            rewrite(node, ops.append_cache, tuple(pieces), NameAttention.name)
             done += 1
     return done
 
 
-def sdpa_arguments(node: Node) -> AttentionArguments:
-    """Arguments of aten.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=)."""
-    q, k, v, mask, _, is_causal = (*node.args, None, 0.0, False)[:6] if len(node.args) < 6 else node.args[:6]
-    if is_causal:
+def replace_core(gm: GraphModule, node: Node, env: dict[Node, Tensor]) -> int:
+    """Replace aten.scaled_dot_product_attention by ops.attention on the un-repeated keys and values."""
+    if argument(node, "is_causal"):
         raise TopologyError(
             f"node {node.name}: attention with is_causal=True has no mask for padding; expected an explicit mask"
         )
-    scale = node.kwargs.get("scale")
-    return AttentionArguments(q, k, v, mask, 1 / math.sqrt(q.meta["val"].shape[-1]) if scale is None else scale)
-
-
-def replace_core(gm: GraphModule, node: Node, found: AttentionArguments, env: dict[Node, Tensor]) -> int:
-    """Replace an attention core by ops.attention on the un-repeated keys and values."""
-    heads = found.q.meta["val"].shape[1]
-    k, v = (unrepeated(gm, value, heads, env) for value in (found.k, found.v))
-    with gm.graph.inserting_before(node):
-        args = (found.q, k, v, found.mask, found.scale, found.softcap)
-        new = emit(gm.graph, ops.attention, args, node, NameAttention.name)
-    new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    q, scale = node_arg(node, "query"), optional_float_arg(node, "scale")
+    heads = values.shape(q)[1]
+    k, v = (unrepeated(gm, node_arg(node, name), heads, env) for name in ("key", "value"))
+    args = (q, k, v, argument(node, "attn_mask"), 1 / math.sqrt(values.width(q)) if scale is None else scale, None)
+    rewrite(node, ops.attention, args, NameAttention.name)
     return 1
 
 
@@ -107,30 +82,26 @@ def replace_written_out(gm: GraphModule, found: WrittenOut, env: dict[Node, Tens
     node, q = found.product, found.q
     with gm.graph.inserting_before(node):
         if is_flat(q):
-            q = emit(gm.graph, aten.unflatten.int, (q, 0, [-1, heads_of(found.q, env)]), node, NameAttention.name)
-            q.meta["val"] = found.q.meta["val"].unflatten(0, q.args[2])
-        heads = q.meta["val"].shape[1]
+            q = emit(gm.graph, aten.unflatten.int, (q, 0, [-1, heads_of(q, env)]), node, NameAttention.name)
+        heads = values.shape(q)[1]
         k = unrepeated(gm, found.k, heads, env, lambda t: (t.flatten(0, 1) if is_flat(found.k) else t).mT)
         v = unrepeated(gm, found.v, heads, env, lambda t: t.flatten(0, 1) if is_flat(found.v) else t)
         args = (q, k, v, found.mask, found.scale, found.softcap)
         new = emit(gm.graph, ops.attention, args, node, NameAttention.name)
-        new.meta["val"] = node.meta["val"].unflatten(0, (-1, heads)) if is_flat(node) else node.meta["val"]
         if is_flat(node):
             new = emit(gm.graph, aten.flatten.using_ints, (new, 0, 1), node, NameAttention.name)
-            new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+    replace(node, new)
     return 1
 
 
 def is_flat(node: Node) -> bool:
     """[B·H, S, D] rather than [B, H, S, D]."""
-    return node.meta["val"].dim() == 3
+    return len(values.shape(node)) == 3
 
 
 def heads_of(flat: Node, env: dict[Node, Tensor]) -> int:
     """H of a value [B·H, S, D]."""
-    return flat.meta["val"].shape[0] // env[graph_tools.placeholders(flat.graph)[0]].shape[0]
+    return values.shape(flat)[0] // env[graph_tools.placeholders(flat.graph)[0]].shape[0]
 
 
 def unrepeated(
@@ -139,12 +110,12 @@ def unrepeated(
     """The cache entry [B, G, T, D] that `value` repeats for grouped heads: form([B, H, T, D])."""
     root = value
     while is_call(root, *VIEW_OPS):
-        root = root.args[0]
+        root = source(root)
     if not is_call(root, ops.append_cache):
         raise TopologyError(
             f"node {value.name}: attention keys and values should come from append_cache(past, new), got {root.format_node()}"
         )
-    shape = root.meta["val"].shape
+    shape = values.shape(root)
     index = torch.arange(math.prod(shape)).reshape(shape)
     result = evaluate(gm, value, {**env, root: index})
     if shape[1] == 1 and torch.equal(result, form(index)):
@@ -161,12 +132,13 @@ def name_masks(gm: GraphModule, ctx: PassContext) -> int:
     inputs = graph_tools.placeholders(gm.graph)
     users: dict[Node, list[Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=ops.attention):
-        if isinstance(node.args[3], Node) and not is_call(node.args[3], ops.causal_mask):
-            users.setdefault(node.args[3], []).append(node)
+        mask = optional_node_arg(node, "mask")
+        if mask is not None and not is_call(mask, ops.causal_mask):
+            users.setdefault(mask, []).append(node)
     named: dict[int | None, Node] = {}
     for mask, readers in users.items():
         window = recognized_window(gm, mask, inputs, ctx)
-        if window == "unknown":
+        if isinstance(window, str):
             ctx.note(f"mask {mask.name} is neither causal nor a sliding window: kept as its own operators")
             continue
         if window not in named:
@@ -176,7 +148,7 @@ def name_masks(gm: GraphModule, ctx: PassContext) -> int:
                     gm.graph, ops.causal_mask, (inputs[1], inputs[0], window), mask, NameAttention.name
                 )
         for reader in readers:
-            reader.update_arg(3, named[window])
+            set_argument(reader, "mask", named[window])
     gm.graph.eliminate_dead_code()
     return len(named)
 
@@ -202,7 +174,7 @@ def _agrees(
 ) -> bool:  # fmt: skip
     ids, attention_mask, positions = concrete_example(2, (), new=new, past=past)
     entries = [torch.zeros(1).expand(2, t.shape[1], past, t.shape[3]) for t in ctx.example_inputs[3:]]
-    env = dict(zip(inputs, (ids, attention_mask, positions, *entries), strict=True))
+    env: dict[Node, Any] = dict(zip(inputs, (ids, attention_mask, positions, *entries), strict=True))
     try:
         value = evaluate(gm, mask, env)
     except RuntimeError:

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from resq_compiler.passes.fold_norms import linear_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import ColumnPart, ColumnPlan
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.ir import graph_tools, meta, ops, values
+from resq_compiler.ir.args import source
+from resq_compiler.ir.graph_tools import aten, emit, replace
+from resq_compiler.ir.views import Linear, MergeHeads
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
 
@@ -41,14 +42,12 @@ class PartitionLinears(Pass):
         pieces: dict[tuple, Node] = {}
         done = 0
         for linear in topology.linears:
-            site = meta.get(linear, meta.LinearSite)
-            assert site is not None
-            parts, heads = parts_of(linear_weight(gm, linear).shape[1], site, topology, plan)
+            site = meta.require(linear, meta.LinearSite)
+            parts, heads = parts_of(values.width(source(linear)), site, topology, plan)
             done += split(gm, linear, site, parts, heads, pieces)
             memory.trim()
         if (bits := plan.lm_head_bits) is not None:
-            site = meta.get(topology.head, meta.LinearSite)
-            assert site is not None
+            site = meta.require(topology.head, meta.LinearSite)
             whole = ColumnPart(0, topology.hidden_size, bits, bits)
             done += split(gm, topology.head, site, (whole,), 1, pieces)
         graph_tools.delete_unused_tensors(gm)
@@ -70,8 +69,8 @@ def split(
     gm: GraphModule, linear: Node, site: meta.LinearSite, parts: tuple[ColumnPart, ...], heads: int, pieces: dict[tuple, Node]
 ) -> int:  # fmt: skip
     """Replace a linear by its parts; pieces of inputs that several linears read are shared."""
-    x, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
-    weight, weight_node = linear_weight(gm, linear), linear.args[1]
+    view = Linear.require(linear)
+    x, bias, weight = view.x, view.bias, view.weight_tensor(gm)
     total: Node | None = None
     for i, part in enumerate(parts):
         piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)
@@ -86,9 +85,8 @@ def split(
     if bias is not None:
         with gm.graph.inserting_before(linear):
             total = emit(gm.graph, aten.add.Tensor, (total, bias), linear, PartitionLinears.name)
-    linear.replace_all_uses_with(total)
-    gm.graph.erase_node(linear)
-    graph_tools.erase_tensor(gm, weight_node)
+    replace(linear, total)
+    graph_tools.erase_tensor(gm, view.weight)
     return 1
 
 
@@ -98,10 +96,11 @@ def input_piece(gm: GraphModule, x: Node, part: ColumnPart, heads: int, whole: b
         return x
     key = (x, part.start, part.stop)
     if key not in pieces:
-        source = x.args[0] if is_call(x, ops.merge_heads) and heads > 1 else x
+        merged = MergeHeads.of(x) if heads > 1 else None
+        of = x if merged is None else merged.x
         with gm.graph.inserting_after(x):
-            piece = emit(gm.graph, ops.columns, (source, part.start, part.stop), x, PartitionLinears.name)
-        if source is not x:
+            piece = emit(gm.graph, ops.columns, (of, part.start, part.stop), x, PartitionLinears.name)
+        if of is not x:
             with gm.graph.inserting_after(piece):
                 piece = emit(gm.graph, ops.merge_heads, (piece,), x, PartitionLinears.name)
         pieces[key] = piece

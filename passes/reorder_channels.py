@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from resq_compiler.passes.fold_norms import linear_weight, replace_weight
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.topology import FeedForward, Topology
 from resq_compiler.calibration import requests
 from resq_compiler.calibration.statistics import Request, Statistics
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir.views import Linear
 from resq_compiler.numerics.channels import Energy, Peak
 from resq_compiler.pipeline.passes import Pass, PassContext
 
@@ -57,12 +56,14 @@ def reorder(gm: GraphModule, feed_forward: FeedForward, order: Tensor) -> None:
     """Permute the hidden channels of a feed-forward."""
     for linear in (*feed_forward.gates, *feed_forward.ups):
         reorder_rows(gm, linear, order)
-    replace_weight(gm, feed_forward.down, linear_weight(gm, feed_forward.down)[:, order].contiguous())
+    down = Linear.require(feed_forward.down)
+    down.set_weight(gm, down.weight_tensor(gm)[:, order].contiguous())
 
 
-def reorder_rows(gm: GraphModule, linear: Node, order: Tensor) -> None:
+def reorder_rows(gm: GraphModule, node: Node, order: Tensor) -> None:
     """Permute the output features of a linear."""
-    replace_weight(gm, linear, linear_weight(gm, linear)[order].contiguous())
-    bias = linear.args[2] if len(linear.args) > 2 else None
+    linear = Linear.require(node)
+    linear.set_weight(gm, linear.weight_tensor(gm)[order].contiguous())
+    bias = linear.bias_tensor(gm)
     if bias is not None:
-        graph_tools.set_tensor(gm, str(bias.target), graph_tools.get_tensor(gm, bias)[order])
+        linear.set_bias(gm, bias[order], ReorderChannels.name)

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import TopologyError
-from resq_compiler.ir import graph_tools, ops
-from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call
+from resq_compiler.ir import graph_tools, ops, values
+from resq_compiler.ir.args import argument, operands, set_argument, source
+from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call, replace
+from resq_compiler.ir.views import Linear
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 LINEAR = aten.linear.default
@@ -59,8 +61,8 @@ def is_root(node: Node) -> bool:
     """What heads are split from: a linear, a full-width norm of one, or a scaled one; only linears may be fused."""
     if is_call(node, LINEAR):
         return True
-    scaled = is_call(node, aten.mul.Tensor) and is_call(node.args[0], LINEAR)
-    return (scaled or is_call(node, ops.rms_norm, aten.layer_norm.default)) and node.meta["val"].dim() == 3
+    scaled = is_call(node, aten.mul.Tensor) and is_call(operands(node)[0], LINEAR)
+    return (scaled or is_call(node, ops.rms_norm, aten.layer_norm.default)) and len(values.shape(node)) == 3
 
 
 def frontier(root: Node) -> list[Node]:
@@ -73,34 +75,34 @@ def frontier(root: Node) -> list[Node]:
             continue
         consumed = False
         for user in node.users:
-            if is_call(user, *VIEW_OPS) and user.args[0] is node and not _every_other(user):
+            if is_call(user, *VIEW_OPS) and source(user) is node and not _every_other(user):
                 if user not in seen:
                     seen.add(user)
                     pending.append(user)
             else:
                 consumed = True
-        if consumed and not isinstance(node.meta["val"], (tuple, list)):
+        if consumed and not isinstance(values.value(node), (tuple, list)):
             found.append(node)
     return found
 
 
 def serves_one_purpose(node: Node) -> bool:
     """True for heads whose channels are taken apart only to meet again: a rotary embedding of some of them, not a fused linear."""
-    value = node.meta["val"]
+    value = values.value(node)
     if not isinstance(value, Tensor) or value.dim() != 4:
         return False
     width = value.shape[-1]
     slices = [
         u
         for u in node.users
-        if is_call(u, aten.slice.Tensor) and u.args[1] in (-1, 3) and u.meta["val"].shape[-1] < width
+        if is_call(u, aten.slice.Tensor) and argument(u, "dim") in (-1, 3) and values.width(u) < width
     ]
     return len(slices) > 1 and len(purposes(node)) == 1
 
 
 def purposes(node: Node) -> set[tuple[Node, int]]:
     """What a value is made for: operands of attentions and of linears."""
-    found, pending, seen = set(), [node], {node}
+    found, pending, seen = set[tuple[Node, int]](), [node], {node}
     while pending:
         current = pending.pop()
         for user in current.users:
@@ -114,7 +116,7 @@ def purposes(node: Node) -> set[tuple[Node, int]]:
 
 def _every_other(node: Node) -> bool:
     """x[..., 0::2]: pairs of a rotary embedding, not a part of a fused linear."""
-    return is_call(node, aten.slice.Tensor) and len(node.args) > 4 and node.args[4] != 1
+    return is_call(node, aten.slice.Tensor) and argument(node, "step") != 1
 
 
 def numbered(shape: torch.Size) -> Tensor:
@@ -124,8 +126,8 @@ def numbered(shape: torch.Size) -> Tensor:
 
 def piece_of(gm: GraphModule, node: Node, root: Node, env: dict[Node, Tensor]) -> Piece | None:
     """The rows that `node` reads of root [B, S, N], or None if it does not keep batch and tokens apart."""
-    batch, tokens, width = root.meta["val"].shape
-    value = evaluate(gm, node, {**env, root: numbered(root.meta["val"].shape)})
+    batch, tokens, width = values.shape(root)
+    value = evaluate(gm, node, {**env, root: numbered(values.shape(root))})
     rows = value % width
     position = value // width
     expected = torch.arange(batch * tokens).reshape(batch, tokens)
@@ -146,13 +148,13 @@ def split_root(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
     nodes = [n for n in frontier(root) if n is not root]
     if not nodes:
         return 0
-    shape = tuple(root.meta["val"].shape)
+    shape = tuple(values.shape(root))
     if len(shape) != 3:
         raise TopologyError(
             f"node {root.name} ({graph_tools.module_of(root)}): expected a linear on [batch, tokens, features], got {shape} (experts?)"
         )
     pieces = [piece_of(gm, n, root, env) for n in nodes]
-    width = root.meta["val"].shape[-1]
+    width = values.width(root)
     whole = [p is not None and torch.equal(p.rows.flatten(), torch.arange(width)) for p in pieces]
     if not is_call(root, LINEAR) and not all(whole):
         return 0
@@ -167,34 +169,31 @@ def split_root(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
     return len(pieces)
 
 
-def part_linear(gm: GraphModule, root: Node, rows: Tensor, index: int) -> Node:
+def part_linear(gm: GraphModule, node: Node, rows: Tensor, index: int) -> Node:
     """A linear with some rows of a fused one."""
-    tensors = []
-    for label, arg in zip(("weight", "bias"), root.args[1:], strict=False):
-        if arg is None:
-            continue
-        value = graph_tools.get_tensor(gm, arg)[rows.to("cpu")]
-        base = str(arg.target).removesuffix(f".{label}")
-        tensors.append(graph_tools.add_tensor(gm, f"{base}.split{index}.{label}", value, SplitFused.name))
-    with gm.graph.inserting_after(root):
-        new = emit(gm.graph, LINEAR, (root.args[0], *tensors), root, SplitFused.name)
-    new.meta["val"] = root.meta["val"][..., : len(rows)]
-    return new
+    linear, rows = Linear.require(node), rows.to("cpu")
+    tensors = [linear.weight_tensor(gm)[rows]]
+    if (bias := linear.bias_tensor(gm)) is not None:
+        tensors.append(bias[rows])
+    name = f"{linear.name}.split{index}"
+    parts = [
+        graph_tools.add_tensor(gm, f"{name}.{label}", value, SplitFused.name)
+        for label, value in zip(("weight", "bias"), tensors, strict=False)
+    ]
+    with gm.graph.inserting_after(node):
+        return emit(gm.graph, LINEAR, (linear.x, *parts), node, SplitFused.name)
 
 
 def replace_piece(gm: GraphModule, piece: Piece, source: Node) -> None:
+    """Give the readers of a piece the same value made from `source` alone."""
     graph, new = gm.graph, source
-    anchor = source
     if piece.layout != "bsn":
-        with graph.inserting_after(anchor):
+        with graph.inserting_after(source):
             new = emit(graph, ops.split_heads, (source, piece.rows.shape[0]), piece.node, SplitFused.name)
-        new.meta["val"] = ops.split_heads(source.meta["val"], piece.rows.shape[0])
     if piece.layout == "bshd":
         with graph.inserting_after(new):
-            back = emit(graph, aten.transpose.int, (new, 1, 2), piece.node, SplitFused.name)
-        back.meta["val"] = new.meta["val"].transpose(1, 2)
-        new = back
-    piece.node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+            new = emit(graph, aten.transpose.int, (new, 1, 2), piece.node, SplitFused.name)
+    replace(piece.node, new)
 
 
 def merge(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
@@ -202,7 +201,7 @@ def merge(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
     if all(is_call(user, ops.merge_heads) for user in root.users):
         return 0
     done = 0
-    index = numbered(root.meta["val"].shape)
+    index = numbered(values.shape(root))
     for node in frontier(root):
         if not torch.equal(evaluate(gm, node, {**env, root: index}), ops.merge_heads(index)):
             raise TopologyError(
@@ -210,8 +209,7 @@ def merge(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
             )
         with gm.graph.inserting_after(root):
             new = emit(gm.graph, ops.merge_heads, (root,), node, SplitFused.name)
-        new.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(new)
+        replace(node, new)
         done += 1
     return done
 
@@ -219,16 +217,19 @@ def merge(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
 def move_transposes(gm: GraphModule) -> int:
     """transpose(norm(transpose(x))) -> norm(x): a per-head norm does not care for the order of the other dimensions."""
     done = 0
-    for norm in list(gm.graph.find_nodes(op="call_function", target=ops.rms_norm)):
-        inner = norm.args[0]
-        if not is_call(inner, aten.transpose.int) or inner.args[1:] != (1, 2):
+    for node in list(gm.graph.find_nodes(op="call_function", target=ops.rms_norm)):
+        inner = source(node)
+        if not turns_tokens_and_heads(inner) or not all(map(turns_tokens_and_heads, node.users)):
             continue
-        if not all(is_call(user, aten.transpose.int) and user.args[1:] == (1, 2) for user in norm.users):
-            continue
-        norm.update_arg(0, inner.args[0])
-        norm.meta["val"] = inner.args[0].meta["val"]
-        for user in list(norm.users):
-            user.replace_all_uses_with(norm)
+        set_argument(node, "x", source(inner))
+        values.forget(node)
+        for user in list(node.users):
+            replace(user, node)
         done += 1
     gm.graph.eliminate_dead_code()
     return done
+
+
+def turns_tokens_and_heads(node: Node) -> bool:
+    """transpose(x, 1, 2)"""
+    return is_call(node, aten.transpose.int) and (argument(node, "dim0"), argument(node, "dim1")) == (1, 2)

@@ -11,7 +11,9 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from resq_compiler.ir import graph_tools
+from resq_compiler.ir.args import set_argument
 from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.views import Linear
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 
@@ -23,17 +25,12 @@ class UntieEmbeddings(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         done = 0
-        for linear in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
-            weight = linear.args[1]
-            shared = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == weight.target]
+        for linear in [view for node in gm.graph.nodes if (view := Linear.of(node)) is not None]:
+            shared = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == linear.weight.target]
             if not any(is_call(user, aten.embedding.default) for n in shared for user in n.users):
                 continue
-            value = graph_tools.get_tensor(gm, weight)
-            linear.update_arg(
-                1,
-                graph_tools.add_tensor(
-                    gm, f"{graph_tools.module_of(linear) or 'lm_head'}.untied.weight", value.clone(), self.name
-                ),
-            )
+            name = f"{graph_tools.module_of(linear.node) or 'lm_head'}.untied.weight"
+            own = graph_tools.add_tensor(gm, name, linear.weight_tensor(gm).clone(), self.name)
+            set_argument(linear.node, "weight", own)
             done += 1
         return done

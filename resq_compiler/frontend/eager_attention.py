@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import TopologyError
-from resq_compiler.ir import graph_tools
-from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, is_call
+from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir.args import argument, float_arg, node_arg, operands, other_operand, source
+from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, is_call, only_user
 
 LOWEST = -1e4  # what hides a key is below this
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.dropout.default)
 SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 LIMITS = (aten.max.other, aten.maximum.default)
-HIDING = (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 
 
 @dataclass
@@ -56,18 +56,12 @@ class _Scores:
     mask: Node | None = None
 
     def emit(self, target: Callable, *args: Any) -> Node:
-        node = emit(self.gm.graph, target, args, self.like, self.made_by)
-        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        node.meta["val"] = target(*values)
-        return node
+        return emit(self.gm.graph, target, args, self.like, self.made_by)
 
     def add(self, term: Node) -> None:
         """x + term"""
-        if (
-            term.meta["val"].dim() == 3
-            and term.meta["val"].shape[0] % self.heads == 0
-            and term.meta["val"].shape[0] > self.heads
-        ):
+        shape = values.shape(term)
+        if len(shape) == 3 and shape[0] % self.heads == 0 and shape[0] > self.heads:
             term = self.emit(aten.unflatten.int, term, 0, [-1, self.heads])
         if self.mask is None:
             self.mask = term
@@ -106,11 +100,11 @@ class _Scores:
 
 
 def _is_bool(node: Node) -> bool:
-    return node.meta["val"].dtype == torch.bool
+    return values.dtype(node) == torch.bool
 
 
 def _lowest(node: Node) -> float:
-    return torch.finfo(node.meta["val"].dtype).min
+    return torch.finfo(values.dtype(node)).min
 
 
 def find(gm: GraphModule, softmax: Node, is_cache: Callable[[Node], bool], made_by: str) -> WrittenOut | None:
@@ -118,31 +112,32 @@ def find(gm: GraphModule, softmax: Node, is_cache: Callable[[Node], bool], made_
 
     Raises TopologyError naming the softmax: it reads products of cached keys, and is not understood.
     """
-    path = _inwards(gm, softmax.args[0])
+    x = source(softmax)
+    path = _inwards(gm, x)
     if path is None:
         if any(is_cache(n) for n in graph_tools.ancestors([softmax])) and _values(softmax):
-            raise TopologyError(_refusal(softmax, f"its scores come from {softmax.args[0].format_node()}"))
+            raise TopologyError(_refusal(softmax, f"its scores come from {x.format_node()}"))
         return None
     product, steps = path[-1], path[:-1][::-1]
     outer = _values(softmax)
     if outer is None or not any(is_cache(n) for n in graph_tools.ancestors([product])):
         return None
-    if softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
-        raise TopologyError(_refusal(softmax, f"it runs over dimension {softmax.args[1]}"))
+    dim = argument(softmax, "dim")
+    if dim not in (-1, len(values.shape(softmax)) - 1):
+        raise TopologyError(_refusal(softmax, f"it runs over dimension {dim}"))
     return _put_together(gm, softmax, product, steps, outer, made_by)
 
 
 def _put_together(
     gm: GraphModule, softmax: Node, product: Node, steps: list[Node], outer: Node, made_by: str
 ) -> WrittenOut:  # fmt: skip
-    bias = 1 if is_call(product, aten.baddbmm.default) else 0
-    q, k = product.args[bias : bias + 2]
-    flat = q.meta["val"].dim() == 3
-    batch = graph_tools.placeholders(gm.graph)[0].meta["val"].shape[0]
-    scores = _Scores(gm, softmax, made_by, heads=q.meta["val"].shape[0] // batch if flat else q.meta["val"].shape[1])
+    biased = is_call(product, aten.baddbmm.default)
+    q, k = (node_arg(product, name) for name in ("batch1", "batch2")) if biased else operands(product)
+    shape, batch = values.shape(q), values.shape(graph_tools.placeholders(gm.graph)[0])[0]
+    scores = _Scores(gm, softmax, made_by, heads=shape[0] // batch if len(shape) == 3 else shape[1])
     with gm.graph.inserting_before(softmax):
-        if bias:
-            scores.scale = float(product.kwargs.get("alpha", 1))
+        if biased:
+            scores.scale = float_arg(product, "alpha")
             scores.add(_times_beta(scores, product))
         for node, inner in zip(steps, [product, *steps], strict=False):
             reason = _step(scores, gm, node, inner)
@@ -150,18 +145,18 @@ def _put_together(
                 raise TopologyError(_refusal(softmax, reason))
         if scores.in_tanh:
             raise TopologyError(_refusal(softmax, "no factor follows the tanh of its scores"))
-    return WrittenOut(outer, q, k, outer.args[1], scores.mask, scores.scale, scores.softcap)
+    return WrittenOut(outer, q, k, operands(outer)[1], scores.mask, scores.scale, scores.softcap)
 
 
 def _times_beta(scores: _Scores, product: Node) -> Node:
-    beta = float(product.kwargs.get("beta", 1))
-    return product.args[0] if beta == 1 else scores.emit(aten.mul.Tensor, product.args[0], beta)
+    beta, bias = float_arg(product, "beta"), source(product)
+    return bias if beta == 1 else scores.emit(aten.mul.Tensor, bias, beta)
 
 
 def _step(scores: _Scores, gm: GraphModule, node: Node, inner: Node) -> str | None:
     """Apply one operator on the way from the product to the softmax; a reason where it cannot be."""
     if is_call(node, *SCALINGS):
-        factor = _number(gm, node.args[1] if node.args[0] is inner else node.args[0])
+        factor = _number(gm, other_operand(node, inner))
         assert factor is not None
         return scores.times(1 / factor if is_call(node, aten.div.Tensor, aten.div.Scalar) else factor)
     if is_call(node, aten.tanh.default):
@@ -169,16 +164,17 @@ def _step(scores: _Scores, gm: GraphModule, node: Node, inner: Node) -> str | No
     if scores.in_tanh and not is_call(node, *VIEW_OPS, *CASTS, *LIMITS):
         return "no factor follows the tanh of its scores"
     if is_call(node, aten.add.Tensor):
-        scores.add(node.args[1] if node.args[0] is inner else node.args[0])
+        scores.add(other_operand(node, inner))
     elif is_call(node, aten.where.self, aten.where.ScalarOther):
-        seen = node.args[0] if node.args[1] is inner else scores.emit(aten.logical_not.default, node.args[0])
-        scores.keep(seen)
+        condition = node_arg(node, "condition")
+        shown = argument(node, "self") is inner
+        scores.keep(condition if shown else scores.emit(aten.logical_not.default, condition))
     elif is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        scores.keep(scores.emit(aten.logical_not.default, node.args[1]))
+        scores.keep(scores.emit(aten.logical_not.default, argument(node, "mask")))
     return None
 
 
-def _inwards(gm: GraphModule, node: Any) -> list[Node] | None:
+def _inwards(gm: GraphModule, node: Node) -> list[Node] | None:
     """The nodes from one that a softmax reads to the product of queries and keys; None where none is reached."""
     if is_call(node, *PRODUCTS):
         return [node] if all(isinstance(a, Node) for a in node.args) else None
@@ -189,26 +185,27 @@ def _inwards(gm: GraphModule, node: Any) -> list[Node] | None:
     return None
 
 
-def _operands(gm: GraphModule, node: Any) -> list[Node]:
+def _operands(gm: GraphModule, node: Node) -> list[Node]:
     """Through which operands of an operator the way to the scores may go."""
     if is_call(node, *VIEW_OPS, *CASTS, aten.tanh.default):
-        return [node.args[0]]
+        return [source(node)]
     if is_call(node, aten.add.Tensor):
-        return [a for a in node.args[:2] if isinstance(a, Node)] if "alpha" not in node.kwargs else []
+        return [a for a in operands(node) if isinstance(a, Node)] if "alpha" not in node.kwargs else []
     if is_call(node, *SCALINGS):
-        return [a for a, b in (node.args[:2], node.args[1::-1]) if isinstance(a, Node) and _number(gm, b) is not None]
+        return [a for a, b in _both_ways(*operands(node)) if _number(gm, b) is not None]
     if is_call(node, *LIMITS):
-        return [a for a, b in (node.args[:2], node.args[1::-1]) if isinstance(a, Node) and _hides(gm, b)]
-    if is_call(node, *HIDING):
-        return _shown(gm, node)
+        return [a for a, b in _both_ways(*operands(node)) if _hides(gm, b)]
+    if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return [source(node)] if _hides(gm, argument(node, "value")) else []
+    if is_call(node, aten.where.self, aten.where.ScalarOther):
+        choices = _both_ways(argument(node, "self"), argument(node, "other"))
+        return [a for a, b in choices if _hides(gm, b)]
     return []
 
 
-def _shown(gm: GraphModule, node: Any) -> list[Node]:
-    """The scores of a where or masked_fill whose other values hide."""
-    if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return [node.args[0]] if _hides(gm, node.args[2]) else []
-    return [a for a, b in (node.args[1:3], node.args[2:0:-1]) if isinstance(a, Node) and _hides(gm, b)]
+def _both_ways(first: Any, second: Any) -> list[tuple[Node, Any]]:
+    """Each operand that is a value of the graph, with the other one."""
+    return [(a, b) for a, b in ((first, second), (second, first)) if isinstance(a, Node)]
 
 
 def _hides(gm: GraphModule, value: object) -> bool:
@@ -225,7 +222,7 @@ def _number(gm: GraphModule, value: object) -> float | None:
     if isinstance(value, (int, float)):
         return float(value)
     if is_call(value, aten.full.default):
-        return _number(gm, value.args[1]) if list(value.args[0]) == [] else None
+        return _number(gm, argument(value, "fill_value")) if list(argument(value, "size")) == [] else None
     if not isinstance(value, Node) or value.op != "get_attr":
         return None
     tensor = graph_tools.get_tensor(gm, value)
@@ -236,11 +233,8 @@ def _values(softmax: Node) -> Node | None:
     """The product of the softmax with values, through casts and views that nothing else reads."""
     node = softmax
     while True:
-        users = list(node.users)
-        if len(users) != 1:
-            return None
-        (user,) = users
-        if is_call(user, aten.matmul.default, aten.bmm.default) and user.args[0] is node:
+        user = only_user(node)
+        if is_call(user, aten.matmul.default, aten.bmm.default) and source(user) is node:
             return user
         if not is_call(user, *VIEW_OPS, *CASTS):
             return None

@@ -46,7 +46,7 @@ class LinearSum:
     @property
     def facts(self) -> tuple[meta.LinearPart, ...]:
         """Columns and bits of each part."""
-        return tuple(part_of(node) for node in self.parts)
+        return tuple(meta.require(node, meta.LinearPart) for node in self.parts)
 
     @property
     def inner(self) -> tuple[Node, ...]:
@@ -57,13 +57,6 @@ class LinearSum:
                 found.append(node)
                 node = next(iter(node.users))
         return tuple(found)
-
-
-def part_of(node: Node) -> meta.LinearPart:
-    """The fact of a node that is known to be a part of a linear."""
-    fact = meta.get(node, meta.LinearPart)
-    assert fact is not None, f"node {node.name} is no part of a linear"
-    return fact
 
 
 def linear_sums(gm: GraphModule) -> list[LinearSum]:
@@ -80,7 +73,7 @@ def linear_sums(gm: GraphModule) -> list[LinearSum]:
     found: list[LinearSum] = []
     totals: set[Node] = set()
     for nodes in by_site.values():
-        for linear in _sums_of(sorted(nodes, key=lambda n: part_of(n).index)):
+        for linear in _sums_of(sorted(nodes, key=lambda n: meta.require(n, meta.LinearPart).index)):
             linear = _with_residual(linear, totals)
             totals.add(linear.total or linear.root)
             found.append(linear)
@@ -98,7 +91,7 @@ def _sums_of(nodes: list[Node]) -> list[LinearSum]:
         apart = reason if len(parts) < len(nodes) else None
         end = root if bias is None else only_user(root)
         assert end is not None
-        sums.append(LinearSum(part_of(parts[0]).site, tuple(parts), bias, end, apart=apart))
+        sums.append(LinearSum(meta.require(parts[0], meta.LinearPart).site, tuple(parts), bias, end, apart=apart))
         left = [n for n in left if n not in parts]
     return sums
 

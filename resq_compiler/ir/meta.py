@@ -10,6 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch.fx import Node
 
+from resq_compiler.errors import VerifyError
+
 VALUE = "val"  # torch.fx's own key for the fake value of a node; read it through values.py
 
 
@@ -56,12 +58,13 @@ class WeightNoise:
 
 @dataclass(frozen=True)
 class Projection:
-    """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one; `online`: never fused."""
+    """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one; `online`: never fused; `block`: of U_B."""
 
     key: ClassVar[str] = "resq.projection"
     basis: str
     inverse: bool = False
     online: bool = False
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ Fact = TypeVar("Fact")
 def get(node: Node, fact: type[Fact]) -> Fact | None:
     """The fact of that type on the node, or None."""
     return node.meta.get(key_of(fact))
+
+
+def require(node: Node, fact: type[Fact]) -> Fact:
+    """The fact of that type on the node. Raises VerifyError: it is not there."""
+    found = get(node, fact)
+    if found is None:
+        raise VerifyError(
+            f"node {node.name}: expected the fact {fact.__name__}, which no pass has put there: {node.format_node()}"
+        )
+    return found
 
 
 def key_of(fact: Any) -> str:
