@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import graph_tools
-from resq_compiler.pipeline.stages import Stage, copy_graph
+from resq_compiler.pipeline.stages import Stage
 
 if TYPE_CHECKING:
     from resq_compiler.backends.triton.cache import PagedTensor
@@ -50,7 +50,7 @@ class TritonBackend(Backend):
 
     def _stage(self, lowered: Lowered, index: int, seconds: float) -> Stage:
         """The lowered graph as a stage of a dump."""
-        graph = copy_graph(lowered.graph_module.graph)
+        graph = graph_tools.copy_graph(lowered.graph_module.graph)
         kernels = sum(getattr(node.target, "namespace", "") == "resq_triton" for node in graph.nodes)
         options = f"dtype={self.dtype}".replace("torch.", "")
         return Stage(index, "lower-triton", options, graph, kernels, seconds, None, exact=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.ir import graph_tools
-from resq_compiler.pipeline.stages import copy_graph
+from resq_compiler.ir.graph_tools import copy_graph
 
 
 @dataclass(frozen=True)

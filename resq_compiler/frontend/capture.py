@@ -63,7 +63,12 @@ class _PlainCacheModel(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+        return output.logits, [_entry(layer) for layer in cache.layers]
+
+
+def _entry(layer: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of a cache layer; layers without attention have none."""
+    return layer.keys, layer.values
 
 
 def _filled_layer(key: Tensor, value: Tensor) -> DynamicLayer:
@@ -135,7 +140,8 @@ def _probe_cache(model: PreTrainedModel) -> tuple[CacheSpec, ...]:
         ) from error
     if not cache.layers or any(getattr(layer, "keys", None) is None for layer in cache.layers):
         raise CaptureError(f"capture of {type(model).__name__}: it wrote no keys and values into its cache; {expected}")
-    return tuple(CacheSpec(la.keys.shape[1], la.keys.shape[3], la.values.shape[3]) for la in cache.layers)
+    entries = map(_entry, cache.layers)
+    return tuple(CacheSpec(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in entries)
 
 
 def _example_arguments(model: PreTrainedModel, cache: tuple[CacheSpec, ...]) -> tuple[Any, ...]:

@@ -166,7 +166,9 @@ def run_node(
         raise AssertionError(f"no value given for {node.op} node {node.name}")
     args = torch.fx.node.map_arg(node.args, lambda n: env[n])
     kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
-    return (substitutes or {}).get(node.target, node.target)(*args, **kwargs)
+    function = (substitutes or {}).get(node.target, node.target)
+    assert callable(function)
+    return function(*args, **kwargs)
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:
@@ -188,16 +190,19 @@ def placeholders(graph: Graph) -> list[Node]:
 
 def output_args(graph: Graph) -> tuple[Node, ...]:
     """Graph outputs, in order."""
-    (output,) = graph.find_nodes(op="output")
-    return tuple(output.args[0])
+    outputs = graph.output_node().args[0]
+    assert isinstance(outputs, (list, tuple)), "a captured graph returns logits and cache entries"
+    return tuple(outputs)
 
 
 def snapshot(gm: GraphModule) -> GraphModule:
     """A graph module with its own graph that shares the tensors: passes rebind tensors by name and never write into them."""
     tensors = {str(node.target): get_tensor(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
-    graph = Graph()
-    table: dict[Node, Node] = {}
-    output = graph.graph_copy(gm.graph, table, return_output_node=True)
-    assert output is not None
-    graph.output(output[0])
-    return GraphModule(tensors, graph)
+    return GraphModule(tensors, copy_graph(gm.graph))
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A copy of the nodes and their metadata that holds no weights."""
+    copy = Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy

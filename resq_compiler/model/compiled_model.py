@@ -15,10 +15,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from resq_compiler.backends.onnx import export_onnx
 from resq_compiler.errors import BackendError
 from resq_compiler.inspection.dump import dump_result
+from resq_compiler.ir.graph_tools import copy_graph
 from resq_compiler.model import cache as cache_tensors
 from resq_compiler.model.execution import Execution
 from resq_compiler.pipeline.result import CompileResult
-from resq_compiler.pipeline.stages import Stage, copy_graph
+from resq_compiler.pipeline.stages import Stage
 from resq_compiler.storage.reading import read
 from resq_compiler.storage.saving import save
 

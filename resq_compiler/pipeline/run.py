@@ -14,11 +14,11 @@ from torch.fx import GraphModule
 from resq_compiler.calibration import precision
 from resq_compiler.calibration.statistics import Statistics, distinct, take
 from resq_compiler.errors import ModelError, PassError, ResqError, VerifyError
-from resq_compiler.ir import verify
+from resq_compiler.ir import graph_tools, verify
 from resq_compiler.pipeline.options import options_text
 from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.pipeline.stages import Stage, copy_graph, failing_node
+from resq_compiler.pipeline.stages import Stage, failing_node
 from resq_compiler.util import memory
 
 log = logging.getLogger("resq_compiler")
@@ -46,7 +46,7 @@ class Pipeline:
                 "model: its logits on example tokens are NaN or infinite although its weights are finite: activations overflow float32; "
                 "check the weights, a damaged layer has very large ones"
             )
-        self._record(Stage(len(self.stages), name, "", copy_graph(gm.graph), 0, seconds, None))
+        self._record(Stage(len(self.stages), name, "", graph_tools.copy_graph(gm.graph), 0, seconds, None))
 
     def run(self, gm: GraphModule, passes: Sequence[Pass]) -> None:
         """Run passes in order. A failure is a PassError that names the pass; the stage that failed is still recorded."""
@@ -87,7 +87,7 @@ class Pipeline:
         log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, error)
         lines = tuple(self.ctx.lines)
         self._record(
-            Stage(index, item.name, options, copy_graph(gm.graph), rewrites, seconds, error, item.exact, lines=lines)
+            Stage(index, item.name, options, graph_tools.copy_graph(gm.graph), rewrites, seconds, error, item.exact, lines=lines)
         )
 
     def _observe(self, gm: GraphModule, item: Pass, rest: Sequence[Pass]) -> None:

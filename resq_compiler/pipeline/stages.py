@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,3 @@ def failing_node(graph: Graph, message: str) -> str | None:
     """The node that an error message names, as all of ours do: `node NAME`."""
     names = {node.name for node in graph.nodes}
     return next((name for name in re.findall(r"\bnode (\w+)", message) if name in names), None)
-
-
-def copy_graph(graph: Graph) -> Graph:
-    """A copy of the nodes and their metadata that holds no weights."""
-    copy = Graph()
-    table: dict[Node, Node] = {}
-    output = copy.graph_copy(graph, table, return_output_node=True)
-    assert output is not None
-    copy.output(output[0])
-    return copy
