@@ -13,6 +13,7 @@ Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,8 +23,10 @@ from torch.fx import GraphModule, Node
 from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Attention, Topology
 from resq_compiler.calibration.bases import Bases, BlockBasis
-from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir import graph_tools, meta, ops, values
+from resq_compiler.ir.args import source
 from resq_compiler.ir.graph_tools import emit
+from resq_compiler.ir.views import Linear
 from resq_compiler.numerics.hadamard import hadamard_plan
 from resq_compiler.pipeline.passes import Pass, PassContext
 
@@ -52,17 +55,16 @@ class InsertProjections(Pass):
             downs = [f.down for f in block.feed_forwards if f.down not in topology.floats]
             for down in downs if self.down == "hadamard" else ():
                 done += insert_hadamard(gm, down, ctx, block.index)
-                done += insert_down_blocks(gm, down, bases.down[down]) if down in bases.down else 0
+                done += insert_down_blocks(gm, down, bases.down[down], block.index) if down in bases.down else 0
         return done
 
 
 def insert_after(
-    gm: GraphModule, value: Node, users: list[Node], target: object, args: tuple, fact: meta.Projection
+    gm: GraphModule, value: Node, users: list[Node], target: Callable, args: tuple, fact: meta.Projection
 ) -> Node:
     """target(value, *args) between a value and some of its users."""
     with gm.graph.inserting_after(value):
         node = emit(gm.graph, target, (value, *args), value, InsertProjections.name)
-    node.meta["val"] = value.meta["val"]
     for user in users:
         user.replace_input_with(value, node)
     return meta.put(node, fact)
@@ -75,8 +77,7 @@ def basis_node(gm: GraphModule, name: str, value: Tensor, like: Tensor) -> Node:
 
 def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor, ctx: PassContext) -> int:
     """U_A around the residual stream, or before each reading linear where the stream itself cannot change basis."""
-    weight = graph_tools.get_tensor(gm, topology.head.args[1])
-    u = basis_node(gm, "U_A", basis, weight)
+    u = basis_node(gm, "U_A", basis, Linear.require(topology.head).weight_tensor(gm))
     forward, inverse = meta.Projection("U_A"), meta.Projection("U_A", inverse=True)
     residual, done = topology.residual, 0
     if residual.fusable:
@@ -101,8 +102,8 @@ def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor, ctx: Pas
 
 def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:
     """U_B between the value projection and the cache; its inverse after attention."""
-    value, core = attention.value_cache.args[1], attention.core
-    u = basis_node(gm, f"U_B.{index}", basis, graph_tools.get_tensor(gm, attention.v.args[1]))
+    value, core = attention.new_values, attention.core
+    u = basis_node(gm, f"U_B.{index}", basis, Linear.require(attention.v).weight_tensor(gm))
     forward = meta.Projection("U_B", online=not attention.value_is_linear, block=index)
     insert_after(gm, value, [attention.value_cache], ops.project_heads, (u,), forward)
     insert_after(
@@ -113,36 +114,39 @@ def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: in
 
 def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:
     """U_C on queries and new keys after RoPE."""
-    key, query = attention.key_cache.args[1], attention.core.args[0]
-    u = basis_node(gm, f"U_C.{index}", basis, graph_tools.get_tensor(gm, attention.k.args[1]))
+    key, query = attention.new_keys, attention.view.q
+    u = basis_node(gm, f"U_C.{index}", basis, Linear.require(attention.k).weight_tensor(gm))
     project = ops.project if basis.dim() == 2 else ops.project_heads
-    insert_after(gm, key, [attention.key_cache], project, (u,), meta.Projection("U_C"))
-    insert_after(gm, query, [attention.core], project, (u,), meta.Projection("U_C"))
+    fact = meta.Projection("U_C", block=index)
+    insert_after(gm, key, [attention.key_cache], project, (u,), fact)
+    insert_after(gm, query, [attention.core], project, (u,), fact)
     return 2
 
 
 def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -> int:
     """U_D and its inverse before a down projection."""
-    x = down.args[0]
-    width = x.meta["val"].shape[-1]
+    x = source(down)
+    width = values.width(x)
     plan = ctx.facts.get(ColumnPlan)
     parts = tuple(plan.sizes(width, "down", block=block)) if plan.split_down else (width,)
     stretches = parts if len(parts) > 1 else None
     for plan in map(hadamard_plan, parts):
         if not plan.full_width:
             ctx.note(f"U_D on {plan.n} channels is a block transform of width {plan.block}: {plan.reason}")
-    turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D"))
-    insert_after(gm, turned, [down], ops.hadamard, (True, stretches), meta.Projection("U_D", inverse=True))
+    turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D", block=block))
+    inverse = meta.Projection("U_D", inverse=True, block=block)
+    insert_after(gm, turned, [down], ops.hadamard, (True, stretches), inverse)
     return 2
 
 
-def insert_down_blocks(gm: GraphModule, down: Node, basis: BlockBasis) -> int:
+def insert_down_blocks(gm: GraphModule, down: Node, basis: BlockBasis, block: int) -> int:
     """Principal directions of blocks of channels before the Hadamard transform of a down projection, and back behind its inverse."""
-    name, dtype = f"resq.U_D.{down.name}", graph_tools.get_tensor(gm, down.args[1]).dtype
+    name, dtype = f"resq.U_D.{down.name}", Linear.require(down).weight_tensor(gm).dtype
     u = graph_tools.add_tensor(gm, name, basis.vectors.to(dtype), InsertProjections.name)
     columns = graph_tools.add_tensor(gm, f"{name}_order", basis.order, InsertProjections.name)
-    back = down.args[0]
-    turn = back.args[0]
-    insert_after(gm, back, [down], ops.project_blocks, (u, columns, True), meta.Projection("U_D", inverse=True))
-    insert_after(gm, turn.args[0], [turn], ops.project_blocks, (u, columns, False), meta.Projection("U_D"))
+    back = source(down)
+    turn = source(back)
+    inverse, forward = (meta.Projection("U_D", inverse=inverse, block=block) for inverse in (True, False))
+    insert_after(gm, back, [down], ops.project_blocks, (u, columns, True), inverse)
+    insert_after(gm, source(turn), [turn], ops.project_blocks, (u, columns, False), forward)
     return 2

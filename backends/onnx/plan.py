@@ -11,8 +11,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import BackendError
-from resq_compiler.ir import graph_tools
-from resq_compiler.ir.linears import LinearSum, linear_sums, part_of
+from resq_compiler.ir import graph_tools, meta
+from resq_compiler.ir.linears import LinearSum, linear_sums
 from resq_compiler.ir.views import CodedLinear, Columns
 
 log = logging.getLogger("resq_compiler")
@@ -108,7 +108,9 @@ def products(gm: GraphModule, linear: LinearSum) -> Iterator[tuple[Product, tupl
 
 def term_of(gm: GraphModule, part: CodedLinear) -> Term:
     """The part that a node computes."""
-    return Term(part.x, part.codes(gm), part.scales(gm), part_of(part.node).weight_bits, part.name)
+    return Term(
+        part.x, part.codes(gm), part.scales(gm), meta.require(part.node, meta.LinearPart).weight_bits, part.name
+    )
 
 
 def check_complete(gm: GraphModule, plan: Plan) -> None:

@@ -58,7 +58,7 @@ class WeightNoise:
 
 @dataclass(frozen=True)
 class Projection:
-    """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one; `online`: never fused; `block`: of U_B."""
+    """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one; `online`: never fused; U_A has no block."""
 
     key: ClassVar[str] = "resq.projection"
     basis: str
