@@ -130,9 +130,11 @@ def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -
     plan = ctx.facts.get(ColumnPlan)
     parts = tuple(plan.sizes(width, "down", block=block)) if plan.split_down else (width,)
     stretches = parts if len(parts) > 1 else None
-    for plan in map(hadamard_plan, parts):
-        if not plan.full_width:
-            ctx.note(f"U_D on {plan.n} channels is a block transform of width {plan.block}: {plan.reason}")
+    for transform in map(hadamard_plan, parts):
+        if not transform.full_width:
+            ctx.note(
+                f"U_D on {transform.n} channels is a block transform of width {transform.block}: {transform.reason}"
+            )
     turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D", block=block))
     inverse = meta.Projection("U_D", inverse=True, block=block)
     insert_after(gm, turned, [down], ops.hadamard, (True, stretches), inverse)

@@ -38,7 +38,8 @@ class ReorderChannels(Pass):
         return requests.down_sizes(ctx.facts.get(Topology), self.by)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        seen, kind = ctx.facts.get(Statistics), Energy if self.by == "energy" else Peak
+        seen = ctx.facts.get(Statistics)
+        kind: type[Energy] | type[Peak] = Energy if self.by == "energy" else Peak
         done = 0
         for site, feed_forward in requests.feed_forwards(ctx.facts.get(Topology)):
             if not feed_forward.channelwise:

@@ -87,7 +87,17 @@ class Pipeline:
         log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, error)
         lines = tuple(self.ctx.lines)
         self._record(
-            Stage(index, item.name, options, graph_tools.copy_graph(gm.graph), rewrites, seconds, error, item.exact, lines=lines)
+            Stage(
+                index,
+                item.name,
+                options,
+                graph_tools.copy_graph(gm.graph),
+                rewrites,
+                seconds,
+                error,
+                item.exact,
+                lines=lines,
+            )
         )
 
     def _observe(self, gm: GraphModule, item: Pass, rest: Sequence[Pass]) -> None:
