@@ -152,7 +152,8 @@ class AllocateBits(Pass):
             raise PassError(
                 "down projections have parts, and no order of channels: say channels=energy or channels=peak"
             )
-        seen, kind = ctx.facts.get(Statistics), Energy if self.channels == "energy" else Peak
+        seen = ctx.facts.get(Statistics)
+        kind: type[Energy] | type[Peak] = Energy if self.channels == "energy" else Peak
         sizes = [seen.get(kind, Site("down", block.index, j)).sizes for j in range(len(block.feed_forwards))]
         return weighted[torch.stack(sizes).sum(0).argsort(descending=True, stable=True)]
 

@@ -13,6 +13,7 @@ residual stream (the same in every basis), not peaks of the input of down projec
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.args import node_arg, set_argument
 from resq_compiler.ir.graph_tools import aten, emit, is_call
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
@@ -92,9 +94,8 @@ def find_massive(gm: GraphModule, topology: Topology, windows: Tensor, ratio: fl
     schedule = executor.Schedule(gm, ends[-1:], graph_tools.placeholders(gm.graph))
     for ids in executor.batches(windows):
         marked = torch.zeros(ids.shape, dtype=torch.bool)
-        schedule.run(
-            executor.first_tokens(gm, ids), {end: lambda x, marked=marked: mark(x, marked, ratio) for end in ends}
-        )
+        see = functools.partial(mark, marked=marked, ratio=ratio)
+        schedule.run(executor.first_tokens(gm, ids), dict.fromkeys(ends, see))
         found.windows += len(ids)
         found.first.update(ids[:, :1][marked[:, :1]].tolist())
         found.later.update(ids[:, 1:][marked[:, 1:]].tolist())
@@ -123,11 +124,11 @@ def choose(found: Massive, bos: int | None, most: int = 8) -> list[int]:
 def require_causal_masks(topology: Topology) -> None:
     """Raise PassError where a mask is more than a choice of keys."""
     for block in topology.blocks:
-        core = block.attention.core
-        if not is_call(core.args[3], ops.causal_mask):
-            found = core.args[3].format_node() if isinstance(core.args[3], Node) else core.args[3]
+        attention = block.attention.view
+        if not is_call(attention.mask, ops.causal_mask):
+            found = attention.mask.format_node() if attention.mask is not None else None
             raise PassError(
-                f"node {core.name}: prefix tokens need attention whose mask is causal_mask(...), got {found}; "
+                f"node {attention.node.name}: prefix tokens need attention whose mask is causal_mask(...), got {found}; "
                 "positions that go into the mask (ALiBi) have no place for them: compile with prefix_tokens=none"
             )
 
@@ -138,17 +139,17 @@ def insert(gm: GraphModule, topology: Topology, tokens: list[int]) -> None:
     caches = [(b.attention.key_cache, b.attention.value_cache) for b in topology.blocks]
     env = executor.first_tokens(gm, torch.tensor([tokens]))
     executor.Schedule(gm, [node for pair in caches for node in pair], env).run(env)
-    made_by, masks = InsertPrefix.name, {}
+    made_by, masks = InsertPrefix.name, dict[Node, Node]()
     for block, pair in zip(topology.blocks, caches, strict=True):
-        core, mask = block.attention.core, block.attention.core.args[3]
-        with gm.graph.inserting_after(mask):
-            masks[mask] = masks.get(mask) or emit(gm.graph, ops.see_prefix, (mask, len(tokens)), mask, made_by)
-        entries = []
-        for kind, cache in zip(("key", "value"), pair, strict=True):
-            values = graph_tools.add_tensor(gm, f"resq.prefix_{kind}.{block.index}", env[cache].contiguous(), made_by)
+        core, mask = block.attention.core, node_arg(block.attention.core, "mask")
+        if mask not in masks:
+            with gm.graph.inserting_after(mask):
+                masks[mask] = emit(gm.graph, ops.see_prefix, (mask, len(tokens)), mask, made_by)
+        set_argument(core, "mask", masks[mask])
+        for kind, argument, cache in zip(("key", "value"), ("k", "v"), pair, strict=True):
+            prefix = graph_tools.add_tensor(gm, f"resq.prefix_{kind}.{block.index}", env[cache].contiguous(), made_by)
             with gm.graph.inserting_before(core):
-                entries.append(emit(gm.graph, ops.prepend, (values, cache), cache, made_by))
-        core.args = (core.args[0], *entries, masks[mask], *core.args[4:])
+                set_argument(core, argument, emit(gm.graph, ops.prepend, (prefix, cache), cache, made_by))
     shift_positions(gm, len(tokens))
 
 

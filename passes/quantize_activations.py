@@ -20,8 +20,10 @@ from torch.fx import GraphModule, Node
 from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration.statistics import observe
-from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir import meta, ops
+from resq_compiler.ir.args import set_argument, source
 from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.ir.views import CodedLinear, Linear
 from resq_compiler.numerics.clip import ClipSearch
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
@@ -56,7 +58,7 @@ class QuantizeActivations(Pass):
         clips = search_clips(gm, ctx, self.clip == "output") if isinstance(self.clip, str) else {}
         for node, part in open_parts(gm):
             wide = 1.0 if isinstance(self.clip, str) else self.clip
-            clip = clips.get(node.args[0], wide) if may_clip(part) else 1.0
+            clip = clips.get(source(node), wide) if may_clip(part) else 1.0
             groups = part.heads if self.o_granularity == "head" else 1
             done += quantize_input(gm, node, part, clip, groups, shared)
         return done
@@ -69,8 +71,7 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
         part = meta.get(node, meta.LinearPart)
         if part is None or part.activation_bits == FLOAT_BITS:
             continue
-        coded = is_call(node.args[0], ops.dequantize)
-        if is_call(node, aten.linear.default, ops.weight_only_linear) and not coded:
+        if is_call(node, aten.linear.default, ops.weight_only_linear) and not is_call(source(node), ops.dequantize):
             found.append((node, part))
     return found
 
@@ -79,22 +80,21 @@ def quantize_input(
     gm: GraphModule, node: Node, part: meta.LinearPart, clip: float, groups: int, shared: dict[tuple, Node]
 ) -> int:
     """Put a quantizer before one part of a linear."""
-    x: Node = node.args[0]
+    x = source(node)
     key = (x, part.activation_bits, groups)
     if key not in shared:
         with gm.graph.inserting_after(x):
             new = emit(gm.graph, ops.quantize, (x, part.activation_bits, groups, clip), x, QuantizeActivations.name)
-        shared[key] = meta.put(
-            new, meta.QuantizerSite(name_of(part), "activation", part.site.block, part.activation_bits)
-        )
+        fact = meta.QuantizerSite(name_of(part), "activation", part.site.block, part.activation_bits)
+        shared[key] = meta.put(new, fact)
     codes = shared[key]
     if is_call(node, ops.weight_only_linear):
         node.target = ops.quantized_linear
-        node.update_arg(0, codes)
+        set_argument(node, "x", codes)
         return 1
     with gm.graph.inserting_before(node):
         image = emit(gm.graph, ops.dequantize, (codes,), x, QuantizeActivations.name)
-    node.update_arg(0, image)
+    set_argument(node, "input", image)
     return 1
 
 
@@ -104,8 +104,8 @@ def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Nod
     sites: dict[Node, meta.LinearPart] = {}
     for node, part in open_parts(gm):
         if may_clip(part):
-            sites[node.args[0]] = part
-            readers.setdefault(node.args[0], []).append(node)
+            sites[source(node)] = part
+            readers.setdefault(source(node), []).append(node)
     if not sites:
         return {}
     searches = {
@@ -121,10 +121,10 @@ def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Nod
 
 def float_weight(gm: GraphModule, node: Node) -> Tensor:
     """Weight [N, K] of a linear, the float image of its codes where it has codes."""
-    weight = graph_tools.get_tensor(gm, node.args[1])
-    return (
-        weight * graph_tools.get_tensor(gm, node.args[2])[:, None] if is_call(node, ops.weight_only_linear) else weight
-    )
+    coded = CodedLinear.of(node)
+    if coded is None:
+        return Linear.require(node).weight_tensor(gm)
+    return coded.codes(gm) * coded.scales(gm)[:, None]
 
 
 def may_clip(part: meta.LinearPart) -> bool:

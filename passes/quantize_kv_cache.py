@@ -15,8 +15,10 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.ir import meta, ops
+from resq_compiler.ir import meta, ops, values
+from resq_compiler.ir.args import set_argument
 from resq_compiler.ir.graph_tools import emit, is_call
+from resq_compiler.ir.views import AppendCache
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 
@@ -38,14 +40,14 @@ class QuantizeKvCache(Pass):
         done = 0
         for block in ctx.facts.get(Topology).blocks:
             for kind, cache in (("key", block.attention.key_cache), ("value", block.attention.value_cache)):
-                new = cache.args[1]
+                new = AppendCache.require(cache).new
                 if is_call(new, ops.quantize_dequantize):
                     continue
-                width = new.meta["val"].shape[-1]
-                parts = tuple((p.bits, p.start, p.stop) for p in plan.cache_parts(width, kind, block.index))
+                split = plan.cache_parts(values.width(new), kind, block.index)
+                parts = tuple((p.bits, p.start, p.stop) for p in split)
                 with gm.graph.inserting_after(new):
                     image = emit(gm.graph, ops.quantize_dequantize, (new, parts, self.clip), new, self.name)
                 site = meta.QuantizerSite(f"blocks.{block.index}.{kind}", "kv", block.index, parts[0][0])
-                cache.update_arg(1, meta.put(image, site))
+                set_argument(cache, "new", meta.put(image, site))
                 done += 1
         return done

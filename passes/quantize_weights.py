@@ -12,6 +12,7 @@ Source: GPTQ, arXiv 2210.17323; columns in order, 8-bit columns last, so that th
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +24,10 @@ from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.analysis.topology import Block, Topology
 from resq_compiler.calibration import executor, precision, workdir
 from resq_compiler.calibration.lockstep import Lockstep
-from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.ir import graph_tools, meta, ops, values
+from resq_compiler.ir.args import source
+from resq_compiler.ir.graph_tools import aten, is_call, rewrite
+from resq_compiler.ir.views import Dequantize, Linear
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
@@ -47,23 +50,22 @@ class Site:
     @property
     def inputs(self) -> tuple[Node, ...]:
         """The values its parts read."""
-        return tuple(n.args[0] for n in self.nodes)
+        return tuple(map(source, self.nodes))
+
+    @property
+    def columns(self) -> list[int]:
+        """in_features of each part."""
+        return [values.width(x) for x in self.inputs]
 
     def parts(self) -> list[Part]:
         """Weight bits and columns of each part, in the order that the parts' inputs have side by side."""
-        result, start = [], 0
-        for node in self.nodes:
-            width = graph_columns(node)
-            fact = meta.get(node, meta.LinearPart)
-            assert fact is not None
-            result.append(Part(fact.weight_bits, start, start + width))
-            start += width
-        return result
+        bits = [meta.require(node, meta.LinearPart).weight_bits for node in self.nodes]
+        stops = list(itertools.accumulate(self.columns))
+        return [Part(b, stop - width, stop) for b, stop, width in zip(bits, stops, self.columns, strict=True)]
 
-
-def graph_columns(node: Node) -> int:
-    """in_features of a part."""
-    return node.args[0].meta["val"].shape[-1]
+    def weight(self, gm: GraphModule) -> Tensor:
+        """Columns of all parts side by side: [N, K]."""
+        return torch.cat([Linear.require(node).weight_tensor(gm) for node in self.nodes], 1)
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,12 @@ def by_input(sites: list[Site]) -> list[list[Site]]:
 
 def source_of(site: Site) -> tuple[Node, ...]:
     """The values behind a site's inputs: the codes where inputs are images of codes."""
-    return tuple(n.args[0] if is_call(n, ops.dequantize) else n for n in site.inputs)
+    return tuple(source(n) if is_call(n, ops.dequantize) else n for n in site.inputs)
 
 
 def stacked_weight(gm: GraphModule, group: list[Site]) -> Tensor:
     """All weights of a group: rows of all sites, columns of all parts."""
-    rows = [torch.cat([graph_tools.get_tensor(gm, n.args[1]) for n in site.nodes], 1) for site in group]
-    return torch.cat(rows)
+    return torch.cat([site.weight(gm) for site in group])
 
 
 def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "max"]) -> None:
@@ -148,33 +149,30 @@ def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "m
 
 def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight]) -> None:
     """Replace the linears of a group by linears on codes and release the float weights."""
-    rows = [graph_tools.get_tensor(gm, site.nodes[0].args[1]).shape[0] for site in group]
+    rows = [values.width(site.nodes[0]) for site in group]
     for site, pieces in zip(group, weight_core.split_rows(codes, rows), strict=True):
         for node, piece in zip(site.nodes, pieces, strict=True):
             replace_by_codes(gm, node, piece)
 
 
 def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWeight) -> None:
-    weight = node.args[1]
-    base = str(weight.target).removesuffix(".weight")
+    """Put a linear on codes in the place of a part."""
+    linear, image = Linear.require(node), Dequantize.of(source(node))
     tensors = [
-        graph_tools.add_tensor(gm, f"{base}.{label}", value.contiguous(), QuantizeWeights.name)
+        graph_tools.add_tensor(gm, f"{linear.name}.{label}", value.contiguous(), QuantizeWeights.name)
         for label, value in (("qdata", piece.qdata), ("scale", piece.scale))
     ]
-    x: Node = node.args[0]
-    coded = is_call(x, ops.dequantize)
-    target, source = (ops.quantized_linear, x.args[0]) if coded else (ops.weight_only_linear, x)
-    with gm.graph.inserting_before(node):
-        new = emit(gm.graph, target, (source, *tensors), node, QuantizeWeights.name)
-    new.meta["val"] = node.meta["val"]
-    meta.put(new, meta.get(node, meta.LinearPart))
-    noise = relative_error(piece.dequantize(), graph_tools.get_tensor(gm, weight))
+    noise = relative_error(piece.dequantize(), linear.weight_tensor(gm))
+    part = meta.require(node, meta.LinearPart)
+    if image is None:
+        new = rewrite(node, ops.weight_only_linear, (linear.x, *tensors), QuantizeWeights.name)
+    else:
+        new = rewrite(node, ops.quantized_linear, (image.codes, *tensors), QuantizeWeights.name)
+        if not image.node.users:
+            gm.graph.erase_node(image.node)
+    meta.put(new, part)
     meta.put(new, meta.WeightNoise(float(f"{noise:.4g}")))
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
-    if coded and not x.users:
-        gm.graph.erase_node(x)
-    graph_tools.erase_tensor(gm, weight)
+    graph_tools.erase_tensor(gm, linear.weight)
 
 
 def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site], options: QuantizeWeights) -> None:
@@ -234,7 +232,7 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
     With the residual stream after a linear that writes into it, tokens count by the inverse of its mean square there: norms divide
     by it before anybody reads the stream. Else a few massive tokens are all that GPTQ sees (and damping is relative to).
     """
-    moment = SecondMoment(site.fact.name, sum(map(graph_columns, site.nodes)), dtype=precision.dtype())
+    moment = SecondMoment(site.fact.name, sum(site.columns), dtype=precision.dtype())
 
     def see(batch: int, env: dict[Node, Any]) -> None:
         x = side_by_side(env, inputs)

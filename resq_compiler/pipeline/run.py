@@ -72,7 +72,7 @@ class Pipeline:
             gm.recompile()
             verify.check_graph(gm)
             verify.propagate_shapes(gm, self.ctx.example_inputs)
-            error = self._compare(gm, item)
+            change = self._compare(gm, item)
         except Exception as error:
             seconds = time.perf_counter() - start
             where = failing_node(gm.graph, str(error))  # the graph itself: a malformed one cannot be copied
@@ -84,7 +84,7 @@ class Pipeline:
             what = f"{type(error).__name__}: {error}; a structure that this pass does not foresee, or a bug in it"
             raise PassError(f"pass {index} {item.name}: {what}") from error
         seconds = time.perf_counter() - start
-        log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, error)
+        log.info("pass %02d %s: %d rewrites, %.2f s, error %s", index, item.name, rewrites, seconds, change)
         lines = tuple(self.ctx.lines)
         self._record(
             Stage(
@@ -94,7 +94,7 @@ class Pipeline:
                 graph_tools.copy_graph(gm.graph),
                 rewrites,
                 seconds,
-                error,
+                change,
                 item.exact,
                 lines=lines,
             )
