@@ -17,12 +17,13 @@ from torch.fx import GraphModule, Node
 from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.args import source
 from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.linears import PARTS, read_part
+from resq_compiler.ir.views import AppendCache, CodedLinear, Linear, Quantize, QuantizeDequantize
 from resq_compiler.numerics.packing import packed_length
 from resq_compiler.pipeline.result import CompileResult
 
-CODED_LINEARS = (ops.quantized_linear, ops.weight_only_linear)
-LINEARS = (*CODED_LINEARS, aten.linear.default)
 QUANTIZERS = (ops.quantize, ops.quantize_dequantize)
 SCALE_BITS, ZERO_POINT_BITS = 32, 8  # float32 scales; zero points lie in the range of the codes, so a byte holds them
 
@@ -89,13 +90,14 @@ def average_bits(compiled: CompileResult) -> AverageBits:
     for node, part in _parts(gm):
         if part.site.role == "head":
             continue
-        rows, columns = graph_tools.get_tensor(gm, node.args[1]).shape
-        coded = is_call(node, *CODED_LINEARS)
+        view = read_part(node)
+        coded = isinstance(view, CodedLinear)
+        rows, columns = (view.codes(gm) if isinstance(view, CodedLinear) else view.weight_tensor(gm)).shape
         weights.add(rows * columns, part.weight_bits if coded else FLOAT_BITS, rows * SCALE_BITS if coded else 0)
-        source = node.args[0]
-        if source not in inputs:
-            inputs.add(source)
-            groups = source.args[2] if is_call(source, ops.quantize) else 0
+        if view.x not in inputs:
+            inputs.add(view.x)
+            quantizer = Quantize.of(view.x)
+            groups = quantizer.groups if quantizer is not None else 0
             bits = part.activation_bits if groups else FLOAT_BITS
             activations.add(columns, bits, groups * (SCALE_BITS + ZERO_POINT_BITS))
     kv = _Mean()
@@ -159,7 +161,7 @@ def site_noise(
     """
     gm = compiled.graph_module
     sums = {node: torch.zeros(2, dtype=torch.float64) for node in gm.graph.nodes if is_call(node, *QUANTIZERS)}
-    taps = {source: _tap(readers, sums) for source, readers in _by_source(list(sums)).items()}
+    taps = {x: _tap(gm, readers, sums) for x, readers in _by_source(list(sums)).items()}
     schedule = executor.Schedule(gm, list(sums), graph_tools.placeholders(gm.graph))
     device = next(gm.buffers()).device
     batches = executor.batches(windows)
@@ -200,21 +202,25 @@ def describe(compiled: CompileResult) -> dict[str, Any]:
 def _parts(gm: GraphModule) -> Iterator[tuple[Node, meta.LinearPart]]:
     for node in gm.graph.nodes:
         part = meta.get(node, meta.LinearPart)
-        if part is not None and is_call(node, *LINEARS):
+        if part is not None and is_call(node, *PARTS):
             yield node, part
 
 
 def _tensors(gm: GraphModule) -> Iterator[tuple[Node, str, int]]:
     """Every tensor of the graph with its kind and bytes; a tensor may come more than once, most telling kind first."""
     for node, part in _parts(gm):
-        head = part.site.role == "head"
-        yield node.args[1], "head" if head else "weight_codes", _weight_bytes(gm, node, part)
-        if is_call(node, *CODED_LINEARS):
-            yield node.args[2], "head" if head else "weight_scales", _bytes(gm, node.args[2])
+        head, view = part.site.role == "head", read_part(node)
+        if isinstance(view, CodedLinear):
+            rows, columns = view.codes(gm).shape
+            yield view.qdata, "head" if head else "weight_codes", rows * packed_length(columns, part.weight_bits)
+            yield view.scale, "head" if head else "weight_scales", _bytes(gm, view.scale)
+        else:
+            yield view.weight, "head" if head else "weight_codes", _bytes(gm, view.weight)
     for node in gm.graph.nodes:
         site = meta.get(node, meta.LinearSite)
         if site is not None and site.role == "head":
-            yield node.args[1], "head", _bytes(gm, node.args[1])
+            weight = Linear.require(node).weight
+            yield weight, "head", _bytes(gm, weight)
     for node in gm.graph.find_nodes(op="get_attr"):
         yield node, _kind(node), _bytes(gm, node)
 
@@ -226,13 +232,6 @@ def _kind(tensor: Node) -> str:
     return "projections" if is_call(user, ops.project, ops.project_heads, ops.project_blocks) else "other"
 
 
-def _weight_bytes(gm: GraphModule, node: Node, part: meta.LinearPart) -> int:
-    if not is_call(node, *CODED_LINEARS):
-        return _bytes(gm, node.args[1])
-    rows, columns = graph_tools.get_tensor(gm, node.args[1]).shape
-    return rows * packed_length(columns, part.weight_bits)
-
-
 def _bytes(gm: GraphModule, tensor: Node) -> int:
     value = graph_tools.get_tensor(gm, tensor)
     return value.numel() * value.element_size()
@@ -240,28 +239,29 @@ def _bytes(gm: GraphModule, tensor: Node) -> int:
 
 def _cache_entries(compiled: CompileResult) -> Iterator[tuple[int, int, tuple[tuple[int, int, int], ...]]]:
     """Heads, width and parts (bits, start, stop) of every layer's keys and values; no parts: kept in float."""
-    appends = compiled.graph_module.graph.find_nodes(op="call_function", target=ops.append_cache)
-    new = {str(node.args[0].target): node.args[1] for node in appends}
+    appends = map(
+        AppendCache.require, compiled.graph_module.graph.find_nodes(op="call_function", target=ops.append_cache)
+    )
+    new = {str(append.past.target): append.new for append in appends}
     for i, spec in enumerate(compiled.cache_specs):
         for kind, width in (("key", spec.key_dim), ("value", spec.value_dim)):
-            source = new.get(f"past_{kind}_{i}")
-            parts = tuple(source.args[1]) if is_call(source, ops.quantize_dequantize) else ()
-            yield spec.num_heads, width, parts
+            quantizer = QuantizeDequantize.of(new.get(f"past_{kind}_{i}"))
+            yield spec.num_heads, width, quantizer.parts if quantizer is not None else ()
 
 
 def _by_source(quantizers: list[Node]) -> dict[Node, list[Node]]:
     sources: dict[Node, list[Node]] = {}
     for node in quantizers:
-        sources.setdefault(node.args[0], []).append(node)
+        sources.setdefault(source(node), []).append(node)
     return sources
 
 
-def _tap(readers: list[Node], sums: dict[Node, Tensor]) -> Callable[[Tensor], None]:
+def _tap(gm: GraphModule, readers: list[Node], sums: dict[Node, Tensor]) -> Callable[[Tensor], None]:
     """Quantizes a value as its readers will, and adds up signal and noise."""
 
     def tap(x: Tensor) -> None:
         for node in readers:
-            image = node.target(x, *node.args[1:])
+            image = graph_tools.run_node(gm, node, {source(node): x})
             image = ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image
             sums[node] += torch.stack((x.double().square().sum(), (image.double() - x.double()).square().sum())).cpu()
 

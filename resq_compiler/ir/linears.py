@@ -41,7 +41,7 @@ class LinearSum:
     @property
     def inputs(self) -> tuple[Node, ...]:
         """What each part reads: codes, their float image, or a float value."""
-        return tuple((Linear.of(part) or CodedLinear.require(part)).x for part in self.parts)
+        return tuple(read_part(part).x for part in self.parts)
 
     @property
     def facts(self) -> tuple[meta.LinearPart, ...]:
@@ -57,6 +57,11 @@ class LinearSum:
                 found.append(node)
                 node = next(iter(node.users))
         return tuple(found)
+
+
+def read_part(node: Node) -> Linear | CodedLinear:
+    """A part of a linear, on float weights or on codes. Raises TopologyError: it is neither."""
+    return Linear.of(node) or CodedLinear.require(node)
 
 
 def linear_sums(gm: GraphModule) -> list[LinearSum]:
