@@ -9,6 +9,8 @@
 #define LANES 64     /* rows of a unit */
 #define FEW 8        /* up to so many rows, columns lie in the lanes */
 #define TILE_KEYS 32
+#define TOKENS_SPACE (TILE_KEYS * RK_MAX_HEAD + RK_WIDTH)
+#define VALUE_VECTORS 4 /* of columns, summed together */
 #define UNSEEN (-1e30f) /* a score that is not there */
 
 #if RK_WIDTH == 8 /* 16 registers */
@@ -143,7 +145,7 @@ typedef struct {
     int32_t slots[LANES];
     float highest[LANES], total[LANES];
     float queries[RK_MAX_HEAD * LANES], sums[RK_MAX_HEAD * LANES]; /* [column][row] */
-    float tokens[TILE_KEYS * RK_MAX_HEAD], scores[TILE_KEYS * LANES];
+    float tokens[TOKENS_SPACE], scores[TILE_KEYS * LANES];
 } many_rows;
 
 static void start_many(const query_tile *t, many_rows *w) {
@@ -155,8 +157,9 @@ static void start_many(const query_tile *t, many_rows *w) {
         w->slots[m] = there ? (int32_t)slot_of_row(t, m) : -1;
         w->highest[m] = there && a->sinks ? a->sinks[head_of(t, m)] : UNSEEN;
         w->total[m] = there && a->sinks ? 1.0f : 0.0f;
+        const float factor = there ? a->scale : 0.0f;
         for (int64_t i = 0; i < d; i++)
-            w->queries[i * LANES + m] = there ? q[i] * a->scale : 0.0f;
+            w->queries[i * LANES + m] = q[i] * factor;
     }
     memset(w->sums, 0, sizeof(float) * (size_t)(e * LANES));
 }
@@ -186,8 +189,9 @@ static void attend_many(const query_tile *t) {
         one_tile_many(t, &w, key, rk_min(TILE_KEYS, t->last_key - key), lanes);
     for (int64_t m = 0; m < t->rows; m++) {
         float y[RK_MAX_HEAD];
+        const float factor = w.total[m] > 0 ? 1.0f / w.total[m] : 0.0f;
         for (int64_t i = 0; i < e; i++)
-            y[i] = w.total[m] > 0 ? w.sums[i * LANES + m] / w.total[m] : 0.0f;
+            y[i] = w.sums[i * LANES + m] * factor;
         store_row(t, m, y);
     }
 }
@@ -195,9 +199,10 @@ static void attend_many(const query_tile *t) {
 /* Few rows ---------------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
+    int64_t slots[FEW];
     float highest[FEW], total[FEW];
     float queries[FEW * RK_MAX_HEAD], sums[FEW * RK_MAX_HEAD]; /* [row][column] */
-    float keys[TILE_KEYS * RK_MAX_HEAD], values[TILE_KEYS * RK_MAX_HEAD];
+    float keys[TOKENS_SPACE], values[TOKENS_SPACE];
 } few_rows;
 
 RK_INLINE float sum_across(f32v v) {
@@ -216,24 +221,43 @@ RK_INLINE float dot_floats(const float *a, const float *b, int64_t d) {
     int64_t i = 0;
     for (; i + RK_WIDTH <= d; i += RK_WIDTH)
         sum = rk_fma(rk_load(a + i), rk_load(b + i), sum);
-    sum = rk_fma(rk_load_some(a + i, d - i), rk_load_some(b + i, d - i), sum);
+    if (i < d)
+        sum = rk_fma(rk_load_some(a + i, d - i), rk_load_some(b + i, d - i), sum);
     return sum_across(sum);
 }
 
-/* y = y * shrink + sum_j p[j] v[j] */
-RK_INLINE void add_values(const float *p, const float *v, int64_t keys, int64_t e, float shrink, float *y) {
-    for (int64_t i = 0; i < e; i += RK_WIDTH) {
-        const int64_t count = rk_min(RK_WIDTH, e - i);
-        f32v sum = rk_load_some(y + i, count) * shrink;
-        for (int64_t j = 0; j < keys; j++)
-            sum = rk_fma(rk_splat(p[j]), rk_load_some(v + j * e + i, count), sum);
-        rk_store_some(y + i, sum, count);
-    }
+/* y = y * shrink + sum_j p[j] v[j], for some vectors of columns, or for one of `count` values. */
+RK_INLINE void add_value_block(const float *p, const float *v, int64_t keys, int64_t e, float shrink, const int vectors,
+                               int64_t count, float *y) {
+    f32v sums[VALUE_VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i++)
+        sums[i] = rk_load_some(y + i * RK_WIDTH, count) * shrink;
+    for (int64_t j = 0; j < keys; j++, v += e)
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++)
+            sums[i] = rk_fma(rk_splat(p[j]), rk_load_some(v + i * RK_WIDTH, count), sums[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i++)
+        rk_store_some(y + i * RK_WIDTH, sums[i], count);
 }
 
-static int is_seen(const query_tile *t, int64_t row, int64_t key) {
-    const int64_t slot = slot_of_row(t, row), window = t->args->window;
-    return key <= slot && (!window || slot - key < window) && !is_padding(t, key);
+static void add_values(const float *p, const float *v, int64_t keys, int64_t e, float shrink, float *y) {
+    int64_t i = 0;
+    for (; i + VALUE_VECTORS * RK_WIDTH <= e; i += VALUE_VECTORS * RK_WIDTH)
+        add_value_block(p, v + i, keys, e, shrink, VALUE_VECTORS, RK_WIDTH, y + i);
+    for (; i < e; i += RK_WIDTH)
+        add_value_block(p, v + i, keys, e, shrink, 1, rk_min(RK_WIDTH, e - i), y + i);
+}
+
+/* Marks the scores of keys that a row in this slot does not see. */
+static void mask_row(const query_tile *t, int64_t slot, int64_t first, int64_t keys, float scores[TILE_KEYS]) {
+    const int64_t window = t->args->window;
+    for (int64_t j = 0; j < TILE_KEYS; j++) {
+        const int64_t key = first + j;
+        if (j >= keys || key > slot || (window && slot - key >= window) || is_padding(t, key))
+            scores[j] = UNSEEN;
+    }
 }
 
 /* One row and a tile of keys. */
@@ -244,13 +268,11 @@ static void one_tile_few(const query_tile *t, few_rows *w, int64_t row, int64_t 
     for (int64_t j = 0; j < TILE_KEYS; j++)
         scores[j] = j < keys ? dot_floats(w->keys + j * d, w->queries + row * d, d) : 0.0f;
     f32v highest = rk_splat(w->highest[row]), sum = {0};
-    for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
-        if (a->softcap > 0)
-            rk_store(scores + j, capped(rk_load(scores + j), a->softcap));
-        for (int64_t i = j; i < j + RK_WIDTH; i++)
-            scores[i] = i < keys && is_seen(t, row, first + i) ? scores[i] : UNSEEN;
+    for (int64_t j = 0; a->softcap > 0 && j < TILE_KEYS; j += RK_WIDTH)
+        rk_store(scores + j, capped(rk_load(scores + j), a->softcap));
+    mask_row(t, w->slots[row], first, keys, scores);
+    for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH)
         highest = rk_highest(highest, rk_load(scores + j));
-    }
     const float now = rk_highest_of(highest);
     for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
         const f32v score = rk_load(scores + j), p = rk_choose(score > UNSEEN, weight_of(score - now), rk_splat(0));
@@ -267,6 +289,7 @@ static void start_few(const query_tile *t, few_rows *w) {
     const rk_attention_args *a = t->args;
     const int64_t d = a->key.low + a->key.high, e = a->value.low + a->value.high;
     for (int64_t row = 0; row < t->rows; row++) {
+        w->slots[row] = slot_of_row(t, row);
         w->highest[row] = a->sinks ? a->sinks[head_of(t, row)] : UNSEEN;
         w->total[row] = a->sinks ? 1.0f : 0.0f;
         for (int64_t i = 0; i < d; i++)
@@ -288,8 +311,9 @@ static void attend_few(const query_tile *t) {
             one_tile_few(t, &w, row, key, keys);
     }
     for (int64_t row = 0; row < t->rows; row++) {
+        const float factor = w.total[row] > 0 ? 1.0f / w.total[row] : 0.0f;
         for (int64_t i = 0; i < e; i++)
-            w.sums[row * e + i] = w.total[row] > 0 ? w.sums[row * e + i] / w.total[row] : 0.0f;
+            w.sums[row * e + i] *= factor;
         store_row(t, row, w.sums + row * e);
     }
 }

@@ -45,26 +45,32 @@ static inline void write_row(const rk_head *h, const float *x, float clip, uint8
 
 RK_INLINE f32v byte_floats(u8v bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, i32v), f32v); }
 
-/* x[i] = ((bytes[i] >> shift & mask) - zero_point) * scale */
-RK_INLINE void read_codes(const uint8_t *bytes, int64_t count, const int shift, const int mask, float zero_point, float scale,
-                          float *x) {
-    int64_t i = 0;
-    for (; i + RK_WIDTH <= count; i += RK_WIDTH) {
-        u8v v;
-        memcpy(&v, bytes + i, sizeof v);
-        rk_store(x + i, (byte_floats(v >> shift & (uint8_t)mask) - zero_point) * scale);
-    }
-    if (i < count && i > 0) { /* the last vector, some of whose values are there already */
-        i = count - RK_WIDTH;
-        u8v v;
-        memcpy(&v, bytes + i, sizeof v);
-        rk_store(x + i, (byte_floats(v >> shift & (uint8_t)mask) - zero_point) * scale);
-    } else
-        for (; i < count; i++)
-            x[i] = ((float)(bytes[i] >> shift & mask) - zero_point) * scale;
+/* At most RK_WIDTH bytes; those that are not there are zero. */
+RK_INLINE u8v load_bytes(const uint8_t *p, int64_t count) {
+    u8v v = {0};
+    if (count >= RK_WIDTH)
+        memcpy(&v, p, sizeof v);
+#if RK_WIDTH > 8
+    else if (count == 8)
+        memcpy(&v, p, 8);
+#endif
+    else
+        for (int64_t i = 0; i < count; i++)
+            v[i] = p[i];
+    return v;
 }
 
-/* The float image of a row of the cache. */
+/* x[i] = ((bytes[i] >> shift & mask) - zero_point) * scale; whole vectors of x are written. */
+RK_INLINE void read_codes(const uint8_t *bytes, int64_t count, const int shift, const int mask, float zero_point, float scale,
+                          float *x) {
+    for (int64_t i = 0; i < count; i += RK_WIDTH) {
+        i = count > RK_WIDTH ? rk_min(i, count - RK_WIDTH) : i; /* the last vector overlaps the one before */
+        const u8v v = load_bytes(bytes + i, count - i);
+        rk_store(x + i, (byte_floats(v >> shift & (uint8_t)mask) - zero_point) * scale);
+    }
+}
+
+/* The float image of a row of the cache; up to RK_WIDTH values behind it are written too. */
 RK_INLINE void read_row(const rk_head *h, const uint8_t *row, float *x) {
     const int64_t half = h->low / 2, low_bytes = (h->low + 1) / 2;
     const uint8_t *zero_points = row + low_bytes + h->high, *scales = zero_points + (h->low > 0) + (h->high > 0);

@@ -113,9 +113,39 @@ RK_INLINE float rk_sum_of(const float *x, int64_t columns, float shift, const in
     return rk_total(sums);
 }
 
+/* The number of every lane. */
+#if RK_WIDTH == 16
+static const i32v rk_lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif RK_WIDTH == 8
+static const i32v rk_lane = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+static const i32v rk_lane = {0, 1, 2, 3};
+#endif
+
+/* RK_EXCHANGE(v, h): lane i gets lane i ^ h. */
+#if defined(__clang__)
+#if RK_WIDTH == 16
+#define RK_EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h, 4 ^ h, 5 ^ h, 6 ^ h, 7 ^ h, 8 ^ h, 9 ^ h, 10 ^ h, \
+                                               11 ^ h, 12 ^ h, 13 ^ h, 14 ^ h, 15 ^ h)
+#elif RK_WIDTH == 8
+#define RK_EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h, 4 ^ h, 5 ^ h, 6 ^ h, 7 ^ h)
+#else
+#define RK_EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h)
+#endif
+#else
+#define RK_EXCHANGE(v, h) __builtin_shuffle(v, rk_lane ^ (h)) 
+#endif
+
 /* The lowest or highest element; any order gives the same. */
-RK_INLINE float rk_lowest_of(f32v v) { float s = v[0]; for (int i = 1; i < RK_WIDTH; i++) s = v[i] < s ? v[i] : s; return s; }
-RK_INLINE float rk_highest_of(f32v v) { float s = v[0]; for (int i = 1; i < RK_WIDTH; i++) s = v[i] > s ? v[i] : s; return s; }
+#if RK_WIDTH == 16
+#define RK_ACROSS(v, f) v = f(v, RK_EXCHANGE(v, 8)); v = f(v, RK_EXCHANGE(v, 4)); v = f(v, RK_EXCHANGE(v, 2)); v = f(v, RK_EXCHANGE(v, 1))
+#elif RK_WIDTH == 8
+#define RK_ACROSS(v, f) v = f(v, RK_EXCHANGE(v, 4)); v = f(v, RK_EXCHANGE(v, 2)); v = f(v, RK_EXCHANGE(v, 1))
+#else
+#define RK_ACROSS(v, f) v = f(v, RK_EXCHANGE(v, 2)); v = f(v, RK_EXCHANGE(v, 1))
+#endif
+RK_INLINE float rk_lowest_of(f32v v) { RK_ACROSS(v, rk_lowest); return v[0]; }
+RK_INLINE float rk_highest_of(f32v v) { RK_ACROSS(v, rk_highest); return v[0]; }
 
 /* Flush subnormal numbers to zero while a kernel runs; returns what rk_leave puts back. */
 #if defined(__x86_64__)

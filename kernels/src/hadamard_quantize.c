@@ -7,43 +7,22 @@
 #include "activations.h"
 #include "quantize.h"
 
-#if defined(__clang__)
-#if RK_WIDTH == 16
-#define EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h, 4 ^ h, 5 ^ h, 6 ^ h, 7 ^ h, 8 ^ h, 9 ^ h, 10 ^ h, \
-                                               11 ^ h, 12 ^ h, 13 ^ h, 14 ^ h, 15 ^ h)
-#elif RK_WIDTH == 8
-#define EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h, 4 ^ h, 5 ^ h, 6 ^ h, 7 ^ h)
-#else
-#define EXCHANGE(v, h) __builtin_shufflevector(v, v, 0 ^ h, 1 ^ h, 2 ^ h, 3 ^ h)
-#endif
-#else
-#define EXCHANGE(v, h) __builtin_shuffle(v, lane_numbers ^ (h)) /* lane i gets lane i ^ h */
-#endif
-
-#if RK_WIDTH == 16
-static const i32v lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#elif RK_WIDTH == 8
-static const i32v lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7};
-#else
-static const i32v lane_numbers = {0, 1, 2, 3};
-#endif
-
 static int64_t hadamard_quantize_units(const rk_hadamard_quantize_args *a) { return a->rows; }
 
 /* (a, b) -> (a + b, a - b) for neighbours at distance h in a vector. */
-#define EXCHANGE_STEP(v, h) (EXCHANGE(v, h) + rk_choose((lane_numbers & (h)) != 0, -(v), v))
+#define BUTTERFLY_STEP(v, h) (RK_EXCHANGE(v, h) + rk_choose((rk_lane & (h)) != 0, -(v), v))
 
 /* All butterflies within the vectors of x. */
 RK_INLINE void butterflies_inside(float *x, int64_t count) {
     for (int64_t i = 0; i < count; i += RK_WIDTH) {
         f32v v = rk_load(x + i);
-        v = EXCHANGE_STEP(v, 1);
-        v = EXCHANGE_STEP(v, 2);
+        v = BUTTERFLY_STEP(v, 1);
+        v = BUTTERFLY_STEP(v, 2);
 #if RK_WIDTH >= 8
-        v = EXCHANGE_STEP(v, 4);
+        v = BUTTERFLY_STEP(v, 4);
 #endif
 #if RK_WIDTH >= 16
-        v = EXCHANGE_STEP(v, 8);
+        v = BUTTERFLY_STEP(v, 8);
 #endif
         rk_store(x + i, v);
     }

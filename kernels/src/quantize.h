@@ -45,11 +45,14 @@ RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int8_t
         memcpy(codes + i, &bytes, sizeof bytes);
         sums += c;
     }
-    i32v rest = codes_of(q, rk_load_some(y + i, width - i));
-    for (int64_t j = 0; i + j < rk_round_up(width, 8); j++) {
-        codes[i + j] = i + j < width ? (int8_t)rest[j % RK_WIDTH] : 0;
-        sum += codes[i + j];
-    }
+    if (i < width) {
+        i32v rest = codes_of(q, rk_load_some(y + i, width - i)) & (rk_lane < (int32_t)(width - i));
+        i8v bytes = __builtin_convertvector(rest, i8v);
+        memset(codes + i, 0, (size_t)(rk_round_up(width, 8) - i));
+        memcpy(codes + i, &bytes, (size_t)rk_min(RK_WIDTH, rk_round_up(width, 8) - i));
+        sums += rest;
+    } else
+        memset(codes + i, 0, (size_t)(rk_round_up(width, 8) - i));
     for (int j = 0; j < RK_WIDTH; j++)
         sum += sums[j];
     return sum;
