@@ -29,7 +29,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer"]
+SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer"]
 GCC_ONLY = ["-fno-tree-pre", "-fno-gcse", "-Wno-psabi"]  # without the first two GCC keeps accumulators in memory
 AVX2 = ["-mavx2", "-mfma"]
 INSTRUCTION_SETS = {

@@ -32,7 +32,7 @@ def test_under_sanitizers(builder, tmp_path):
         pytest.skip("the compiler has no sanitizer libraries")
     library = builder.build(tmp_path, tmp_path / "objects", compiler, sanitize=True)
     program = check_program(builder, tmp_path, compiler, library, builder.SANITIZE)
-    done = subprocess.run([str(program), "40"], capture_output=True, text=True)
+    done = subprocess.run([str(program), "20"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "portable: checked" in done.stdout
 
