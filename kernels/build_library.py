@@ -88,7 +88,11 @@ def build(
     jobs = [
         ("kernels.c", name, [f"-DRK_ISA={name}", f"-DRK_{name.upper()}", *extra]) for name, extra in sets_of(machine)
     ]
-    jobs += [(path.name, path.stem, []) for path in sorted(SOURCES.glob("*.c")) if path.stem in ("dispatch", "sizes")]
+    jobs += [
+        (path.name, path.stem, [])
+        for path in sorted(SOURCES.glob("*.c"))
+        if path.stem in ("dispatch", "sizes", "onnx_operators")
+    ]
     made = [objects / f"{name}.o" for _, name, _ in jobs]
 
     def compile_one(i: int) -> None:

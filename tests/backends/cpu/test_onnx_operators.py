@@ -1,0 +1,185 @@
+"""The library as ONNX Runtime custom operators: the same bytes as the kernels called directly, in the same shapes; errors name the node."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from resq_compiler.backends.cpu import formats
+from resq_compiler.backends.cpu.attention import attention, empty_cache, rope_cache
+from resq_compiler.backends.cpu.formats import CachedHead
+from resq_compiler.backends.cpu.kernels import CodePart, hadamard_quantize, mixed_linear, norm_quantize, pack_linear
+
+from resq_compiler.numerics.hadamard import hadamard_plan
+from resq_compiler.numerics.hadamard_orders import is_power_of_two
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+LOW, HIGH = CodePart(4, 56), CodePart(8, 8)
+HEAD = CachedHead(56, 8)
+HEAD_ATTRIBUTES = dict(
+    low_width=56, high_width=8, value_low_width=56, value_high_width=8, heads=4, kv_heads=2, low_clip=1.0, high_clip=1.0
+)
+
+
+class Node:
+    """A session of one node; None is an absent optional input."""
+
+    def __init__(self, library, op, inputs, outputs, **attributes):
+        present = {f"in{i}": x.numpy() for i, x in enumerate(inputs) if x is not None}
+        names = ["" if x is None else f"in{i}" for i, x in enumerate(inputs)]
+        made = [f"out{i}" for i in range(outputs)]
+        node = onnx.helper.make_node(op, names, made, name="the_node", domain="resq", **attributes)
+        kind = onnx.helper.np_dtype_to_tensor_dtype
+        given = [onnx.helper.make_tensor_value_info(n, kind(x.dtype), [None] * x.ndim) for n, x in present.items()]
+        results = [onnx.helper.make_empty_tensor_value_info(name) for name in made]
+        graph = onnx.helper.make_graph([node], "g", given, results)
+        model = onnx.helper.make_model(
+            graph, opset_imports=[onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("resq", 1)]
+        )
+        model.ir_version = 10
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(library.path))
+        options.intra_op_num_threads = 2
+        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.feeds = present
+
+    def run(self):
+        return [torch.from_numpy(np.asarray(x)) for x in self.session.run(None, self.feeds)]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_codes(got, expected, lead):
+    low, high, scale, zero_point = got
+    for rows, part in zip(expected.rows, (low, high), strict=True):
+        assert part.shape[:-1] == lead and torch.equal(part.flatten(0, -2), rows)
+    assert torch.equal(scale.flatten(0, -2), expected.scale) and torch.equal(
+        zero_point.flatten(0, -2), expected.zero_point
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 37])
+def test_norm_quantize(library, rows):
+    x, weight = random(2, rows, 64), random(64, seed=1)
+    node = Node(
+        library, "NormQuantize", [x, weight], 4, norm=1, epsilon=1e-5, low_width=56, high_width=8, high_clip=0.9
+    )
+    expected = norm_quantize(library, x.flatten(0, 1), [LOW, CodePart(8, 8, 1, 0.9)], "rms", weight, None, 1e-5)
+    assert_codes(node.run(), expected, (2, rows))
+
+
+def test_norm_quantize_in_one_part(library):
+    x = random(1, 3, 40)
+    low, high, *_ = Node(library, "NormQuantize", [x], 4, low_width=40).run()
+    assert torch.equal(low[0], norm_quantize(library, x[0], [CodePart(4, 40)]).rows[0]) and high.shape == (1, 3, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_mixed_linear(library, rows):
+    x = norm_quantize(library, random(rows, 64), [LOW, HIGH])
+    codes = [torch.randint(-8, 8, (130, 56), dtype=torch.int8), torch.randint(-128, 128, (130, 8), dtype=torch.int8)]
+    weight = pack_linear([(codes[0], torch.rand(130), 4), (codes[1], torch.rand(130), 8)], (1, 1))
+    bias, residual = random(130), random(1, rows, 130)
+    operands = [
+        x.rows[0][None],
+        x.rows[1][None],
+        x.scale[None],
+        x.zero_point[None],
+        *weight.tiles,
+        weight.scale,
+        weight.row_sum,
+    ]
+    for extra in ([], [bias], [None, residual], [bias, residual]):
+        node = Node(library, "MixedLinear", operands + extra, 1, low_width=56, high_width=8)
+        given = [t if t is None or t.dim() == 1 else t[0] for t in extra]
+        assert torch.equal(node.run()[0], mixed_linear(library, x, weight, *given)[None])
+
+
+@pytest.mark.parametrize("n", [48, 64, 280])
+@pytest.mark.parametrize("stacked", [0, 1])
+def test_hadamard_quantize(library, n, stacked):
+    plan, gate, up = hadamard_plan(n), random(2, 5, n), random(2, 5, n, seed=1)
+    dense = [
+        f.float().flatten() for f, order in zip(plan.factors, plan.orders, strict=True) if not is_power_of_two(order)
+    ]
+    orders = {f"high_order{i}": order for i, order in enumerate(plan.orders)} | {"high_blocks": plan.blocks}
+    inputs = [torch.cat((gate, up), -1), None] if stacked else [gate, up]
+    inputs = [*inputs, torch.cat(dense)] if dense else inputs
+    node = Node(library, "HadamardQuantize", inputs, 4, activation=1, stacked=stacked, high_width=n, **orders)
+    expected = hadamard_quantize(library, gate.flatten(0, 1), up.flatten(0, 1), [CodePart(8, n)], "silu")
+    low, high, scale, zero_point = node.run()
+    assert low.shape == (2, 5, 0) and torch.equal(high.flatten(0, 1), expected.rows[0])
+    assert torch.equal(scale.flatten(0, 1), expected.scale) and torch.equal(
+        zero_point.flatten(0, 1), expected.zero_point
+    )
+
+
+@pytest.mark.parametrize(("past", "room"), [(0, 0), (9, 0), (9, 20)])
+def test_rope_cache_and_attention(library, past, room):
+    """Without room, present is a longer copy of past; with room, past and present have as many rows."""
+    new, batch, d = 3, 2, 64
+    qkv, basis = random(batch, new, 8 * d), torch.linalg.qr(random(d, d))[0].contiguous()
+    cos, sin, weight = random(1, new, 32, seed=1), random(1, new, 32, seed=2), random(d, seed=3)
+    cache = empty_cache(batch, 2, max(past + new, room), HEAD, HEAD)
+    cache.keys[:, :, :past] = formats.pack_cache(random(batch, 2, past, d, seed=4), HEAD)
+    cache.values[:, :, :past] = formats.pack_cache(random(batch, 2, past, d, seed=5), HEAD)
+    cache.start.fill_(past)
+    before = [x[:, :, : room or past].clone() for x in (cache.keys, cache.values)]
+    mask = torch.ones(batch, past + new, dtype=torch.bool)
+    mask[1, :2] = past == 0
+    inputs = [qkv, cos, sin, *before, mask, basis, weight, weight]
+    q, keys, values = Node(library, "RopeCache", inputs, 3, epsilon=1e-6, **HEAD_ATTRIBUTES).run()
+    pieces = [x.unflatten(-1, (-1, d)) for x in qkv.split([4 * d, 2 * d, 2 * d], -1)]
+    expected = rope_cache(library, *pieces, (cos, sin), cache, basis, weight, weight, 1e-6)
+    assert torch.equal(q, expected) and torch.equal(keys, cache.keys) and torch.equal(values, cache.values)
+
+    operands, options = [q, keys, values, mask], dict(scale=0.125, window=5, softcap=3.0)
+    (y,) = Node(library, "Attention", operands, 1, **options, **HEAD_ATTRIBUTES).run()
+    assert torch.equal(y.unflatten(-1, (4, d)), attention(library, q, cache, 0.125, mask, 5, 3.0))
+    got = Node(library, "AttentionQuantize", operands, 4, **options, **(HEAD_ATTRIBUTES | {"low_bits": 3, "high_clip": 0.9})).run()
+    parts = [CodePart(3, 56, 4), CodePart(8, 8, 4, 0.9)]
+    assert_codes(got, attention(library, q, cache, 0.125, mask, 5, 3.0, None, parts), (batch, new))
+
+
+def test_errors_name_the_node(library):
+    def fails(message, *arguments, **attributes):
+        with pytest.raises(Exception, match=f"(?s){message}") as caught:
+            Node(library, *arguments, **attributes).run()
+        assert "the_node" in str(caught.value) or "attributes" in message
+
+    fails("x does not fit: expected as many columns as its parts", "NormQuantize", [random(1, 3, 40)], 4, low_width=41)
+    fails("weight does not fit", "NormQuantize", [random(1, 3, 40), random(39)], 4, low_width=40)
+    fails(
+        "attributes of a NormQuantize node do not fit", "NormQuantize", [random(1, 3, 40)], 4, low_width=40, low_bits=9
+    )
+    fails("attributes of a NormQuantize node do not fit", "NormQuantize", [random(1, 3, 40)], 4)
+    fails("a transform does not fit", "HadamardQuantize", [random(1, 40)], 4, high_width=40, high_order0=20)
+    fails("factors does not fit", "HadamardQuantize", [random(1, 20)], 4, high_width=20, high_order0=20)
+    q, cache, mask = (
+        random(1, 1, 4, 64),
+        torch.zeros(1, 2, 4, HEAD.row_bytes, dtype=torch.uint8),
+        torch.ones(1, 5, dtype=torch.bool),
+    )
+    fails(
+        "present does not fit: expected a row for every token",
+        "Attention",
+        [q, cache, cache, mask],
+        1,
+        **HEAD_ATTRIBUTES,
+    )
+    fails("q does not fit", "Attention", [q[..., :32].contiguous(), cache, cache, mask], 1, **HEAD_ATTRIBUTES)
+    fails(
+        "attributes of a Attention node", "Attention", [q, cache, cache, mask], 1, **(HEAD_ATTRIBUTES | {"kv_heads": 3})
+    )
+    qkv, table = random(1, 1, 8 * 64), random(1, 1, 16)
+    fails(
+        "past does not fit",
+        "RopeCache",
+        [qkv, table, table, cache[:, :, :2], cache[:, :, :2], mask],
+        3,
+        **HEAD_ATTRIBUTES,
+    )
