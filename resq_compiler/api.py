@@ -24,7 +24,7 @@ from resq_compiler.calibration import precision
 from resq_compiler.calibration.data import calibration_windows
 from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
 from resq_compiler.errors import ModelError
-from resq_compiler.frontend.capture import Captured, capture
+from resq_compiler.frontend.capture import Captured, capture, runnable_attention
 from resq_compiler.frontend.models import LoadedModel, load_model
 from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
@@ -38,13 +38,14 @@ from resq_compiler.pipeline.stages import Stage
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig
 from resq_compiler.storage.quantization_config import versions
-from resq_compiler.util import memory
+from resq_compiler.util import memory, torch_state
 
 log = logging.getLogger("resq_compiler")
 
 Progress = Callable[[str, int, int], None]
 
 
+@torch_state.compiling()
 def compile(
     model: PreTrainedModel | str | Path,
     calib_data: Any = None,
@@ -134,8 +135,12 @@ def load(directory: str | Path, device: torch.device | str | None = None) -> Com
 
 def _about(loaded: LoadedModel) -> dict[str, Any]:
     """What a result keeps of the float model beside its graph."""
+    config = copy.deepcopy(loaded.model.config)
+    config._attn_implementation = (
+        "sdpa"  # what the graph has; transformers refuses some others in a class that does not name them
+    )
     return {
-        "config": copy.deepcopy(loaded.model.config),
+        "config": config,
         "generation_config": copy.deepcopy(loaded.model.generation_config),
         "tokenizer": loaded.tokenizer,
         "source": loaded.source,
@@ -180,16 +185,19 @@ def _calibration(
     if not needs_calibration(passes):
         return None
     vocab_size = loaded.model.config.get_text_config().vocab_size
-    return calibration_windows(
-        calib_data, model=loaded.model, tokenizer=loaded.tokenizer, samples=config.calibration_samples,
-        sequence_length=config.calibration_length, seed=config.seed,
-        vocab_size=vocab_size, progress=lambda done, total: report("write calibration text", done, total),
-    )  # fmt: skip
+    with runnable_attention(loaded.model):
+        return calibration_windows(
+            calib_data, model=loaded.model, tokenizer=loaded.tokenizer, samples=config.calibration_samples,
+            sequence_length=config.calibration_length, seed=config.seed,
+            vocab_size=vocab_size, progress=lambda done, total: report("write calibration text", done, total),
+        )  # fmt: skip
 
 
 def _capture_float32(model: PreTrainedModel, own: bool, report: Progress) -> Captured:
     """Capture in float32; a model of another dtype is converted (a copy of it, if it is the user's)."""
     report("capture", 0, 1)
+    if any(p.is_inference() for p in model.parameters()):
+        model = copy.deepcopy(model)  # tensors made in inference mode can be read, but not traced
     if model.dtype != torch.float32:
         log.info("the model is %s; it is compiled in float32", model.dtype)
         model = (model if own else copy.deepcopy(model)).float()

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import resq_compiler
 from resq_compiler import api
@@ -176,3 +177,40 @@ def test_calibration_is_not_asked_for_when_nothing_needs_it(text, tiny, captured
 def test_notes_say_what_stays_online(compile_tiny):
     assert any("U_A stays online" in n for n in compile_tiny("gemma2")[0].notes)
     assert not any("U_A stays online" in n for n in compile_tiny("llama")[0].notes)
+
+
+def test_a_model_and_a_compile_under_switches_of_torch(compile_tiny):
+    """Inference mode, autocast and another default dtype around everything: the same bytes."""
+    with torch.inference_mode():
+        model = tiny_model("llama")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found = resq_compiler.compile(model, tiny_tokens(4, 32), recipe="resq", **SHORT, **RTN)
+            assert torch.get_default_dtype() == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert equal(found, compile_tiny("llama", **RTN)[0])
+
+
+def test_two_threads_compile_one_after_the_other(compile_tiny):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        arguments = {"recipe": "resq", **SHORT, **RTN}
+        jobs = [
+            pool.submit(resq_compiler.compile, tiny_model("llama"), tiny_tokens(4, 32), **arguments) for _ in range(2)
+        ]
+        assert all(equal(job.result(), compile_tiny("llama", **RTN)[0]) for job in jobs)
+
+
+def test_a_model_set_to_flex_attention(compile_tiny):
+    model = tiny_model("llama")
+    model.set_attn_implementation("flex_attention")
+    found = resq_compiler.compile(model, tiny_tokens(4, 32), recipe="resq", **SHORT, **RTN)
+    assert equal(found, compile_tiny("llama", **RTN)[0]) and model.config._attn_implementation == "flex_attention"
+
+
+def test_weights_that_are_not_in_memory_are_named():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_model("llama").config)
+    with pytest.raises(ModelError, match="20 weights are not in memory .*offloaded.*model.embed_tokens.weight"):
+        resq_compiler.compile(model, tiny_tokens(4, 32), **SHORT)

@@ -87,7 +87,7 @@ def capture(model: PreTrainedModel) -> Captured:
     was_training = model.training
     model.eval()
     try:
-        with _export_settings(model), torch.no_grad():
+        with exportable_attention(model), torch.no_grad():
             cache = _probe_cache(model)
             example = _example_arguments(model, cache)
             exported = torch.export.export(
@@ -110,8 +110,8 @@ def capture(model: PreTrainedModel) -> Captured:
 
 
 @contextlib.contextmanager
-def _export_settings(model: PreTrainedModel) -> Iterator[None]:
-    """One attention operator in the graph (SDPA), or the eager form where a soft-cap rules SDPA out."""
+def exportable_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model computes attention by one operator of the graph (SDPA), or the eager form where a soft-cap rules SDPA out."""
     before = model.config._attn_implementation
     text = model.config.get_text_config()
     eager = getattr(text, "attn_logit_softcapping", None) is not None or not getattr(
@@ -122,6 +122,16 @@ def _export_settings(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def runnable_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model set to flash or flex attention, which want a GPU or a compiler, runs here as well."""
+    if model.config._attn_implementation in (None, "eager", "sdpa"):
+        yield
+        return
+    with exportable_attention(model):
+        yield
 
 
 def _probe_cache(model: PreTrainedModel) -> tuple[CacheSpec, ...]:

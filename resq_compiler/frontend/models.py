@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from resq_compiler.errors import ModelError
+from resq_compiler.frontend.capture import runnable_attention
 from resq_compiler.util.install import install_command
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ def check_causal(model: PreTrainedModel) -> None:
     was_training = model.training
     ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=model.device)
     try:
-        logits = model.eval()(input_ids=ids).logits[:, :2].float()
+        with runnable_attention(model):
+            logits = model.eval()(input_ids=ids).logits[:, :2].float()
     except Exception as error:
         raise ModelError(
             f"model {type(model).__name__}: cannot compute logits from token ids alone: {type(error).__name__}: "
@@ -230,6 +232,12 @@ def _check_instance(model: PreTrainedModel) -> None:
     _check_config(model.config, where)
     if not model.can_generate():
         raise ModelError(f"{where}: {_no_head(type(model).__name__)}")
+    absent = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if absent:
+        raise ModelError(
+            f"{where}: {len(absent)} weights are not in memory (on the meta device, or offloaded by accelerate), the first is "
+            f"{absent[0]}; load the model again without device_map, or give its directory instead of the instance"
+        )
 
 
 def _check_config(config: Any, where: str) -> None:

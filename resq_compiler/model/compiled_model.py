@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from resq_compiler.backends.onnx import export_onnx
 from resq_compiler.errors import BackendError
 from resq_compiler.inspection.dump import dump_result
-from resq_compiler.ir.graph_tools import copy_graph
+from resq_compiler.ir import graph_tools
 from resq_compiler.model import cache as cache_tensors
 from resq_compiler.model.execution import Execution
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.stages import Stage
+from resq_compiler.storage.portable import from_portable, portable
 from resq_compiler.storage.reading import read
 from resq_compiler.storage.saving import save
 
 DOWNLOAD = ("revision", "cache_dir", "local_files_only", "force_download", "token")
-FROM_AUTO_CLASSES = ("config", "adapter_kwargs", "low_cpu_mem_usage", *DOWNLOAD)  # what they pass on, asked for or not
+FROM_AUTO_CLASSES = (
+    "config",
+    "adapter_kwargs",
+    "quantization_config",
+    "low_cpu_mem_usage",
+    *DOWNLOAD,
+)  # passed on unasked
 
 
 class CompiledModel(PreTrainedModel, GenerationMixin):
@@ -92,6 +101,33 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         """float32: codes are integers, everything between them is float32."""
         return torch.float32
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        """Behind `.to`, `.half` and their like: other devices, but no other dtype. Raises BackendError before anything changes."""
+        dtype = fn(torch.zeros(0, dtype=torch.float32)).dtype
+        if dtype != torch.float32:
+            raise BackendError(
+                f"a compiled model cannot be made {dtype}: codes are integers and what lies between them is float32; leave the dtype "
+                "out (.to(device) moves it), or use_backend('triton', dtype=...)"
+            )
+        moved: CompiledModel = super()._apply(fn, recurse)
+        return moved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """A model with tensors of its own, on the same backend; what describes the compile is shared."""
+        result = self.result
+        graph_module = graph_tools.snapshot(result.graph_module)
+        for name, value in result.graph_module.named_buffers():
+            graph_tools.set_tensor(graph_module, name, value.clone())
+        config, generation = copy.deepcopy((result.config, result.generation_config), memo)
+        again = CompiledModel(
+            dataclasses.replace(result, graph_module=graph_module, config=config, generation_config=generation)
+        )
+        return again.use_backend(self.backend, **self.execution.options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and torch.save: what `save_pretrained` keeps, so without stages; it comes back on the same backend."""
+        return _unpickled, (portable(self.result), self.backend, self.execution.options)
+
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is tied in a compiled graph."""
 
@@ -133,7 +169,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         lowered = self.execution.switch(result, name, options)
         passes = [stage for stage in self.stages if not stage.name.startswith("lower-")]
         if lowered and not passes:
-            passes = [Stage(0, "loaded", "", copy_graph(result.graph_module.graph), 0, 0.0, None)]
+            passes = [Stage(0, "loaded", "", graph_tools.copy_graph(result.graph_module.graph), 0, 0.0, None)]
         self.stages = [*passes, *lowered]
         return self
 
@@ -157,7 +193,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         """
         download = {key: options.pop(key) for key in DOWNLOAD if options.get(key) is not None}
         dtypes = (torch.float32, "float32", "auto")
-        harmless = {"dtype": dtypes, "torch_dtype": dtypes, "trust_remote_code": (True, False)}
+        harmless = {"dtype": dtypes, "torch_dtype": dtypes, "trust_remote_code": (True, False), "subfolder": ""}
         _refuse_options("from_pretrained", {k: v for k, v in options.items() if k not in FROM_AUTO_CLASSES}, harmless)
         if isinstance(device_map, dict):
             (device_map,) = set(device_map.values())
@@ -173,6 +209,10 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         Raises:  DumpError: the directory cannot be written.
         """
         return dump_result(self.result, directory, tokens)
+
+
+def _unpickled(contents: dict[str, Any], backend: str, options: dict[str, Any]) -> CompiledModel:
+    return CompiledModel(from_portable(contents)).use_backend(backend, **options)
 
 
 def _refuse_inputs(given: Mapping[str, Any]) -> None:

@@ -10,17 +10,18 @@ from torch.fx import GraphModule
 from resq_compiler.backends import load_backend
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.stages import Stage
+from resq_compiler.util.torch_state import without_autocast
 
 
 class Execution(nn.Module):
     """Runs the graph on the chosen backend. One holder of the weights at a time: the graph, or a backend that packs them.
 
-    backend: its name. As a module it moves with `.to(device)`.
+    backend, options: its name and what it was made with. As a module it moves with `.to(device)`.
     """
 
     def __init__(self, graph_module: GraphModule):
         super().__init__()
-        self.backend = "reference"
+        self.backend, self.options = "reference", dict[str, Any]()
         self._graph: GraphModule | None = graph_module
         self._lowered: Any = None
 
@@ -39,7 +40,8 @@ class Execution(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Graph inputs to graph outputs."""
-        outputs: tuple[Tensor, ...] = self.runner(*tensors)
+        with without_autocast():
+            outputs: tuple[Tensor, ...] = self.runner(*tensors)
         return outputs
 
     def switch(self, result: CompileResult, name: str, options: dict[str, Any]) -> tuple[Stage, ...]:
@@ -55,5 +57,5 @@ class Execution(nn.Module):
             )
         self._graph = None if packs else result.graph_module
         del self._lowered  # one that was a module, registered as such, may be followed by one that is none
-        self._lowered, self.backend = lowered, name
+        self._lowered, self.backend, self.options = lowered, name, options
         return tuple(getattr(lowered, "stages", ()))

@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
-from torch.fx import GraphModule
 from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from resq_compiler.errors import CheckpointError, ResqError
 from resq_compiler.frontend import capture
-from resq_compiler.ir import graph_tools, serialize, verify
+from resq_compiler.ir import serialize
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.storage import quantization_config, tensor_files
 from resq_compiler.storage.layout import CONFIG, GENERATION, GRAPH, TOKENIZER
+from resq_compiler.storage.portable import assembled
 from resq_compiler.storage.tensor_files import read_json
 
 
@@ -57,16 +56,11 @@ def _local(directory: str | Path, download: Mapping[str, Any]) -> Path:
 
 
 def _build(path: Path, config: dict[str, Any], options: CompileConfig, data: Mapping[str, Any]) -> CompileResult:
-    graph = serialize.dict_to_graph(data)
+    serialize.dict_to_graph(data)  # a malformed one is told before its tensors are read
     info = {n["target"]: n["tensor"] for n in data["nodes"] if n["op"] == "get_attr"}
-    gm = GraphModule(torch.nn.Module(), torch.fx.Graph(), class_name="CompiledGraph")
-    for name, value in tensor_files.read(path, info).items():
-        graph_tools.set_tensor(gm, name, value)
-    gm.graph = graph
     cache = tuple(capture.CacheSpec(*map(int, spec)) for spec in data["cache"])
     hf_config = _source_config(config["source_config"])
-    verify.check_graph(gm)
-    verify.propagate_shapes(gm, capture.concrete_example(hf_config.get_text_config().vocab_size, cache))
+    gm = assembled(data, tensor_files.read(path, info), cache, hf_config.get_text_config().vocab_size)
     quantization = config["quantization_config"]
     return CompileResult(
         gm, options, cache, hf_config, GenerationConfig.from_dict(read_json(path / GENERATION)), _tokenizer(path, hf_config),
@@ -75,10 +69,13 @@ def _build(path: Path, config: dict[str, Any], options: CompileConfig, data: Map
 
 
 def _source_config(values: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of the float original; of a class that transformers does not know, its plain values."""
     model_type = values["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(f"model type {model_type!r} is unknown to the installed transformers; upgrade it")
-    return CONFIG_MAPPING[model_type].from_dict(values)
+    if model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type].from_dict(values)
+    config = PreTrainedConfig.from_dict(values)
+    config.model_type = model_type  # type: ignore[misc]
+    return config
 
 
 def _tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
 from resq_compiler.errors import BackendError
-from resq_compiler.tiny import tiny_tokens
+from resq_compiler.tiny import tiny_tokenizer, tiny_tokens
 
 EXACT = {"weight_bits": 16, "activation_bits": 16, "kv_bits": 16}
 TOLERANCE = 1e-4  # relative, float32: what the pipeline allows an exact pass; measured near 1e-6
@@ -125,6 +129,62 @@ def test_filled_caches_of_other_kinds_are_refused(exact, tiny):
         exact(IDS, past_key_values=cache)
 
 
+def test_copies_are_models_of_their_own(compiled):
+    model = compiled("llama")
+    again = copy.deepcopy(model)
+    assert torch.equal(again(IDS, MASK).logits, model(IDS, MASK).logits)
+    assert [s.label for s in again.stages] == [s.label for s in model.stages] and again.notes == model.notes
+    next(again.buffers()).zero_()
+    assert next(model.buffers()).any()
+
+
+@pytest.mark.parametrize("keep", ["pickle", "torch.save"])
+def test_pickled_models_are_the_same(compiled, keep):
+    model, file = compiled("llama"), io.BytesIO()
+    (pickle.dump if keep == "pickle" else torch.save)(model, file)
+    file.seek(0)
+    again = pickle.load(file) if keep == "pickle" else torch.load(file, weights_only=False)
+    assert torch.equal(again(IDS, MASK).logits, model(IDS, MASK).logits)
+    assert (again.options, again.notes, again.source) == (model.options, model.notes, model.source)
+    assert torch.equal(again.sample_ids, model.sample_ids)
+
+
+def test_a_copy_computes_on_the_same_backend(compiled):
+    pytest.importorskip("onnxruntime")
+    model = copy.deepcopy(compiled("llama")).use_backend("onnx")
+    again = copy.deepcopy(model)
+    assert again.backend == "onnx" and torch.equal(again(IDS, MASK).logits, model(IDS, MASK).logits)
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.double(), lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu", torch.float16),
+])  # fmt: skip
+def test_other_dtypes_are_refused_and_nothing_changes(compiled, change):
+    model = compiled("llama")
+    before = {name: value.dtype for name, value in model.named_buffers()}
+    with pytest.raises(BackendError, match="cannot be made torch.* leave the dtype out"):
+        change(model)
+    assert {name: value.dtype for name, value in model.named_buffers()} == before
+
+
+def test_moving_without_another_dtype(compiled):
+    model = compiled("llama")
+    expected = model(IDS).logits
+    assert torch.equal(model.to("cpu").float().to(torch.float32)(IDS).logits, expected)
+
+
+def test_switches_of_torch_change_nothing(compiled):
+    model = compiled("llama")
+    expected = model(IDS).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        assert torch.equal(model(IDS).logits, expected)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(model(IDS).logits, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="module")
 def harness(compiled):
     """The quantized model inside lm-eval, with a tokenizer of 131 words."""
@@ -161,3 +221,13 @@ def test_lm_eval_generate_until(harness, compiled):
     ids = harness.tokenizer("w1 w2 w3", return_tensors="pt").input_ids
     expected = compiled("llama").generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, 3:]
     assert texts == [harness.tokenizer.decode(expected, skip_special_tokens=True)]
+
+
+def test_lm_eval_opens_a_saved_model(compiled, tmp_path):
+    """As `lm_eval --model hf --model_args pretrained=DIR`."""
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    model = copy.deepcopy(compiled("llama"))
+    model.tokenizer = tiny_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    opened = huggingface.HFLM(pretrained=str(tmp_path / "model"), device="cpu", max_length=64)
+    assert torch.equal(opened.model(IDS).logits, model(IDS).logits)

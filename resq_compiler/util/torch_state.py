@@ -1,0 +1,33 @@
+"""Switches of torch that change what is computed. Compiled models are defined without them, whatever a caller has on."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+_compiling = threading.RLock()
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, products are computed in the dtypes of their inputs."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, one thread compiles (torch.export and the default dtype are the process's), in float32, outside of inference mode.
+
+    A second thread waits.
+    """
+    with _compiling, torch.inference_mode(False), without_autocast():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
