@@ -1,4 +1,4 @@
-"""Write the pages that come from the code: options.md. `--check` only says whether they are current.
+"""Write the pages that come from the code: options.md and passes.md. `--check` only says whether they are current.
 
 python docs/generate.py
 """
@@ -9,9 +9,13 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from resq_compiler.passes import PASSES
+
 from resq_compiler.cli.commands import COMMANDS
 from resq_compiler.cli.commands.options import HELP
-from resq_compiler.recipes.named import RECIPES
+from resq_compiler.pipeline import options as pass_options
+from resq_compiler.pipeline.passes import Pass
+from resq_compiler.recipes.named import RECIPES, passes_for, resolve
 from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig, base_type
 
 FOLDER = Path(__file__).parent
@@ -92,7 +96,72 @@ def _commands() -> str:
     return "## Commands\n\nEach has its flags in `resq COMMAND --help`.\n\n| command | |\n|---|---|\n" + "\n".join(rows)
 
 
-PAGES = {"options.md": options_page}
+def passes_page() -> str:
+    """Every pass with its options, and every recipe as passes."""
+    recipes = "\n\n".join(f"`{name}`:\n\n```text\n{_text_form(name)}\n```" for name in RECIPES)
+    return _PASSES.format(
+        passes="\n".join(map(_pass_row, PASSES.values())),
+        options="\n\n".join(_pass_options(kind) for kind in PASSES.values() if dataclasses.fields(kind)),
+        recipes=recipes,
+    )
+
+
+_PASSES = """# Passes
+
+<!-- written by docs/generate.py from the code; change the code, then run: python docs/generate.py -->
+
+What each pass is for is in [architecture.md](architecture.md#passes). A pass needs the facts of the second column, which a pass before it
+provides; a list of passes in which one is missing is refused before anything runs. `Topology` is what was found in the graph, `ColumnPlan` says
+how many bits each column of each site gets, `Bases` are the changes of basis. Exact passes leave the function of the model as it is.
+
+| pass | needs | provides | exact |
+|---|---|---|---|
+{passes}
+
+## Options
+
+Options of a pass are the fields of its class in `resq_compiler.passes`; in text, `-` stands for `_`.
+
+{options}
+
+## Recipes as passes
+
+A recipe is a tuple of passes. Options that are not named have their defaults.
+
+{recipes}
+"""
+
+
+def _pass_row(kind: type[Pass]) -> str:
+    facts = [", ".join(f"`{fact.__name__}`" for fact in group) for group in (kind.requires, kind.provides)]
+    return f"| `{kind.name}` | {facts[0]} | {facts[1]} | {'yes' if kind.exact else 'no'} |"
+
+
+def _pass_options(kind: type[Pass]) -> str:
+    rows = [
+        f"| `{pass_options.shown_name(field.name)}` | {_pass_default(field)} | {_pass_values(kind, field)} |"
+        for field in dataclasses.fields(kind)
+    ]
+    return f"### {kind.name}\n\n| option | default | values |\n|---|---|---|\n" + "\n".join(rows)
+
+
+def _pass_default(field: dataclasses.Field) -> str:
+    value = field.default
+    return "none" if value is None or str(value) == "" else f"`{pass_options.value_text(value)}`"
+
+
+def _pass_values(kind: type[Pass], field: dataclasses.Field) -> str:
+    allowed = pass_options.alternatives(pass_options.option_types(kind)[field.name])
+    return pass_options.expected(allowed, field).replace(
+        "SiteShares", "shares of sites, such as `mlp=1/4,down.3=1/2@6`"
+    )
+
+
+def _text_form(recipe: str) -> str:
+    return "\n".join(str(item) for item in passes_for(resolve(recipe)))
+
+
+PAGES = {"options.md": options_page, "passes.md": passes_page}
 
 
 def main() -> int:

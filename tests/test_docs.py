@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from resq_compiler.passes import PASSES
 
 from resq_compiler import __version__, errors
 from resq_compiler.cli import main
@@ -112,10 +113,8 @@ def test_every_option_recipe_and_command_is_documented():
 
 def test_every_pass_is_documented():
     page = PAGES[DOCS / "architecture.md"]
-    for item in named.passes_for(
-        named.resolve("resq", down_proj="energy-split", average_bits=4.5, prefix_tokens="auto")
-    ):
-        assert f"| {item.name} |" in page, item.name
+    for name in PASSES:
+        assert f"| {name} |" in page, name
     assert len(TINY_FAMILIES) == 12 and "twelve tiny models" in page
 
 
