@@ -110,9 +110,10 @@ _PASSES = """# Passes
 
 <!-- written by docs/generate.py from the code; change the code, then run: python docs/generate.py -->
 
-What each pass is for is in [architecture.md](architecture.md#passes). A pass needs the facts of the second column, which a pass before it
-provides; a list of passes in which one is missing is refused before anything runs. `Topology` is what was found in the graph, `ColumnPlan` says
-how many bits each column of each site gets, `Bases` are the changes of basis. Exact passes leave the function of the model as it is.
+What each pass is for is in [architecture.md](architecture.md#passes). A pass needs the facts of the second column, which a pass
+before it provides; a list of passes in which one is missing is refused before anything runs. `Topology` is what was found in the
+graph, `ColumnPlan` says how many bits each column of each site gets, `Bases` are the changes of basis. Exact passes leave the
+function of the model as it is.
 
 | pass | needs | provides | exact |
 |---|---|---|---|

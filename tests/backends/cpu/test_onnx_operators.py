@@ -140,7 +140,9 @@ def test_rope_cache_and_attention(library, past, room):
     operands, options = [q, keys, values, mask], dict(scale=0.125, window=5, softcap=3.0)
     (y,) = Node(library, "Attention", operands, 1, **options, **HEAD_ATTRIBUTES).run()
     assert torch.equal(y.unflatten(-1, (4, d)), attention(library, q, cache, 0.125, mask, 5, 3.0))
-    got = Node(library, "AttentionQuantize", operands, 4, **options, **(HEAD_ATTRIBUTES | {"low_bits": 3, "high_clip": 0.9})).run()
+    got = Node(
+        library, "AttentionQuantize", operands, 4, **options, **(HEAD_ATTRIBUTES | {"low_bits": 3, "high_clip": 0.9})
+    ).run()
     parts = [CodePart(3, 56, 4), CodePart(8, 8, 4, 0.9)]
     assert_codes(got, attention(library, q, cache, 0.125, mask, 5, 3.0, None, parts), (batch, new))
 
