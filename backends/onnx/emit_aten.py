@@ -72,10 +72,25 @@ def linear(low: Lowering, node: Node) -> Value:
 def operand(low: Lowering, value: Any, dtype: torch.dtype) -> str:
     """A tensor or a number as a tensor of that type."""
     if not isinstance(value, Node):
-        return low.b.constant(np.array(value, torch.empty(0, dtype=dtype).numpy().dtype))
+        return low.b.constant(np.array(value, torch.empty(0, dtype=stored(dtype)).numpy().dtype))
     name, found = low.exact(value), values.value(value)
     given = found.dtype if isinstance(found, torch.Tensor) else torch.int64  # a size is int64
-    return name if given == dtype else low.b.op("Cast", name, to=element_type(dtype))
+    if given == dtype:
+        return name
+    name = name if stored(given) == stored(dtype) else low.b.op("Cast", name, to=element_type(stored(dtype)))
+    return rounded(low, name, dtype)
+
+
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """The type of a value in ONNX: bfloat16, which few ONNX operators take, is float32 that is rounded after every operator."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def rounded(low: Lowering, name: str, dtype: torch.dtype) -> str:
+    """A result in the precision of its type."""
+    if dtype != torch.bfloat16:
+        return name
+    return low.b.op("Cast", low.b.op("Cast", name, to=TensorProto.BFLOAT16), to=TensorProto.FLOAT)
 
 
 @emits(*BINARY)
@@ -86,7 +101,8 @@ def binary(low: Lowering, node: Node) -> Value:
             f"onnx: node {node.name} ({node.target}): only alpha=1 and true division have an ONNX form, got {node.kwargs}"
         )
     dtype = values.dtype(node)
-    return Value(low.b.op(BINARY[node.target], *(operand(low, value, dtype) for value in operands(node))))
+    y = low.b.op(BINARY[node.target], *(operand(low, value, dtype) for value in operands(node)))
+    return Value(rounded(low, y, dtype))
 
 
 @emits(*COMPARISON)
@@ -138,7 +154,8 @@ def masked_fill(low: Lowering, node: Node) -> Value:
 @emits(*UNARY)
 def unary(low: Lowering, node: Node) -> Value:
     """Elementwise operators of one tensor."""
-    return Value(low.b.op(UNARY[node.target], operand(low, node_arg(node, "self"), values.dtype(node))))
+    dtype = values.dtype(node)
+    return Value(rounded(low, low.b.op(UNARY[node.target], operand(low, node_arg(node, "self"), dtype)), dtype))
 
 
 @emits(aten.square.default)
@@ -173,7 +190,7 @@ def gelu(low: Lowering, node: Node) -> Value:
     return Value(low.b.op("Gelu", low.exact(node_arg(node, "self")), approximate=argument(node, "approximate")))
 
 
-@emits(aten.to.dtype, aten._to_copy.default, aten.to.device, aten.to.dtype_layout)
+@emits(aten.to.dtype, aten._to_copy.default, aten.to.device)
 def cast(low: Lowering, node: Node) -> Value:
     """Another type; devices mean nothing here."""
     return Value(operand(low, node_arg(node, "self"), values.dtype(node)))

@@ -202,8 +202,6 @@ def index(low: Lowering, node: Node) -> Value:
     """x[:, .., i] by Gather; x[i, j, ..] by GatherND of indices broadcast against each other."""
     x, indices = low.exact(node_arg(node, "self")), argument(node, "indices")
     given = [(axis, found) for axis, found in enumerate(indices) if found is not None]
-    if any(values.dtype(found) == torch.bool for _, found in given):
-        raise BackendError(f"onnx: node {node.name}: an index that is a mask has no ONNX form with a known shape")
     if len(given) == 1:
         axis, found = given[0]
         return Value(low.b.op("Gather", x, low.exact(found), axis=axis))
