@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from onnx import TensorProto
 from resq_compiler.backends.onnx.form_fused import FusedForm
-from resq_compiler.backends.onnx.forms import FLT_MIN, Form, low_and_scale, scale_of
+from resq_compiler.backends.onnx.forms import Form, least_top, low_and_scale, scale_of
 from resq_compiler.backends.onnx.images import parts_image, parts_of_heads
 from resq_compiler.backends.onnx.integer_weights import (
     correction_count,
@@ -62,7 +62,7 @@ class IntegerForm(FusedForm):
             return Codes(bits, groups, width, source=x)
         piece, zeros = self._zeros(low, node)
         if piece is not None and zeros:
-            x = with_zeros(low, piece, zeros, bits)
+            x = with_zeros(low, piece, zeros, least_top(bits, clip))
             width += abs(zeros)
             least, most = (low.b.op(kind, x, low.b.ints(-1), keepdims=1) for kind in ("ReduceMin", "ReduceMax"))
             bottom, scale = scale_of(low, least, most, bits, clip)
@@ -196,15 +196,15 @@ def integer_only(plan: Plan) -> set[Node]:
     return found - mixed - other
 
 
-def with_zeros(low: Lowering, piece: Columns, zeros: int, bits: int) -> str:
+def with_zeros(low: Lowering, piece: Columns, zeros: int, least: float) -> str:
     """The columns of `piece` cut out of their source with zeros before or behind them, in one Pad with a negative end.
 
     The zeros stand in for clipping the range to 0, and their codes, equal to the zero point, are the correction columns. They are
-    the least positive number that keeps the scale normal: a row of zeros has a scale of FLT_MIN as in the law.
+    `least`, the least number that keeps the scale normal: a row of zeros has a scale of FLT_MIN as in the law.
     """
     before, behind = max(zeros, 0) - piece.start, max(-zeros, 0) - (values.width(piece.x) - piece.stop)
     pads = low.b.ints(0, 0, before, 0, 0, behind)
-    return low.b.op("Pad", low.exact(piece.x), pads, low.b.number((2**bits - 1) * FLT_MIN))
+    return low.b.op("Pad", low.exact(piece.x), pads, low.b.number(least))
 
 
 def runtime_one(low: Lowering) -> str:

@@ -57,8 +57,10 @@ class QdqForm(Form):
     def _linear(self, low: Lowering, linear: Product) -> Value:
         branches = []
         for term in linear.terms:
-            x = self.linear_input(low, low.value(term.source))
-            branches.append(low.b.op("MatMul", x, self.weight(low, term)))
+            source = low.value(term.source)
+            x = self.linear_input(low, source)
+            is_dequantized = isinstance(source, Codes) and not source.image
+            branches.append(low.b.op("MatMul", x, self.weight(low, term, apart=not is_dequantized)))
         total = sum_of(low, branches)
         bias = linear.bias_array
         return Value(total if bias is None else low.b.op("Add", total, low.b.constant(bias)))
@@ -67,11 +69,21 @@ class QdqForm(Form):
         """The float input of a linear, [B, S, K]."""
         return self.image(low, source) if isinstance(source, Codes) else low.fx_layout(source)
 
-    def weight(self, low: Lowering, term: Term) -> str:
-        """DequantizeLinear of codes [N, K], turned: ONNX Runtime would make [K, N] a MatMulNBits that rounds activations again."""
-        codes = stored_codes(low.b, np.ascontiguousarray(term.codes.T), term.weight_bits, term.name)
-        image = low.b.op("DequantizeLinear", codes, stacked_scales(low.b, [term]), axis=0)
-        return low.b.op("Transpose", image, perm=[1, 0])
+    @staticmethod
+    def weight(low: Lowering, term: Term, *, apart: bool) -> str:
+        """DequantizeLinear of codes [N, K], turned.
+
+        ONNX Runtime makes a DequantizeLinear that a MatMul reads a MatMulNBits, which rounds activations to int8 again. It does not
+        where they come out of a DequantizeLinear too; where they do not, the weight is kept `apart`: a transposition is moved in front
+        of a DequantizeLinear of 8 bits, but not through a Reshape.
+        """
+        b, (out, width) = low.b, term.qdata.shape
+        codes = stored_codes(b, np.ascontiguousarray(term.codes.T), term.weight_bits, term.name)
+        image = b.op("DequantizeLinear", codes, stacked_scales(b, [term]), axis=0)
+        if not apart:
+            return b.op("Transpose", image, perm=[1, 0])
+        turned = b.op("Transpose", b.op("Reshape", image, b.ints(1, out, width)), perm=[0, 2, 1])
+        return b.op("Reshape", turned, b.ints(width, out))
 
 
 class WeightOnlyForm(QdqForm):

@@ -152,12 +152,21 @@ class Form(ABC):
 def low_and_scale(low: Lowering, x: str, bits: int, clip: float) -> tuple[str, str]:
     """lo = min(x, 0) clip and scale = max((hi - lo) / (2^b - 1), FLT_MIN) of the law, last dimension 1.
 
-    The floor of the scale is put under hi: the quotient of its multiple is FLT_MIN exactly, and one node is saved.
+    The floor of the scale is put under hi, which saves a node.
     """
-    b, levels = low.b, (2**bits - 1) / clip
+    b = low.b
     least, most = b.op("ReduceMin", x, b.ints(-1), keepdims=1), b.op("ReduceMax", x, b.ints(-1), keepdims=1)
-    bottom, top = at_most(low, least, 0.0), at_least(low, most, levels * FLT_MIN)
+    bottom, top = at_most(low, least, 0.0), at_least(low, most, least_top(bits, clip))
     return scale_of(low, bottom, top, bits, clip)
+
+
+def least_top(bits: int, clip: float) -> float:
+    """The least hi that gives a scale of at least FLT_MIN in float32: one below would be flushed to zero."""
+    levels, ratio = np.float32(2**bits - 1), np.float32(clip)
+    top = np.float32(levels / ratio * np.float32(FLT_MIN))
+    while top * ratio / levels < np.float32(FLT_MIN):
+        top = np.nextafter(top, np.float32(np.inf))
+    return float(top)
 
 
 def scale_of(low: Lowering, bottom: str, top: str, bits: int, clip: float) -> tuple[str, str]:

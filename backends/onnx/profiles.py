@@ -43,7 +43,7 @@ PROFILES = {
         ),
         Profile(
             "weight-only", WeightOnlyForm, "runtimes that take INT4 and INT8 for weights only, opset 21; activations rounded by arithmetic",
-            "1.20", {"session.qdq_matmulnbits_accuracy_level": "1", **FLUSH_DENORMALS},
+            "1.20", {"session.disable_quant_qdq": "1", **FLUSH_DENORMALS},
         ),
     )
 }  # fmt: skip

@@ -63,18 +63,19 @@ def test_types_that_are_asked_for(dtype):
     check_call(aten.new_ones.default, COUNTS, [], dtype=torch.bool)
 
 
-@pytest.mark.parametrize(
-    ("target", "arguments"),
-    [(aten.split.Tensor, (2, -1)), (aten.split.Tensor, (4, 3)), (aten.split_with_sizes.default, ([1, 5], 3)), (aten.chunk.default, (3, -1))],
-)  # fmt: skip
-def test_pieces(target, arguments):
-    pieces = getattr(torch.ops.aten, str(target).split(".")[1])(X, *arguments)
-    for index in (0, len(pieces) - 1):
-        check(
-            {"x": X},
-            lambda graph, x: graph.call(operator.getitem, graph.call(target, x, *arguments), index),
-            tolerance=0,
-        )  # noqa: B023
+PIECES = [
+    (aten.split.Tensor, (2, -1), 3), (aten.split.Tensor, (4, 3), 2), (aten.split_with_sizes.default, ([1, 5], 3), 2),
+    (aten.chunk.default, (3, -1), 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("target", "arguments", "count"), PIECES)
+def test_pieces(target, arguments, count, last):
+    def build(graph, x):
+        return graph.call(operator.getitem, graph.call(target, x, *arguments), count - 1 if last else 0)
+
+    check({"x": X}, build, tolerance=0)
 
 
 def test_a_split_of_an_axis_whose_length_may_change_is_refused():

@@ -9,12 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 from resq_compiler.backends.onnx import build_model
 from resq_compiler.backends.onnx.session import open_session
 
 from resq_compiler.tiny import TINY_FAMILIES
 from tests.backends.onnx.conftest import example, reference, relative, visible
+from tests.backends.onnx.graphs import Pad
 
 ROUNDING = 1e-5  # float32 sums in another order
 DIFFERENT = (
@@ -88,10 +88,12 @@ def test_standard_profiles_match_reference(compile_tiny, family, profile):
     assert_same(outputs(model, feeds), reference(compiled, tensors), tensors)
 
 
-def test_qdq_is_exact_without_session_options(compile_tiny):
+@pytest.mark.parametrize("options", [{"lm_head_bits": 8}, {"activation_bits": 16}], ids=str)
+@pytest.mark.parametrize("profile", ["ort", "qdq", "weight-only"])
+def test_exact_without_session_options(compile_tiny, profile, options):
     """ONNX Runtime must not turn a linear into a MatMulNBits, whose default rounds activations to int8 again."""
-    compiled, _ = compile_tiny("llama", weight_method="rtn", lm_head_bits=8)
-    session = onnxruntime.InferenceSession(build_model(compiled, "qdq", embedding="float32").SerializeToString())
+    compiled, _ = compile_tiny("llama", weight_method="rtn", **options)
+    session = onnxruntime.InferenceSession(build_model(compiled, profile, embedding="float32").SerializeToString())
     tensors, feeds = example(compiled)
     assert_same(session.run(None, feeds), reference(compiled, tensors), tensors)
 
@@ -119,15 +121,6 @@ def test_options(compile_tiny, options, profile):
     model = build_model(compiled, profile, embedding="float32")
     tensors, feeds = example(compiled)
     assert_same(outputs(model, feeds), reference(compiled, tensors), tensors)
-
-
-class Pad(OpRun):
-    """Negative pads cut, says the standard; onnx's evaluator has no form for them."""
-
-    def _run(self, x, pads, value, mode=None):
-        before, behind = np.split(pads, 2)
-        cut = tuple(slice(max(-b, 0), n - max(-e, 0)) for b, e, n in zip(before, behind, x.shape, strict=True))
-        return (np.pad(x[cut], np.maximum(np.stack([before, behind], 1), 0), constant_values=value),)
 
 
 @pytest.mark.parametrize("profile", ["ort", "qdq", "weight-only"])
