@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from resq_compiler.backends.fused.formats import Codes
+from resq_compiler.backends.fused.kernels import Norm, Rotation, Scores
 from resq_compiler.backends.triton import shapes
-from resq_compiler.backends.triton.attention import attention
+from resq_compiler.backends.triton.attention import attention_quantize
 from resq_compiler.backends.triton.hadamard_quantize import hadamard_quantize
 from resq_compiler.backends.triton.mixed_linear import mixed_linear
 from resq_compiler.backends.triton.norm_quantize import norm_quantize
@@ -18,7 +20,13 @@ from resq_compiler.backends.triton.rope_cache import rope_cache
 from resq_compiler.backends.triton.shapes import BlockShape, meta, meta_cache, meta_weight
 from torch import Tensor, nn
 
-Codes = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
+
+def _codes(results: tuple[Tensor | None, ...]) -> Codes:
+    """What a kernel wrote, an absent part as an empty tensor."""
+    low, high, scale, zero_point = results
+    assert scale is not None and zero_point is not None
+    nothing = scale.new_empty(scale.shape[0], 0, dtype=torch.int8)
+    return Codes(nothing if low is None else low, nothing if high is None else high, scale, zero_point)
 
 
 class KernelBlock:
@@ -38,36 +46,33 @@ class KernelBlock:
         )
 
     def norm(self, x: Tensor) -> Codes:
-        return norm_quantize(x, self.shape.parts(), "rms")
+        return _codes(norm_quantize(x, self.shape.parts(), Norm("rms")))
 
     def qkv(self, codes: Codes) -> Tensor:
-        return mixed_linear(*codes, self.qkv_weight, out_dtype=self.x.dtype)
+        return mixed_linear(codes, self.qkv_weight, out_dtype=self.x.dtype)
 
     def rope(self, qkv: Tensor) -> Tensor:
         heads = qkv.view(1, self.tokens, -1, self.shape.head_dim)
         q, k, v = heads.split([self.shape.heads, self.shape.kv_heads, self.shape.kv_heads], dim=2)
-        layout = self.shape.cache()
-        return rope_cache(q, k, v, self.angles, self.angles, self.u, *self.cache, layout, layout)
+        return rope_cache(q, k, v, Rotation(self.angles, self.angles, self.u), self.cache)
 
     def attend(self, q: Tensor) -> Codes:
-        layout, scale = self.shape.cache(), self.shape.head_dim**-0.5
-        return attention(
-            q, *self.cache, self.mask, layout, layout, scale, self.total, out_layouts=self.shape.head_parts()
-        )
+        scores = Scores(self.mask, self.shape.head_dim**-0.5)
+        return _codes(attention_quantize(q, self.cache, scores, self.shape.head_parts(), 1.0))
 
     def o(self, codes: Codes) -> Tensor:
-        return mixed_linear(*codes, self.o_weight, residual=self.x, out_dtype=self.x.dtype)
+        return mixed_linear(codes, self.o_weight, residual=self.x, out_dtype=self.x.dtype)
 
     def gate_up(self, codes: Codes) -> Tensor:
-        return mixed_linear(*codes, self.gate_up_weight, out_dtype=self.x.dtype)
+        return mixed_linear(codes, self.gate_up_weight, out_dtype=self.x.dtype)
 
     def hadamard(self, gate_up: Tensor) -> Codes:
         gate, up = gate_up.split(self.shape.ffn, -1)
         codes, scale, zero_point = hadamard_quantize(gate, up, self.shape.down_parts()[0])
-        return codes, None, scale, zero_point
+        return _codes((codes, None, scale, zero_point))
 
     def down(self, codes: Codes) -> Tensor:
-        return mixed_linear(*codes, self.down_weight, residual=self.x, out_dtype=self.x.dtype)
+        return mixed_linear(codes, self.down_weight, residual=self.x, out_dtype=self.x.dtype)
 
     def steps(self) -> list[tuple[str, Callable[[], object]]]:
         """(name, call) of every launch in order, each on what the one before it gives."""

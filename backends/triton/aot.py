@@ -149,8 +149,8 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _read_amdgcn(asm: dict) -> tuple[int, int, int]:
     text = asm["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
-    scratch = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
+    registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
+    scratch = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)[0])
     return registers, scratch, len(re.findall(r"^\s+[a-z]+_\w+ ", text, re.M))
 
 

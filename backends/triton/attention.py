@@ -16,8 +16,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from resq_compiler.backends.fused.formats import HeadParts
+from resq_compiler.backends.fused.kernels import LayerCache, Scores
 from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
-from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, next_power_of_two, unpack_rows
+from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, next_power_of_two
 from resq_compiler.backends.triton.launch import (
     arrival_counters,
     capability,
@@ -28,69 +30,13 @@ from resq_compiler.backends.triton.launch import (
     run,
     tiles,
 )
-from resq_compiler.backends.triton.norm_quantize import norm_quantize_ref
 from resq_compiler.backends.triton.shapes import GEMMA2_2B, LLAMA3_8B, SMOLLM2_135M, BlockShape, meta, meta_cache
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-def attention_ref(q, key_pages, value_pages, table, start, mask, key_layout, value_layout, scale,
-                  window=None, softcap=None, out_layouts=None, clip=1.0):  # fmt: skip
-    """The formula in torch; same arguments and results as `attention`, float32. Rows that see nothing give 0."""
-    b, s, h, _ = q.shape
-    total = int(start.max()) + s
-    k, v = (
-        read_cache_ref(pages, table, layout, total)
-        for pages, layout in ((key_pages, key_layout), (value_pages, value_layout))
-    )
-    k, v = (x.repeat_interleave(h // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("bshd,bhtd->bhst", q.float(), k) * scale
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    keys, slots = torch.arange(total), start[:, None].cpu() + torch.arange(s)
-    visible = keys <= slots[..., None]
-    visible = visible if window is None else visible & (keys > slots[..., None] - window)
-    visible = visible if mask is None else visible & (mask[:, None, :total] != 0)
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
-    p = torch.softmax(scores, -1).nan_to_num(0.0)
-    o = torch.einsum("bhst,bhtd->bshd", p, v)
-    if out_layouts is None:
-        return o
-    split = [x.flatten(2).flatten(0, 1) for x in (o[..., : value_layout.low], o[..., value_layout.low :])]
-    return norm_quantize_ref(torch.cat(split, -1), out_layouts, clip=clip)
-
-
-def read_cache_ref(pages: Tensor, table: Tensor, layout: HeadLayout, total: int) -> Tensor:
-    """The first `total` tokens of every sequence, dequantized: [B, Hkv, total, D] float32."""
-    chosen = pages[table[:, : -(-total // PAGE)].long()].transpose(1, 2)  # [B, Hkv, n, page_bytes]
-    sizes = [PAGE * layout.low_bytes, PAGE * layout.high_bytes, PAGE * 8, PAGE * 2]
-    low, high, scales, zero_points = chosen.split(sizes, -1)
-    scales = scales.contiguous().view(torch.float32).unflatten(-1, (PAGE, 2)).flatten(2, 3)[:, :, :total]
-    zero_points = zero_points.unflatten(-1, (PAGE, 2)).flatten(2, 3)[:, :, :total]
-    parts = []
-    for i, (block, width, bits) in enumerate(
-        ((low, layout.low, layout.low_bits), (high, layout.high, layout.high_bits))
-    ):
-        if width:
-            rows = block.unflatten(-1, (PAGE, -1)).flatten(2, 3)[:, :, :total]
-            used = rows[..., : (width + 1) // 2] if bits <= 4 else rows
-            codes = unpack_rows(used, _Loose(bits, width, used.shape[-1])).float()
-            parts.append((codes - zero_points[..., i, None]) * scales[..., i, None])
-    return torch.cat(parts, -1)
-
-
-class _Loose(PartLayout):
-    """A PartLayout whose rows have a given number of bytes."""
-
-    def __init__(self, bits: int, width: int, row: int) -> None:
-        super().__init__(bits, width)
-        object.__setattr__(self, "_row", row)
-
-    @property
-    def stride(self) -> int:
-        return self._row
+FourCodes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @triton.jit
@@ -126,13 +72,12 @@ def _key_scores(
 
 
 @triton.jit
-def _visible(o_t, o_slot, p_mask, T, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr):
+def _visible(o_t, o_slot, p_mask, T, WINDOW: tl.constexpr):
     """[BM, BN]: True where the query in slot o_slot sees token o_t."""
     visible = o_t[None, :] <= o_slot[:, None]
     if WINDOW > 0:
         visible &= o_t[None, :] > o_slot[:, None] - WINDOW
-    if HAS_MASK:
-        visible &= (tl.load(p_mask + o_t, mask=o_t < T, other=0) != 0)[None, :]
+    visible &= (tl.load(p_mask + o_t, mask=o_t < T, other=0) != 0)[None, :]
     return visible
 
 
@@ -259,7 +204,7 @@ def _sum_of_parts(p_parts, SPLIT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: 
 def _attention_kernel(
     p_q, p_keys, p_values, p_table, p_start, p_mask, p_out, p_low, p_high, p_scale, p_zp, p_ws, p_count,
     S, T, stride_mask, stride_table, sm_scale, softcap,
-    HQ: tl.constexpr, HK: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
+    HQ: tl.constexpr, HK: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     QUANT: tl.constexpr, CLIP: tl.constexpr, BITS_OL: tl.constexpr, BITS_OH: tl.constexpr,
     STRIDE_OL: tl.constexpr, STRIDE_OH: tl.constexpr,
     LOW_K: tl.constexpr, HIGH_K: tl.constexpr, BYTES_L_K: tl.constexpr, BYTES_H_K: tl.constexpr, PAGE_BYTES_K: tl.constexpr,
@@ -307,7 +252,7 @@ def _attention_kernel(
         s = s * sm_scale
         if HAS_CAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
-        visible = _visible(o_t, o_slot, p_mask + i_b * stride_mask, T, WINDOW, HAS_MASK)
+        visible = _visible(o_t, o_slot, p_mask + i_b * stride_mask, T, WINDOW)
         s = tl.where(visible, s * LOG2E, -1.0e30)
         new = tl.maximum(highest, tl.max(s, 1))
         shrink = tl.exp2(highest - new)
@@ -340,97 +285,97 @@ def _attention_kernel(
         _store_float(o_e, o_o, o_x, p_out, o_token * HQ + o_head, m_row, D, LOW_V, HIGH_V, BLOCK_M, BLOCK_LV, BLOCK_HV)
 
 
-def attention(
-    q: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    table: Tensor,
-    start: Tensor,
-    mask: Tensor | None,
-    key_layout: HeadLayout,
-    value_layout: HeadLayout,
-    scale: float,
-    total: int,
-    window: int | None = None,
-    softcap: float | None = None,
-    out_layouts: tuple[PartLayout, ...] | None = None,
-    clip: float = 1.0,
-):
+def attention(q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:
     """The formula above, in one launch.
 
-    Args:    q: [B, S, Hq, D] contiguous, in the basis of the keys.    key_pages, value_pages, table, start: as `rope_cache`,
-             which has appended the S new tokens.    mask: [B, total] bool or int8, 0 = padding, or None.
-             total: tokens in the cache including the new ones (the longest sequence).
-             out_layouts: None for a float result, else the parts of o_proj's input, one group a head, split as the values are.
-    Returns: [B, S, Hq, D] of q's dtype, or (low, high, scale, zero_point) as `norm_quantize` returns them for [B * S] rows.
+    Args:    q: [B, S, Hq, D] contiguous, in the basis of the keys.    cache: as `rope_cache` left it, the S new tokens included.
+             scores: mask [B, total], total: tokens in the cache including the new ones (of the longest sequence).
+    Returns: [B, S, Hq, D] of q's dtype.
     Raises:  BackendError: shapes that disagree, or operands that cannot be launched.
     """
-    device = check_launch(
-        "attention", q=q, key_pages=key_pages, value_pages=value_pages, table=table, start=start, mask=mask
-    )
-    batch, new, heads, d = q.shape
-    kv_heads = key_pages.shape[1]
-    _check_shapes(q, kv_heads, key_layout, value_layout, out_layouts)
-    rows = batch * new
-    out, codes = _allocate(q, out_layouts)
-    if rows == 0:
-        return out if out_layouts is None else codes
-    blocks = _part_blocks(key_layout, value_layout)
-    options = attention_tiles(new * (heads // kv_heads), batch * kv_heads, total, d, device, q.element_size())
-    n_tiles = triton.cdiv(new * (heads // kv_heads), options["BLOCK_M"])
-    split, row_floats = options["SPLIT"], 2 * blocks["BLOCK_LV"] + blocks["BLOCK_HV"] + 2
-    size = n_tiles * batch * kv_heads * split * options["BLOCK_M"] * row_floats if split > 1 else 1
-    workspace = torch.empty(size, dtype=torch.float32, device=device)
-    counters = arrival_counters(device, n_tiles * batch * kv_heads)
+    out = torch.empty_like(q)
+    _launch(q, cache, scores, out, (None, None, None, None), (), 1.0)
+    return out
+
+
+def attention_quantize(
+    q: Tensor, cache: LayerCache, scores: Scores, layouts: tuple[PartLayout, ...], clip: float
+) -> FourCodes:
+    """The same, quantized: layouts are the parts of o_proj's input, one group a head, split as the values are.
+
+    Returns: (low, high, scale, zero_point) as `norm_quantize` returns them for [B * S] rows.
+    """
+    rows, groups = q.shape[0] * q.shape[1], sum(la.groups for la in layouts)
+    made = {la.is_low: torch.empty(rows, la.row_bytes, dtype=torch.int8, device=q.device) for la in layouts}
+    scale = torch.empty(rows, groups, dtype=torch.float32, device=q.device)
+    codes = made.get(True), made.get(False), scale, torch.empty_like(scale, dtype=torch.int32)
+    _launch(q, cache, scores, None, codes, layouts, clip)
+    return codes
+
+
+def _launch(
+    q: Tensor, cache: LayerCache, scores: Scores, out: Tensor | None, codes: FourCodes,
+    layouts: tuple[PartLayout, ...], clip: float,
+) -> None:  # fmt: skip
+    """One launch that fills `out`, or `codes`."""
+    table, start, mask = cache.table, cache.start, scores.mask
+    device = check_launch("attention", q=q, keys=cache.keys, values=cache.values, table=table, start=start, mask=mask)
+    assert table is not None
+    (batch, new, heads, d), kv_heads, total = q.shape, cache.keys.shape[1], mask.shape[1]
+    _check_shapes(q, cache, layouts)
+    if batch * new == 0:
+        return
+    blocks = _part_blocks(cache)
+    rows, programs = new * (heads // kv_heads), batch * kv_heads
+    options = attention_tiles(rows, programs, total, d, device, q.element_size())
+    n_tiles, split = triton.cdiv(rows, options["BLOCK_M"]), options["SPLIT"]
+    floats = n_tiles * programs * split * options["BLOCK_M"] * (2 * blocks["BLOCK_LV"] + blocks["BLOCK_HV"] + 2)
+    workspace = torch.empty(floats if split > 1 else 1, dtype=torch.float32, device=device)
+    counters = arrival_counters(device, n_tiles * programs)
     pointers = [q if t is None else t for t in (out, *codes)]
-    strides = {la.packed: la.stride for la in out_layouts or ()}
-    bits = {la.packed: la.bits for la in out_layouts or ()}
     run(
-        _attention_kernel, (n_tiles, batch * kv_heads, split),
-        q, key_pages, value_pages, table, start, start if mask is None else mask, *pointers, workspace, counters,
-        new, total, 0 if mask is None else mask.stride(0), table.stride(0), scale, softcap or 1.0,
-        HQ=heads, HK=kv_heads, WINDOW=window or 0, HAS_MASK=mask is not None, HAS_CAP=softcap is not None,
-        QUANT=out_layouts is not None, CLIP=clip, BITS_OL=bits.get(True, 4), BITS_OH=bits.get(False, 8),
-        STRIDE_OL=strides.get(True, 0), STRIDE_OH=strides.get(False, 0),
-        **_cache_constants(key_layout, "_K"), **_cache_constants(value_layout, "_V"), **blocks,
+        _attention_kernel, (n_tiles, programs, split),
+        q, cache.keys, cache.values, table, start, mask, *pointers, workspace, counters,
+        new, total, mask.stride(0), table.stride(0), scores.scale, scores.softcap or 1.0,
+        HQ=heads, HK=kv_heads, WINDOW=scores.window or 0, HAS_CAP=scores.softcap is not None,
+        QUANT=out is None, CLIP=clip, **_output_constants(layouts),
+        **_cache_constants(cache.key_parts, "_K"), **_cache_constants(cache.value_parts, "_V"), **blocks,
         PAGE=PAGE, PRECISION=precision(), **options,
     )  # fmt: skip
-    return out if out_layouts is None else codes
 
 
-def _cache_constants(layout: HeadLayout, suffix: str) -> dict[str, int]:
+def _output_constants(layouts: tuple[PartLayout, ...]) -> dict[str, int]:
+    """Bits and strides of the output's codes."""
+    strides, bits = {la.is_low: la.stride for la in layouts}, {la.is_low: la.bits for la in layouts}
+    values = dict(BITS_OL=bits.get(True, 4), BITS_OH=bits.get(False, 8))
+    return values | dict(STRIDE_OL=strides.get(True, 0), STRIDE_OH=strides.get(False, 0))
+
+
+def _cache_constants(parts: HeadParts, suffix: str) -> dict[str, int]:
+    layout = HeadLayout.of(parts)
     return {name: value for name, value in layout.constants(suffix).items() if not name.startswith("BITS")}
 
 
-def _part_blocks(key_layout: HeadLayout, value_layout: HeadLayout) -> dict[str, int]:
+def _part_blocks(cache: LayerCache) -> dict[str, int]:
     """Padded columns of the low part's even half and of the high part, for keys and values."""
     blocks = {}
-    for suffix, layout in (("K", key_layout), ("V", value_layout)):
+    for suffix, layout in (("K", cache.key_parts), ("V", cache.value_parts)):
         blocks["BLOCK_L" + suffix] = max(16, next_power_of_two((layout.low + 1) // 2))
         blocks["BLOCK_H" + suffix] = max(16, next_power_of_two(layout.high))
     return blocks
 
 
-def _check_shapes(q: Tensor, kv_heads: int, key_layout: HeadLayout, value_layout: HeadLayout, out_layouts) -> None:
-    heads, d = q.shape[2:]
-    if not q.is_contiguous() or heads % kv_heads or key_layout.head_dim != d or value_layout.head_dim != d:
+def _check_shapes(q: Tensor, cache: LayerCache, layouts: tuple[PartLayout, ...]) -> None:
+    (heads, d), kv_heads = q.shape[2:], cache.keys.shape[1]
+    keys, values = cache.key_parts, cache.value_parts
+    if not q.is_contiguous() or heads % kv_heads or keys.head_dim != d or values.head_dim != d:
         raise BackendError(
-            f"attention: q {tuple(q.shape)} strides {q.stride()}, {kv_heads} key heads, layouts {key_layout}, {value_layout}; "
-            "expected contiguous [B, S, H, D] with H a multiple of the key heads and D the layouts' head_dim"
+            f"attention: q {tuple(q.shape)} strides {q.stride()}, {kv_heads} key heads, parts {keys}, {values}; "
+            "expected contiguous [B, S, H, D] with H a multiple of the key heads and D the parts' head_dim"
         )
-    widths = None if out_layouts is None else tuple((la.width, la.groups) for la in out_layouts)
-    expected = tuple((w, heads) for w in (value_layout.low, value_layout.high) if w)
-    if widths is not None and widths != expected:
+    widths, expected = [(la.width, la.groups) for la in layouts], [(b - a, heads) for _, a, b in values.spans]
+    if layouts and widths != expected:
         raise BackendError(f"attention: output parts {widths} (width, groups), the values are split as {expected}")
-
-
-def _allocate(q: Tensor, out_layouts: tuple[PartLayout, ...] | None):
-    if out_layouts is None:
-        return torch.empty_like(q), (None, None, None, None)
-    rows, groups = q.shape[0] * q.shape[1], sum(la.groups for la in out_layouts)
-    codes = {la.packed: torch.empty(rows, la.row_bytes, dtype=torch.int8, device=q.device) for la in out_layouts}
-    scale = torch.empty(rows, groups, dtype=torch.float32, device=q.device)
-    return None, (codes.get(True), codes.get(False), scale, torch.empty_like(scale, dtype=torch.int32))
 
 
 def attention_tiles(rows: int, heads: int, total: int, head_dim: int, device: torch.device, element_size: int) -> dict:
@@ -461,12 +406,10 @@ def _float32_tiles(block_m: int, head_dim: int) -> dict:
     return dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 
 
-def _aot(shape: BlockShape, new: int, total: int, **options) -> object:
+def _aot(shape: BlockShape, new: int, total: int, window: int | None = None, softcap: float | None = None) -> object:
     q = meta(1, new, shape.heads, shape.head_dim)
-    cache = meta_cache(shape, 1, total)
-    mask = meta(1, total, dtype=torch.bool)
-    layout = shape.cache()
-    return attention(q, *cache, mask, layout, layout, 0.1, total, out_layouts=shape.head_parts(), **options)
+    scores = Scores(meta(1, total, dtype=torch.bool), 0.1, window, softcap)
+    return attention_quantize(q, meta_cache(shape, 1, total), scores, shape.head_parts(), 1.0)
 
 
 AOT_SIGNATURES = {

@@ -14,9 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from resq_compiler.backends.triton.backend import TritonRunner
-from resq_compiler.backends.triton.cache import PagedTensor, block_table
-from resq_compiler.backends.triton.formats import PAGE
+from resq_compiler.backends.fused.cache import CacheTensor
+from resq_compiler.backends.fused.runner import FusedRunner
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
@@ -40,7 +39,7 @@ class StaticDecoder:
         Raises: BackendError: the model is not on the triton backend, or has layers whose cache is not packed.
         """
         runner = model.runner
-        if not isinstance(runner, TritonRunner) or None in runner.caches:
+        if not isinstance(runner, FusedRunner) or None in runner.caches:
             raise BackendError(
                 "StaticDecoder: every layer needs a packed cache; compile with kv_bits=4 or 8, then model.use_backend('triton')"
             )
@@ -48,14 +47,14 @@ class StaticDecoder:
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         output = model(ids, attention_mask=mask, logits_to_keep=1)
         past = [t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)]
-        self._pages, capacity = _with_room(past, new_tokens)
+        self._caches, capacity = _with_room(past, new_tokens)
         self.room = new_tokens
         self.logits = output.logits[:, -1].clone()
         self._ids, self._positions = ids.new_zeros(batch, 1), mask.sum(-1, keepdim=True)
-        self._mask = ids.new_zeros(batch, capacity * PAGE)
+        self._mask = ids.new_zeros(batch, capacity)
         self._mask[:, :length] = mask
         self._start = torch.full((batch,), length, dtype=torch.int32, device=device)
-        self._table = block_table(batch, capacity, device)
+        self._tables = runner.tables(batch, capacity, device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
@@ -82,7 +81,7 @@ class StaticDecoder:
     def _advance(self) -> None:
         """One step on the buffers; nothing here depends on a value that the host would have to read."""
         self._mask.scatter_(1, self._start[:, None].long(), 1)
-        inputs = (self._ids, self._mask, self._positions, self._table, self._start, *self._pages)
+        inputs = (self._ids, self._mask, self._positions, *self._tables, self._start, *self._caches)
         logits = self.runner.graph_module(*inputs)[0]
         self.logits.copy_(logits[:, -1])
         self._positions.add_(1)
@@ -117,6 +116,6 @@ class StaticDecoder:
 
 
 def _with_room(past: list[Tensor], new_tokens: int) -> tuple[list[Tensor], int]:
-    """Pages that hold `past` and `new_tokens` more, and how many a sequence has."""
-    handles = [handle.appended(new_tokens) for handle in past if isinstance(handle, PagedTensor)]
-    return [handle.pages for handle in handles], handles[0].capacity
+    """Packed caches that hold `past` and `new_tokens` more, and the tokens that each has room for."""
+    handles = [handle.appended(new_tokens) for handle in past if isinstance(handle, CacheTensor)]
+    return [handle.packed for handle in handles], handles[0].capacity

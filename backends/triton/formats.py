@@ -1,31 +1,31 @@
-"""Byte layouts shared by the Triton kernels, the lowering pass and the packed key/value cache.
+"""The bytes the Triton kernels read and write.
 
 Codes are signed; the disk format (`resq_compiler.numerics.packing`) is the same nibble order without the row padding.
 
-    part        one precision of a linear input: `groups` runs of `width` columns, each with its own scale and zero-point
     packed      4-bit container: two codes a byte, even column in the low nibble, two's complement; holds codes of 2, 3 and 4 bits
     int8        one code a byte; holds codes of 5 to 8 bits
     stride      bytes of one group in a row, zero padded: to 32 (64 from 512 bytes on) when the row is one group, so that the
                 K loop needs no mask and every row starts on a 128-bit boundary; to 16 when there are several groups
 
-    activations low  [M, groups * stride_low]   high [M, groups * stride_high]      int8 storage
-                scale, zero_point [M, parts * groups]   float32, int32; columns [low groups | high groups]
-    weights     low  [N, groups * stride_low]   high [N, groups * stride_high]      int8 storage
-                scale [parts, N] float32        row_sum [parts * groups, N] int32 = sum of the codes, for the zero-points
+    activations low [M, groups * stride], high [M, groups * stride]       weights the same, a row for each output
     cache       per layer one int8 tensor for keys and one for values, [pages, Hkv, page_bytes]; a page holds PAGE tokens of a
                 head as blocks: low [PAGE, low_bytes], high [PAGE, high_bytes], scale [PAGE, 2] float32, zero_point [PAGE, 2]
-                int8, rows padded to 8 bytes; token t of sequence b is in page block_table[b, t // PAGE] (int32)
+                int8, rows padded to 8 bytes; token t of sequence b is in page table[b, t // PAGE] (int32); the pages of sequence b
+                are b * n .. (b + 1) * n - 1
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from resq_compiler.backends.fused.formats import CacheFormat, CodeFormat, HeadParts, InputPart
 from torch import Tensor
 
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.packing import pack, unpack
+from resq_compiler.numerics.quantized import QuantizedActivation, dequantize, quantize_activation
 
 PAGE = 64
 MIN_DOT_BYTES = 32
@@ -42,24 +42,17 @@ def next_power_of_two(value: int) -> int:
 
 
 @dataclass(frozen=True)
-class PartLayout:
+class PartLayout(InputPart):
     """Where the codes of one part lie in a row: `groups` runs of `width` columns of `bits`-bit codes."""
 
-    bits: int
-    width: int
-    groups: int = 1
-
-    @property
-    def packed(self) -> bool:
-        return self.bits <= 4
-
-    @property
-    def columns(self) -> int:
-        return self.width * self.groups
+    @staticmethod
+    def of(part: InputPart) -> PartLayout:
+        """The layout of a part."""
+        return PartLayout(part.bits, part.width, part.groups)
 
     @property
     def stride(self) -> int:
-        used = (self.width + 1) // 2 if self.packed else self.width
+        used = (self.width + 1) // 2 if self.is_low else self.width
         if self.groups > 1:
             return round_up(used, 16)
         return round_up(used, 64 if used >= 512 else MIN_DOT_BYTES)
@@ -70,17 +63,13 @@ class PartLayout:
 
 
 @dataclass(frozen=True)
-class HeadLayout:
-    """Bytes of one cached head: columns [0, low) of at most 4 bits, columns [low, low + high) of at most 8 bits."""
+class HeadLayout(HeadParts):
+    """Bytes of one cached head."""
 
-    low: int
-    high: int
-    low_bits: int = 4
-    high_bits: int = 8
-
-    @property
-    def head_dim(self) -> int:
-        return self.low + self.high
+    @staticmethod
+    def of(parts: HeadParts) -> HeadLayout:
+        """The layout of the parts of a head."""
+        return HeadLayout(parts.low, parts.high, parts.low_bits, parts.high_bits)
 
     @property
     def low_bytes(self) -> int:
@@ -101,20 +90,6 @@ class HeadLayout:
         return {name + suffix: value for name, value in values.items()}
 
 
-def head_layout(parts: tuple[tuple[int, int, int], ...]) -> HeadLayout:
-    """The layout of cache parts (bits, start, stop): at most one of <= 4 bits, then at most one of > 4.
-
-    Raises: QuantError: other combinations, which the cache kernels do not hold.
-    """
-    containers = [bits <= 4 for bits, _, _ in parts]
-    if containers not in ([True], [False], [True, False]):
-        raise QuantError(f"cache parts {parts} (bits, start, stop): expected one of <= 4 bits and/or one of > 4 bits")
-    widths = {small: (bits, stop - start) for small, (bits, start, stop) in zip(containers, parts, strict=True)}
-    low_bits, low = widths.get(True, (4, 0))
-    high_bits, high = widths.get(False, (8, 0))
-    return HeadLayout(low, high, low_bits, high_bits)
-
-
 def pack_rows(codes: Tensor, layout: PartLayout) -> Tensor:
     """Lay codes out as `layout` says, zero padded.
 
@@ -125,48 +100,107 @@ def pack_rows(codes: Tensor, layout: PartLayout) -> Tensor:
     if codes.shape[-1] != layout.columns:
         raise QuantError(f"pack_rows: {codes.shape[-1]} columns, but the layout has {layout.groups} x {layout.width}")
     grouped = codes.unflatten(-1, (layout.groups, layout.width))
-    rows = pack(grouped, 4).view(torch.int8) if layout.packed else grouped
+    rows = pack(grouped, 4).view(torch.int8) if layout.is_low else grouped
     return torch.nn.functional.pad(rows, (0, layout.stride - rows.shape[-1])).flatten(-2).contiguous()
 
 
 def unpack_rows(rows: Tensor, layout: PartLayout) -> Tensor:
     """Inverse of `pack_rows`: [..., layout.row_bytes] int8 -> [..., layout.columns] int8."""
     grouped = rows.unflatten(-1, (layout.groups, layout.stride))
-    if not layout.packed:
+    if not layout.is_low:
         return grouped[..., : layout.width].flatten(-2)
     used = grouped[..., : (layout.width + 1) // 2].view(torch.uint8)
     return unpack(used, 4, layout.width).flatten(-2)
 
 
-@dataclass(frozen=True)
-class PackedWeight:
-    """Weight of one or several stacked linears as `mixed_linear` reads it; fields as in the module docstring."""
+class PaddedRows(CodeFormat):
+    """Activations and weights in padded rows."""
 
-    low: Tensor | None
-    high: Tensor | None
-    scale: Tensor
-    row_sum: Tensor
-    layouts: tuple[PartLayout, ...]
+    def row_bytes(self, part: InputPart) -> int:
+        return PartLayout.of(part).row_bytes
 
-    @property
-    def out_features(self) -> int:
-        return self.scale.shape[1]
+    def pack_rows(self, codes: Tensor, part: InputPart) -> Tensor:
+        return pack_rows(codes, PartLayout.of(part))
+
+    def unpack_rows(self, rows: Tensor, part: InputPart) -> Tensor:
+        return unpack_rows(rows, PartLayout.of(part))
+
+    def pack_weight(self, codes: Tensor, part: InputPart) -> Tensor:
+        return self.pack_rows(codes, part)
+
+    def unpack_weight(self, packed: Tensor, part: InputPart, start: int, stop: int) -> Tensor:
+        return self.unpack_rows(packed[start:stop], part)
 
 
-def pack_weight(parts: list[tuple[Tensor, Tensor, PartLayout]]) -> PackedWeight:
-    """Pack the parts of a linear: at most one 4-bit container and one int8 part, low first.
+class PagedCache(CacheFormat):
+    """Keys or values in pages."""
 
-    Args:    parts: (qdata [N, columns] int8, scale [N] float32, layout) of each part.
-    Raises:  QuantError: two parts need the same container.
-    """
-    packed = [layout.packed for _, _, layout in parts]
-    if packed not in ([True], [False], [True, False]):
-        raise QuantError(
-            f"pack_weight: parts of {[p[2].bits for p in parts]} bits; expected one of <= 4 and/or one of > 4"
-        )
-    sums = [q.unflatten(-1, (la.groups, la.width)).sum(-1, dtype=torch.int32).T for q, _, la in parts]
-    rows = {layout.packed: pack_rows(q, layout) for q, _, layout in parts}
-    scale = torch.stack([s.to(torch.float32) for _, s, _ in parts]).contiguous()
-    return PackedWeight(
-        rows.get(True), rows.get(False), scale, torch.cat(sums).contiguous(), tuple(p[2] for p in parts)
-    )
+    table_input: ClassVar[bool] = True
+
+    def allocate(self, batch: int, heads: int, parts: HeadParts, tokens: int, device: torch.device) -> Tensor:
+        pages = batch * next_power_of_two(max(1, -(-tokens // PAGE)))
+        return torch.empty(pages, heads, HeadLayout.of(parts).page_bytes, dtype=torch.int8, device=device)
+
+    def capacity(self, cache: Tensor, batch: int) -> int:
+        return PAGE * (cache.shape[0] // max(1, batch))
+
+    def grown(self, cache: Tensor, batch: int, tokens: int) -> Tensor:
+        held = cache.shape[0] // batch
+        pages = next_power_of_two(max(-(-tokens // PAGE), held))
+        larger = cache.new_empty(batch, pages, *cache.shape[1:])
+        larger[:, :held] = cache.unflatten(0, (batch, held))
+        return larger.flatten(0, 1)
+
+    def selected(self, cache: Tensor, batch: int, index: Tensor) -> Tensor:
+        return cache.unflatten(0, (batch, -1)).index_select(0, index.to(cache.device)).flatten(0, 1)
+
+    def table(self, batch: int, capacity: int, device: torch.device) -> Tensor:
+        pages = capacity // PAGE
+        return torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
+
+    def write(
+        self, cache: Tensor, table: Tensor | None, start: Tensor, x: Tensor, parts: HeadParts, clip: float
+    ) -> None:
+        assert table is not None
+        layout = HeadLayout.of(parts)
+        for b, first in enumerate(start.tolist()):
+            for i, token in enumerate(x[b], first):
+                write_token(cache[int(table[b, i // PAGE])], i % PAGE, token, layout, clip)
+
+    def read(self, cache: Tensor, table: Tensor | None, parts: HeadParts, total: int) -> Tensor:
+        assert table is not None
+        layout = HeadLayout.of(parts)
+        chosen = cache[table[:, : -(-total // PAGE)].long()].transpose(1, 2)  # [B, Hkv, n, page_bytes]
+        low, high, scales, zero_points = chosen.split(_block_sizes(layout), -1)
+        scales = _tokens(scales.contiguous().view(torch.float32), total)
+        zero_points = _tokens(zero_points, total).int()
+        pieces = []
+        for bits, first, last in layout.spans:
+            block, of_part = (low, slice(0, 1)) if bits <= 4 else (high, slice(1, 2))
+            codes = _tokens(block, total)
+            used = codes[..., : (last - first + 1) // 2].contiguous().view(torch.uint8)
+            codes = unpack(used, 4, last - first) if bits <= 4 else codes[..., : last - first]
+            pieces.append(dequantize(QuantizedActivation(codes, scales[..., of_part], zero_points[..., of_part], bits)))
+        return torch.cat(pieces, -1)
+
+
+def _block_sizes(layout: HeadLayout) -> list[int]:
+    """Bytes of the blocks of a page: low codes, high codes, scales, zero points."""
+    return [PAGE * layout.low_bytes, PAGE * layout.high_bytes, PAGE * 8, PAGE * 2]
+
+
+def _tokens(blocks: Tensor, total: int) -> Tensor:
+    """Blocks [B, H, pages, PAGE * n] as the first rows [B, H, total, n]."""
+    return blocks.unflatten(-1, (PAGE, -1)).flatten(2, 3)[:, :, :total]
+
+
+def write_token(page: Tensor, row: int, x: Tensor, layout: HeadLayout, clip: float) -> None:
+    """Codes and parameters of one token, x [Hkv, D], into row `row` of page [Hkv, page_bytes]."""
+    low, high, scales, zero_points = page.split(_block_sizes(layout), -1)
+    for bits, first, last in layout.spans:
+        xq = quantize_activation(x[:, first:last], bits, 1, clip)
+        index, block = (0, low) if bits <= 4 else (1, high)
+        codes = pack(xq.qdata, 4).view(torch.int8) if bits <= 4 else xq.qdata
+        block.unflatten(-1, (PAGE, -1))[:, row, : codes.shape[1]] = codes
+        scales.unflatten(-1, (PAGE, 2, 4))[:, row, index] = xq.scale.view(torch.int8)
+        zero_points.unflatten(-1, (PAGE, 2))[:, row, index] = xq.zero_point[:, 0].to(torch.int8)

@@ -15,41 +15,21 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
+from resq_compiler.backends.fused.kernels import ACTIVATIONS
 from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
-from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two, pack_rows
+from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two
 from resq_compiler.backends.triton.launch import check_launch, run, tiles
 from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, meta
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
-from resq_compiler.numerics.hadamard import HadamardPlan, hadamard_plan, hadamard_transform
-from resq_compiler.numerics.quantized import quantize_activation
+from resq_compiler.numerics.hadamard import HadamardPlan, hadamard_plan
 
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 MAX_PADDED = 16384
 MAX_ORDER = 128
 MIN_ORDER = 16
-
-
-def hadamard_quantize_ref(
-    gate, up, layout, activation="silu", transpose=False, clip=1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula in torch; same arguments and results as `hadamard_quantize`."""
-    g = gate.float()
-    h = {
-        "none": lambda t: t,
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-        "relu": F.relu,
-    }[activation](g)
-    h = h if up is None else h * up.float()
-    y = hadamard_transform(h, hadamard_plan(h.shape[-1]), transpose)
-    xq = quantize_activation(y, layout.bits, 1, clip)
-    return pack_rows(xq.qdata, layout), xq.scale, xq.zero_point
 
 
 @triton.jit
@@ -193,7 +173,7 @@ def hadamard_quantize(
     run(
         _hadamard_quantize_kernel, (rows,),
         gate, other, *factors, codes, scale, zero_point, gate.stride(0), other.stride(0), codes.stride(0), n**-0.5,
-        ACT=ACTIVATIONS[activation], HAS_UP=up is not None, BITS=layout.bits, PACKED=layout.packed, CLIP=clip,
+        ACT=ACTIVATIONS.index(activation), HAS_UP=up is not None, BITS=layout.bits, PACKED=layout.is_low, CLIP=clip,
         **shape, **options,
     )  # fmt: skip
     return codes, scale, zero_point

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from resq_compiler.backends.triton.targets import Target
@@ -111,7 +112,7 @@ def _device_name(device: torch.device) -> str:
 class Launch:
     """One recorded launch: the kernel, its grid, its positional arguments, its constants and launch options."""
 
-    kernel: object
+    kernel: Any
     grid: tuple[int, ...]
     arguments: tuple
     options: dict
@@ -135,7 +136,7 @@ def recording(target: Target) -> Iterator[Recorder]:
         _RECORDER.pop()
 
 
-def run(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel on the GPU of its first operand, which need not be the current one, or record the launch."""
     if _RECORDER:
         _RECORDER[-1].launches.append(Launch(kernel, grid, arguments, options))

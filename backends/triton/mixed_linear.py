@@ -19,8 +19,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from resq_compiler.backends.fused.formats import Codes, PackedWeight
 from resq_compiler.backends.triton.device import even_columns, odd_columns
-from resq_compiler.backends.triton.formats import PackedWeight, PartLayout, next_power_of_two, unpack_rows
+from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two
 from resq_compiler.backends.triton.launch import arrival_counters, capability, check_launch, isa, processors, run, tiles
 from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, meta, meta_activation, meta_weight
 from torch import Tensor
@@ -30,25 +31,6 @@ from resq_compiler.errors import BackendError
 DECODE_ROWS = 16
 SM100_TILES = dict(BLOCK_M=64, BLOCK_N=128, num_warps=4)
 MAX_PACKED_COLUMNS = 131071  # 256 * 8 * 8 * K must stay below 2^31
-
-
-def mixed_linear_ref(low, high, scale, zero_point, weight: PackedWeight, bias=None, residual=None) -> Tensor:
-    """The formula in torch, on unpacked codes; same arguments as `mixed_linear`, float32 result."""
-    y, first = None, 0
-    for part, layout in enumerate(weight.layouts):
-        rows, w_rows = (low, weight.low) if layout.packed else (high, weight.high)
-        groups = slice(first, first + layout.groups)
-        first += layout.groups
-        x = unpack_rows(rows, layout).unflatten(-1, (layout.groups, -1)).long()
-        w = unpack_rows(w_rows, layout).unflatten(-1, (layout.groups, -1)).long()
-        acc = torch.einsum("mgk,ngk->mgn", x - zero_point[:, groups, None].long(), w).float()
-        if layout.groups == 1:
-            y_part = acc[:, 0] * (scale[:, groups] * weight.scale[part])
-        else:
-            y_part = (acc * scale[:, groups, None]).sum(1) * weight.scale[part]
-        y = y_part if y is None else y + y_part
-    y = y if bias is None else y + bias.float()
-    return y if residual is None else y + residual.float()
 
 
 @triton.jit
@@ -232,10 +214,7 @@ def _mixed_linear_decode_kernel(
 
 
 def mixed_linear(
-    low: Tensor | None,
-    high: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
+    x: Codes,
     weight: PackedWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -243,23 +222,23 @@ def mixed_linear(
 ) -> Tensor:
     """The formula above, in one launch.
 
-    Args:    low, high: [M, row_bytes] int8, packed activations (None where the weight has no such part).
-             scale, zero_point: [M, groups] float32 and int32.    weight: N stacked output rows.
+    Args:    x: packed activations of M rows.    weight: N stacked output rows.
              bias: [N].    residual: [M, N], added last; may be a column slice.
     Returns: [M, N] of out_dtype.
     Raises:  BackendError: shapes disagree, or operands that cannot be launched.
     """
     device = check_launch(
-        "mixed_linear", low=low, high=high, scale=scale, weight=weight.scale, bias=bias, residual=residual
+        "mixed_linear", low=x.low, high=x.high, scale=x.scale, weight=weight.scale, bias=bias, residual=residual
     )
-    rows, n = scale.shape[0], weight.out_features
-    _check_operands(low, high, scale, weight)
+    rows, n = x.scale.shape[0], weight.out_features
+    layouts = tuple(PartLayout.of(part) for part in weight.parts)
+    _check_operands(x, layouts)
     out = torch.empty(rows, n, dtype=out_dtype, device=device)
     if rows == 0:
         return out
-    strides = _strides(weight.layouts)
-    pointers = [low, high, scale, zero_point, weight.low, weight.high, weight.scale, weight.row_sum, bias, residual]
-    pointers = [scale if p is None else p for p in pointers] + [out]
+    strides = _strides(layouts)
+    operands = [*x, weight.low, weight.high, weight.scale, weight.row_sum, bias, residual]
+    pointers = [x.scale if p is None or not p.numel() else p for p in operands] + [out]
     flags = dict(HAS_BIAS=bias is not None, HAS_RES=residual is not None, ISA=isa(), **strides)
     stride_res = 0 if residual is None else residual.stride(0)
     if rows <= DECODE_ROWS:
@@ -274,26 +253,25 @@ def mixed_linear(
 def _strides(layouts: tuple[PartLayout, ...]) -> dict[str, int]:
     found = dict(STRIDE_L=0, GROUPS_L=0, STRIDE_H=0, GROUPS_H=0)
     for layout in layouts:
-        suffix = "L" if layout.packed else "H"
+        suffix = "L" if layout.is_low else "H"
         found |= {f"STRIDE_{suffix}": layout.stride, f"GROUPS_{suffix}": layout.groups}
     return found
 
 
-def _check_operands(low: Tensor | None, high: Tensor | None, scale: Tensor, weight: PackedWeight) -> None:
-    groups = sum(layout.groups for layout in weight.layouts)
-    if scale.shape[1] != groups or scale.stride(0) != groups:
+def _check_operands(x: Codes, layouts: tuple[PartLayout, ...]) -> None:
+    groups, rows = sum(layout.groups for layout in layouts), x.scale.shape[0]
+    if x.scale.shape[1] != groups or x.scale.stride(0) != groups:
         raise BackendError(
-            f"mixed_linear: scale {tuple(scale.shape)}, the weight has {groups} groups; expected [M, {groups}]"
+            f"mixed_linear: scale {tuple(x.scale.shape)}, the weight has {groups} groups; expected [M, {groups}]"
         )
-    for layout in weight.layouts:
-        x = low if layout.packed else high
-        if x is None or x.shape != (scale.shape[0], layout.row_bytes) or x.stride(0) != layout.row_bytes:
-            got = None if x is None else tuple(x.shape)
+    for layout in layouts:
+        codes = x.of(layout)
+        if codes.shape != (rows, layout.row_bytes) or codes.stride(0) != layout.row_bytes:
             raise BackendError(
-                f"mixed_linear: {layout.bits}-bit activations {got}, expected {(scale.shape[0], layout.row_bytes)} contiguous; "
-                "quantize with the layouts the weight was packed with"
+                f"mixed_linear: {layout.bits}-bit activations {tuple(codes.shape)}, expected {(rows, layout.row_bytes)} contiguous; "
+                "quantize with the parts the weight was packed with"
             )
-        if layout.packed and layout.columns > MAX_PACKED_COLUMNS:
+        if layout.is_low and layout.columns > MAX_PACKED_COLUMNS:
             raise BackendError(
                 f"mixed_linear: {layout.columns} columns can overflow int32, at most {MAX_PACKED_COLUMNS}"
             )
@@ -369,7 +347,7 @@ def _launch_decode(
 
 def _aot(features: int, layouts: tuple[PartLayout, ...], rows: int, residual: bool = False) -> object:
     extra = meta(rows, features) if residual else None
-    return mixed_linear(*meta_activation(rows, layouts), meta_weight(features, layouts), None, extra, torch.float16)
+    return mixed_linear(meta_activation(rows, layouts), meta_weight(features, layouts), None, extra, torch.float16)
 
 
 AOT_SIGNATURES = {

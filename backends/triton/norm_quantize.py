@@ -17,40 +17,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from resq_compiler.backends.fused.kernels import NORMS, Norm
 from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
-from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two, pack_rows
+from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two
 from resq_compiler.backends.triton.launch import check_launch, run, tiles
 from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, BlockShape, meta
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
-from resq_compiler.numerics.quantized import quantize_activation
 
 MAX_COLUMNS = 32768
-NORMS = {"none": 0, "rms": 1, "layer": 2}
-
-
-def norm_quantize_ref(
-    x, layouts, norm="none", weight=None, bias=None, eps=0.0, clip=1.0, clip_high=1.0
-) -> tuple[Tensor, ...]:
-    """The formula in torch; same arguments and results as `norm_quantize`."""
-    y = x.float()
-    if norm == "layer":
-        y = y - y.mean(-1, keepdim=True)
-    if norm != "none":
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    y = y if weight is None else y * weight.float()
-    y = y if bias is None else y + bias.float()
-    rows: dict[bool, Tensor] = {}
-    scales, zero_points, start = [], [], 0
-    for layout in layouts:
-        kept = clip if layout.packed else clip_high
-        xq = quantize_activation(y[:, start : start + layout.columns], layout.bits, layout.groups, kept)
-        rows[layout.packed] = pack_rows(xq.qdata, layout)
-        scales.append(xq.scale)
-        zero_points.append(xq.zero_point)
-        start += layout.columns
-    return rows.get(True), rows.get(False), torch.cat(scales, 1), torch.cat(zero_points, 1)
+NO_NORM = Norm()
 
 
 @triton.jit
@@ -130,26 +107,22 @@ def _norm_quantize_kernel(
 def norm_quantize(
     x: Tensor,
     layouts: tuple[PartLayout, ...],
-    norm: str = "none",
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 0.0,
-    clip: float = 1.0,
-    clip_high: float = 1.0,
+    norm: Norm = NO_NORM,
+    clips: tuple[float, ...] = (1.0, 1.0),
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The formula above, in one launch.
 
     Args:    x: [M, K] floating point, rows may be strided.    layouts: one packed and/or one int8 part, low first, same groups.
-             norm: "none", "rms" or "layer".    weight, bias: [K].    clip, clip_high: of the packed and of the int8 part.
+             clips: of each part.
     Returns: (low [M, row_bytes] | None, high [M, row_bytes] | None, scale [M, parts * groups], zero_point, same shape, int32).
     Raises:  BackendError: the parts do not cover K, too many columns, or groups under a norm.
     """
-    device = check_launch("norm_quantize", x=x, weight=weight, bias=bias)
+    device = check_launch("norm_quantize", x=x, weight=norm.weight, bias=norm.bias)
     rows, low, high = x.shape[0], *split_layouts(layouts, x.shape[1])
     groups = layouts[0].groups
-    if groups > 1 and norm != "none":
+    if groups > 1 and norm.kind != "none":
         raise BackendError(
-            f"norm_quantize: {groups} groups under norm {norm!r}; normalize first, then quantize with norm='none'"
+            f"norm_quantize: {groups} groups under norm {norm.kind!r}; normalize first, then quantize with norm='none'"
         )
     scale = torch.empty(rows, len(layouts) * groups, dtype=torch.float32, device=device)
     zero_point = torch.empty(rows, len(layouts) * groups, dtype=torch.int32, device=device)
@@ -160,10 +133,11 @@ def norm_quantize(
         return codes[0], codes[1], scale, zero_point
     shape = _shape_constants(low, high)
     options = tiles("norm_quantize", device, (x.shape[1],), norm_launch(shape))
-    pointers = [x if t is None else t for t in (weight, bias, *codes)]
+    pointers = [x if t is None else t for t in (norm.weight, norm.bias, *codes)]
     run(
-        _norm_quantize_kernel, (rows, groups), x, *pointers, scale, zero_point, x.stride(0), eps,
-        NORM=NORMS[norm], HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, CLIP_L=clip, CLIP_H=clip_high,
+        _norm_quantize_kernel, (rows, groups), x, *pointers, scale, zero_point, x.stride(0), norm.eps,
+        NORM=NORMS.index(norm.kind), HAS_WEIGHT=norm.weight is not None, HAS_BIAS=norm.bias is not None,
+        CLIP_L=clips[0], CLIP_H=clips[len(layouts) - 1],
         GROUPS=groups, **shape, **options,
     )  # fmt: skip
     return codes[0], codes[1], scale, zero_point
@@ -174,7 +148,7 @@ def split_layouts(layouts: tuple[PartLayout, ...], columns: int) -> tuple[PartLa
 
     Raises: BackendError: two parts of one container, int8 before packed, different groups, or not `columns` columns.
     """
-    order = [layout.packed for layout in layouts]
+    order = [layout.is_low for layout in layouts]
     total = sum(layout.columns for layout in layouts)
     if order not in ([True], [False], [True, False]) or len({la.groups for la in layouts}) != 1 or total != columns:
         shown = [(la.bits, la.width, la.groups) for la in layouts]
@@ -187,7 +161,7 @@ def split_layouts(layouts: tuple[PartLayout, ...], columns: int) -> tuple[PartLa
 
 
 def _shape_constants(low: PartLayout | None, high: PartLayout | None) -> dict[str, int]:
-    shape = {}
+    shape: dict[str, int] = {}
     for suffix, la in (("L", low), ("H", high)):
         shape |= {f"WIDTH_{suffix}": la.width if la else 0, f"STRIDE_{suffix}": la.stride if la else 0}
         shape |= {f"BITS_{suffix}": la.bits if la else 8}
@@ -204,7 +178,7 @@ def norm_launch(shape: dict[str, int]) -> dict:
 
 
 def _aot(shape: BlockShape, rows: int, norm: str) -> object:
-    return norm_quantize(meta(rows, shape.hidden), shape.parts(), norm)
+    return norm_quantize(meta(rows, shape.hidden), shape.parts(), Norm(norm))
 
 
 AOT_SIGNATURES = {

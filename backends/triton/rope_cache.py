@@ -14,55 +14,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from resq_compiler.backends.fused.kernels import LayerCache, Rotation
 from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
-from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, next_power_of_two, pack_rows
+from resq_compiler.backends.triton.formats import PAGE, HeadLayout, next_power_of_two
 from resq_compiler.backends.triton.launch import check_launch, precision, run, tiles
 from resq_compiler.backends.triton.shapes import GEMMA2_2B, LLAMA3_8B, SMOLLM2_135M, BlockShape, meta, meta_cache
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
-from resq_compiler.numerics.quantized import quantize_activation
-
-
-def rope_cache_ref(q, k, v, cos, sin, u, key_pages, value_pages, table, start, key_layout, value_layout,
-                   q_norm=None, k_norm=None, eps=0.0) -> Tensor:  # fmt: skip
-    """The formula in torch, a page row at a time; same arguments and effect as `rope_cache`."""
-    q, k = (_rotate_ref(_norm_ref(x.float(), w, eps), cos, sin) for x, w in ((q, q_norm), (k, k_norm)))
-    if u is not None:
-        q, k = (
-            torch.einsum("bshd,hde->bshe", x, u.float().repeat_interleave(x.shape[2] // u.shape[0], 0)) for x in (q, k)
-        )
-    for x, pages, layout in ((k, key_pages, key_layout), (v.float(), value_pages, value_layout)):
-        for b, i in ((b, i) for b in range(x.shape[0]) for i in range(x.shape[1])):
-            slot = int(start[b]) + i
-            _write_token_ref(pages[int(table[b, slot // PAGE])], slot % PAGE, x[b, i], layout)
-    return q
-
-
-def _norm_ref(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return x if weight is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
-
-
-def _rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    r = cos.shape[-1]
-    rotated = torch.cat((-x[..., r // 2 : r], x[..., : r // 2]), -1)
-    return torch.cat((x[..., :r] * cos[:, :, None] + rotated * sin[:, :, None], x[..., r:]), -1)
-
-
-def _write_token_ref(page: Tensor, row: int, x: Tensor, layout: HeadLayout) -> None:
-    """Codes and parameters of one token, x [Hkv, D], into row `row` of page [Hkv, page_bytes]."""
-    base, start = 0, 0
-    params_at = PAGE * (layout.low_bytes + layout.high_bytes)
-    scales = page[:, params_at : params_at + PAGE * 8].view(torch.float32).unflatten(-1, (PAGE, 2))
-    zero_points = page[:, params_at + PAGE * 8 :].unflatten(-1, (PAGE, 2))
-    parts = ((layout.low, layout.low_bits, layout.low_bytes), (layout.high, layout.high_bits, layout.high_bytes))
-    for part, (width, bits, row_bytes) in enumerate(parts):
-        if width:
-            xq = quantize_activation(x[:, start : start + width], bits)
-            codes = pack_rows(xq.qdata, PartLayout(bits, width))[:, :row_bytes]
-            page[:, base + row * row_bytes : base + row * row_bytes + codes.shape[1]] = codes
-            scales[:, row, part], zero_points[:, row, part] = xq.scale[:, 0], xq.zero_point[:, 0].to(torch.int8)
-        base, start = base + PAGE * row_bytes, start + width
 
 
 @triton.jit
@@ -197,47 +156,37 @@ def rope_cache(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    u: Tensor | None,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    table: Tensor,
-    start: Tensor,
-    key_layout: HeadLayout,
-    value_layout: HeadLayout,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
+    rotation: Rotation,
+    cache: LayerCache,
     clip: float = 1.0,
 ) -> Tensor:
     """The formula above, in one launch; writes the cache pages in place.
 
     Args:    q [B, S, Hq, D], k, v [B, S, Hkv, D]: last two dimensions contiguous, tokens may be strided (slices of one product).
-             cos, sin: [B or 1, S, R] (R = 0: no rotation).    u: [Hu, D, D] or None.
-             key_pages, value_pages: [pages, Hkv, page_bytes] int8.    table: [B, n] int32.    start: [B] int32, tokens before these.
+             rotation: cos, sin [B or 1, S, R] (R = 0: no rotation).    cache: pages [pages, Hkv, page_bytes] int8, table [B, n] int32.
     Returns: q in the basis of the cached keys, [B, S, Hq, D], dtype of q.
     Raises:  BackendError: shapes that disagree, or operands that cannot be launched.
     """
-    u = u if u is None else u.to(q.dtype).contiguous()
-    device = check_launch(
-        "rope_cache", q=q, k=k, v=v, cos=cos, sin=sin, u=u, key_pages=key_pages, table=table, start=start
-    )
+    u = rotation.u if rotation.u is None else rotation.u.to(q.dtype).contiguous()
+    cos, sin, table, start = rotation.cos, rotation.sin, cache.table, cache.start
+    device = check_launch("rope_cache", q=q, k=k, v=v, cos=cos, sin=sin, u=u, keys=cache.keys, table=table, start=start)
+    assert table is not None
     batch, new, heads, d = q.shape
     kv_heads = k.shape[2]
-    _check_heads(q, k, v, u, key_pages, value_pages, key_layout, value_layout)
+    _check_heads(q, k, v, u, cache)
     out = torch.empty(batch, new, heads, d, dtype=q.dtype, device=device)
     if out.numel() == 0:
         return out
     options = tiles("rope_cache", device, (d, heads), rope_launch(batch * new, d, q.element_size()))
     grid = (triton.cdiv(batch * new, options["BLOCK_T"]), heads + 2 * kv_heads)
-    optional = [q if t is None else t for t in (u, q_norm, k_norm)]
+    optional = [q if t is None else t for t in (u, rotation.q_norm, rotation.k_norm)]
     run(
-        _rope_cache_kernel, grid, q, k, v, cos, sin, *optional, out, key_pages, value_pages, table, start,
+        _rope_cache_kernel, grid, q, k, v, cos, sin, *optional, out, cache.keys, cache.values, table, start,
         batch * new, new, _token_stride(q), _token_stride(k), _token_stride(v), 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1),
-        table.stride(0), eps,
-        HQ=heads, HK=kv_heads, HU=0 if u is None else u.shape[0], D=d, R=cos.shape[-1], HAS_NORM=q_norm is not None,
-        CLIP=clip, PAGE=PAGE, PRECISION=precision(), **key_layout.constants("_K"), **value_layout.constants("_V"), **options,
+        table.stride(0), rotation.eps,
+        HQ=heads, HK=kv_heads, HU=0 if u is None else u.shape[0], D=d, R=cos.shape[-1], HAS_NORM=rotation.q_norm is not None,
+        CLIP=clip, PAGE=PAGE, PRECISION=precision(), **HeadLayout.of(cache.key_parts).constants("_K"),
+        **HeadLayout.of(cache.value_parts).constants("_V"), **options,
     )  # fmt: skip
     return out
 
@@ -247,9 +196,7 @@ def _token_stride(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _check_heads(
-    q: Tensor, k: Tensor, v: Tensor, u, key_pages: Tensor, value_pages: Tensor, key_layout, value_layout
-) -> None:
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, u: Tensor | None, cache: LayerCache) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if (
             x.dim() != 4
@@ -260,15 +207,12 @@ def _check_heads(
                 f"rope_cache: {name} {tuple(x.shape)} with strides {x.stride()}; expected [B, S, H, D] whose heads are contiguous "
                 "and whose tokens are evenly spaced"
             )
-    for name, pages, layout in (("key", key_pages, key_layout), ("value", value_pages, value_layout)):
-        if (
-            layout.head_dim != q.shape[3]
-            or pages.shape[1:] != (k.shape[2], layout.page_bytes)
-            or not pages.is_contiguous()
-        ):
+    for name, pages, layout in (("key", cache.keys, cache.key_parts), ("value", cache.values, cache.value_parts)):
+        page_bytes = HeadLayout.of(layout).page_bytes
+        if layout.head_dim != q.shape[3] or pages.shape[1:] != (k.shape[2], page_bytes) or not pages.is_contiguous():
             raise BackendError(
                 f"rope_cache: {name} pages {tuple(pages.shape)} for {k.shape[2]} heads of {q.shape[3]}, layout {layout}; "
-                f"expected [pages, {k.shape[2]}, {layout.page_bytes}]"
+                f"expected [pages, {k.shape[2]}, {page_bytes}]"
             )
     if u is not None and (k.shape[2] % u.shape[0] or u.shape[1:] != (q.shape[3], q.shape[3])):
         raise BackendError(f"rope_cache: basis {tuple(u.shape)} for {k.shape[2]} key heads of {q.shape[3]}")
@@ -289,7 +233,7 @@ def _aot(shape: BlockShape, new: int) -> object:
     q, k, v = stacked.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
     angles = meta(1, new, d, dtype=torch.float32)
     u = meta(1, d, d, dtype=torch.float32)
-    return rope_cache(q, k, v, angles, angles, u, *meta_cache(shape, 1, tokens), shape.cache(), shape.cache())
+    return rope_cache(q, k, v, Rotation(angles, angles, u), meta_cache(shape, 1, tokens))
 
 
 AOT_SIGNATURES = {

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PackedWeight, PartLayout
+from resq_compiler.backends.fused.formats import Codes, PackedWeight
+from resq_compiler.backends.fused.kernels import LayerCache
+from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout
 from torch import Tensor
 
 
@@ -88,23 +90,26 @@ def meta(*shape: int, dtype: torch.dtype | None = None, random: bool = False) ->
 
 def meta_weight(features: int, layouts: tuple[PartLayout, ...]) -> PackedWeight:
     """A packed weight of `features` stacked outputs, unallocated or random."""
-    rows = {la.packed: meta(features, la.row_bytes, dtype=torch.int8, random=True) for la in layouts}
+    rows = {la.is_low: meta(features, la.row_bytes, dtype=torch.int8, random=True) for la in layouts}
     scale = meta(len(layouts), features, dtype=torch.float32, random=True)
     sums = meta(sum(la.groups for la in layouts), features, dtype=torch.int32)
-    return PackedWeight(rows.get(True), rows.get(False), scale, sums, layouts)
+    nothing = meta(features, 0, dtype=torch.int8)
+    return PackedWeight(rows.get(True, nothing), rows.get(False, nothing), scale, sums, layouts)
 
 
-def meta_activation(rows: int, layouts: tuple[PartLayout, ...]) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Unallocated packed activations: low, high, scale, zero_point."""
-    codes = {la.packed: meta(rows, la.row_bytes, dtype=torch.int8) for la in layouts}
+def meta_activation(rows: int, layouts: tuple[PartLayout, ...]) -> Codes:
+    """Unallocated packed activations."""
+    codes = {la.is_low: meta(rows, la.row_bytes, dtype=torch.int8) for la in layouts}
     groups = sum(la.groups for la in layouts)
     scale = meta(rows, groups, dtype=torch.float32)
-    return codes.get(True), codes.get(False), scale, meta(rows, groups, dtype=torch.int32)
+    low, high = (codes.get(is_low, meta(rows, 0, dtype=torch.int8)) for is_low in (True, False))
+    return Codes(low, high, scale, meta(rows, groups, dtype=torch.int32))
 
 
-def meta_cache(shape: BlockShape, batch: int, tokens: int, before: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unallocated cache of one layer with room for `tokens`, `before` of them there: key pages, value pages, block table, start."""
+def meta_cache(shape: BlockShape, batch: int, tokens: int, before: int = 0) -> LayerCache:
+    """Unallocated cache of one layer with room for `tokens`, `before` of them there."""
     pages = -(-tokens // PAGE)
     keys, values = (meta(batch * pages, shape.kv_heads, shape.cache().page_bytes, dtype=torch.int8) for _ in range(2))
     table = torch.arange(batch * pages, dtype=torch.int32, device=keys.device).view(batch, pages)
-    return keys, values, table, torch.full((batch,), before, dtype=torch.int32, device=keys.device)
+    start = torch.full((batch,), before, dtype=torch.int32, device=keys.device)
+    return LayerCache(keys, values, table, start, shape.cache(), shape.cache())

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need the package triton")
 
-SENTINEL = 0x55
-
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, or 0x55 in integers, so an element that a kernel does not write fails its test."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(t):
-        return t.fill_(torch.nan if t.is_floating_point() else SENTINEL) if t.device.type == "cpu" else t
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+def poisoned(poisoned_memory):
+    """Every test here."""
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+@pytest.fixture(scope="session")
+def kernels():
+    """The Triton kernels as operators call them."""
+    from resq_compiler.backends.triton.target import TRITON
+
+    return TRITON.kernels
 
 
-@pytest.fixture
-def sharing():
-    """model -> a model with the same tensors and a backend of its own, so that tests can share what was compiled once."""
+@pytest.fixture(scope="session")
+def reference():
+    """What they must compute, on the same bytes."""
+    from resq_compiler.backends.fused.torch_kernels import TorchKernels
+    from resq_compiler.backends.triton.formats import PaddedRows, PagedCache
 
-    def share(model):
-        own = copy.copy(model)
-        own.__dict__["_modules"] = dict(model._modules)
-        return own
-
-    return share
+    return TorchKernels(PaddedRows(), PagedCache())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections import Counter
 
 import pytest
 import torch
-from resq_compiler.backends.triton.cache import PagedTensor, fresh
+from resq_compiler.backends.triton.formats import PagedCache
 from resq_compiler.backends.triton.shapes import LLAMA3_8B
 from safetensors.torch import load_file
 
@@ -37,7 +38,7 @@ def compiled(compile_tiny, sharing):
 
 def _called(model) -> Counter:
     nodes = model.runner.graph_module.graph.nodes
-    return Counter(str(n.target).split(".")[1] for n in nodes if "resq_triton" in str(n.target))
+    return Counter(str(n.target).split(".")[1] for n in nodes if getattr(n.target, "namespace", "") == "resq")
 
 
 @pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in TINY_FAMILIES])
@@ -84,8 +85,8 @@ def test_a_block_is_nine_launches(compiled):
     assert [n.name for n in graph_tools.placeholders(graph)][3:7] == [
         "cache_table",
         "cache_start",
-        "key_pages_0",
-        "value_pages_0",
+        "key_cache_0",
+        "value_cache_0",
     ]
 
 
@@ -135,11 +136,11 @@ def test_packed_rows_hold_the_bytes_of_the_file(compiled, tmp_path):
     ours.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     places = ours.runner.source.places
-    assert {at.layout.packed for at in places.values()} == {True, False}
+    assert {at.part.is_low for at in places.values()} == {True, False}
     buffers = dict(ours.runner.graph_module.named_buffers())
     for name, at in places.items():
-        rows = buffers[at.target][at.start : at.stop].unflatten(-1, (at.layout.groups, -1))
-        width = -(-at.layout.width // 2) if at.layout.packed else at.layout.width
+        rows = buffers[at.tensor][at.start : at.stop].unflatten(-1, (at.part.groups, -1))
+        width = -(-at.part.width // 2) if at.part.is_low else at.part.width
         assert torch.equal(rows[..., :width].flatten(1).view(saved[name].dtype), saved[name]), name
 
 
@@ -148,16 +149,14 @@ def test_everything_moves_with_the_module(compiled):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     reference, _ = compiled("llama")
-    ours = CompiledModel(
-        reference.config, graph_tools.snapshot(reference.graph_module), reference.options, reference.cache_specs
-    )
-    ours = ours.use_backend("triton").to("meta")
+    own = dataclasses.replace(reference.result, graph_module=graph_tools.snapshot(reference.graph_module))
+    ours = CompiledModel(own).use_backend("triton").to("meta")
     graph = ours.runner.graph_module
     tensors = [graph_tools.get_tensor(graph, node) for node in graph.graph.find_nodes(op="get_attr")]
     assert tensors and all(t.is_meta for t in tensors) and ours.device.type == "meta"
-    layouts = [la for pair in ours.runner.caches for la in pair]
+    cache, parts = PagedCache(), [of for pair in ours.runner.caches for of in pair]
     ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
-    pages = [fresh(2, 2, la.page_bytes, 64, torch.device("meta")).pages for la in layouts]
+    pages = [cache.allocate(2, 2, of, 64, torch.device("meta")) for of in parts]
     table, start = (torch.zeros(*shape, dtype=torch.int32, device="meta") for shape in ((2, 1), (2,)))
     with FakeTensorMode(allow_non_fake_inputs=True):
         (logits,) = graph(ids, torch.ones_like(ids), ids, table, start, *pages)
@@ -194,7 +193,7 @@ def test_a_float_cache_is_refused_with_the_reason(compiled):
         compiled("llama", kv_bits=16)
     reference, ours = compiled("llama", dict(allow_fallback=True), kv_bits=16)
     ids = tiny_tokens(2, 9)
-    assert len(ours.runner.reasons) == 2 and ours.runner.caches == [None, None]
+    assert len(ours.runner.reasons) == 2 and ours.runner.caches == (None, None)
     assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
 
@@ -219,17 +218,3 @@ def test_a_cache_of_another_backend_is_refused(compiled):
     past = reference(tiny_tokens(1, 4)).past_key_values
     with pytest.raises(BackendError, match="float cache of 4 tokens"):
         ours(tiny_tokens(1, 1), past_key_values=past)
-
-
-def test_caches_are_values():
-    cache = fresh(2, 3, 640, 64, torch.device("cpu")).appended(5)
-    cache.pages.fill_(1)
-    first, second = cache.appended(1), cache.appended(1)
-    assert first.pages.data_ptr() == cache.pages.data_ptr()
-    assert second.pages.data_ptr() != cache.pages.data_ptr() and second.shape == (2, 3, 6, 1)
-    assert cache[..., :3, :].shape[2] == 3 and isinstance(cache[..., :3, :], PagedTensor)
-    cache.pages[0] = 7
-    swapped = cache.index_select(0, torch.tensor([1, 0]))
-    assert swapped.pages[1].eq(7).all() and swapped.pages[0].eq(1).all()
-    grown = first.appended(100)
-    assert grown.capacity == 2 and grown.pages[0].eq(7).all() and grown.pages[2].eq(1).all()

@@ -8,9 +8,8 @@ import re
 import pytest
 import torch
 from resq_compiler.backends.triton import device
-from resq_compiler.backends.triton.formats import PAGE, PartLayout, head_layout, pack_rows, pack_weight, unpack_rows
+from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, pack_rows, unpack_rows
 
-from resq_compiler.errors import QuantError
 from resq_compiler.numerics.packing import pack
 
 
@@ -39,27 +38,8 @@ def test_stride_of_one_group(width, stride):
     assert PartLayout(4, width).stride == stride
 
 
-def test_row_sums_of_a_weight(generator):
-    layouts = (PartLayout(4, 6, 2), PartLayout(8, 3, 2))
-    codes = [torch.randint(-8, 8, (7, la.columns), generator=generator, dtype=torch.int8) for la in layouts]
-    weight = pack_weight([(q, torch.ones(7), la) for q, la in zip(codes, layouts, strict=True)])
-    expected = torch.stack(
-        [codes[0][:, :6].sum(1), codes[0][:, 6:].sum(1), codes[1][:, :3].sum(1), codes[1][:, 3:].sum(1)]
-    )
-    assert torch.equal(weight.row_sum, expected.int())
-    assert weight.out_features == 7
-
-
-def test_two_parts_of_one_container_are_refused(generator):
-    q, s = torch.zeros(2, 4, dtype=torch.int8), torch.ones(2)
-    with pytest.raises(QuantError, match=r"parts of \[2, 4\] bits"):
-        pack_weight([(q, s, PartLayout(2, 4)), (q, s, PartLayout(4, 4))])
-    with pytest.raises(QuantError, match="cache parts"):
-        head_layout(((2, 0, 4), (4, 4, 16)))
-
-
 def test_bytes_of_a_cached_token():
-    layout = head_layout(((4, 0, 112), (8, 112, 128)))
+    layout = HeadLayout(112, 16)
     assert (layout.low_bytes, layout.high_bytes, layout.head_dim) == (56, 16, 128)
     assert layout.page_bytes == PAGE * 82  # against 256 bytes a token in float16
 

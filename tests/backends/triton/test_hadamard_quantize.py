@@ -5,41 +5,40 @@ from __future__ import annotations
 import pytest
 import torch
 from resq_compiler.backends.triton.formats import PartLayout, unpack_rows
-from resq_compiler.backends.triton.hadamard_quantize import hadamard_quantize, hadamard_quantize_ref, why_not_fused
+from resq_compiler.backends.triton.hadamard_quantize import hadamard_quantize, why_not_fused
 
 from resq_compiler.errors import BackendError
 from resq_compiler.numerics.hadamard import hadamard_matrix
+from resq_compiler.numerics.quantized import quantize_activation
 
 
 @pytest.mark.parametrize("n", [16, 256, 1024, 4096])
-def test_bit_exact_where_arithmetic_is_exact(n, generator):
+def test_bit_exact_where_arithmetic_is_exact(n, generator, kernels, reference):
     """Integers, and sqrt(n) a power of two: every sum is exact, so codes must not differ anywhere."""
     gate, up = (torch.randint(-6, 7, (3, n), generator=generator).float() for _ in range(2))
     layout = PartLayout(4, n)
-    ours = hadamard_quantize(gate, up, layout, "none")
-    y = (gate * up).double() @ hadamard_matrix(n) / n**0.5
-    reference = hadamard_quantize_ref(
-        y.float(), None, layout, "none", transpose=True
-    )  # transposed twice: only quantizes y
-    assert torch.equal(
-        unpack_rows(hadamard_quantize_ref(gate, up, layout, "none")[0], layout), unpack_rows(ours[0], layout)
-    )
-    assert reference[0].shape == ours[0].shape
+    arguments = (gate, up, (layout,), "none", False, (1.0,))
+    ours, expected = kernels.hadamard_quantize(*arguments), reference.hadamard_quantize(*arguments)
+    assert torch.equal(unpack_rows(ours.low, layout), unpack_rows(expected.low, layout))
+    law = quantize_activation(((gate * up).double() @ hadamard_matrix(n) / n**0.5).float(), 4)
+    assert torch.equal(unpack_rows(ours.low, layout), law.qdata)
+    assert torch.equal(ours.scale, law.scale) and torch.equal(ours.zero_point, law.zero_point)
 
 
 @pytest.mark.parametrize("n", [12, 96, 160, 1536, 4864, 8960, 14336])
 @pytest.mark.parametrize(
     ("activation", "gated", "bits"), [("silu", True, 4), ("gelu_tanh", False, 8), ("gelu", True, 3)]
 )
-def test_any_width(n, activation, gated, bits, generator):
+def test_any_width(n, activation, gated, bits, generator, kernels, reference):
     stacked = torch.randn(3, 2 * n, generator=generator)
     gate, up = stacked[:, :n], stacked[:, n:] if gated else None
     layout = PartLayout(bits, n)
-    ours, reference = (f(gate, up, layout, activation) for f in (hadamard_quantize, hadamard_quantize_ref))
-    # sums of up to 11008 terms in another order, and erf / exp of another library
-    torch.testing.assert_close(ours[1], reference[1], rtol=3e-6, atol=0)
-    assert torch.equal(ours[2], reference[2])
-    difference = (unpack_rows(ours[0], layout).int() - unpack_rows(reference[0], layout).int()).abs()
+    arguments = (gate, up, (layout,), activation, False, (1.0,))
+    ours, expected = kernels.hadamard_quantize(*arguments), reference.hadamard_quantize(*arguments)
+    # sums of up to 14336 terms in another order, and erf / exp of another library
+    torch.testing.assert_close(ours.scale, expected.scale, rtol=3e-6, atol=0)
+    assert torch.equal(ours.zero_point, expected.zero_point)
+    difference = (unpack_rows(ours.of(layout), layout).int() - unpack_rows(expected.of(layout), layout).int()).abs()
     # a value within 1e-6 of a rounding boundary may fall on the other side: one step, rarely
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
 
@@ -64,12 +63,12 @@ def test_float16_slices_and_no_rows(generator):
     assert nothing[0].shape == (0, 96) and nothing[1].shape == (0, 1)
 
 
-def test_huge_and_zero_rows_stay_finite():
+def test_huge_and_zero_rows_stay_finite(reference):
     gate = torch.zeros(2, 192)
     gate[1] = 1e20
     codes, scale, zero_point = hadamard_quantize(gate, None, PartLayout(4, 192), "none")
-    reference = hadamard_quantize_ref(gate, None, PartLayout(4, 192), "none")
-    torch.testing.assert_close(scale, reference[1], rtol=3e-6, atol=0)  # as above
+    expected = reference.hadamard_quantize(gate, None, (PartLayout(4, 192),), "none", False, (1.0,))
+    torch.testing.assert_close(scale, expected.scale, rtol=3e-6, atol=0)  # as above
     assert torch.equal(unpack_rows(codes, PartLayout(4, 192))[0], torch.full((192,), -8, dtype=torch.int8))
     assert zero_point[0] == -8
 

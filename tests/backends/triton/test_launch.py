@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from resq_compiler.backends import load_backend
+from resq_compiler.backends.fused.kernels import Norm
 from resq_compiler.backends.triton import launch, norm_quantize
 from resq_compiler.backends.triton.formats import PartLayout
 from resq_compiler.backends.triton.mixed_linear import decode_tiles
@@ -100,7 +101,7 @@ def test_operands_on_the_cpu_without_the_interpreter(monkeypatch):
 
 def test_operands_on_two_devices():
     with pytest.raises(BackendError, match="x on cpu, weight on meta; move the model and its inputs together"):
-        norm_quantize.norm_quantize(torch.zeros(2, 8), (PartLayout(4, 8),), "rms", torch.ones(8, device="meta"))
+        norm_quantize.norm_quantize(torch.zeros(2, 8), (PartLayout(4, 8),), Norm("rms", torch.ones(8, device="meta")))
 
 
 def test_unknown_backends_and_options():
@@ -115,7 +116,7 @@ def test_recording_decides_as_on_the_target():
     x = torch.empty(8, 64, dtype=torch.float16, device="meta")
     with launch.recording(TARGETS["sm_86"]) as recorder:
         assert launch.isa() == "ptx" and launch.processors(x.device) == 82 and launch.capability(x.device) == 86
-        norm_quantize.norm_quantize(x, (PartLayout(4, 56), PartLayout(8, 8)), "rms")
+        norm_quantize.norm_quantize(x, (PartLayout(4, 56), PartLayout(8, 8)), Norm("rms"))
     (made,) = recorder.launches
     assert made.grid == (8, 1) and made.options["NORM"] == 1
     assert launch.isa() == "generic"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from resq_compiler.backends.fused.kernels import Norm
 from resq_compiler.backends.triton.formats import PartLayout, unpack_rows
-from resq_compiler.backends.triton.norm_quantize import norm_quantize, norm_quantize_ref
+from resq_compiler.backends.triton.norm_quantize import norm_quantize
 
 from resq_compiler.errors import BackendError
 from resq_compiler.numerics.quantized import quantize_activation
@@ -25,20 +26,18 @@ CASES = [
     ("norm", "layouts", "has_weight", "has_bias"), CASES, ids=lambda v: v if isinstance(v, str) else None
 )
 @pytest.mark.parametrize("clip", [(1.0, 1.0), (0.9, 1.0), (0.9, 0.8)])
-def test_equals_the_reference(norm, layouts, has_weight, has_bias, clip, generator):
+def test_equals_the_reference(norm, layouts, has_weight, has_bias, clip, generator, kernels, reference):
     k = sum(layout.columns for layout in layouts)
     # integers: their squares add exactly in float32, so the order of a reduction cannot move a code
     x = torch.randint(-40, 41, (5, k), generator=generator).float()
     weight = torch.rand(k, generator=generator) + 0.5 if has_weight else None
     bias = torch.randn(k, generator=generator) if has_bias else None
-    ours = norm_quantize(x, layouts, norm, weight, bias, 1e-5, *clip)
-    reference = norm_quantize_ref(x, layouts, norm, weight, bias, 1e-5, *clip)
-    for got, expected in zip(ours[:2], reference[:2], strict=True):
-        assert (got is None) == (expected is None)
-        assert got is None or torch.equal(got, expected)  # padding bytes included
+    arguments = (x, layouts, Norm(norm, weight, bias, 1e-5), clip[: len(layouts)])
+    ours, expected = kernels.norm_quantize(*arguments), reference.norm_quantize(*arguments)
+    assert torch.equal(ours.low, expected.low) and torch.equal(ours.high, expected.high)  # padding bytes included
     # LayerNorm's mean is rounded in another order: one unit in the last place, and again in the inverse root
-    torch.testing.assert_close(ours[2], reference[2], rtol=3e-7, atol=0)
-    assert torch.equal(ours[3], reference[3])
+    torch.testing.assert_close(ours.scale, expected.scale, rtol=3e-7, atol=0)
+    assert torch.equal(ours.zero_point, expected.zero_point)
 
 
 def test_without_a_norm_it_is_the_integer_law(generator):
@@ -52,21 +51,23 @@ def test_without_a_norm_it_is_the_integer_law(generator):
         assert torch.equal(scale[:, i], law.scale[:, 0]) and torch.equal(zero_point[:, i], law.zero_point[:, 0])
 
 
-def test_extreme_rows(generator):
+def test_extreme_rows(generator, kernels, reference):
     x = torch.randn(4, 40, generator=generator)
     x[0] = 0.0
     x[1] *= 1e30
     x[2] = x[2].abs() * 1e-40  # subnormal
     layouts = (PartLayout(4, 40),)
-    for got, expected in zip(norm_quantize(x, layouts), norm_quantize_ref(x, layouts), strict=True):
-        assert got is None or torch.equal(got, expected)
+    arguments = (x, layouts, Norm(), (1.0,))
+    for got, expected in zip(kernels.norm_quantize(*arguments), reference.norm_quantize(*arguments), strict=True):
+        assert torch.equal(got, expected)
 
 
-def test_strided_rows_and_no_rows(generator):
+def test_strided_rows_and_no_rows(generator, kernels, reference):
     wide = torch.randn(6, 100, generator=generator)
     layouts = (PartLayout(4, 30), PartLayout(8, 10))
-    ours, reference = norm_quantize(wide[:, 20:60], layouts), norm_quantize_ref(wide[:, 20:60], layouts)
-    assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+    arguments = (wide[:, 20:60], layouts, Norm(), (1.0, 1.0))
+    pairs = zip(kernels.norm_quantize(*arguments), reference.norm_quantize(*arguments), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert norm_quantize(wide[:0, :40], layouts)[0].shape == (0, 32)
 
 
@@ -83,6 +84,6 @@ def test_refusals():
     with pytest.raises(BackendError, match="cannot cover 40 columns"):
         norm_quantize(x, (PartLayout(4, 30),))
     with pytest.raises(BackendError, match="groups under norm"):
-        norm_quantize(x, (PartLayout(4, 20, 2),), "rms")
+        norm_quantize(x, (PartLayout(4, 20, 2),), Norm("rms"))
     with pytest.raises(BackendError, match="strides"):
         norm_quantize(torch.zeros(40, 2).T, (PartLayout(4, 40),))

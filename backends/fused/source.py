@@ -9,20 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from resq_compiler.backends.triton.formats import PartLayout, unpack_rows
+from resq_compiler.backends.fused.formats import CodeFormat, InputPart
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from resq_compiler.ir import graph_tools
-from resq_compiler.ir.graph_tools import copy_graph
 
 
 @dataclass(frozen=True)
 class CodesAt:
-    """Where the codes of one weight are: rows start:stop of the packed tensor `target`."""
+    """Where the codes of one weight are: output rows start:stop of the packed tensor `tensor`."""
 
-    target: str
-    layout: PartLayout
+    tensor: str
+    part: InputPart
     start: int
     stop: int
 
@@ -30,18 +29,19 @@ class CodesAt:
 class QuantizedSource:
     """Graph and tensors of a quantized graph, except the weight codes that a lowered graph holds packed."""
 
-    def __init__(self, gm: GraphModule, places: dict[str, CodesAt]):
+    def __init__(self, gm: GraphModule, places: dict[str, CodesAt], codes: CodeFormat):
         names = {str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}
-        self.graph, self.places = copy_graph(gm.graph), {name: at for name, at in places.items() if name in names}
+        self.graph, self.codes = graph_tools.copy_graph(gm.graph), codes
+        self.places = {name: at for name, at in places.items() if name in names}
         self.tensors = {n: graph_tools.get_tensor(gm, node) for n, node in names.items() if n not in self.places}
 
     def restored(self, lowered: GraphModule) -> GraphModule:
         """The quantized graph, on the device of the lowered one; equal to the one it was made from, bit for bit."""
-        packed: dict[str, Node] = {str(node.target): node for node in lowered.graph.find_nodes(op="get_attr")}
+        packed = {str(node.target): node for node in lowered.graph.find_nodes(op="get_attr")}
         tensors: dict[str, Tensor] = {}
         for name, at in self.places.items():
-            rows = graph_tools.get_tensor(lowered, packed[at.target])[at.start : at.stop]
-            tensors[name] = unpack_rows(rows, at.layout).contiguous()
+            tensor = graph_tools.get_tensor(lowered, packed[at.tensor])
+            tensors[name] = self.codes.unpack_weight(tensor, at.part, at.start, at.stop).contiguous()
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         tensors |= {name: t.to(device) for name, t in self.tensors.items()}
-        return GraphModule(tensors, copy_graph(self.graph))
+        return GraphModule(tensors, graph_tools.copy_graph(self.graph))

@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
-from resq_compiler.backends.triton import lower
-from resq_compiler.backends.triton.attention import read_cache_ref
+from resq_compiler.backends.fused import lower
 from torch import Tensor
 
 from resq_compiler.inspection import dump_files
 from resq_compiler.ir import graph_tools
 from resq_compiler.tiny import tiny_tokens
 
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 BLOCK_KERNELS = dict(norm_quantize=2, mixed_linear=4, rope_cache=1, attention_quantize=1, hadamard_quantize=1)
 
 
 @pytest.fixture(scope="module")
-def lowered(compiled):
+def lowered(compiled, target):
     model = compiled("llama", recipe="resq", weight_method="rtn")
-    return lower.lower(graph_tools.snapshot(model.graph_module))
+    return lower.lower(graph_tools.snapshot(model.graph_module), target)
 
 
 @pytest.fixture
 def prompt(lowered) -> tuple[Tensor, ...]:
     """Inputs of a prefill of five tokens into a fresh cache."""
-    _, _, _, table, _, *pages = lower.example_inputs(lowered, past=0)
-    ids = tiny_tokens(2, 5)
-    return (
-        ids,
-        torch.ones(2, 5, dtype=torch.int64),
-        torch.arange(5).expand(2, 5),
-        table,
-        torch.zeros(2, dtype=torch.int32),
-        *pages,
-    )
+    _, _, _, *rest = lower.example_inputs(lowered, past=0)
+    return tiny_tokens(2, 5), torch.ones(2, 5, dtype=torch.int64), torch.arange(5).expand(2, 5), *rest
 
 
 def run(module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and the pages it wrote."""
+    """Logits, and the caches it wrote."""
     own = [t.clone() for t in inputs]
     with torch.no_grad():
         logits = module(*own)[0]
-    return logits, own[5:]
+    return logits, own[-4:]
 
 
 def assert_same(ours, expected) -> None:
@@ -52,21 +45,24 @@ def assert_same(ours, expected) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours[1], expected[1], strict=True))
 
 
-def images(lowered, prompt, pages: list[Tensor]) -> list[Tensor]:
-    """The keys and values of the prompt in pages, dequantized."""
-    layouts = [layout for pair in lowered.caches for layout in pair]
-    return [read_cache_ref(p, prompt[3], layout, prompt[0].shape[1]) for p, layout in zip(pages, layouts, strict=True)]
+def images(lowered, caches: list[Tensor]) -> list[Tensor]:
+    """The keys and values of the prompt, dequantized."""
+    parts, cache = [parts for pair in lowered.caches for parts in pair], lowered.target.cache
+    table = cache.table(2, cache.capacity(caches[0], 2), torch.device("cpu"))
+    return [cache.read(t, table, of, 5) for t, of in zip(caches, parts, strict=True)]
+
+
+def is_fused(node) -> bool:
+    return getattr(node.target, "namespace", "") == "resq"
 
 
 def test_every_value_has_a_shape(lowered):
     """By the fake implementations: codes of the embedding's width, one scale a part."""
     values = {node.name: node.meta["val"] for node in lowered.graph_module.graph.nodes if node.op == "call_function"}
     low, high, scale, zero_point = values["norm_quantize_default"]
-    assert (low.shape, high.shape, scale.shape) == (
-        (2, 5, 32),
-        (2, 5, 32),
-        (2, 5, 2),
-    )  # 56 codes in 28 bytes, 8 in 8, padded to 32
+    # 56 and 8 codes: in a byte each, or in 28 bytes and 8, padded to 32
+    row_bytes = {"torch": (56, 8), "triton": (32, 32)}[lowered.target.name]
+    assert (low.shape, high.shape, scale.shape) == ((2, 5, row_bytes[0]), (2, 5, row_bytes[1]), (2, 5, 2))
     assert (low.dtype, scale.dtype, zero_point.dtype) == (torch.int8, torch.float32, torch.int32)
     assert len(values) == sum(node.op == "call_function" for node in lowered.graph_module.graph.nodes)
 
@@ -79,7 +75,7 @@ def test_fakes_agree_with_kernels(lowered, prompt):
 
         def run_node(self, n):
             value = super().run_node(n)
-            if "resq_triton" in str(n.target):
+            if is_fused(n):
                 Comparing.seen += 1
                 fake = n.meta["val"]
                 pairs = zip(value, fake, strict=True) if isinstance(value, tuple) else [(value, fake)]
@@ -99,7 +95,7 @@ def test_operators_pass_the_library_check(lowered, prompt):
 
     class Checking(torch.fx.Interpreter):
         def run_node(self, n):
-            if "resq_triton" in str(n.target) and n.target not in checked:
+            if is_fused(n) and n.target not in checked:
                 checked.add(n.target)
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 torch.library.opcheck(n.target, args, kwargs, test_utils=("test_schema", "test_faketensor"))
@@ -113,20 +109,12 @@ def test_operators_pass_the_library_check(lowered, prompt):
 def test_it_exports_with_dynamic_shapes_and_is_saved(lowered, prompt, tmp_path):
     dynamic = torch.export.Dim.DYNAMIC
     tokens, rows = {0: dynamic, 1: dynamic}, {0: dynamic}
-    shapes = (tokens, tokens, tokens, tokens, rows, *[rows] * len(lowered.heads))
-    # two pages a sequence, and another number of tokens in the mask: sizes of 1 and equal sizes would become constants
-    ids, _, positions, _, start, *pages = prompt
-    table = torch.arange(4, dtype=torch.int32).view(2, 2)
-    example = (
-        ids,
-        torch.ones(2, 12, dtype=torch.int64),
-        positions,
-        table,
-        start + 7,
-        *[t.repeat(2, 1, 1) for t in pages],
-    )
+    # a cache of two pages a sequence: sizes of 1 and equal sizes would become constants
+    example = lower.example_inputs(lowered, past=70)
+    caches = [rows if lowered.target.name == "triton" else {0: dynamic, 2: dynamic}] * len(lowered.heads)
+    shapes = (*[tokens] * (len(example) - len(caches) - 1), rows, *caches)
     exported = torch.export.export(lowered.graph_module, example, dynamic_shapes=shapes, strict=False)
-    names = [str(node.target) for node in exported.graph.nodes if "resq_triton" in str(node.target)]
+    names = [str(node.target) for node in exported.graph.nodes if is_fused(node)]
     assert len(names) == 2 * sum(BLOCK_KERNELS.values())
     torch.export.save(exported, tmp_path / "lowered.pt2")
     loaded = torch.export.load(tmp_path / "lowered.pt2").module()
@@ -141,13 +129,14 @@ def test_it_compiles_without_a_graph_break(lowered, prompt, backend):
     if (
         backend == "inductor"
     ):  # has cosines and sines of its own, so scales differ in their last bits; a moved code would show
-        both = ((logits, *images(lowered, prompt, pages)) for logits, pages in (ours, expected))
+        both = ((logits, *images(lowered, caches)) for logits, caches in (ours, expected))
         for mine, theirs in zip(*both, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     else:
         assert_same(ours, expected)
 
 
+@NEEDS_TRITON
 def test_the_dump_of_a_model_has_the_lowered_graph(compiled, sharing, tmp_path):
     model = sharing(compiled("llama", recipe="resq", weight_method="rtn")).use_backend("triton")
     directory = model.dump(tmp_path)

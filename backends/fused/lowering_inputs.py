@@ -1,0 +1,127 @@
+"""Quantized inputs of linears: norm_quantize, hadamard_quantize or attention_quantize, made once for all linears that read them."""
+
+from __future__ import annotations
+
+import torch
+from resq_compiler.backends.fused import operators
+from resq_compiler.backends.fused.lowering import CodesNodes, Lowering
+from resq_compiler.backends.fused.patterns import Inputs, NormCall, calls, common_source, gated, padded, split_hadamard
+from torch.fx import Node
+
+from resq_compiler.ir import ops
+from resq_compiler.ir.graph_tools import is_call
+
+aten = torch.ops.aten
+
+
+def codes_for(low: Lowering, inputs: Inputs, before: Node) -> list[CodesNodes]:
+    """The packed form of a linear's quantized input, one CodesNodes for each operator the linear takes."""
+    key = tuple(one.node for one in inputs)
+    if key not in low.codes:
+        with low.graph.inserting_before(before):
+            low.codes[key] = _make(low, inputs)
+    return low.codes[key]
+
+
+def _make(low: Lowering, inputs: Inputs) -> list[CodesNodes]:
+    groups = calls([one.part for one in inputs])
+    if len(groups) > 1:
+        return _in_pieces(low, inputs, [len(parts) for parts in groups])
+    fused = _of_attention(low, inputs) or _of_hadamard(low, inputs)
+    return [fused or _of_norm(low, inputs)]
+
+
+def _flat(inputs: Inputs) -> tuple[list[int], list[int], int, list[float]]:
+    """bits, widths, groups and clips as attributes."""
+    parts = [one.part for one in inputs]
+    return [p.bits for p in parts], [p.width for p in parts], parts[0].groups, [one.clip for one in inputs]
+
+
+def _quantize(low: Lowering, inputs: Inputs, x: Node, norm: NormCall | None = None) -> CodesNodes:
+    """norm_quantize of x, whose columns are those of the inputs."""
+    normed = ("none", None, None, 0.0) if norm is None else (norm.kind, norm.weight, norm.bias, norm.eps)
+    kind, weight, bias, eps = normed
+    arguments = (x, weight, bias, kind, eps, *_flat(inputs), low.target.name)
+    node = low.emit(operators.norm_quantize, arguments, inputs[-1].node)
+    return low.codes_of(node, tuple(one.part for one in inputs))
+
+
+def _in_pieces(low: Lowering, inputs: Inputs, counts: list[int]) -> list[CodesNodes]:
+    """More parts than one operator takes: each operator quantizes what it needs."""
+    made, first = [], 0
+    for count in counts:
+        made.append(_quantize(low, inputs[first : first + count], _joined(low, inputs[first : first + count])))
+        first += count
+    return made
+
+
+def _joined(low: Lowering, inputs: Inputs) -> Node:
+    """The columns of all inputs side by side."""
+    if len(inputs) == 1:
+        return inputs[0].x
+    return low.emit(aten.cat.default, ([one.x for one in inputs], -1), inputs[0].node)
+
+
+def _of_norm(low: Lowering, inputs: Inputs) -> CodesNodes:
+    """Any input, the norm that makes it included where nobody else reads it."""
+    source = common_source(inputs)
+    if source is None:
+        return _quantize(low, inputs, _joined(low, inputs))
+    norm = source.norm(inputs)
+    if isinstance(norm, NormCall):
+        return _quantize(low, inputs, norm.x, norm)
+    if norm is not None:
+        low.left[source.x.name] = norm
+    return _quantize(low, inputs, source.x)
+
+
+def _of_attention(low: Lowering, inputs: Inputs) -> CodesNodes | None:
+    """o's input: every part merge_heads(columns(attention)), split as values are."""
+    spans, nodes = [], set()
+    for one in inputs:
+        merged = one.x.args[0] if is_call(one.x, ops.merge_heads) else None
+        whole = (merged, 0, one.part.width)
+        node, start, stop = merged.args if isinstance(merged, Node) and is_call(merged, ops.columns) else whole
+        spans.append((start, stop))
+        nodes.add(node)
+    node = nodes.pop()
+    site = low.attention_sites.get(node) if isinstance(node, Node) and not nodes else None
+    if site is None:
+        return None
+    expected = site.values.spans
+    same_columns = spans == [(start, stop) for _, start, stop in expected]
+    clips = {one.clip for one in inputs}
+    if not same_columns or [one.bits > 4 for one in inputs] != [bits > 4 for bits, _, _ in expected] or len(clips) > 1:
+        low.left[inputs[0].node.name] = (
+            f"the input of the output projection is split as {spans} and values as {expected}: it is quantized apart from attention"
+        )
+        return None
+    bits, widths, _, _ = _flat(inputs)
+    arguments = (*site.arguments, bits, widths, clips.pop(), low.target.name)
+    quantized = low.emit(operators.attention_quantize, arguments, inputs[-1].node)
+    return low.codes_of(quantized, tuple(one.part for one in inputs))
+
+
+def _of_hadamard(low: Lowering, inputs: Inputs) -> CodesNodes | None:
+    """down's input: hadamard(act(gate) * up), or of anything else; parts have transforms of their own."""
+    transform = split_hadamard(inputs)
+    if transform is None:
+        return None
+    reason = transform if isinstance(transform, str) else _why_not_transformed(low, inputs)
+    if isinstance(transform, str) or reason is not None:
+        for one in inputs:
+            low.left[one.x.name] = f"its Hadamard transform is computed by PyTorch: {reason}"
+        return None
+    x, transpose, _ = padded(transform, None, False, None)
+    gate, up, activation = gated(x)
+    bits, widths, _, clips = _flat(inputs)
+    arguments = (gate, up, activation, bool(transpose), bits, widths, clips, low.target.name)
+    node = low.emit(operators.hadamard_quantize, arguments, inputs[-1].node)
+    return low.codes_of(node, tuple(one.part for one in inputs))
+
+
+def _why_not_transformed(low: Lowering, inputs: Inputs) -> str | None:
+    if inputs[0].groups != 1:
+        return "it is quantized in groups"
+    reasons = (low.target.why_not_transform(one.part.columns) for one in inputs)
+    return next((reason for reason in reasons if reason is not None), None)
