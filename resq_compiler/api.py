@@ -26,12 +26,14 @@ from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
 from resq_compiler.errors import ModelError
 from resq_compiler.frontend.capture import Captured, capture, runnable_attention
 from resq_compiler.frontend.models import LoadedModel, load_model
+from resq_compiler.frontend.source import weights_digest
 from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import CompiledModel
 from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
 from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.pipeline.provenance import CalibrationSource, Provenance
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.pipeline.stages import Stage
@@ -47,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 
 @torch_state.compiling()
 def compile(
-    model: PreTrainedModel | str | Path,
+    model: PreTrainedModel | LoadedModel | str | Path,
     calib_data: Any = None,
     *,
     recipe: str | CompileConfig | Sequence[Pass] = named.DEFAULT_RECIPE,
@@ -63,9 +65,9 @@ def compile(
 ) -> CompiledModel:
     """Quantize a decoder.
 
-    Args:    model: a PreTrainedModel (left as it is), a local directory, a hub id, or a GGUF file.
+    Args:    model: a PreTrainedModel or what load_model gave (left as it is), a local directory, a hub id, or a GGUF file.
              calib_data: list of texts, token-id tensors, dict batches, a DataLoader or Dataset, a path to .txt or .jsonl;
-             None: the model writes its own calibration text, seeded.
+             "demo": built-in English text; None: the model writes its own calibration text, seeded.
              recipe: "resq+" (ResQ and what was found to help), "resq" (as published), "quarot", "quik", "gptq", "rtn", a
              CompileConfig, or a tuple of passes. options: any field of CompileConfig; beside passes, those of recipes.RUN_OPTIONS.
              backend: what computes: "reference" (PyTorch), "onnx" (ONNX Runtime) or "triton".
@@ -97,9 +99,9 @@ def compile(
     work = None
     if work_dir is not None:
         work = _work_directory(work_dir, chosen.passes, config, loaded.model, windows, overrides)
-    about = _about(loaded)
+    about = _about(loaded, calib_data, windows)
     start = time.perf_counter()
-    captured = _capture_float32(loaded.model, not isinstance(model, PreTrainedModel), report)
+    captured = _capture_float32(loaded.model, not isinstance(model, (PreTrainedModel, LoadedModel)), report)
     del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
     bos = about["config"].get_text_config().bos_token_id
@@ -112,7 +114,7 @@ def compile(
             f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
             "calibration_dtype=float32 for all of it"
         )
-    with recording(dump_dir, about["source"], config.to_dict(), on_stage) as record, memory.settled():
+    with recording(dump_dir, str(about["provenance"].model), config.to_dict(), on_stage) as record, memory.settled():
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
         _run_passes(pipeline, captured.graph_module, chosen.passes, on_float)
@@ -133,7 +135,12 @@ def load(directory: str | Path, device: torch.device | str | None = None) -> Com
     return CompiledModel.from_pretrained(directory, device_map=device)
 
 
-def _about(loaded: LoadedModel) -> dict[str, Any]:
+def _provenance(loaded: LoadedModel, calib_data: Any, windows: Tensor | None) -> Provenance:
+    source = dataclasses.replace(loaded.source, weights=weights_digest(loaded.model))
+    return Provenance(source, None if windows is None else CalibrationSource.of(calib_data, windows), known=True)
+
+
+def _about(loaded: LoadedModel, calib_data: Any, windows: Tensor | None) -> dict[str, Any]:
     """What a result keeps of the float model beside its graph."""
     config = copy.deepcopy(loaded.model.config)
     config._attn_implementation = (
@@ -143,7 +150,7 @@ def _about(loaded: LoadedModel) -> dict[str, Any]:
         "config": config,
         "generation_config": copy.deepcopy(loaded.model.generation_config),
         "tokenizer": loaded.tokenizer,
-        "source": loaded.source,
+        "provenance": _provenance(loaded, calib_data, windows),
     }
 
 

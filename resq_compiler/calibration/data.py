@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 _FILES = (".txt", ".jsonl")
 _EXPECTED = (
     "a list of texts, a path to a .txt or .jsonl file, token-id tensors, batches with input_ids, a DataLoader or "
-    "Dataset, or None (the model writes its own text)"
+    "Dataset, 'demo' (built-in English text), or None (the model writes its own text)"
 )
+DEMO = "demo"  # stands for `demo_text`
 Piece = tuple[str, Tensor]  # where it came from, in words; its token ids [t]
 
 
@@ -42,10 +43,11 @@ def calibration_windows(
     says how much, and the windows that could be cut come back.
 
     Args:    calib_data: list of texts; path (str or Path) to a .txt file or to a .jsonl file with a "text" in each
-             line; tensor, array or list of token ids, 1-D or 2-D, or an iterable of those; dict with input_ids (and
-             attention_mask) or with text, or an iterable of those (DataLoader, torch or `datasets` Dataset); None:
-             the model writes its own text. vocab_size: ids must be below it. model: needed for None. tokenizer:
-             needed for texts. seed, progress: used for None, see `sampling.sample_windows`.
+             line; "demo" for the first text of `demo_text`; tensor, array or list of token ids, 1-D or 2-D, or an
+             iterable of those; dict with input_ids (and attention_mask) or with text, or an iterable of those
+             (DataLoader, torch or `datasets` Dataset); None: the model writes its own text.
+             vocab_size: ids must be below it. model: needed for None. tokenizer: needed for texts. seed, progress: used
+             for None, see `self_written.sample_windows`.
     Returns: [n, sequence_length] int64 on the CPU, n <= samples.
     Raises:  DataError: unreadable, empty, shorter than one window, out of vocabulary, not integers, or text without a
              tokenizer.
@@ -164,7 +166,9 @@ def _pieces(data: Any, tokenizer: PreTrainedTokenizerBase | None, what: str) -> 
 
 def _items(data: Any, what: str) -> Iterator[tuple[str, Any]]:
     """The entries of the data with a name for messages; nothing is read ahead."""
-    if isinstance(data, (str, Path)):
+    if isinstance(data, str) and data == DEMO:
+        yield "the built-in text", demo_text()[0]
+    elif isinstance(data, (str, Path)):
         yield from _read(data, what)
     elif isinstance(data, (Tensor, Mapping)) or _is_array(data) or _are_ids(data):
         yield what, data

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resq_compiler.api import compile
-from resq_compiler.calibration.data import calibration_windows, demo_text, text_windows
+from resq_compiler.calibration.data import DEMO, calibration_windows, demo_text, text_windows
 from resq_compiler.cli import environment
 from resq_compiler.errors import ConfigError
 from resq_compiler.evaluation.comparison import measure
@@ -88,7 +88,7 @@ def run_demo(options: DemoOptions, output: Path, progress: Progress = lambda ste
     result["float"] = {"texts": write_answers(loaded.model, loaded.tokenizer, options.new_tokens, "float", progress)}
     result["recipes"] = {}
     for recipe in options.recipes:
-        entry = _try_recipe(recipe, loaded, calibration, windows, options, output, progress)
+        entry = _try_recipe(recipe, loaded, windows, options, output, progress)
         result["float"].update(entry.pop("float"))
         result["recipes"][recipe] = entry
     result["seconds"] = time.perf_counter() - began
@@ -210,10 +210,10 @@ def markdown_report(result: dict[str, Any]) -> str:
 
 def _tokens(loaded: LoadedModel, options: DemoOptions) -> tuple[Tensor, Tensor]:
     """Calibration windows and evaluation windows, from different halves of the demo text."""
-    first, second = demo_text()
+    _, second = demo_text()
     vocabulary = loaded.model.config.get_text_config().vocab_size
     calibration = calibration_windows(
-        [first], samples=options.calibration_samples, sequence_length=options.calibration_length, vocab_size=vocabulary,
+        DEMO, samples=options.calibration_samples, sequence_length=options.calibration_length, vocab_size=vocabulary,
         tokenizer=loaded.tokenizer,
     )  # fmt: skip
     windows = text_windows([second], loaded.tokenizer, options.window_length, options.windows, vocab_size=vocabulary)
@@ -222,7 +222,7 @@ def _tokens(loaded: LoadedModel, options: DemoOptions) -> tuple[Tensor, Tensor]:
 
 def _setting(loaded: LoadedModel, options: DemoOptions, calibration: Tensor, windows: Tensor) -> dict[str, Any]:
     return {
-        "model": loaded.source,
+        "model": str(loaded.source),
         "seed": options.seed,
         "prompts": list(prompts(loaded.tokenizer)),
         "chat": has_chat(loaded.tokenizer),
@@ -235,18 +235,17 @@ def _setting(loaded: LoadedModel, options: DemoOptions, calibration: Tensor, win
 
 
 def _try_recipe(
-    recipe: str, loaded: LoadedModel, calibration: Tensor, windows: Tensor, options: DemoOptions, output: Path, progress: Progress
+    recipe: str, loaded: LoadedModel, windows: Tensor, options: DemoOptions, output: Path, progress: Progress
 ) -> dict[str, Any]:  # fmt: skip
     """Compile by one recipe, measure, generate; save if it is the first."""
     began = time.perf_counter()
     shares: dict[str, Any] = {} if options.search_shares else {"allocation": "equal"}
     compiled = compile(
-        loaded.model, calibration, recipe=recipe, tokenizer=loaded.tokenizer, seed=options.seed, **shares,
+        loaded, DEMO, recipe=recipe, seed=options.seed, **shares,
         calibration_samples=options.calibration_samples, calibration_length=options.calibration_length,
         progress=lambda step, done, total: progress(f"{recipe}: {step}", done, total),
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    compiled.source = loaded.source  # a file, where compile() saw an instance: `resq inspect` reads it again
     entry = measure(
         compiled, windows, loaded.model, progress=lambda done, total: progress(f"{recipe}: evaluate", done, total)
     )
@@ -256,7 +255,7 @@ def _try_recipe(
     if recipe == options.recipes[0]:
         progress(f"{recipe}: save", 0, 1)
         compiled.save_pretrained(output / "model")
-        entry["directory"] = str(output / "model")
+        entry["directory"] = "model"  # beside the report
     return entry
 
 

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from resq_compiler.errors import ModelError
 from resq_compiler.frontend.capture import runnable_attention
+from resq_compiler.frontend.source import ModelSource
 from resq_compiler.util.install import install_command
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,12 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A float decoder, its tokenizer if it came with one, and where it came from, in words."""
+    """A float decoder, its tokenizer if it came with one, and where it came from: for messages here, and for other machines."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    source: str
+    where: str
+    source: ModelSource
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,34 @@ class _Location:
     def arguments(self) -> dict[str, Any]:
         return {"trust_remote_code": False} | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
+    @property
+    def kind(self) -> str:
+        """As ModelSource says."""
+        if self.gguf_file is None:
+            return "directory" if Path(self.name).is_dir() else "hub"
+        is_embedded = self.gguf_file == EMBEDDED_FILE and Path(self.name).name == EMBEDDED_PACKAGE
+        return "embedded" if is_embedded else "file"
+
     def __str__(self) -> str:
         return str(Path(self.name) / self.gguf_file) if self.gguf_file else self.name
 
 
-def load_model(source: PreTrainedModel | str | Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(source: PreTrainedModel | LoadedModel | str | Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a decoder-only causal language model in evaluation mode and check that it can be compiled.
 
-    Args:    source: a PreTrainedModel (used as it is: neither copied nor converted), a local directory, a .gguf file
+    Args:    source: a PreTrainedModel or LoadedModel (used as it is: neither copied nor converted), a local directory, a .gguf file
              (dequantized by transformers), a directory with exactly one .gguf file, or a hub id. dtype: of the weights,
              for everything but an instance.
     Returns: LoadedModel; the tokenizer is None for an instance and where none was saved.
     Raises:  ModelError: nothing there, not a causal decoder, already quantized, weights missing or not finite.
     """
+    if isinstance(source, LoadedModel):
+        return source
     if isinstance(source, PreTrainedModel):
         _check_instance(source)
         check_model(source)
-        return LoadedModel(source, None, f"{type(source).__name__} instance")
+        instance = ModelSource("instance", type(source).__name__, type(source).__name__)
+        return LoadedModel(source, None, str(instance), instance)
     if not isinstance(source, (str, Path)):
         raise ModelError(f"load_model: expected {_EXPECTED}; got {type(source).__name__}")
     location = _locate(source)
@@ -77,7 +90,12 @@ def load_model(source: PreTrainedModel | str | Path, dtype: torch.dtype = torch.
         model = _load_weights(location, dtype)
         tokenizer = _load_tokenizer(location)
     check_model(model)
-    return LoadedModel(model, tokenizer, f"{location} ({type(model).__name__})")
+    return LoadedModel(model, tokenizer, f"{location} ({type(model).__name__})", _source(location, model))
+
+
+def _source(location: _Location, model: PreTrainedModel) -> ModelSource:
+    name = location.name if location.kind == "hub" else Path(str(location)).resolve().name
+    return ModelSource(location.kind, name, type(model).__name__, getattr(model.config, "_commit_hash", None))
 
 
 def embedded_model_path() -> Path:

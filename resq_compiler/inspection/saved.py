@@ -7,22 +7,23 @@ with the saved options and the calibration data of the compile, and the result i
 from __future__ import annotations
 
 import itertools
-import json
-import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.overrides import read_overrides
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.errors import ConfigError
+from resq_compiler.calibration.data import calibration_windows
+from resq_compiler.errors import CheckpointError, ConfigError, ModelError
 from resq_compiler.frontend.capture import capture
-from resq_compiler.frontend.models import load_model
+from resq_compiler.frontend.models import LoadedModel, embedded_model_path, load_model
+from resq_compiler.frontend.source import ModelSource, weights_digest
 from resq_compiler.inspection.activations import diagnose
 from resq_compiler.inspection.attribution import coded_parts, float_weights
 from resq_compiler.inspection.dump import dump_result
@@ -36,13 +37,15 @@ from resq_compiler.inspection.session import (
     write_results,
 )
 from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.provenance import CalibrationSource, Provenance, windows_digest
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.storage.layout import CONFIG
 from resq_compiler.storage.reading import read
+from resq_compiler.storage.tensor_files import read_json
 
-RECORD, CONFIG = "resq_report.json", "config.json"
 LEAST_DB = 3.0  # codes of three bits or more are about 10 dB or more from their own weights, and 0 from others
 
 
@@ -58,9 +61,9 @@ def inspect_saved(
     """
     compiled = read(directory)
     loaded = load_model(reference)
-    check_reference(compiled, loaded.model, loaded.source)
+    check_reference(compiled, loaded.model, loaded.where)
     windows = measuring_windows(loaded.model, loaded.tokenizer or compiled.tokenizer, request)
-    data = _calibration(compiled.options, loaded, calibration(), request) if request.levels else None
+    data = _calibration(compiled, loaded, calibration(), request) if request.levels else None
     captured = capture(loaded.model)
     gm = captured.graph_module
     options = compiled.options
@@ -81,7 +84,7 @@ def inspect_saved(
     if request.levels:
         with torch.no_grad():
             pipeline.run(gm, projecting)
-        check_projection(compiled.graph_module, gm, loaded.source)
+        check_projection(compiled.graph_module, gm, loaded.where)
         result.costs = measure_costs(compiled.graph_module, gm, windows, request)
     if request.dump_dir is not None:
         dump_result(compiled, request.dump_dir, windows[:1])
@@ -95,21 +98,32 @@ def _exact_passes(options: CompileConfig) -> tuple[list[Any], list[Any]]:
     return exact[:at], exact[at:]
 
 
-def _calibration(options: CompileConfig, loaded: Any, data: Any, request: Request) -> Tensor | None:
+def _calibration(compiled: CompileResult, loaded: LoadedModel, data: Any, request: Request) -> Tensor | None:
     from resq_compiler.api import needs_calibration
-    from resq_compiler.calibration.data import calibration_windows
 
+    options = compiled.options
     if not needs_calibration(named.passes_for(options)):
         return None
-    return calibration_windows(
+    windows = calibration_windows(
         data, model=loaded.model, tokenizer=loaded.tokenizer, samples=options.calibration_samples,
         sequence_length=options.calibration_length, seed=options.seed, vocab_size=loaded.model.config.get_text_config().vocab_size,
         progress=lambda done, total: request.progress("write calibration text", done, total),
     )  # fmt: skip
+    check_calibration(compiled.provenance.calibration, windows)
+    return windows
+
+
+def check_calibration(recorded: CalibrationSource | None, windows: Tensor) -> None:
+    """Raise ConfigError where other tokens are recorded than these windows [n, length]."""
+    if recorded is not None and recorded.digest != windows_digest(windows):
+        raise ConfigError(
+            f"--calibration: these {windows.numel()} tokens are not the {recorded.tokens} that the model was compiled with; "
+            f"it was calibrated on {recorded}: give the same data"
+        )
 
 
 def check_reference(compiled: CompileResult, model: Any, name: str) -> None:
-    """Raise ConfigError unless a model has the sizes of the one that was compiled."""
+    """Raise ConfigError unless a model has the sizes of the one that was compiled and, where they are recorded, its weights."""
     ours, theirs = (c.get_text_config() for c in (compiled.config, model.config))
     for field in (
         "model_type",
@@ -123,8 +137,14 @@ def check_reference(compiled: CompileResult, model: Any, name: str) -> None:
         if expected != got:
             raise ConfigError(
                 f"--reference {name}: has {field} {got}, the compiled model {expected}; give the float model it was compiled from "
-                f"({compiled.source or 'not recorded'})"
+                f"({compiled.source})"
             )
+    recorded = compiled.provenance.model.weights
+    if recorded is not None and recorded != weights_digest(model):
+        raise ConfigError(
+            f"--reference {name}: has the sizes of the compiled model and other weights; give the float model it was compiled from "
+            f"({compiled.source})"
+        )
 
 
 def check_projection(quantized: GraphModule, projected: GraphModule, name: str) -> None:
@@ -144,31 +164,28 @@ def check_projection(quantized: GraphModule, projected: GraphModule, name: str) 
             )
 
 
-def recorded_source(directory: Path) -> tuple[str, str | None]:
-    """(what a saved model says it was compiled from, the same where it is found on this machine)."""
-    quantization = json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("quantization_config", {})
-    recorded = str(quantization.get("source") or "")
-    name = re.sub(r" \(\w+\)$", "", recorded)
-    return recorded, name if name and (Path(name).expanduser().exists() or _in_cache(name)) else None
+def recorded_provenance(directory: Path) -> Provenance:
+    """What a saved model says about how it came about. Raises CheckpointError: its config.json is not readable."""
+    quantization = read_json(directory / CONFIG).get("quantization_config", {})
+    try:
+        return Provenance.from_config(quantization)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: malformed provenance ({error}); the file is damaged") from error
+
+
+def found_here(source: ModelSource) -> str | None:
+    """What load_model takes to open a recorded model on this machine without a download; None where only the user can say."""
+    if source.kind == "embedded":
+        try:
+            return str(embedded_model_path())
+        except ModelError:
+            return None
+    return source.name if source.kind == "hub" and _in_cache(source.name) else None
 
 
 def _in_cache(name: str) -> bool:
     """True for a hub id whose files were downloaded before."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        return name.count("/") == 1 and isinstance(try_to_load_from_cache(name, CONFIG), str)
+        return isinstance(try_to_load_from_cache(name, CONFIG), str)
     except HFValidationError:
         return False
-
-
-def recorded_calibration(directory: Path) -> str | None:
-    """The --calibration of the `resq compile` that wrote a directory: a file, `demo` or `self`; None where it is not recorded."""
-    path = directory / RECORD
-    if not path.is_file():
-        return None
-    words = shlex.split(str(json.loads(path.read_text(encoding="utf-8")).get("command", "")))
-    given = [after for flag, after in itertools.pairwise(words) if flag == "--calibration"]
-    given += [word.partition("=")[2] for word in words if word.startswith("--calibration=")]
-    return given[-1] if given else "self" if "compile" in words else None

@@ -41,7 +41,8 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
 
     config: the HF configuration. options: the CompileConfig. graph_module: the quantized graph. stages: the graph after every
     pass (empty after `load`). notes: what a user should know. tokenizer: the one the model came with, or None. sample_ids: a
-    window of the calibration data [1, length], or None. result: all of it as a CompileResult.
+    window of the calibration data [1, length], or None. provenance: the float model and the calibration data. result: all of it
+    as a CompileResult.
 
     The cache holds the float image of 4/8-bit codes: values are those of a packed cache, its memory is not (ONNX and Triton
     backends store the codes).
@@ -61,7 +62,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self.stages = list(result.stages)
         self.notes = list(result.notes)
         self.topology = result.topology
-        self.source = result.source
+        self.provenance = result.provenance
         self.sample_ids = result.sample_ids
         self.eval()
 
@@ -70,8 +71,13 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         """What was compiled, as everything below the Hugging Face face takes it."""
         return CompileResult(
             self.graph_module, self.options, self.cache_specs, self.config, self.generation_config, self.tokenizer,
-            tuple(self.stages), tuple(self.notes), self.topology, self.source, self.sample_ids,
+            tuple(self.stages), tuple(self.notes), self.topology, self.provenance, self.sample_ids,
         )  # fmt: skip
+
+    @property
+    def source(self) -> str:
+        """The float model it was compiled from, in words."""
+        return str(self.provenance.model)
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.frontend.capture import CacheSpec
+from resq_compiler.pipeline.provenance import Provenance
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.recipes.settings import CompileConfig
 
@@ -21,7 +22,7 @@ class CompileResult:
     graph_module: (input_ids, attention_mask, position_ids, *past) -> (logits, *present), as capture.py says. options: as passes
     resolved them. cache_specs: the shape of every layer's cache. config, generation_config, tokenizer: those of the float model.
     stages: the graph after every pass (empty after loading). notes: what a user should know. topology: what was found in the float
-    graph (None after loading). source: where the float model came from, in words. sample_ids: a window of the calibration
+    graph (None after loading). provenance: the float model and the calibration data. sample_ids: a window of the calibration
     data [1, length], or None.
     """
 
@@ -34,5 +35,10 @@ class CompileResult:
     stages: tuple[Stage, ...] = ()
     notes: tuple[str, ...] = ()
     topology: Topology | None = None
-    source: str = ""
+    provenance: Provenance = Provenance()
     sample_ids: Tensor | None = None
+
+    @property
+    def source(self) -> str:
+        """The float model, in words."""
+        return str(self.provenance.model)

@@ -15,6 +15,7 @@ from torch.fx import Graph
 from resq_compiler import __version__
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.ir import meta
+from resq_compiler.pipeline.provenance import Provenance
 from resq_compiler.recipes.settings import CompileConfig, without_removed
 
 QUANT_METHOD = "resq"
@@ -31,7 +32,7 @@ def versions() -> dict[str, str]:
     return {"resq_compiler": __version__, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
-def build(options: CompileConfig, graph: Graph, notes: Iterable[str], source: str) -> dict[str, Any]:
+def build(options: CompileConfig, graph: Graph, notes: Iterable[str], provenance: Provenance) -> dict[str, Any]:
     """The quantization_config of a compiled graph."""
     return {
         "quant_method": QUANT_METHOD,
@@ -39,7 +40,8 @@ def build(options: CompileConfig, graph: Graph, notes: Iterable[str], source: st
         "scheme": options.scheme,
         "options": options.to_dict(),
         "versions": versions(),
-        "source": source,
+        "source": str(provenance.model),
+        "provenance": provenance.to_dict(),
         "notes": list(notes),
         "transform_config": {"config_groups": transforms(options, graph)},
     }

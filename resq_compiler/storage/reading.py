@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTra
 from resq_compiler.errors import CheckpointError, ResqError
 from resq_compiler.frontend import capture
 from resq_compiler.ir import serialize
+from resq_compiler.pipeline.provenance import Provenance
 from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.storage import quantization_config, tensor_files
@@ -64,7 +65,7 @@ def _build(path: Path, config: dict[str, Any], options: CompileConfig, data: Map
     quantization = config["quantization_config"]
     return CompileResult(
         gm, options, cache, hf_config, GenerationConfig.from_dict(read_json(path / GENERATION)), _tokenizer(path, hf_config),
-        notes=tuple(quantization.get("notes", ())), source=quantization.get("source", ""),
+        notes=tuple(quantization.get("notes", ())), provenance=Provenance.from_config(quantization),
     )  # fmt: skip
 
 

@@ -79,10 +79,10 @@ def _write(result: CompileResult, directory: Path, max_shard_size: str | int) ->
     tensor_files.write(gm, tensors, directory, max_shard_size)
     if result.tokenizer is not None:
         result.tokenizer.save_pretrained(directory)
-    quantization = quantization_config.build(result.options, gm.graph, result.notes, result.source)
+    quantization = quantization_config.build(result.options, gm.graph, result.notes, result.provenance)
     _write_text(directory / GENERATION, result.generation_config.to_json_string())
     _write_text(directory / RECIPE, _recipe_text(result, quantization))
-    card = _CARD_TEXT.format(scheme=result.options.scheme, source=result.source or "not recorded")
+    card = _CARD_TEXT.format(scheme=result.options.scheme, source=result.source)
     _write_text(directory / CARD, card)
     quantization["files"] = sorted([CONFIG, *(entry.name for entry in directory.iterdir())])
     _write_text(directory / CONFIG, _config_text(result, quantization))

@@ -13,7 +13,7 @@ from resq_compiler.api import load
 from resq_compiler.cli import demo, main
 from resq_compiler.cli.commands import demo as command
 from resq_compiler.errors import ConfigError
-from resq_compiler.inspection.saved import recorded_source
+from resq_compiler.inspection.saved import recorded_provenance
 from resq_compiler.recipes.named import RECIPES
 from resq_compiler.tiny import tiny_model, tiny_tokenizer
 
@@ -43,7 +43,13 @@ def test_demo_writes_model_and_report(model, tmp_path, capsys):
     assert "equal shares" in out and load(tmp_path / "model").options.allocation == "equal"
     assert result["float"]["perplexity"] > 1 and f"{result['float']['perplexity']:.3f}" in out
     assert load(tmp_path / "model").options.recipe == "resq"
-    assert recorded_source(tmp_path / "model")[1] == str(model)
+    provenance = recorded_provenance(tmp_path / "model")
+    assert (provenance.model.kind, provenance.model.name) == ("directory", model.name)
+    assert provenance.calibration is not None and (provenance.calibration.kind, provenance.calibration.tokens) == (
+        "demo",
+        128,
+    )
+    assert str(model) not in (tmp_path / "report.json").read_text()
     written = (tmp_path / "report.md").read_text()
     assert written.startswith("# ") and all(f"{text} ..." in written and text in out for text in demo.OPENINGS)
     assert main.main([*arguments, *SMALL, "--json", "--recipes", "rtn"]) == 0  # again, over what is there

@@ -145,6 +145,9 @@ def test_compile_writes_model_and_record(place, capsys):
     assert record["versions"]["torch"] == torch.__version__
     assert (place.folder / "work" / "fingerprint.json").is_file()  # what --work-dir is for is tested with compile()
     assert record["passes"][-1]["name"] == "quantize-kv-cache" and record["seconds"] > 0
+    assert record["provenance"]["calibration"]["name"] == "text.txt" and record["source"] == "float (LlamaForCausalLM)"
+    written = [path for path in (place.folder / "out").iterdir() if str(place.folder).encode() in path.read_bytes()]
+    assert written == []  # no path of the machine
     recipe = yaml.safe_load((place.folder / "out" / "resq_recipe.yaml").read_text())
     assert options.read_recipe_file(place.folder / "out" / "resq_recipe.yaml") == recipe == record["options"]
     code, _, err = run(capsys, "compile", place.model, "-o", place.out, "--calibration", place.text, *FAST)

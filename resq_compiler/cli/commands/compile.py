@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_target(output)
     compiled, seconds = _compile(arguments, config)
     compiled.save_pretrained(output)
-    record = common.run_record(compiled, shlex.join(sys.argv), seconds)
+    record = common.run_record(compiled, seconds)
     common.write_text(output / common.RECORD_FILE, common.to_json(record) + "\n")
     if arguments.topology_file is not None:
         stated = Path(arguments.topology_file).expanduser().read_text(encoding="utf-8")

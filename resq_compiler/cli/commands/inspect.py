@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resq_compiler.cli.commands import common
 from resq_compiler.cli.commands.options import add_option_flags, chosen_config, given_options
+
+if TYPE_CHECKING:
+    from resq_compiler.pipeline.provenance import Provenance
 
 LEVELS = ("kind", "block", "linear")
 
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measures.add_argument(
         "--reference",
         metavar="MODEL",
-        help="float original of a compiled model (default: the recorded one, if it is still found)",
+        help="float original of a compiled model (default: the recorded one, where its name is enough to find it)",
     )
     add_option_flags(parser)
 
@@ -141,28 +144,17 @@ def inspect_compile(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
 def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measure a compiled model against its float original."""
     from resq_compiler.cli.commands.compile import TOPOLOGY_FILE
-    from resq_compiler.errors import ConfigError
     from resq_compiler.inspection import saved
     from resq_compiler.util.progress import Progress
 
     directory = Path(arguments.model).expanduser()
     kept = directory / TOPOLOGY_FILE
     topology = arguments.topology_file or (kept if kept.is_file() else None)
-    flag = "--activations" if arguments.activations else "--attribute"
-    recorded, found_source = saved.recorded_source(directory)
-    reference = common.model_source(arguments.reference) if arguments.reference else found_source
-    if reference is None:
-        raise ConfigError(
-            f"resq inspect {flag}: {arguments.model} holds codes, not the float weights to compare with, and what it was compiled "
-            f"from ({recorded or 'not recorded'}) is not found here; name its float original: --reference MODEL"
-        )
-    calibration = arguments.calibration or saved.recorded_calibration(directory)
-    if arguments.attribute and calibration is None:
-        raise ConfigError(
-            f"resq inspect --attribute: {arguments.model} has no {common.RECORD_FILE} that says which calibration data it was "
-            "compiled with, and its basis comes from that: give the same data with --calibration"
-        )
-    said = [f"float original: {reference}{'' if arguments.reference else ' (recorded in the model)'}"]
+    provenance = saved.recorded_provenance(directory)
+    reference, calibration = _reference(arguments, provenance), _calibration(arguments, provenance)
+    said = [
+        f"float original: {arguments.reference or provenance.model}{'' if arguments.reference else ' (recorded in the model)'}"
+    ]
     if arguments.attribute:
         said.append(f"calibration data: {calibration}{'' if arguments.calibration else ' (recorded in the model)'}")
     common.quiet_libraries()
@@ -172,7 +164,39 @@ def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
             directory, request, reference, lambda: common.calibration_data(calibration), topology
         )
     result, text = _shown(arguments, found, [*said, ""])
-    return {"reference": reference, "calibration": calibration if arguments.attribute else None, **result}, text
+    return {"reference": reference, "calibration": calibration, **result}, text
+
+
+def _reference(arguments: argparse.Namespace, provenance: Provenance) -> str:
+    """The float original: the one that is given, else the recorded one. Raises ConfigError."""
+    from resq_compiler.errors import ConfigError
+    from resq_compiler.inspection import saved
+
+    if arguments.reference:
+        return common.model_source(arguments.reference)
+    found = saved.found_here(provenance.model)
+    if found is None:
+        flag = "--activations" if arguments.activations else "--attribute"
+        raise ConfigError(
+            f"resq inspect {flag}: {arguments.model} holds codes, not the float weights to compare with; it was compiled from "
+            f"{provenance.model}, and that name does not say where to find it: give its float original with --reference MODEL"
+        )
+    return found
+
+
+def _calibration(arguments: argparse.Namespace, provenance: Provenance) -> str | None:
+    """The calibration data for --attribute: what is given, else what is recorded. Raises ConfigError."""
+    from resq_compiler.errors import ConfigError
+
+    recorded = provenance.calibration
+    if not arguments.attribute or arguments.calibration or (provenance.known and recorded is None):
+        return arguments.calibration
+    if recorded is not None and recorded.kind in ("self", common.DEMO):
+        return recorded.kind
+    what = f"was calibrated on {recorded}" if recorded else "does not say which calibration data it was compiled with"
+    raise ConfigError(
+        f"resq inspect --attribute: {arguments.model} {what}, and its basis comes from that: give the same data with --calibration"
+    )
 
 
 def inspect_float(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -212,7 +236,7 @@ def inspect_compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str
     bits = result["average_bits"]
     rows = [(kind.replace("_", " "), megabytes(size)) for kind, size in result["memory_bytes"].items()]
     lines = [
-        f"{arguments.model}: {result['recipe']} {result['scheme']} of {opened.model.source or 'an unnamed model'}",
+        f"{arguments.model}: {result['recipe']} {result['scheme']} of {opened.model.source}",
         f"average bits: weights {number(bits['weights'], 2)}, activations {number(bits['activations'], 2)}, "
         f"KV cache {number(bits['kv'], 2)}",
         table(("memory", "size"), rows),

