@@ -12,8 +12,8 @@ import pytest
 from resq_compiler.api import load
 from resq_compiler.cli import demo, main
 from resq_compiler.cli.commands import demo as command
+from resq_compiler.cli.inspect_saved import recorded_provenance
 from resq_compiler.errors import ConfigError
-from resq_compiler.inspection.saved import recorded_provenance
 from resq_compiler.recipes.named import RECIPES
 from resq_compiler.tiny import tiny_model, tiny_tokenizer
 

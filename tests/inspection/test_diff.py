@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from resq_compiler.api import compile
+from resq_compiler.cli.main import main
 from resq_compiler.errors import DumpError
 from resq_compiler.inspection.diff import compare, difference_text
 from resq_compiler.tiny import tiny_tokens
@@ -108,3 +109,13 @@ def test_stages_of_one_side_only(compiled, changed):
 def test_not_a_dump(compiled, tmp_path):
     with pytest.raises(DumpError, match="expected a dump"):
         compare(compiled.dump, tmp_path)
+
+
+def test_diff_command(compiled, capsys):
+    assert main(["diff", str(compiled.dump), str(compiled.dump), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is True
+
+
+def test_diff_command_on_what_is_not_a_dump(compiled, tmp_path, capsys):
+    assert main(["diff", str(compiled.dump), str(tmp_path)]) == 2
+    assert "expected a dump" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def _check(arguments: argparse.Namespace, compiled: bool, measured: bool) -> Non
 
 
 def _request(arguments: argparse.Namespace, progress: Any) -> Any:
-    from resq_compiler.inspection.session import TOKENS, Request
+    from resq_compiler.cli.inspect_compile import TOKENS, Request
 
     return Request(
         arguments.activations, arguments.attribute or (), arguments.text, arguments.tokens or TOKENS, arguments.dump, progress
@@ -129,7 +129,7 @@ def _shown(arguments: argparse.Namespace, found: Any, first: list[str]) -> tuple
 
 def inspect_compile(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Compile with a dump and diagnostics."""
-    from resq_compiler.inspection.session import inspect_model
+    from resq_compiler.cli.inspect_compile import inspect_model
     from resq_compiler.util.progress import Progress
 
     common.quiet_libraries()
@@ -143,14 +143,14 @@ def inspect_compile(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
 
 def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measure a compiled model against its float original."""
+    from resq_compiler.cli import inspect_saved
     from resq_compiler.cli.commands.compile import TOPOLOGY_FILE
-    from resq_compiler.inspection import saved
     from resq_compiler.util.progress import Progress
 
     directory = Path(arguments.model).expanduser()
     kept = directory / TOPOLOGY_FILE
     topology = arguments.topology_file or (kept if kept.is_file() else None)
-    provenance = saved.recorded_provenance(directory)
+    provenance = inspect_saved.recorded_provenance(directory)
     reference, calibration = _reference(arguments, provenance), _calibration(arguments, provenance)
     said = [
         f"float original: {arguments.reference or provenance.model}{'' if arguments.reference else ' (recorded in the model)'}"
@@ -160,7 +160,7 @@ def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
     common.quiet_libraries()
     with Progress(arguments.quiet) as progress:
         request = _request(arguments, progress)
-        found = saved.inspect_saved(
+        found = inspect_saved.inspect_saved(
             directory, request, reference, lambda: common.calibration_data(calibration), topology
         )
     result, text = _shown(arguments, found, [*said, ""])
@@ -169,12 +169,12 @@ def inspect_saved_model(arguments: argparse.Namespace) -> tuple[dict[str, Any], 
 
 def _reference(arguments: argparse.Namespace, provenance: Provenance) -> str:
     """The float original: the one that is given, else the recorded one. Raises ConfigError."""
+    from resq_compiler.cli import inspect_saved
     from resq_compiler.errors import ConfigError
-    from resq_compiler.inspection import saved
 
     if arguments.reference:
         return common.model_source(arguments.reference)
-    found = saved.found_here(provenance.model)
+    found = inspect_saved.found_here(provenance.model)
     if found is None:
         flag = "--activations" if arguments.activations else "--attribute"
         raise ConfigError(

@@ -9,11 +9,11 @@ import shutil
 import pytest
 
 import resq_compiler
+from resq_compiler.cli import inspect_saved
+from resq_compiler.cli.inspect_compile import Request, inspect_model
 from resq_compiler.cli.main import main
 from resq_compiler.errors import ConfigError
 from resq_compiler.frontend.source import ModelSource, weights_digest
-from resq_compiler.inspection import saved
-from resq_compiler.inspection.session import Request, inspect_model
 from resq_compiler.pipeline.provenance import CalibrationSource, windows_digest
 from resq_compiler.recipes.named import resolve
 from resq_compiler.tiny import tiny_model, tiny_tokens
@@ -41,7 +41,7 @@ def directory(original, tmp_path_factory):
 
 def test_measures_the_same_as_beside_the_compile(original, directory):
     expected = inspect_model(original, CALIBRATION, CONFIG, REQUEST)
-    found = saved.inspect_saved(directory, REQUEST, original, lambda: CALIBRATION)
+    found = inspect_saved.inspect_saved(directory, REQUEST, original, lambda: CALIBRATION)
     assert found.tables == expected.tables
 
 
@@ -49,7 +49,9 @@ def test_activations_need_no_calibration_data(original, directory, tmp_path):
     def never():
         raise AssertionError("calibration data were asked for")
 
-    found = saved.inspect_saved(directory, Request(activations=True, tokens=512, dump_dir=tmp_path), original, never)
+    found = inspect_saved.inspect_saved(
+        directory, Request(activations=True, tokens=512, dump_dir=tmp_path), original, never
+    )
     assert found.diagnostics is not None and found.costs is None
     assert json.loads((tmp_path / "dump.json").read_text())[
         "noise"
@@ -60,7 +62,7 @@ def test_other_calibration_data_are_noticed(original, directory):
     with pytest.raises(
         ConfigError, match=r"--calibration: these 256 tokens are not the 256 that .* give the same data"
     ):
-        saved.inspect_saved(
+        inspect_saved.inspect_saved(
             directory, Request(levels=("kind",), tokens=512), original, lambda: tiny_tokens(4, 64, seed=9)
         )
 
@@ -75,11 +77,11 @@ def test_overrides_of_the_topology_are_those_kept_beside_the_model(original, dir
 
 def test_a_reference_of_other_sizes_is_refused(directory):
     with pytest.raises(ConfigError, match=r"--reference .*model_type qwen2, the compiled model llama"):
-        saved.inspect_saved(directory, REQUEST, tiny_model("qwen2"), lambda: CALIBRATION)
+        inspect_saved.inspect_saved(directory, REQUEST, tiny_model("qwen2"), lambda: CALIBRATION)
 
 
 def test_a_saved_model_records_names_and_hashes(original, directory):
-    found = saved.recorded_provenance(directory)
+    found = inspect_saved.recorded_provenance(directory)
     assert found.known and found.model == ModelSource(
         "directory", original.name, "LlamaForCausalLM", weights=weights_digest(tiny_model("llama"))
     )
@@ -104,8 +106,8 @@ def recorded(directory, **changes):
 
 @pytest.mark.parametrize("kind", ["embedded", "hub"])
 def test_a_source_that_its_name_finds_is_used(original, directory, tmp_path, monkeypatch, capsys, kind):
-    monkeypatch.setattr(saved, "embedded_model_path", lambda: original)
-    monkeypatch.setattr(saved, "_in_cache", lambda name: True)
+    monkeypatch.setattr(inspect_saved, "embedded_model_path", lambda: original)
+    monkeypatch.setattr(inspect_saved, "_in_cache", lambda name: True)
     provenance = recorded(directory, model={"kind": kind, "name": str(original)})
     named = with_provenance(directory, tmp_path / "named", provenance=provenance)
     assert main(["inspect", str(named), "--activations", "--tokens", "512"]) == 0
@@ -122,7 +124,7 @@ def test_a_source_that_its_name_does_not_find_is_asked_for(original, directory, 
 
 def test_a_model_of_other_weights_is_refused(directory):
     with pytest.raises(ConfigError, match="--reference .*has the sizes of the compiled model and other weights"):
-        saved.inspect_saved(directory, REQUEST, tiny_model("llama", seed=1), lambda: CALIBRATION)
+        inspect_saved.inspect_saved(directory, REQUEST, tiny_model("llama", seed=1), lambda: CALIBRATION)
 
 
 def test_what_an_older_version_kept_is_read(original, directory, tmp_path, capsys):
@@ -134,7 +136,9 @@ def test_what_an_older_version_kept_is_read(original, directory, tmp_path, capsy
     assert main(["inspect", str(old), "--attribute", *reference]) == 2
     assert "does not say which calibration data it was compiled with" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"saved codes are .* dB from the weights .* --reference and --calibration"):
-        saved.inspect_saved(old, Request(levels=("kind",), tokens=512), original, lambda: tiny_tokens(4, 64, seed=9))
+        inspect_saved.inspect_saved(
+            old, Request(levels=("kind",), tokens=512), original, lambda: tiny_tokens(4, 64, seed=9)
+        )
 
 
 @pytest.mark.parametrize(

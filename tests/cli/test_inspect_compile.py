@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
+from resq_compiler.cli.inspect_compile import Request, inspect_model
 from resq_compiler.cli.main import main
 from resq_compiler.inspection.dump_files import read_manifest
-from resq_compiler.inspection.session import Request, inspect_model
 from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
@@ -28,16 +26,6 @@ def test_inspects_a_model_that_is_handed_over(tmp_path):
     ]
     assert {p.name for p in found.files} >= {"activations.json", "attribution.json", "channels.png", "index.html"}
     assert (tmp_path / "index.html").stat().st_size < 2 * 10**6
-
-
-def test_diff_command(compiled, capsys):
-    assert main(["diff", str(compiled.dump), str(compiled.dump), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["equal"] is True
-
-
-def test_diff_command_on_what_is_not_a_dump(compiled, tmp_path, capsys):
-    assert main(["diff", str(compiled.dump), str(tmp_path)]) == 2
-    assert "expected a dump" in capsys.readouterr().err
 
 
 def test_unknown_level(capsys):

@@ -20,6 +20,14 @@ from torch.fx import GraphModule
 from resq_compiler.analysis.overrides import read_overrides
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration.data import calibration_windows
+from resq_compiler.cli.inspect_compile import (
+    Inspection,
+    Request,
+    decoder,
+    measure_costs,
+    measuring_windows,
+    write_results,
+)
 from resq_compiler.errors import CheckpointError, ConfigError, ModelError
 from resq_compiler.frontend.capture import capture
 from resq_compiler.frontend.models import LoadedModel, embedded_model_path, load_model
@@ -28,14 +36,6 @@ from resq_compiler.inspection.activations import diagnose
 from resq_compiler.inspection.attribution import coded_parts, float_weights
 from resq_compiler.inspection.dump import dump_result
 from resq_compiler.inspection.noise import ratio_db
-from resq_compiler.inspection.session import (
-    Inspection,
-    Request,
-    decoder,
-    measure_costs,
-    measuring_windows,
-    write_results,
-)
 from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.pipeline.provenance import CalibrationSource, Provenance, windows_digest
 from resq_compiler.pipeline.result import CompileResult
