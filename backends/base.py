@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from resq_compiler.pipeline.result import CompileResult
+    from resq_compiler.result import CompileResult
 
 Runner = Callable[..., tuple[Tensor, ...]]
 """Runs the graph: (input_ids, attention_mask, position_ids, *past) -> (logits, *present), as in resq_compiler.capture."""

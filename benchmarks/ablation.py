@@ -37,10 +37,10 @@ from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.frontend import models
 from resq_compiler.model import CompiledModel
 from resq_compiler.pipeline.passes import PassContext
-from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes.named import passes_for, resolve
 from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.result import CompileResult
 from resq_compiler.util.text import number, table
 
 TOKENS_ALIKE = {"gptq_token_weighting": "none"}

@@ -34,11 +34,11 @@ from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, Spli
 from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.provenance import CalibrationSource, Provenance
-from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig
+from resq_compiler.result import CompileResult
 from resq_compiler.storage.quantization_config import versions
 from resq_compiler.util import memory, torch_state
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from resq_compiler.errors import BackendError
 
 if TYPE_CHECKING:
-    from resq_compiler.pipeline.result import CompileResult
+    from resq_compiler.result import CompileResult
 
 
 class OnnxBackend(Backend):

@@ -16,7 +16,7 @@ from resq_compiler.util.install import install_command
 if TYPE_CHECKING:
     import onnx
 
-    from resq_compiler.pipeline.result import CompileResult
+    from resq_compiler.result import CompileResult
 
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 LAST_FILE = "config.json"  # put in place after all others: without it the directory is no model

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK, PROFILES
 
 if TYPE_CHECKING:
-    from resq_compiler.pipeline.result import CompileResult
+    from resq_compiler.result import CompileResult
 
 
 def genai_config(compiled: CompileResult, profile: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from resq_compiler.backends.base import Backend, Runner
 
 if TYPE_CHECKING:
-    from resq_compiler.pipeline.result import CompileResult
+    from resq_compiler.result import CompileResult
 
 
 class ReferenceBackend(Backend):

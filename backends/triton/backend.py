@@ -11,7 +11,7 @@ from resq_compiler.backends.fused.targets import find_target
 from resq_compiler.backends.triton.launch import unavailable
 
 if TYPE_CHECKING:
-    from resq_compiler.pipeline.result import CompileResult
+    from resq_compiler.result import CompileResult
 
 
 class TritonBackend(Backend):

@@ -38,10 +38,10 @@ from resq_compiler.inspection.dump import dump_result
 from resq_compiler.inspection.noise import ratio_db
 from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.pipeline.provenance import CalibrationSource, Provenance, windows_digest
-from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.result import CompileResult
 from resq_compiler.storage.layout import CONFIG
 from resq_compiler.storage.reading import read
 from resq_compiler.storage.tensor_files import read_json

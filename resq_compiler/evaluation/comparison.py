@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resq_compiler.evaluation import report
 from resq_compiler.evaluation.predictions import Evaluation, evaluate
-from resq_compiler.pipeline.result import CompileResult
+from resq_compiler.result import CompileResult
 from resq_compiler.util.text import megabytes, number, percent, table
 
 

@@ -22,7 +22,7 @@ from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.linears import PARTS, read_part
 from resq_compiler.ir.views import AppendCache, CodedLinear, Linear, Quantize, QuantizeDequantize
 from resq_compiler.numerics.packing import packed_length
-from resq_compiler.pipeline.result import CompileResult
+from resq_compiler.result import CompileResult
 
 QUANTIZERS = (ops.quantize, ops.quantize_dequantize)
 SCALE_BITS, ZERO_POINT_BITS = 32, 8  # float32 scales; zero points lie in the range of the codes, so a byte holds them

@@ -28,8 +28,8 @@ from resq_compiler.evaluation import report
 from resq_compiler.inspection import page, records, text
 from resq_compiler.inspection.dump_files import FORMAT, MANIFEST, TIMING, VERSION, json_text, unwritable, write_file
 from resq_compiler.inspection.noise import site_noise
-from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.stages import Stage
+from resq_compiler.result import CompileResult
 
 VARIABLE = "RESQ_DUMP_DIR"
 OURS = re.compile(

@@ -20,8 +20,8 @@ from resq_compiler.inspection.dump import dump_result
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import cache as cache_tensors
 from resq_compiler.model.execution import Execution
-from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.stages import Stage
+from resq_compiler.result import CompileResult
 from resq_compiler.storage.portable import from_portable, portable
 from resq_compiler.storage.reading import read
 from resq_compiler.storage.saving import save

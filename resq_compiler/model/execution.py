@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from resq_compiler.backends import load_backend
-from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.pipeline.stages import Stage
+from resq_compiler.result import CompileResult
 from resq_compiler.util.torch_state import without_autocast
 
 

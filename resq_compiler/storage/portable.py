@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from resq_compiler.frontend import capture
 from resq_compiler.ir import graph_tools, serialize, verify
-from resq_compiler.pipeline.result import CompileResult
+from resq_compiler.result import CompileResult
 from resq_compiler.storage import tensor_files
 
 

@@ -14,8 +14,8 @@ from resq_compiler.errors import CheckpointError, ResqError
 from resq_compiler.frontend import capture
 from resq_compiler.ir import serialize
 from resq_compiler.pipeline.provenance import Provenance
-from resq_compiler.pipeline.result import CompileResult
 from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.result import CompileResult
 from resq_compiler.storage import quantization_config, tensor_files
 from resq_compiler.storage.layout import CONFIG, GENERATION, GRAPH, TOKENIZER
 from resq_compiler.storage.portable import assembled

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from resq_compiler.errors import CheckpointError
 from resq_compiler.ir import serialize
-from resq_compiler.pipeline.result import CompileResult
+from resq_compiler.result import CompileResult
 from resq_compiler.storage import quantization_config, tensor_files
 from resq_compiler.storage.layout import CARD, CONFIG, GENERATION, GRAPH, RECIPE
 from resq_compiler.storage.tensor_files import read_json
