@@ -20,7 +20,7 @@ from resq_compiler.backends.fused.formats import HeadParts
 from resq_compiler.backends.fused.lowering import Lowering
 from resq_compiler.backends.fused.lowering_attention import lower_attentions
 from resq_compiler.backends.fused.lowering_linears import lower_linears
-from resq_compiler.backends.fused.patterns import leftover, padded
+from resq_compiler.backends.fused.patterns import leftover
 from resq_compiler.backends.fused.source import CodesAt
 from resq_compiler.backends.fused.target import Target
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch.fx import GraphModule
 from resq_compiler.errors import BackendError
 from resq_compiler.frontend.capture import EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST
 from resq_compiler.ir import graph_tools, ops, verify
+from resq_compiler.ir.views import Hadamard
 
 aten = torch.ops.aten
 QUANTIZED = {ops.quantize, ops.quantized_linear, ops.weight_only_linear, ops.attention}
@@ -125,9 +126,9 @@ def _rewrite_ends(low: Lowering) -> None:
 def _rewrite_transforms(low: Lowering) -> None:
     """Hadamard transforms that stay become operators of their own."""
     for node in list(low.graph.find_nodes(op="call_function", target=ops.hadamard)):
-        x, transpose, sizes = padded(node, None, False, None)
+        view = Hadamard.require(node)
         with low.graph.inserting_before(node):
-            new = low.emit(operators.hadamard, (x, bool(transpose), list(sizes or ())), node)
+            new = low.emit(operators.hadamard, (view.x, view.transpose, list(view.sizes or ())), node)
         node.replace_all_uses_with(new)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.lowering import CodesNodes, Lowering
-from resq_compiler.backends.fused.patterns import Inputs, NormCall, calls, common_source, gated, padded, split_hadamard
+from resq_compiler.backends.fused.patterns import Inputs, calls, common_source, gated, part_of, split_hadamard
 from torch.fx import Node
 
-from resq_compiler.ir import ops
-from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir.views import Columns, MergeHeads, Norm
 
 aten = torch.ops.aten
 
@@ -24,7 +23,7 @@ def codes_for(low: Lowering, inputs: Inputs, before: Node) -> list[CodesNodes]:
 
 
 def _make(low: Lowering, inputs: Inputs) -> list[CodesNodes]:
-    groups = calls([one.part for one in inputs])
+    groups = calls([part_of(one) for one in inputs])
     if len(groups) > 1:
         return _in_pieces(low, inputs, [len(parts) for parts in groups])
     fused = _of_attention(low, inputs) or _of_hadamard(low, inputs)
@@ -33,17 +32,20 @@ def _make(low: Lowering, inputs: Inputs) -> list[CodesNodes]:
 
 def _flat(inputs: Inputs) -> tuple[list[int], list[int], int, list[float]]:
     """bits, widths, groups and clips as attributes."""
-    parts = [one.part for one in inputs]
+    parts = [part_of(one) for one in inputs]
     return [p.bits for p in parts], [p.width for p in parts], parts[0].groups, [one.clip for one in inputs]
 
 
-def _quantize(low: Lowering, inputs: Inputs, x: Node, norm: NormCall | None = None) -> CodesNodes:
+def _quantize(low: Lowering, inputs: Inputs, x: Node, norm: Norm | None = None) -> CodesNodes:
     """norm_quantize of x, whose columns are those of the inputs."""
-    normed = ("none", None, None, 0.0) if norm is None else (norm.kind, norm.weight, norm.bias, norm.eps)
-    kind, weight, bias, eps = normed
-    arguments = (x, weight, bias, kind, eps, *_flat(inputs), low.target.name)
+    normed = (None, None, "none", 0.0) if norm is None else (norm.gain, norm.bias, _kind(norm), norm.eps)
+    arguments = (x, *normed, *_flat(inputs), low.target.name)
     node = low.emit(operators.norm_quantize, arguments, inputs[-1].node)
-    return low.codes_of(node, tuple(one.part for one in inputs))
+    return low.codes_of(node, tuple(part_of(one) for one in inputs))
+
+
+def _kind(norm: Norm) -> str:
+    return "layer" if norm.subtracts_mean else "rms"
 
 
 def _in_pieces(low: Lowering, inputs: Inputs, counts: list[int]) -> list[CodesNodes]:
@@ -68,7 +70,7 @@ def _of_norm(low: Lowering, inputs: Inputs) -> CodesNodes:
     if source is None:
         return _quantize(low, inputs, _joined(low, inputs))
     norm = source.norm(inputs)
-    if isinstance(norm, NormCall):
+    if isinstance(norm, Norm):
         return _quantize(low, inputs, norm.x, norm)
     if norm is not None:
         low.left[source.x.name] = norm
@@ -77,15 +79,16 @@ def _of_norm(low: Lowering, inputs: Inputs) -> CodesNodes:
 
 def _of_attention(low: Lowering, inputs: Inputs) -> CodesNodes | None:
     """o's input: every part merge_heads(columns(attention)), split as values are."""
-    spans, nodes = [], set()
+    spans: list[tuple[int, int]] = []
+    nodes: set[Node] = set()
     for one in inputs:
-        merged = one.x.args[0] if is_call(one.x, ops.merge_heads) else None
-        whole = (merged, 0, one.part.width)
-        node, start, stop = merged.args if isinstance(merged, Node) and is_call(merged, ops.columns) else whole
-        spans.append((start, stop))
-        nodes.add(node)
-    node = nodes.pop()
-    site = low.attention_sites.get(node) if isinstance(node, Node) and not nodes else None
+        merged = MergeHeads.of(one.x)
+        if merged is None:
+            return None
+        columns = Columns.of(merged.x)
+        spans.append((0, part_of(one).width) if columns is None else (columns.start, columns.stop))
+        nodes.add(merged.x if columns is None else columns.x)
+    site = low.attention_sites.get(nodes.pop()) if len(nodes) == 1 else None
     if site is None:
         return None
     expected = site.values.spans
@@ -99,7 +102,7 @@ def _of_attention(low: Lowering, inputs: Inputs) -> CodesNodes | None:
     bits, widths, _, _ = _flat(inputs)
     arguments = (*site.arguments, bits, widths, clips.pop(), low.target.name)
     quantized = low.emit(operators.attention_quantize, arguments, inputs[-1].node)
-    return low.codes_of(quantized, tuple(one.part for one in inputs))
+    return low.codes_of(quantized, tuple(part_of(one) for one in inputs))
 
 
 def _of_hadamard(low: Lowering, inputs: Inputs) -> CodesNodes | None:
@@ -112,16 +115,15 @@ def _of_hadamard(low: Lowering, inputs: Inputs) -> CodesNodes | None:
         for one in inputs:
             low.left[one.x.name] = f"its Hadamard transform is computed by PyTorch: {reason}"
         return None
-    x, transpose, _ = padded(transform, None, False, None)
-    gate, up, activation = gated(x)
+    gate, up, activation = gated(transform.x)
     bits, widths, _, clips = _flat(inputs)
-    arguments = (gate, up, activation, bool(transpose), bits, widths, clips, low.target.name)
+    arguments = (gate, up, activation, transform.transpose, bits, widths, clips, low.target.name)
     node = low.emit(operators.hadamard_quantize, arguments, inputs[-1].node)
-    return low.codes_of(node, tuple(one.part for one in inputs))
+    return low.codes_of(node, tuple(part_of(one) for one in inputs))
 
 
 def _why_not_transformed(low: Lowering, inputs: Inputs) -> str | None:
     if inputs[0].groups != 1:
         return "it is quantized in groups"
-    reasons = (low.target.why_not_transform(one.part.columns) for one in inputs)
+    reasons = (low.target.why_not_transform(one.columns) for one in inputs)
     return next((reason for reason in reasons if reason is not None), None)

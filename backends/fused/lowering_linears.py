@@ -7,23 +7,24 @@ from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.formats import InputPart, PackedWeight, pack_weight
 from resq_compiler.backends.fused.lowering import CodesNodes, Lowering
 from resq_compiler.backends.fused.lowering_inputs import codes_for
-from resq_compiler.backends.fused.patterns import Inputs, Linear, linear_from
+from resq_compiler.backends.fused.patterns import Inputs, coded_parts, inputs_of, part_of
 from resq_compiler.backends.fused.source import CodesAt
 from torch.fx import Node
 
 from resq_compiler.ir import ops
+from resq_compiler.ir.linears import LinearSum, linear_sums
 
 aten = torch.ops.aten
 
 
 def lower_linears(low: Lowering) -> None:
     """Replace every linear that an operator takes; the pieces of the others get a reason."""
-    groups: dict[object, tuple[Inputs, list[Linear]]] = {}
+    groups: dict[object, tuple[Inputs, list[LinearSum]]] = {}
     for linear in _find(low):
-        inputs = linear.inputs()
+        inputs = inputs_of(linear)
         reason = inputs if isinstance(inputs, str) else _why_not_wide(low, inputs)
         if isinstance(inputs, str) or reason is not None:
-            low.reasons |= {piece.name: str(reason) for piece in linear.pieces}
+            low.reasons |= {part.name: str(reason) for part in linear.parts}
         else:
             key = inputs if low.target.stacked else linear.root
             groups.setdefault(key, (inputs, []))[1].append(linear)
@@ -32,28 +33,25 @@ def lower_linears(low: Lowering) -> None:
 
 
 def _why_not_wide(low: Lowering, inputs: Inputs) -> str | None:
-    return low.target.why_not_columns(sum(one.part.columns for one in inputs))
+    return low.target.why_not_columns(sum(part_of(one).columns for one in inputs))
 
 
-def _find(low: Lowering) -> list[Linear]:
-    """All linears in order. Two that meet in one addition (parallel attention and feed-forward) share no root: one adds."""
-    found: list[Linear] = []
-    seen: set[Node] = set()
-    roots: set[Node] = set()
-    for node in low.graph.find_nodes(op="call_function", target=ops.quantized_linear):
-        if node not in seen:
-            linear = linear_from(low.gm, node)
-            linear = linear.without_residual() if linear.root in roots else linear
-            roots.add(linear.root)
-            seen.update(linear.pieces)
-            found.append(linear)
+def _find(low: Lowering) -> list[LinearSum]:
+    """All linears with weight codes, in the order of their results."""
     order = {node: i for i, node in enumerate(low.graph.nodes)}
-    return sorted(found, key=lambda linear: order[linear.root])
+    found = [linear for linear in linear_sums(low.gm) if coded_parts(linear)]
+    low.left |= {linear.root.name: linear.apart for linear in found if linear.apart is not None}
+    return sorted(found, key=lambda linear: order[_end(linear)])
 
 
-def _replace(low: Lowering, inputs: Inputs, linears: list[Linear]) -> None:
+def _end(linear: LinearSum) -> Node:
+    """The node that holds a linear's result, residual included."""
+    return linear.total or linear.root
+
+
+def _replace(low: Lowering, inputs: Inputs, linears: list[LinearSum]) -> None:
     alone = len(linears) == 1
-    first = linears[0].root  # of all roots the earliest, and after the quantizers of its input
+    first = _end(linears[0])  # of all ends the earliest, and after the quantizers of its input
     codes = codes_for(low, inputs, first)
     weights = _stacked(low, linears, [made.parts for made in codes])
     with low.graph.inserting_before(first):
@@ -64,7 +62,7 @@ def _replace(low: Lowering, inputs: Inputs, linears: list[Linear]) -> None:
     start = 0
     for linear in linears:
         stop = start + _outputs(low, linear)
-        low.replace(linear.root, y if alone else _share(low, linear, y, start, stop))
+        low.replace(_end(linear), y if alone else _share(low, linear, y, start, stop))
         start = stop
 
 
@@ -74,23 +72,23 @@ def _emit(low: Lowering, made: CodesNodes, weight: list[Node], bias: Node | None
     return low.emit(operators.mixed_linear, (*made.values, *weight, bias, y, *parts, low.dtype, low.target.name), like)
 
 
-def _outputs(low: Lowering, linear: Linear) -> int:
-    return low.value_of(linear.codes[0]).shape[0]
+def _outputs(low: Lowering, linear: LinearSum) -> int:
+    return coded_parts(linear)[0].codes(low.gm).shape[0]
 
 
-def _share(low: Lowering, linear: Linear, y: Node, start: int, stop: int) -> Node:
+def _share(low: Lowering, linear: LinearSum, y: Node, start: int, stop: int) -> Node:
     """One linear's share of a stacked product, with its residual."""
-    with low.graph.inserting_before(linear.root):
-        share = low.emit(ops.columns, (y, start, stop), linear.root)
+    with low.graph.inserting_before(_end(linear)):
+        share = low.emit(ops.columns, (y, start, stop), _end(linear))
         residual = low.current(linear.residual)
-        return share if residual is None else low.emit(aten.add.Tensor, (share, residual), linear.root)
+        return share if residual is None else low.emit(aten.add.Tensor, (share, residual), _end(linear))
 
 
-def _stacked(low: Lowering, linears: list[Linear], operators_: list[tuple[InputPart, ...]]) -> list[list[Node]]:
+def _stacked(low: Lowering, linears: list[LinearSum], operators_: list[tuple[InputPart, ...]]) -> list[list[Node]]:
     """Packed weights of the linears stacked along their outputs, four tensors for each operator."""
     made, first = [], 0
     for i, parts in enumerate(operators_):
-        prefix = f"packed.{linears[0].root.name}_{i}"
+        prefix = f"packed.{_end(linears[0]).name}_{i}"
         weight = _packed(low, linears, parts, first)
         _note_places(low, linears, parts, first, prefix)
         tensors = dict(low=weight.low, high=weight.high, scale=weight.scale, row_sum=weight.row_sum)
@@ -99,31 +97,34 @@ def _stacked(low: Lowering, linears: list[Linear], operators_: list[tuple[InputP
     return made
 
 
-def _packed(low: Lowering, linears: list[Linear], parts: tuple[InputPart, ...], first: int) -> PackedWeight:
+def _packed(low: Lowering, linears: list[LinearSum], parts: tuple[InputPart, ...], first: int) -> PackedWeight:
     """The parts of the linears from number `first` on."""
     stacked = []
     for j, part in enumerate(parts, first):
-        codes = torch.cat([low.value_of(linear.codes[j]) for linear in linears])
-        scales = torch.cat([low.value_of(linear.scales[j]) for linear in linears])
+        coded = [coded_parts(linear)[j] for linear in linears]
+        codes = torch.cat([one.codes(low.gm) for one in coded])
+        scales = torch.cat([one.scales(low.gm) for one in coded])
         stacked.append((codes, scales, part))
     return pack_weight(low.target.codes, stacked)
 
 
-def _note_places(low: Lowering, linears: list[Linear], parts: tuple[InputPart, ...], first: int, prefix: str) -> None:
+def _note_places(
+    low: Lowering, linears: list[LinearSum], parts: tuple[InputPart, ...], first: int, prefix: str
+) -> None:
     """Remember where each weight's codes go."""
     for j, part in enumerate(parts, first):
         start, tensor = 0, f"{prefix}.{'low' if part.is_low else 'high'}"
         for linear in linears:
             stop = start + _outputs(low, linear)
-            low.places[str(linear.codes[j].target)] = CodesAt(tensor, part, start, stop)
+            low.places[str(coded_parts(linear)[j].qdata.target)] = CodesAt(tensor, part, start, stop)
             start = stop
 
 
-def _stacked_bias(low: Lowering, linears: list[Linear]) -> Node | None:
+def _stacked_bias(low: Lowering, linears: list[LinearSum]) -> Node | None:
     if all(linear.bias is None for linear in linears):
         return None
     biases = []
     for linear in linears:
-        nothing = low.value_of(linear.scales[0]).new_zeros(_outputs(low, linear))
+        nothing = coded_parts(linear)[0].scales(low.gm).new_zeros(_outputs(low, linear))
         biases.append(nothing if linear.bias is None else low.value_of(linear.bias))
-    return low.tensor(f"packed.{linears[0].root.name}.bias", torch.cat(biases))
+    return low.tensor(f"packed.{_end(linears[0]).name}.bias", torch.cat(biases))

@@ -7,140 +7,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from resq_compiler.backends.fused.formats import InputPart
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir import values
+from resq_compiler.ir.args import argument, operands
 from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir.linears import LinearSum, read_part
+from resq_compiler.ir.views import (
+    AppendCache,
+    CacheParts,
+    CodedLinear,
+    Columns,
+    Hadamard,
+    Norm,
+    Project,
+    Quantize,
+    QuantizeDequantize,
+    Rope,
+)
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[object, str] = {aten.silu.default: "silu", aten.relu.default: "relu"}
-Spans = tuple[tuple[int, int, int], ...]
-
-
-def node_at(node: Node, index: int) -> Node:
-    """An argument that is always a node."""
-    value = node.args[index]
-    assert isinstance(value, Node), node.format_node()
-    return value
-
-
-def padded(node: Node, *defaults: Any) -> tuple[Any, ...]:
-    """All arguments of a call, the given defaults in place of the last ones it leaves out."""
-    return (*node.args, *defaults[len(node.args) - len(defaults) :]) if len(node.args) < len(defaults) else node.args
-
-
-def width_of(node: Node) -> int:
-    """Columns of a node's value."""
-    return int(node.meta["val"].shape[-1])
+Viewed = TypeVar("Viewed")
+Inputs = tuple[Quantize, ...]
+"""The quantizers of a linear's input, one for each part."""
 
 
 # linears ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Quantizer:
-    """quantize(x, bits, groups, clip)."""
-
-    node: Node
-    x: Node
-    bits: int
-    groups: int
-    clip: float
-
-    @staticmethod
-    def of(node: Node) -> Quantizer | str:
-        """The view of a node, or why it is none."""
-        if not is_call(node, ops.quantize):
-            return f"its input {node} is not a quantize node"
-        x, bits, groups, clip = padded(node, None, None, 1, 1.0)
-        return Quantizer(node, x, bits, groups, clip) if "val" in x.meta else f"the shape of {x} is not known"
-
-    @property
-    def part(self) -> InputPart:
-        return InputPart(self.bits, width_of(self.x) // self.groups, self.groups)
+def coded_parts(linear: LinearSum) -> tuple[CodedLinear, ...]:
+    """The parts that have weight codes: all of them, or none where weights are float."""
+    return tuple(part for part in map(read_part, linear.parts) if isinstance(part, CodedLinear))
 
 
-Inputs = tuple[Quantizer, ...]
+def inputs_of(linear: LinearSum) -> Inputs | str:
+    """The quantizers of the parts, or why no operator takes this linear."""
+    quantizers: list[Quantize] = []
+    for part in map(read_part, linear.parts):
+        if not isinstance(part, CodedLinear):
+            return "some of its parts have float weights"
+        if not part.on_codes:
+            return "16-bit activations: there is no weight-only kernel; compile with activation_bits=4 or 8"
+        quantizers.append(Quantize.require(part.x))
+    groups = [one.groups for one in quantizers]
+    return tuple(quantizers) if len(set(groups)) == 1 else f"its parts differ in groups: {groups}"
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One linear of the model: its pieces (quantized_linear nodes), in ascending bits, and the node that holds their sum.
-
-    root: the result, residual included.    before: the result without the residual, if there is one.
-    """
-
-    pieces: tuple[Node, ...]
-    root: Node
-    bias: Node | None = None
-    residual: Node | None = None
-    before: Node | None = None
-
-    def without_residual(self) -> Linear:
-        """The same linear, the addition left to another one that ends in it."""
-        return self if self.before is None else Linear(self.pieces, self.before, self.bias)
-
-    @property
-    def codes(self) -> list[Node]:
-        """Of each piece, the weight codes."""
-        return [node_at(piece, 1) for piece in self.pieces]
-
-    @property
-    def scales(self) -> list[Node]:
-        """Of each piece, the weight scales."""
-        return [node_at(piece, 2) for piece in self.pieces]
-
-    def inputs(self) -> Inputs | str:
-        """The quantizers of the pieces, or why no operator takes this linear."""
-        found = [Quantizer.of(node_at(piece, 0)) for piece in self.pieces]
-        quantizers = tuple(one for one in found if isinstance(one, Quantizer))
-        reasons = [one for one in found if isinstance(one, str)]
-        groups = [one.groups for one in quantizers]
-        if not reasons and len(set(groups)) != 1:
-            return f"its parts differ in groups: {groups}"
-        return reasons[0] if reasons else quantizers
-
-
-def linear_from(gm: GraphModule, piece: Node) -> Linear:
-    """Follow additions from a quantized_linear up: sums of pieces, then a bias, then a residual."""
-    found = Linear((piece,), piece)
-    while (step := _addition(found.root)) is not None:
-        user, other = step
-        if is_call(other, ops.quantized_linear) and found.bias is None and _same_linear(piece, other):
-            pieces = sorted((*found.pieces, other), key=_bits_of)
-            found = replace(found, pieces=tuple(pieces), root=user)
-        elif found.bias is None and other.op == "get_attr" and graph_tools.get_tensor(gm, other).dim() == 1:
-            found = replace(found, bias=other, root=user)
-        elif "val" in other.meta and other.meta["val"].shape == found.root.meta["val"].shape:
-            return replace(found, root=user, residual=other, before=found.root)
-        else:
-            break
-    return found
-
-
-def _addition(node: Node) -> tuple[Node, Node] | None:
-    """(the sum, the other operand) where a node has no other reader than an addition of two nodes."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or not is_call(user, aten.add.Tensor) or len(user.args) != 2:
-        return None
-    first, second = user.args
-    other = second if first is node else first
-    return (user, other) if isinstance(other, Node) and other is not node else None
-
-
-def _bits_of(piece: Node) -> int:
-    bits = node_at(piece, 0).args[1]
-    assert isinstance(bits, int)
-    return bits
-
-
-def _same_linear(a: Node, b: Node) -> bool:
-    """Two pieces belong to one linear when their weights have equally many rows and their bits differ."""
-    return a.meta["val"].shape == b.meta["val"].shape and _bits_of(a) != _bits_of(b)
+def part_of(quantizer: Quantize) -> InputPart:
+    """What a quantizer makes."""
+    return InputPart(quantizer.bits, quantizer.columns // quantizer.groups, quantizer.groups)
 
 
 def calls(parts: Sequence[InputPart]) -> list[tuple[InputPart, ...]]:
@@ -154,98 +74,71 @@ def calls(parts: Sequence[InputPart]) -> list[tuple[InputPart, ...]]:
 
 
 @dataclass(frozen=True)
-class NormCall:
-    """rms_norm or layer_norm over the last dimension of x."""
-
-    kind: str
-    x: Node
-    weight: Node | None
-    bias: Node | None
-    eps: float
-
-    @staticmethod
-    def of(node: Node) -> NormCall | None:
-        if is_call(node, ops.rms_norm):
-            x, weight, eps = node.args
-            return NormCall("rms", node_at(node, 0), weight, None, eps)  # type: ignore[arg-type]
-        if is_call(node, aten.layer_norm.default):
-            x, shape, weight, bias, eps, _ = padded(node, None, None, None, None, 1e-5, True)
-            return NormCall("layer", x, weight, bias, eps) if len(shape) == 1 else None
-        return None
-
-
-@dataclass(frozen=True)
 class Source:
     """What quantizers read: consecutive columns of all of `x`. readers: the nodes between x and the quantizers, or these."""
 
     x: Node
     readers: frozenset[Node]
 
-    def norm(self, inputs: Inputs) -> NormCall | str | None:
+    def norm(self, inputs: Inputs) -> Norm | str | None:
         """How x is computed, if that is a norm; a reason where it is one that has to be computed apart."""
-        norm = NormCall.of(self.x)
+        norm = Norm.of(self.x)
         if norm is None:
             return None
         others = sorted(node.name for node in set(self.x.users) - self.readers)
         if others:
             return f"others than the quantizers of one linear's input read it: {', '.join(others)}"
+        if norm.subtracts_mean and len(argument(self.x, "normalized_shape")) > 1:
+            return "it is over more than the last dimension"
         return "it is quantized in groups" if inputs[0].groups > 1 else norm
 
 
 def common_source(inputs: Inputs) -> Source | None:
     """The value whose columns the quantizers read, in order and without gaps; None where they read different values."""
-    first = inputs[0].x
-    if len(inputs) == 1 and not is_call(first, ops.columns):
-        return Source(first, frozenset([inputs[0].node]))
-    spans = _spans(inputs)
-    if spans is None or spans[0][0] != 0 or any(a[1] != b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    columns = [Columns.of(one.x) for one in inputs]
+    if len(inputs) == 1 and columns[0] is None:
+        return Source(inputs[0].x, frozenset([inputs[0].node]))
+    found = [one for one in columns if one is not None]
+    edges = [0, *(one.stop for one in found)]
+    same = len(found) == len(inputs) and len({one.x for one in found}) == 1
+    if not same or [one.start for one in found] != edges[:-1] or edges[-1] != values.width(found[0].x):
         return None
-    x = node_at(first, 0)
-    return Source(x, frozenset(one.x for one in inputs)) if spans[-1][1] == width_of(x) else None
-
-
-def _spans(inputs: Inputs) -> list[tuple[int, int]] | None:
-    """(start, stop) of the columns of one value that the quantizers read; None if they do not."""
-    if not all(is_call(one.x, ops.columns) for one in inputs) or len({one.x.args[0] for one in inputs}) != 1:
-        return None
-    return [(one.x.args[1], one.x.args[2]) for one in inputs]  # type: ignore[misc]
+    return Source(found[0].x, frozenset(one.node for one in found))
 
 
 def gated(node: Node) -> tuple[Node, Node | None, str]:
     """(gate, up, activation) of act(gate) * up, of act(gate), or of anything."""
-    gate, up = node, None
-    if is_call(node, aten.mul.Tensor) and isinstance(node.args[1], Node):
-        first, second = node_at(node, 0), node.args[1]
-        if first.meta["val"].shape == second.meta["val"].shape:
+    gate: Node = node
+    up: Node | None = None
+    if is_call(node, aten.mul.Tensor):
+        first, second = operands(node)
+        if isinstance(second, Node) and values.shape(first) == values.shape(second):
             gate, up = (first, second) if _activation(first) else (second, first)
     name = _activation(gate)
-    return (node_at(gate, 0), up, name) if name else (gate, up, "none")
+    return (argument(gate, "self"), up, name) if name else (gate, up, "none")
 
 
 def _activation(node: Node) -> str | None:
     if is_call(node, aten.gelu.default):
-        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" or node.args[1:] == ("tanh",) else "gelu"
+        return "gelu_tanh" if argument(node, "approximate") == "tanh" else "gelu"
     return ACTIVATIONS.get(node.target)
 
 
-def split_hadamard(inputs: Inputs) -> Node | str | None:
-    """The hadamard node whose stretches the quantizers read, one each and in order; None if there is none."""
-    nodes = {node_at(one.x, 0) if is_call(one.x, ops.columns) else one.x for one in inputs}
-    transforms = [node for node in nodes if is_call(node, ops.hadamard)]
-    if not transforms:
+def split_hadamard(inputs: Inputs) -> Hadamard | str | None:
+    """The transform whose stretches the quantizers read, one each and in order; None if there is none."""
+    columns = [Columns.of(one.x) for one in inputs]
+    read = [one.x if piece is None else piece.x for one, piece in zip(inputs, columns, strict=True)]
+    transform = next((found for found in map(Hadamard.of, read) if found is not None), None)
+    if transform is None:
         return None
-    transform = transforms[0]
-    stretches = padded(transform, None, False, None)[2] or [width_of(transform)]
-    if len(inputs) == 1 and inputs[0].x is transform:
-        reads, readers = [width_of(transform)], {inputs[0].node}
-    else:
-        source = common_source(inputs)
-        if source is None or source.x is not transform:
-            return "its quantizers do not read consecutive stretches of it"
-        reads, readers = [width_of(one.x) for one in inputs], set(source.readers)
-    if list(stretches) != reads:
-        return f"its stretches {list(stretches)} are not those that are quantized, {reads}"
-    return transform if set(transform.users) == readers else "others than the quantizers of one linear's input read it"
+    source = common_source(inputs)
+    if source is None or source.x is not transform.node:
+        return "its quantizers do not read consecutive stretches of it"
+    stretches, quantized = list(transform.sizes or [values.width(transform.node)]), [one.columns for one in inputs]
+    if stretches != quantized:
+        return f"its stretches {stretches} are not those that are quantized, {quantized}"
+    alone = set(transform.node.users) == source.readers
+    return transform if alone else "others than the quantizers of one linear's input read it"
 
 
 # attention ------------------------------------------------------------------------------------------------------------
@@ -257,19 +150,19 @@ class CacheSide:
 
     past: Node
     new: Node
-    spans: Spans
+    spans: CacheParts
     clip: float
 
     @staticmethod
     def of(node: object, cache_inputs: Sequence[Node]) -> CacheSide | str:
         """The view of a node, or why it is none."""
-        if not isinstance(node, Node) or not is_call(node, ops.append_cache) or node.args[0] not in cache_inputs:
+        cache = AppendCache.of(node)
+        if cache is None or cache.past not in cache_inputs:
             return "keys or values are not append_cache(past, ...) of a graph input"
-        coded = node_at(node, 1)
-        if not is_call(coded, ops.quantize_dequantize):
+        coded = QuantizeDequantize.of(cache.new)
+        if coded is None:
             return "the key/value cache is not quantized (kv_bits of 16); compile with kv_bits=4 or 8"
-        new, spans, clip = padded(coded, None, None, 1.0)
-        return CacheSide(node_at(node, 0), new, tuple((b, s, e) for b, s, e in spans), clip)
+        return CacheSide(cache.past, coded.x, coded.parts, coded.clip)
 
 
 @dataclass(frozen=True)
@@ -288,29 +181,33 @@ class Turned:
 def turned(q: Node, k: Node) -> Turned:
     """Walk back over basis, rotary embedding and norms, as far as q and k agree on them and nobody else reads between."""
     found = Turned(q, k)
-    same_basis = q.target is k.target and padded(q, None, None, False)[1:] == padded(k, None, None, False)[1:]
-    if same_basis and _both(found, ops.project, ops.project_heads) and not padded(q, None, None, False)[2]:
-        found = replace(_before(found), u=node_at(q, 1))
-    if _both(found, ops.rope) and found.q.args[1:] == found.k.args[1:]:
-        found = replace(_before(found), cos_sin=(node_at(found.q, 1), node_at(found.q, 2)))
-    if (
-        _both(found, ops.rms_norm)
-        and None not in (found.q.args[1], found.k.args[1])
-        and found.q.args[2] == found.k.args[2]
-    ):
-        eps = found.q.args[2]
-        assert isinstance(eps, float)
-        norms = node_at(found.q, 1), node_at(found.k, 1)
-        found = replace(_before(found), q_norm=norms[0], k_norm=norms[1], eps=eps)
+    projects = _both(found, Project.of)
+    if projects is not None:
+        first, second = projects
+        if first.u is second.u and first.by_head == second.by_head and not (first.inverse or second.inverse):
+            found = replace(found, q=first.x, k=second.x, u=first.u)
+    ropes = _both(found, Rope.of)
+    if ropes is not None and (ropes[0].cos, ropes[0].sin) == (ropes[1].cos, ropes[1].sin):
+        found = replace(found, q=ropes[0].x, k=ropes[1].x, cos_sin=(ropes[0].cos, ropes[0].sin))
+    norms = _both(found, Norm.of)
+    if norms is not None and _alike(*norms):
+        first_norm, second_norm = norms
+        gains = dict(q_norm=first_norm.gain, k_norm=second_norm.gain, eps=first_norm.eps)
+        found = replace(found, q=first_norm.x, k=second_norm.x, **gains)  # type: ignore[arg-type]
     return found
 
 
-def _both(found: Turned, *targets: Callable) -> bool:
-    return all(is_call(node, *targets) and len(node.users) == 1 for node in (found.q, found.k))
+def _alike(q: Norm, k: Norm) -> bool:
+    """Two RMSNorms with gains that one operator can compute."""
+    return None not in (q.gain, k.gain) and q.eps == k.eps and not (q.subtracts_mean or k.subtracts_mean)
 
 
-def _before(found: Turned) -> Turned:
-    return replace(found, q=node_at(found.q, 0), k=node_at(found.k, 0))
+def _both(found: Turned, view: Callable[[object], Viewed | None]) -> tuple[Viewed, Viewed] | None:
+    """The same view of q and of k, which nobody else reads."""
+    first, second = view(found.q), view(found.k)
+    if first is None or second is None or any(len(node.users) != 1 for node in (found.q, found.k)):
+        return None
+    return first, second
 
 
 # what is left ---------------------------------------------------------------------------------------------------------
@@ -318,6 +215,4 @@ def _before(found: Turned) -> Turned:
 
 def leftover(node: Node) -> str:
     """Why a quantized node is still there when everything that matches has been taken."""
-    if node.target is ops.weight_only_linear:
-        return "16-bit activations: there is no weight-only kernel; compile with activation_bits=4 or 8"
     return f"{getattr(node.target, '__name__', node.target)} is not part of a pattern that a fused operator takes"

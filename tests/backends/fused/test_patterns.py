@@ -9,6 +9,7 @@ from resq_compiler.backends.fused.formats import InputPart
 from torch.fx import Graph, Node
 
 from resq_compiler.ir import ops
+from resq_compiler.ir.views import Norm, Quantize
 
 aten = torch.ops.aten
 
@@ -20,7 +21,13 @@ class Build:
         self.graph = Graph()
 
     def input(self, *shape: int) -> Node:
-        node = self.graph.placeholder("x")
+        return self._shaped(self.graph.placeholder("x"), shape)
+
+    def tensor(self, *shape: int) -> Node:
+        """A tensor of the model."""
+        return self._shaped(self.graph.create_node("get_attr", "tensor"), shape)
+
+    def _shaped(self, node: Node, shape: tuple[int, ...]) -> Node:
         node.meta["val"] = torch.empty(shape, device="meta")
         return node
 
@@ -32,9 +39,7 @@ class Build:
 
     def quantizers(self, *nodes: tuple) -> patterns.Inputs:
         """Of each (x, bits, ...)."""
-        found = [patterns.Quantizer.of(self.call(ops.quantize, *arguments)) for arguments in nodes]
-        assert all(isinstance(one, patterns.Quantizer) for one in found)
-        return tuple(found)
+        return tuple(Quantize.require(self.call(ops.quantize, *arguments)) for arguments in nodes)
 
 
 @pytest.fixture
@@ -45,8 +50,7 @@ def build() -> Build:
 def test_a_quantizer(build):
     x = build.input(2, 5, 64)
     (one,) = build.quantizers((x, 4, 4, 0.9))
-    assert (one.x, one.bits, one.clip, one.part) == (x, 4, 0.9, InputPart(4, 16, 4))
-    assert patterns.Quantizer.of(x) == "its input x is not a quantize node"
+    assert one.x is x and one.clip == 0.9 and patterns.part_of(one) == InputPart(4, 16, 4)
 
 
 @pytest.mark.parametrize(
@@ -69,16 +73,16 @@ def test_a_norm_read_by_all_quantizers_is_theirs(build):
     norm = build.call(ops.rms_norm, x, None, 1e-6)
     inputs = two_columns(build, norm)
     source = patterns.common_source(inputs)
-    assert source.x is norm and source.norm(inputs) == patterns.NormCall("rms", x, None, None, 1e-6)
+    assert source.x is norm and source.norm(inputs) == Norm(norm, x, None, None, 1e-6)
 
 
 def test_a_layer_norm_too(build):
-    x, weight = build.input(2, 5, 64), build.input(64)
+    x, weight = build.input(2, 5, 64), build.tensor(64)
     norm = build.call(aten.layer_norm.default, x, [64], weight)
     inputs = build.quantizers((norm, 8))
-    assert patterns.common_source(inputs).norm(inputs) == patterns.NormCall("layer", x, weight, None, 1e-5)
-    over_two = build.call(aten.layer_norm.default, x, [5, 64])
-    assert patterns.NormCall.of(over_two) is None
+    assert patterns.common_source(inputs).norm(inputs) == Norm(norm, x, weight, None, 1e-5)
+    over_two = build.quantizers((build.call(aten.layer_norm.default, x, [5, 64]), 8))
+    assert patterns.common_source(over_two).norm(over_two) == "it is over more than the last dimension"
 
 
 def test_near_misses_of_norms(build):
@@ -116,9 +120,9 @@ def test_gated_activations(build):
 def test_stretches_of_a_transform(build):
     x = build.input(2, 64)
     whole = build.call(ops.hadamard, x, False)
-    assert patterns.split_hadamard(build.quantizers((whole, 4))) is whole
+    assert patterns.split_hadamard(build.quantizers((whole, 4))).node is whole
     split = build.call(ops.hadamard, x, True, (48, 16))
-    assert patterns.split_hadamard(two_columns(build, split, ((0, 48), (48, 64)))) is split
+    assert patterns.split_hadamard(two_columns(build, split, ((0, 48), (48, 64)))).node is split
     assert patterns.split_hadamard(build.quantizers((x, 4))) is None
 
 
@@ -141,13 +145,13 @@ def walked_back(build, q, k):
 
 def heads(build):
     q, k = build.input(2, 4, 5, 16), build.input(2, 2, 5, 16)
-    cos, sin, u = build.input(2, 1, 5, 16), build.input(2, 1, 5, 16), build.input(16, 16)
+    cos, sin, u = build.input(2, 1, 5, 16), build.input(2, 1, 5, 16), build.tensor(16, 16)
     return q, k, cos, sin, u
 
 
 def test_queries_and_keys_are_walked_back(build):
     q, k, cos, sin, u = heads(build)
-    weights = build.input(16), build.input(16)
+    weights = build.tensor(16), build.tensor(16)
     normed = [build.call(ops.rms_norm, x, w, 1e-6) for x, w in zip((q, k), weights, strict=True)]
     rotated = [build.call(ops.rope, x, cos, sin) for x in normed]
     turned = walked_back(build, *(build.call(ops.project, x, u) for x in rotated))
@@ -156,7 +160,7 @@ def test_queries_and_keys_are_walked_back(build):
 
 def test_as_far_as_they_agree(build):
     q, k, cos, sin, u = heads(build)
-    other = build.input(16, 16)
+    other = build.tensor(16, 16)
     rotated = [build.call(ops.rope, x, cos, sin) for x in (q, k)]
     apart = build.call(ops.project, rotated[0], u), build.call(ops.project, rotated[1], other)
     assert walked_back(build, *apart) == patterns.Turned(*apart)
