@@ -61,6 +61,7 @@ def compile(
     on_float: Callable[[GraphModule], None] | None = None,
     dump_dir: str | Path | None = None,
     work_dir: str | Path | None = None,
+    accept_unused_weights: bool = False,
     **options: Any,
 ) -> CompiledModel:
     """Quantize a decoder.
@@ -77,6 +78,7 @@ def compile(
              on_float: called with the float graph after the last exact pass: projected, partitioned, nothing quantized.
              dump_dir: write a dump of every pass there (default: the environment variable RESQ_DUMP_DIR, else none).
              work_dir: keep finished work there; after an interruption the same call goes on from it, with bit-identical results.
+             accept_unused_weights: leave out, with a warning, weights that the model's configuration has no place for.
     Returns: CompiledModel, float32 between the integers.
     Raises:  BackendError before any work if the backend cannot run here; ConfigError, ModelError, DataError, CaptureError,
              TopologyError, PassError: each says what to do.
@@ -92,7 +94,7 @@ def compile(
     memory.tune_allocator()
     if isinstance(model, CompiledModel):
         raise ModelError(f"model: already compiled ({model.options.scheme}); give the float model it was made from")
-    loaded = load_model(model)
+    loaded = load_model(model, accept_unused_weights=accept_unused_weights)
     loaded = dataclasses.replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
     report = progress or (lambda step, done, total: None)
     windows = _calibration(loaded, calib_data, config, chosen.passes, report)

@@ -12,7 +12,7 @@ import resq_compiler
 from resq_compiler import tiny as tiny_module
 from resq_compiler.api import trace
 from resq_compiler.errors import ResqError
-from resq_compiler.frontend.models import check_model
+from resq_compiler.frontend.checks import check_model
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
 

@@ -152,7 +152,7 @@ def _log_softmax(logits: Tensor, who: str, where: str) -> Tensor:
     if not (smallest.isfinite() and largest.isfinite()):
         raise DataError(
             f"evaluate: {who} logits of {where} contain NaN or infinity; "
-            "check the weights (resq_compiler.models.check_finite) and the dtype, or dump the stages"
+            "check the weights (resq_compiler.frontend.checks.check_finite) and the dtype, or dump the stages"
         )
     return logits.float().log_softmax(-1)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from resq_compiler.errors import ModelError
-from resq_compiler.frontend.capture import runnable_attention
+from resq_compiler.frontend.checks import check_model
 from resq_compiler.frontend.source import ModelSource
+from resq_compiler.frontend.source_files import apply_gguf_rope, check_directory, check_fetched, check_no_adapter
 from resq_compiler.util.install import install_command
 
 log = logging.getLogger(__name__)
@@ -67,17 +67,22 @@ class _Location:
         return str(Path(self.name) / self.gguf_file) if self.gguf_file else self.name
 
 
-def load_model(source: PreTrainedModel | LoadedModel | str | Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(
+    source: PreTrainedModel | LoadedModel | str | Path, dtype: torch.dtype = torch.float32, accept_unused_weights: bool = False
+) -> LoadedModel:  # fmt: skip
     """Load a decoder-only causal language model in evaluation mode and check that it can be compiled.
 
     Args:    source: a PreTrainedModel or LoadedModel (used as it is: neither copied nor converted), a local directory, a .gguf file
              (dequantized by transformers), a directory with exactly one .gguf file, or a hub id. dtype: of the weights,
-             for everything but an instance.
+             for everything but an instance. accept_unused_weights: a checkpoint may hold weights that the configuration has
+             no place for; they are left out, with a warning.
     Returns: LoadedModel; the tokenizer is None for an instance and where none was saved.
-    Raises:  ModelError: nothing there, not a causal decoder, already quantized, weights missing or not finite.
+    Raises:  ModelError: nothing there, not a causal decoder, already quantized, carries an adapter, weights missing, left over,
+             damaged or not finite.
     """
     if isinstance(source, LoadedModel):
         return source
+    check_no_adapter(source)
     if isinstance(source, PreTrainedModel):
         _check_instance(source)
         check_model(source)
@@ -87,8 +92,11 @@ def load_model(source: PreTrainedModel | LoadedModel | str | Path, dtype: torch.
         raise ModelError(f"load_model: expected {_EXPECTED}; got {type(source).__name__}")
     location = _locate(source)
     with _read_once(location):
-        model = _load_weights(location, dtype)
+        model = _load_weights(location, dtype, accept_unused_weights)
+        if location.gguf_file:
+            apply_gguf_rope(model, Path(location.name) / location.gguf_file)
         tokenizer = _load_tokenizer(location)
+    check_no_adapter(model)
     check_model(model)
     return LoadedModel(model, tokenizer, f"{location} ({type(model).__name__})", _source(location, model))
 
@@ -116,61 +124,12 @@ def embedded_model_path() -> Path:
     )
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raise ModelError unless the weights are finite and a token cannot change the logits before it."""
-    check_finite(model)
-    check_causal(model)
-
-
-@torch.no_grad()
-def check_finite(model: nn.Module) -> None:
-    """Raise ModelError naming the first parameter or buffer with a NaN or an infinity; skips meta tensors."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        smallest, largest = torch.aminmax(tensor)  # allocates nothing; a NaN anywhere comes through
-        if not (smallest.isfinite() and largest.isfinite()):
-            bad = int((~tensor.isfinite()).sum())
-            raise ModelError(
-                f"model weights: {name} {list(tensor.shape)} has {bad} values that are NaN or infinite; "
-                "the checkpoint is damaged or overflowed its dtype: load it again, or in float32 or bfloat16"
-            )
-
-
-@torch.no_grad()
-def check_causal(model: PreTrainedModel) -> None:
-    """Raise ModelError if a change of the last of three tokens changes the logits of the first two.
-
-    Configurations do not say this reliably (encoders such as BERT have language-model classes too), so the model
-    is asked. A model on the meta device is passed over.
-    """
-    if model.device.type == "meta":
-        return
-    was_training = model.training
-    ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=model.device)
-    try:
-        with runnable_attention(model):
-            logits = model.eval()(input_ids=ids).logits[:, :2].float()
-    except Exception as error:
-        raise ModelError(
-            f"model {type(model).__name__}: cannot compute logits from token ids alone: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}; expected a decoder-only language model that runs on input_ids"
-        ) from error
-    finally:
-        model.train(was_training)
-    tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.03  # rounding is near 1e-6, and 4e-3 a step in bfloat16
-    if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
-        raise ModelError(
-            f"model {type(model).__name__}: the third token changes the logits of the first two, so this is not a "
-            "causal decoder; expected a decoder-only language model (an encoder such as BERT cannot be compiled)"
-        )
-
-
 def _locate(source: str | Path) -> _Location:
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {source}: no such .gguf file; expected {_EXPECTED}")
+        check_fetched(path)
         return _Location(str(path.parent), path.name)
     if path.is_dir():
         return _locate_in_directory(path)
@@ -183,6 +142,7 @@ def _locate(source: str | Path) -> _Location:
 
 
 def _locate_in_directory(path: Path) -> _Location:
+    check_directory(path)
     if (path / "config.json").is_file():
         return _Location(str(path))
     found = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".gguf")
@@ -192,19 +152,19 @@ def _locate_in_directory(path: Path) -> _Location:
     raise ModelError(f"model directory {path}: contains {what}; expected {_EXPECTED}")
 
 
-def _load_weights(location: _Location, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(location: _Location, dtype: torch.dtype, accept_unused: bool) -> PreTrainedModel:
     if location.gguf_file:
         _require_gguf_packages(location)
     try:
         config = AutoConfig.from_pretrained(location.name, **location.arguments)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers raises what its many readers raise
         raise ModelError(_not_loaded(location, "configuration", error)) from error
     _check_config(config, f"model {location}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.name, **location.arguments, config=config, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:
         raise ModelError(_not_loaded(location, "weights", error)) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -212,6 +172,15 @@ def _load_weights(location: _Location, dtype: torch.dtype) -> PreTrainedModel:
             f"model {location}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, the first is "
             f"{missing[0]}; transformers would fill them with random numbers: check that all files were downloaded"
         )
+    if unused := sorted(info["unexpected_keys"]):
+        listed = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        what = f"model {location}: the checkpoint holds {len(unused)} weights that its configuration has no place for: {listed}"
+        if not accept_unused:
+            raise ModelError(
+                f"{what}; without them it is another model: correct config.json, or leave them out with "
+                "accept_unused_weights=True (--accept-unused-weights)"
+            )
+        log.warning("%s; they are left out", what)
     return model.eval()
 
 
@@ -232,8 +201,11 @@ def _read_once(location: _Location) -> Iterator[None]:
 
 
 def _not_loaded(location: _Location, what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    return f"model {location}: transformers could not load the {what}: {reason}; expected {_EXPECTED}"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return (
+        f"model {location}: transformers could not load the {what}: {reason}; expected {_EXPECTED}, "
+        "its files whole: one that was cut off is downloaded again"
+    )
 
 
 def _require_gguf_packages(location: _Location) -> None:

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dump", metavar="DIR", type=Path, help="write every pass there, and index.html to browse them"
     )
+    parser.add_argument(
+        "--accept-unused-weights",
+        action="store_true",
+        help="leave out weights of the checkpoint that its configuration has no place for",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
     parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
     common.add_topology_argument(parser)
@@ -84,6 +89,7 @@ def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
             progress=progress,
             work_dir=arguments.work_dir,
             dump_dir=arguments.dump,
+            accept_unused_weights=arguments.accept_unused_weights,
         )
     return compiled, time.perf_counter() - began
 
