@@ -134,8 +134,14 @@ class Library:
             raise BackendError(
                 f"cpu kernels: {path} cannot be loaded ({e}); install again: pip install ./kernels"
             ) from e
-        self._declare()
-        if (found := self._functions.rk_version()) != VERSION:
+        try:
+            found = self._functions.rk_version()
+            self._declare()
+        except AttributeError as e:
+            raise BackendError(
+                f"cpu kernels: {path} lacks a function ({e}); install again: pip install ./kernels"
+            ) from e
+        if found != VERSION:
             raise BackendError(
                 f"cpu kernels: {path} has interface version {found}, expected {VERSION}; install again: pip install ./kernels"
             )
@@ -223,3 +229,11 @@ def library() -> Library:
     import resq_kernels
 
     return Library(resq_kernels.LIBRARY)
+
+
+def description() -> str:
+    """The instruction set that the kernels would use here, or why there are none. Never raises."""
+    try:
+        return library().selected
+    except BackendError as e:
+        return str(e).removeprefix("cpu kernels: ")

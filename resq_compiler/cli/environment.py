@@ -62,6 +62,8 @@ def environment() -> dict[str, Any]:
     """All of the above with threads and settings, as plain values."""
     import torch
 
+    from resq_compiler.backends.cpu.library import description
+
     return {
         "versions": versions(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -69,6 +71,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": backends(),
+        "cpu_kernels": description(),
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
 

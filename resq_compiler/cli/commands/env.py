@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         *(f"{name:15} {version}" for name, version in found["versions"].items()),
         f"{'platform':15} {found['platform']}",
         f"{'cpu':15} {cpu['model']}, {cpu['cores']} cores: {' '.join(cpu['features']) or 'no known features'}",
+        f"{'cpu kernels':15} {found['cpu_kernels']}",
         f"{'threads':15} {found['threads']}",
         f"{'accelerator':15} {found['accelerator'] or 'none'}",
         *(f"backend {name:9}{state}" if len(name) < 9 else f"backend {name} {state}" for name, state in found["backends"].items()),

@@ -82,6 +82,14 @@ def test_without_the_package(monkeypatch):
     library_module.library.cache_clear()
     with pytest.raises(BackendError, match="the CPU kernels are not installed: pip install ./kernels"):
         library_module.library()
+    assert library_module.description().startswith("the CPU kernels are not installed")
+
+
+def test_environment_says_which(library, monkeypatch):
+    monkeypatch.setattr(library_module, "library", lambda: library)
+    from resq_compiler.cli.environment import environment
+
+    assert environment()["cpu_kernels"] == library.selected
 
 
 def test_no_compiler(builder, monkeypatch):
