@@ -28,7 +28,7 @@ from resq_compiler.calibration import requests
 from resq_compiler.calibration.bases import Bases
 from resq_compiler.calibration.statistics import Request, Statistics
 from resq_compiler.errors import PassError
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import values
 from resq_compiler.numerics.channels import Energy, Peak
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
@@ -202,7 +202,7 @@ def along_blocks(basis: Tensor, weighted: Tensor) -> Tensor:
 
 def rows(gm: GraphModule, linears: Iterable[Node]) -> int:
     """Rows of the weights of linears, together."""
-    return sum(len(graph_tools.get_tensor(gm, requests.argument(n, 1))) for n in linears)
+    return sum(values.width(n) for n in linears)
 
 
 def describe(found: dict[Choice, Split], plan: ColumnPlan, averages: tuple[float | None, float | None]) -> str:

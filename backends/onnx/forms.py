@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import values
-from resq_compiler.ir.args import nodes_arg
+from resq_compiler.ir.args import nodes_arg, operands, source
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.views import Attention, QuantizeDequantize
 
@@ -191,11 +191,10 @@ def repeats_half(cos: Node) -> bool:
     """True when the table is cat(a, a) behind operators that keep that: its second half equals its first."""
     node: object = cos
     while is_call(node, aten.unsqueeze.default, aten.cos.default, aten.sin.default, aten.to.dtype, aten.mul.Tensor):
-        assert isinstance(node, Node)
-        if is_call(node, aten.mul.Tensor) and isinstance(node.args[1], Node):
+        if is_call(node, aten.mul.Tensor) and isinstance(operands(node)[1], Node):
             return False
-        node = node.args[0]
-    if not isinstance(node, Node) or not is_call(node, aten.cat.default):
+        node = source(node)
+    if not is_call(node, aten.cat.default):
         return False
     pieces = nodes_arg(node, "tensors")
     return len(pieces) == 2 and pieces[0] is pieces[1]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from resq_compiler.analysis.topology import Attention, Topology
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir.views import Linear
 
 
 def residual_readers(gm: GraphModule, topology: Topology) -> Tensor:
@@ -20,14 +20,14 @@ def residual_readers(gm: GraphModule, topology: Topology) -> Tensor:
     for group in topology.residual.readers:
         for linear in group.linears:
             if linear is not topology.head:
-                weight = _weight(gm, linear).float()
+                weight = Linear.require(linear).weight_tensor(gm).float()
                 total += (weight.mT @ weight).double()
     return total
 
 
 def value_readers(gm: GraphModule, attention: Attention) -> Tensor:
     """For each key/value head, Wᵀ W of the output projection's columns of its query heads: float64 [G, D, D]."""
-    weight = _weight(gm, attention.o).double()
+    weight = Linear.require(attention.o).weight_tensor(gm).double()
     heads = weight.unflatten(1, (attention.num_kv_heads, -1, attention.value_dim))
     return torch.einsum("nghd,nghe->gde", heads, heads)
 
@@ -39,10 +39,6 @@ def weigh(moment: Tensor, readers: Tensor) -> Tensor:
     its noise is amplified (the arithmetic mean of both factors bounds their geometric mean).
     """
     return moment / _trace(moment) + readers / _trace(readers)
-
-
-def _weight(gm: GraphModule, linear: Node) -> Tensor:
-    return graph_tools.get_tensor(gm, linear.args[1])  # type: ignore[arg-type]
 
 
 def _trace(matrix: Tensor) -> Tensor:

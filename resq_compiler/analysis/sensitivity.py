@@ -24,6 +24,7 @@ from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
 from resq_compiler.errors import DataError
 from resq_compiler.ir import graph_tools
+from resq_compiler.ir.args import source
 from resq_compiler.numerics.seeds import generator
 from resq_compiler.util import memory
 
@@ -49,21 +50,14 @@ def places(topology: Topology) -> dict[Site, list[Place]]:
     found: dict[Site, list[Place]] = {}
     for block in topology.blocks:
         a, i = block.attention, block.index
-        found.setdefault(Site("attention"), []).append(Place(argument(a.q)))
-        inputs = [Place(argument((*f.gates, *f.ups)[0])) for f in block.feed_forwards]
+        found.setdefault(Site("attention"), []).append(Place(source(a.q)))
+        inputs = [Place(source((*f.gates, *f.ups)[0])) for f in block.feed_forwards]
         found.setdefault(Site("mlp"), []).extend(inputs)
-        found[Site("o", i)] = [Place(argument(a.o), a.num_heads)]
-        found[Site("down", i)] = [Place(argument(f.down), channels=True) for f in block.feed_forwards]
-        found[Site("key", i)] = [Place(argument(a.key_cache, 1), a.num_kv_heads)]
-        found[Site("value", i)] = [Place(argument(a.value_cache, 1), a.num_kv_heads)]
+        found[Site("o", i)] = [Place(source(a.o), a.num_heads)]
+        found[Site("down", i)] = [Place(source(f.down), channels=True) for f in block.feed_forwards]
+        found[Site("key", i)] = [Place(a.new_keys, a.num_kv_heads)]
+        found[Site("value", i)] = [Place(a.new_values, a.num_kv_heads)]
     return found
-
-
-def argument(node: Node, index: int = 0) -> Node:
-    """The value that a node reads."""
-    value = node.args[index]
-    assert isinstance(value, Node)
-    return value
 
 
 def measure(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration.bases import Bases
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools
+from resq_compiler.ir.views import Linear
 
 MEGABYTE = 10**6
 
@@ -35,7 +35,7 @@ def average_bits(
     gm: before bases, float. Where more is allowed than half of all columns at the high bits take, the rest is not spent, with a note.
     Raises: PassError: not even the main bits (where bits may be taken away, a quarter of the columns below them) fit.
     """
-    weights = sum(weight_of(gm, n).numel() for n in topology.linears)
+    weights = sum(Linear.require(n).weight_tensor(gm).numel() for n in topology.linears)
     fixed = fixed_bytes(gm, topology, plan, bases, budget)
     least, most = budget.least, (plan.weight_bits + plan.common.high_bits) / 2
     bits = 8 * (budget.megabytes * MEGABYTE - fixed) / weights
@@ -54,27 +54,16 @@ def fixed_bytes(
     gm: GraphModule, topology: Topology, plan: ColumnPlan, bases: Bases, budget: SizeBudget
 ) -> int:  # fmt: skip
     """Bytes of the compiled model without the codes of its linears, at most: as report.memory_bytes counts, rows padded to bytes."""
-    linears = {str(weight_node(n).target): weight_of(gm, n) for n in topology.linears}
+    views = map(Linear.require, topology.linears)
+    linears = {str(linear.weight.target): linear.weight_tensor(gm) for linear in views}
     tensors = {str(n.target): graph_tools.get_tensor(gm, n) for n in gm.graph.find_nodes(op="get_attr")}
     total = sum(t.numel() * t.element_size() for name, t in tensors.items() if name not in linears)
     scales = 4 + 1  # a float32 scale, and less than a byte that is not full
     total += sum(budget.parts * len(w) * scales for w in linears.values())
     if plan.lm_head_bits is not None:
-        head = weight_of(gm, topology.head)
+        head = Linear.require(topology.head).weight_tensor(gm)
         total += len(head) * 4 - head.numel() * (head.element_size() - 1)
     return total + projection_bytes(topology, plan, bases) + prefix_bytes(topology, budget.prefix_tokens)
-
-
-def weight_node(linear: Node) -> Node:
-    """The tensor node of a linear's weight."""
-    node = linear.args[1]
-    assert isinstance(node, Node)
-    return node
-
-
-def weight_of(gm: GraphModule, linear: Node) -> Tensor:
-    """The weight [N, K] of a linear."""
-    return graph_tools.get_tensor(gm, weight_node(linear))
 
 
 def prefix_bytes(topology: Topology, tokens: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration import precision
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, values
 
 TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed, small against the weights
 
@@ -100,11 +100,11 @@ def first_tokens(gm: GraphModule, ids: Tensor) -> dict[Node, Any]:
     """Graph inputs for sequences that start from an empty cache: ids [B, S], no padding."""
     inputs = graph_tools.placeholders(gm.graph)
     batch, length = ids.shape
-    values: list[Tensor] = [ids, torch.ones_like(ids), torch.arange(length, device=ids.device).expand(batch, length)]
+    given: list[Tensor] = [ids, torch.ones_like(ids), torch.arange(length, device=ids.device).expand(batch, length)]
     for node in inputs[3:]:
-        example = node.meta["val"]
-        values.append(torch.zeros(batch, example.shape[1], 0, example.shape[3], dtype=example.dtype, device=ids.device))
-    return dict(zip(inputs, values, strict=True))
+        _, heads, _, width = values.shape(node)
+        given.append(torch.zeros(batch, heads, 0, width, dtype=values.dtype(node), device=ids.device))
+    return dict(zip(inputs, given, strict=True))
 
 
 def batches(windows: Tensor) -> list[Tensor]:

@@ -12,6 +12,8 @@ from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.topology import FeedForward, Topology
 from resq_compiler.calibration import precision
 from resq_compiler.calibration.statistics import Request
+from resq_compiler.ir import values
+from resq_compiler.ir.args import source
 from resq_compiler.numerics.basis import SecondMoment
 from resq_compiler.numerics.channels import Energy, Peak
 
@@ -48,9 +50,9 @@ def head_moments(topology: Topology) -> list[Request]:
             for what, width in (("values", a.value_dim), ("keys", a.head_dim), ("queries", a.head_dim))
         )
         found += [
-            Request(Site("value", i), value, (argument(a.value_cache, 1),), heads_last),
-            Request(Site("key", i), key, (argument(a.key_cache, 1),), heads_last),
-            Request(Site("query", i), query, (argument(a.core, 0),), by_key_head(groups)),
+            Request(Site("value", i), value, (a.new_values,), heads_last),
+            Request(Site("key", i), key, (a.new_keys,), heads_last),
+            Request(Site("query", i), query, (a.view.q,), by_key_head(groups)),
         ]
     return found
 
@@ -59,7 +61,7 @@ def down_sizes(topology: Topology, by: str) -> list[Request]:
     """Energy or Peak (by: "energy" or "peak") of the input channels of every down projection: [width]."""
     kind = Energy if by == "energy" else Peak
     return [
-        Request(site, kind(f"the input of node {f.down.name}"), (argument(f.down, 0),))
+        Request(site, kind(f"the input of node {f.down.name}"), (source(f.down),))
         for site, f in feed_forwards(topology)
     ]
 
@@ -68,8 +70,8 @@ def down_moments(topology: Topology) -> list[Request]:
     """SecondMoment of blocks of neighbouring input channels of every down projection: [G, D, D]."""
     found = []
     for site, f in feed_forwards(topology):
-        x = argument(f.down, 0)
-        width = int(x.meta["val"].shape[-1])
+        x = source(f.down)
+        width = values.width(x)
         size = math.gcd(width, BLOCK)
         moment = SecondMoment(f"input of {f.down.name}", size, groups=width // size)
         found.append(Request(site, moment, (x,), in_blocks(size)))
@@ -79,13 +81,6 @@ def down_moments(topology: Topology) -> list[Request]:
 def feed_forwards(topology: Topology) -> list[tuple[Site, FeedForward]]:
     """The feed-forwards of all blocks, with the sites of their down projections."""
     return [(Site("down", b.index, j), f) for b in topology.blocks for j, f in enumerate(b.feed_forwards)]
-
-
-def argument(node: Node, index: int) -> Node:
-    """The value that a node reads."""
-    value = node.args[index]
-    assert isinstance(value, Node)
-    return value
 
 
 def heads_last(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.views import Dequantize, Quantize, QuantizeDequantize
 
 CODES = ("quantize", "quantized_linear", "weight_only_linear", "quantize_dequantize", "dequantize")
 
@@ -75,7 +76,7 @@ def _text(value: Any) -> str:
 
 def values_of(node: Node) -> list[list[Any]]:
     """[dtype, shape] of every tensor of a node's value on the example sizes; empty where it is not known."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
+    leaves = pytree.tree_leaves(node.meta.get(meta.VALUE))
     return [[str(t.dtype).removeprefix("torch."), [int(s) for s in t.shape]] for t in leaves if isinstance(t, Tensor)]
 
 
@@ -88,12 +89,12 @@ def module_name(node: Node) -> str:
 def bits_of(node: Node) -> str:
     """Bits of the codes a node makes, holds or multiplies; "" where everything is float."""
     name = target_name(node)
-    if name == "quantize":
-        return str(node.args[1])
-    if name == "dequantize":
-        return bits_of(node.args[0]) if isinstance(node.args[0], Node) else ""
-    if name == "quantize_dequantize":
-        return "|".join(str(part[0]) for part in node.args[1])  # type: ignore[union-attr, index]
+    if (quantizer := Quantize.of(node)) is not None:
+        return str(quantizer.bits)
+    if (image := Dequantize.of(node)) is not None:
+        return bits_of(image.codes)
+    if (entry := QuantizeDequantize.of(node)) is not None:
+        return "|".join(str(bits) for bits, _, _ in entry.parts)
     part = meta.get(node, meta.LinearPart)
     if part is not None and name == "quantized_linear":
         return f"W{part.weight_bits}A{part.activation_bits}"

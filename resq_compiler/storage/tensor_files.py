@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from resq_compiler.errors import CheckpointError
-from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir import graph_tools, meta
+from resq_compiler.ir.views import CodedLinear
 from resq_compiler.numerics.packing import pack, packed_length, unpack
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,9 +49,9 @@ def _code_bits(gm: GraphModule) -> dict[str, int]:
     bits: dict[str, int] = {}
     for node in gm.graph.nodes:
         part = meta.get(node, meta.LinearPart)
-        coded = is_call(node, ops.quantized_linear, ops.weight_only_linear)
-        if coded and part is not None and part.weight_bits in PACKED_BITS:
-            bits[str(cast(Node, node.args[1]).target)] = part.weight_bits
+        linear = CodedLinear.of(node)
+        if linear is not None and part is not None and part.weight_bits in PACKED_BITS:
+            bits[str(linear.qdata.target)] = part.weight_bits
     return bits
 
 
