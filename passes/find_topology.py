@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from resq_compiler.analysis import topology
+from resq_compiler.analysis.dataflow import analyze
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 
@@ -17,8 +18,8 @@ class FindTopology(Pass):
 
     name: ClassVar[str] = "find-topology"
     rewrites: ClassVar[bool] = False
-    provides: ClassVar[tuple[type, ...]] = (topology.Topology,)
+    provides: ClassVar[tuple[type, ...]] = (Topology,)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        ctx.facts.put(topology.analyze(gm, ctx.overrides))
+        ctx.facts.put(analyze(gm, ctx.overrides))
         return 0

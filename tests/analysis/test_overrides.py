@@ -8,8 +8,8 @@ import pytest
 import torch
 from resq_compiler.passes import FindTopology
 
+from resq_compiler.analysis.dataflow import analyze
 from resq_compiler.analysis.overrides import TopologyOverrides, read_overrides
-from resq_compiler.analysis.topology import analyze
 from resq_compiler.cli import main
 from resq_compiler.errors import ConfigError, TopologyError
 from resq_compiler.inspection.topology_view import topology_dict, topology_text

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from resq_compiler.analysis.topology import analyze
+from resq_compiler.analysis.dataflow import analyze
 from resq_compiler.api import trace
 from resq_compiler.errors import ResqError, TopologyError
 from resq_compiler.ir import graph_tools, meta

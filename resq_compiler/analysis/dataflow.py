@@ -1,0 +1,258 @@
+"""Finds the topology of a decoder by dataflow alone, on the named graph (after split-fused).
+
+Module names label reports; they decide nothing, unless the user overrides the topology by names (overrides.py). What is not understood
+is a TopologyError that names the node and what was expected there.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from resq_compiler.analysis.overrides import (
+    BlockOverride,
+    FeedForwardOverride,
+    LinearNames,
+    TopologyOverrides,
+    switched_off,
+)
+from resq_compiler.analysis.residual import EMBEDDING, LINEAR, find_cuts, find_head, find_residual
+from resq_compiler.analysis.topology import Attention, Block, FeedForward, Residual, Topology
+from resq_compiler.errors import TopologyError
+from resq_compiler.ir import graph_tools, meta, ops, values, views
+from resq_compiler.ir.args import source
+from resq_compiler.ir.graph_tools import aten, is_call, only_user
+from resq_compiler.ir.views import AppendCache, Linear, MergeHeads, Norm, SplitHeads
+
+ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default)
+ELEMENTWISE = (*ACTIVATIONS, aten.mul.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar)
+
+
+def analyze(gm: GraphModule, overrides: TopologyOverrides | None = None) -> Topology:
+    """Find the topology of a named graph and label its linears with `meta.LinearSite`. What the user states goes before."""
+    overrides = overrides or TopologyOverrides()
+    names = LinearNames(gm)
+    floats = [names.find(name, "float") for name in overrides.floats]
+    head = names.find(overrides.head, "head") if overrides.head else find_head(gm)
+    residual = find_residual(head)
+    why = "norms with a gain write into the stream: " + ", ".join(n.name for n in residual.gained_writers)
+    residual.fusable = switched_off(residual.fusable, overrides.fusable, "residual fusable", why)
+    cuts = find_cuts(gm, residual, head)
+    cores = gm.graph.find_nodes(op="call_function", target=ops.attention)
+    attentions = [trace_attention(n, i, overrides.block(i), names) for i, n in enumerate(cores)]
+    if not attentions:
+        raise TopologyError("no attention operator was found; expected a decoder with scaled-dot-product attention")
+    if unknown := [i for i in overrides.blocks if i >= len(attentions)]:
+        raise TopologyError(
+            f"topology override, block {unknown[0]}: the model has the blocks 0 to {len(attentions) - 1}"
+        )
+    blocks = make_blocks(gm, cuts, attentions, residual, overrides, set(floats))
+    hidden = values.width(residual.values[0])
+    if overrides.hidden_size not in (None, hidden):
+        raise TopologyError(f"topology override, hidden_size: the graph says {hidden}; got {overrides.hidden_size!r}")
+    topology = Topology(residual, blocks, head, hidden, floats)
+    label_linears(gm, topology)
+    return topology
+
+
+def trace_back(node: Node, goal: str) -> Node:
+    """The one linear that a value is made from, position tables apart: norms, rotary embeddings of any form, scalings between."""
+    linears: dict[Node, None] = {}
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if is_call(current, LINEAR):
+            linears[current] = None
+            continue
+        if is_call(current, EMBEDDING, ops.attention):
+            raise TopologyError(
+                f"node {node.name}: expected a linear ({goal}) behind it, met node {current.name}: {current.format_node()}"
+            )
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    if len(linears) != 1:
+        names = ", ".join(n.name for n in linears) or "none"
+        raise TopologyError(f"node {node.name}: expected one linear ({goal}) behind it, met {len(linears)}: {names}")
+    return next(iter(linears))
+
+
+def trace_attention(core: Node, index: int, stated: BlockOverride, names: LinearNames) -> Attention:
+    """The linears around an attention operator and the shapes of its heads."""
+    view = views.Attention.require(core)
+    where = f"block {index}, attention"
+    for cache in (view.k, view.v):
+        if not is_call(cache, ops.append_cache):
+            raise TopologyError(
+                f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}"
+            )
+    new_key, new_value = AppendCache.require(view.k).new, AppendCache.require(view.v).new
+
+    def behind(value: Node, role: str, goal: str) -> Node:
+        name = stated.linears.get(role)
+        return trace_back(value, goal) if name is None else names.find_feeding(name, value, f"{where} {role}")
+
+    q = behind(view.q, "q", "query projection")
+    k = behind(new_key, "k", "key projection")
+    v = behind(new_value, "v", "value projection")
+    output = output_projection(core)
+    o = Linear.require(output).name
+    if stated.linears.get("o", o) != o:
+        raise TopologyError(
+            f"topology override, {where} o: expected {o}, the linear that reads node {core.name}; got {stated.linears['o']}"
+        )
+    key_shape = values.shape(view.k)
+    split = SplitHeads.of(new_value)
+    direct = split is not None and split.x is v
+    why = f"node {new_value.name} stands between the value projection and the cache"
+    attention = Attention(
+        core, q, k, v, output, view.k, view.v, values.shape(view.q)[1], key_shape[1], key_shape[3], values.width(view.v),
+        value_is_linear=switched_off(direct, stated.values_fusable, f"{where} values_fusable", why),
+    )  # fmt: skip
+    check_derived(attention, stated, where)
+    return attention
+
+
+def output_projection(core: Node) -> Node:
+    """The one linear that reads an attention's merged heads. Raises TopologyError."""
+    merged = MergeHeads.of(only_user(core))
+    output = None if merged is None else Linear.of(only_user(merged.node))
+    if output is None:
+        raise TopologyError(
+            f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention"
+        )
+    return output.node
+
+
+def check_derived(attention: Attention, stated: BlockOverride, where: str) -> None:
+    """Compare what an override says about shapes with the graph, which alone decides them."""
+    found: dict[str, int | None] = {
+        "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
+        "value_dim": attention.value_dim, "window": attention.window,
+    }  # fmt: skip
+    for key, value in stated.expected.items():
+        if found[key] != value:
+            raise TopologyError(
+                f"topology override, {where} {key}: the graph says {found[key]}, and only it can; got {value!r}"
+            )
+
+
+def make_blocks(
+    gm: GraphModule, cuts: list[Node], attentions: list[Attention], residual: Residual, overrides: TopologyOverrides, floats: set[Node]
+) -> list[Block]:  # fmt: skip
+    """One block for each attention: from the last cut before it to the last cut before the next one."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    starts = []
+    for attention in attentions:
+        before = [c for c in cuts if order[c] < order[attention.core] and c in graph_tools.ancestors([attention.core])]
+        if not before:
+            raise TopologyError(f"node {attention.core.name}: no cut of the residual stream before this attention")
+        starts.append(before[-1])
+    if len(set(starts)) != len(starts):
+        raise TopologyError("two attentions share a stretch of the residual stream; expected one attention in a block")
+    ends = [*starts[1:], cuts[-1]]
+    blocks = [Block(i, s, e, a) for i, (s, e, a) in enumerate(zip(starts, ends, attentions, strict=True))]
+    readers = {n for g in residual.readers for n in g.linears}
+    for block in blocks:
+        stated = overrides.block(block.index)
+        for role in ("q", "k", "v"):
+            node = getattr(block.attention, role)
+            if node not in readers and role not in stated.linears:
+                raise TopologyError(
+                    f"node {node.name} ({graph_tools.module_of(node)}): makes queries, keys or values; expected a linear that reads "
+                    f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)"
+                )
+        inside = _between(order, block)
+        used = {block.attention.q, block.attention.k, block.attention.v, block.attention.o}
+        rest = [n for n in inside if is_call(n, LINEAR) and n not in used]
+        writers = set(residual.writers) | {Norm.require(n).x for n in residual.gained_writers}
+        block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats)
+        known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
+        for node in rest:
+            if node not in known and node not in floats:
+                raise TopologyError(
+                    f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward"
+                )
+    return blocks
+
+
+def _between(order: dict[Node, int], block: Block) -> list[Node]:
+    inside = graph_tools.ancestors([block.end]) - graph_tools.ancestors([block.start])
+    return sorted(inside, key=order.__getitem__)
+
+
+def find_feed_forwards(
+    index: int, linears: list[Node], writers: set[Node], readers: set[Node], stated: BlockOverride, floats: set[Node]
+) -> list[FeedForward]:  # fmt: skip
+    """The feed-forwards of a block: found from the linears that write into the stream, or stated."""
+    said = {item.down: item for item in stated.feed_forwards or ()}
+    result = []
+    for node in linears:
+        name = Linear.require(node).name
+        if name not in said and node not in writers:
+            continue
+        try:
+            result.append(
+                trace_feed_forward(node, readers, said.get(name), floats, f"block {index}, feed_forward {name}")
+            )
+        except TopologyError:
+            if name in said or node not in floats:  # a linear that stays float needs no role
+                raise
+        said.pop(name, None)
+    if said:
+        others = ", ".join(Linear.require(n).name for n in linears)
+        raise TopologyError(
+            f"topology override, block {index}, feed_forward: no linear {next(iter(said))} there; expected one of {others}"
+        )
+    return result
+
+
+def trace_feed_forward(
+    down: Node, readers: set[Node], stated: FeedForwardOverride | None, floats: set[Node], where: str
+) -> FeedForward:  # fmt: skip
+    """Linears behind `down` and whether only elementwise operators lie between."""
+    gates: list[Node] = []
+    ups: list[Node] = []
+    channelwise = True
+    said = {name: gates for name in (stated and stated.gate) or ()}
+    said |= {name: ups for name in (stated and stated.up) or ()}
+    pending, seen = [source(down)], set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen or node.op == "get_attr":
+            continue
+        seen.add(node)
+        linear = Linear.of(node)
+        if linear is not None and (node in readers or linear.name in said):
+            found = gates if any(is_call(u, *ACTIVATIONS) for u in node.users) else ups
+            said.pop(linear.name, found).append(node)
+            continue
+        if linear is not None and node not in floats:
+            raise TopologyError(
+                f"node {node.name}: expected a linear that reads the residual stream before {down.name}"
+            )
+        channelwise &= is_call(node, *ELEMENTWISE)
+        pending.extend(node.all_input_nodes)
+    if said:
+        raise TopologyError(f"topology override, {where}: {next(iter(said))} does not stand before it")
+    why = "operators between up and down mix channels"
+    channelwise = switched_off(channelwise, stated.channelwise if stated else None, f"{where} channelwise", why)
+    return FeedForward(gates, ups, down, channelwise)
+
+
+def label_linears(gm: GraphModule, topology: Topology) -> None:
+    """Attach meta.LinearSite to every linear."""
+
+    def label(node: Node, role: str, block: int | None) -> None:
+        meta.put(node, meta.LinearSite(Linear.require(node).name, role, block))
+
+    label(topology.head, "head", None)
+    for block in topology.blocks:
+        attention = block.attention
+        for role in ("q", "k", "v", "o"):
+            label(getattr(attention, role), role, block.index)
+        for feed_forward in block.feed_forwards:
+            for node in feed_forward.gates:
+                label(node, "gate", block.index)
+            for node in feed_forward.ups:
+                label(node, "up", block.index)
+            label(feed_forward.down, "down", block.index)

@@ -1,0 +1,126 @@
+"""The residual stream of a decoder, found backwards from its logits: who writes into it, who reads it, and where it can be cut.
+
+What is not understood is a TopologyError that names the node and what was expected there.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch.fx import GraphModule, Node
+
+from resq_compiler.analysis.topology import ReadGroup, Residual
+from resq_compiler.errors import TopologyError
+from resq_compiler.ir import graph_tools, ops, values
+from resq_compiler.ir.args import operands, source
+from resq_compiler.ir.graph_tools import aten, is_call
+
+LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
+NORMS = (ops.rms_norm, aten.layer_norm.default)
+EMBEDDINGS = "embeddings"  # stands for all of them, before the nodes, where paths are looked for
+
+
+def find_head(gm: GraphModule) -> Node:
+    """The linear that makes logits, through scalings and soft-caps."""
+    node = graph_tools.output_args(gm.graph)[0]
+    while not is_call(node, LINEAR):
+        if not is_call(node, aten.div.Tensor, aten.mul.Tensor, aten.tanh.default):
+            raise TopologyError(
+                f"node {node.name}: expected the logits to come from a linear (lm_head), got {node.format_node()}"
+            )
+        node = source(node)
+    return node
+
+
+def _is_scalar(value: object) -> bool:
+    if isinstance(value, Node):
+        return value.op == "get_attr" and values.tensor_value(value).numel() == 1
+    return isinstance(value, (int, float))
+
+
+def find_residual(head: Node) -> Residual:
+    """Close the set of stream values under add and scaling, backwards from the last norm, then collect readers."""
+    x = source(head)
+    start = source(x) if is_call(x, *NORMS) else x
+    found: dict[Node, None] = {}
+    writers: dict[Node, None] = {}
+    gained: dict[Node, None] = {}
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found[node] = None
+        if is_call(node, aten.add.Tensor):
+            pending.extend(a for a in operands(node) if isinstance(a, Node))
+        elif is_call(node, aten.mul.Tensor) and _is_scalar(operands(node)[1]):
+            pending.append(source(node))
+        elif is_call(node, LINEAR, EMBEDDING):
+            writers[node] = None
+        elif is_call(node, *NORMS):
+            gained[node] = None
+        else:
+            raise TopologyError(
+                f"node {node.name}: in the residual stream; expected an add, a scaling, a linear, an embedding or a norm "
+                f"(experts and gated streams are not supported); got {node.format_node()}"
+            )
+    order = {n: i for i, n in enumerate(head.graph.nodes)}
+    stream = sorted(found, key=order.__getitem__)
+    readers = find_readers(stream, set(gained))
+    return Residual(
+        stream, sorted(writers, key=order.__getitem__), sorted(gained, key=order.__getitem__), readers, fusable=not gained
+    )  # fmt: skip
+
+
+def find_readers(stream: list[Node], gained: set[Node]) -> list[ReadGroup]:
+    """Group the linears that read the stream by the value they read."""
+    inside, groups = set(stream), []
+    for value in stream:
+        direct: list[Node] = []
+        for user in value.users:
+            if user in inside and user not in gained:
+                continue
+            if is_call(user, LINEAR):
+                direct.append(user)
+            elif is_call(user, *NORMS) and user not in gained:
+                groups.append(ReadGroup(user, user, _linear_users(user)))
+            else:
+                raise TopologyError(
+                    f"node {user.name}: reads the residual stream; expected a norm or a linear, got {user.format_node()}"
+                )
+        if direct:
+            groups.append(ReadGroup(value, None, direct))
+    return groups
+
+
+def _linear_users(norm: Node) -> list[Node]:
+    others = [u for u in norm.users if not is_call(u, LINEAR)]
+    if others:
+        raise TopologyError(
+            f"node {others[0].name}: reads {norm.name}; expected only linears after a norm, got {others[0].format_node()}"
+        )
+    return list(norm.users)
+
+
+def find_cuts(gm: GraphModule, residual: Residual, head: Node) -> list[Node]:
+    """Stream values through which every path from the embeddings to the logits goes (dominators of the head)."""
+    graph: nx.DiGraph = nx.DiGraph()
+    for node in gm.graph.nodes:
+        graph.add_edges_from((source, node) for source in node.all_input_nodes)
+    for node in residual.writers:
+        if is_call(node, EMBEDDING):
+            graph.add_edge(EMBEDDINGS, node)
+    if EMBEDDINGS not in graph:
+        first = residual.values[0]
+        raise TopologyError(
+            f"node {first.name}: the residual stream starts here; expected a token embedding, got {first.format_node()}"
+        )
+    live = nx.descendants(graph, EMBEDDINGS) | {EMBEDDINGS}
+    dominator = nx.immediate_dominators(graph.subgraph(live), EMBEDDINGS)
+    chain: list[Node] = []
+    stream = set(residual.values)
+    node = dominator[head]
+    while isinstance(node, Node):
+        if node in stream:
+            chain.append(node)
+        node = dominator[node]
+    return chain[::-1]
