@@ -318,11 +318,14 @@ static void attend_few(const query_tile *t) {
     }
 }
 
+/* Later rows see more keys: tiles alternate between the first and the last ones, so that equal shares of units are equal work. */
+static int64_t tile_at(int64_t place, int64_t tiles) { return place % 2 ? tiles - 1 - place / 2 : place / 2; }
+
 static void attention(const rk_attention_args *a, int64_t begin, int64_t end) {
     const uint64_t mode = rk_enter();
-    const int64_t tiles = row_tiles(a);
+    const int64_t tiles = row_tiles(a), heads = a->batch * a->kv_heads;
     for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t first = unit % tiles * LANES, head = unit / tiles;
+        const int64_t first = tile_at(unit / heads, tiles) * LANES, head = unit % heads;
         query_tile t = {a, head / a->kv_heads, head % a->kv_heads, a->heads / a->kv_heads, first, 0, 0, 0};
         t.rows = rk_min(LANES, rows_of(a) - first);
         t.last_key = slot_of_row(&t, t.rows - 1) + 1;

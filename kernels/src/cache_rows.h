@@ -4,20 +4,27 @@
 
 #include "quantize.h"
 
-/* Codes of `width` values, unsigned, a byte each; returns the quantizer. `space` has room for the width, rounded up to 8. */
-RK_INLINE quantizer unsigned_codes(const float *x, int64_t width, int bits, float clip, uint8_t *space) {
+#define CODES_SPACE (RK_MAX_HEAD + 2 * 16) /* room for whole vectors behind the codes and behind their first half */
+
+RK_INLINE u8v load_vector(const uint8_t *p) { u8v v; memcpy(&v, p, sizeof v); return v; }
+RK_INLINE void store_vector(uint8_t *p, u8v v) { memcpy(p, &v, sizeof v); }
+
+/* Codes of `width` values, unsigned, a byte each; returns the quantizer. */
+RK_INLINE quantizer unsigned_codes(const float *x, int64_t width, int bits, float clip, uint8_t codes[CODES_SPACE]) {
     const quantizer q = quantizer_of(x, width, bits, clip);
-    store_codes(q, x, width, (int8_t *)space);
-    for (int64_t i = 0; i < width; i++)
-        space[i] = (uint8_t)(space[i] - q.lowest);
+    store_codes(q, x, width, (int8_t *)codes);
+    for (int64_t i = 0; i < width; i += RK_WIDTH)
+        store_vector(codes + i, load_vector(codes + i) - (uint8_t)q.lowest);
     return q;
 }
 
 /* Two codes a byte: the first half of the columns in the low nibbles, the second half in the high ones; an odd column alone. */
-RK_INLINE void pack_nibbles(const uint8_t *codes, int64_t width, uint8_t *bytes) {
+RK_INLINE void pack_nibbles(const uint8_t codes[CODES_SPACE], int64_t width, uint8_t *bytes) {
     const int64_t half = width / 2;
-    for (int64_t i = 0; i < half; i++)
-        bytes[i] = (uint8_t)(codes[i] | codes[half + i] << 4);
+    uint8_t packed[RK_MAX_HEAD];
+    for (int64_t i = 0; i < half; i += RK_WIDTH)
+        store_vector(packed + i, load_vector(codes + i) | load_vector(codes + half + i) << 4);
+    memcpy(bytes, packed, (size_t)half);
     if (width % 2)
         bytes[half] = codes[width - 1];
 }
@@ -25,7 +32,7 @@ RK_INLINE void pack_nibbles(const uint8_t *codes, int64_t width, uint8_t *bytes)
 /* Quantize a head of x into a row of the cache. */
 static inline void write_row(const rk_head *h, const float *x, float clip, uint8_t *row) {
     const int64_t low_bytes = (h->low + 1) / 2;
-    uint8_t codes[RK_MAX_HEAD + 8], *zero_points = row + low_bytes + h->high;
+    uint8_t codes[CODES_SPACE] = {0}, *zero_points = row + low_bytes + h->high;
     float scales[2];
     int parts = 0;
     if (h->low) {

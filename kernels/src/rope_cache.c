@@ -14,7 +14,13 @@ static void norm_head(const float *weight, float epsilon, int64_t columns, float
 /* Columns i and i + rotary / 2 turn by one angle. */
 static void rotate_head(const float *cos, const float *sin, int64_t rotary, float *x) {
     const int64_t half = rotary / 2;
-    for (int64_t i = 0; i < half; i++) {
+    int64_t i = 0;
+    for (; i + RK_WIDTH <= half; i += RK_WIDTH) {
+        const f32v a = rk_load(x + i), b = rk_load(x + i + half);
+        rk_store(x + i, a * rk_load(cos + i) - b * rk_load(sin + i));
+        rk_store(x + i + half, b * rk_load(cos + i + half) + a * rk_load(sin + i + half));
+    }
+    for (; i < half; i++) {
         const float a = x[i], b = x[i + half];
         x[i] = a * cos[i] - b * sin[i];
         x[i + half] = b * cos[i + half] + a * sin[i + half];
