@@ -13,6 +13,7 @@ from resq_compiler.calibration.data import text_windows
 from resq_compiler.evaluation import report
 from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.frontend.models import load_model
+from resq_compiler.inspection.noise import quantizer_noise
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     for kind, size in report.memory_bytes(compiled.result).items():
         print(f"  {kind:14} {size / 1e6:8.2f} MB")
 
-    noisiest = sorted(report.site_noise(compiled.result, windows[:1]), key=lambda site: site.sqnr_db)[:5]
+    noisiest = sorted(quantizer_noise(compiled.graph_module, windows[:1]), key=lambda site: site.sqnr_db)[:5]
     for site in noisiest:
         print(f"  {site.name:34} {site.bits} bits  SQNR {site.sqnr_db:.1f} dB")
 

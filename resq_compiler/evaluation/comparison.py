@@ -102,21 +102,3 @@ def measure_table(result: dict[str, Any], names: tuple[str, str] = ("compiled", 
     if other is None:
         return table(("", names[0]), [row[:2] for row in rows if "float" not in row[0]])
     return table(("", *names), rows)
-
-
-def noise_table(sites: list[report.SiteNoise], every: bool = False) -> str:
-    """Signal to quantization noise of quantizers: by place, or every one."""
-    if every:
-        return table(("quantizer", "bits", "SQNR dB"), [(s.name, str(s.bits), number(s.sqnr_db, 1)) for s in sites])
-    rows = [
-        (
-            g["place"],
-            str(g["bits"]),
-            str(g["sites"]),
-            number(g["mean_db"], 1),
-            number(g["lowest_db"], 1),
-            g["lowest_at"],
-        )
-        for g in report.summarize_noise(sites)
-    ]
-    return table(("quantizers", "bits", "sites", "mean dB", "lowest dB", "at"), rows)

@@ -1,4 +1,4 @@
-"""What a compiled model costs, and how much noise each quantizer adds.
+"""What a compiled model costs: average bits, bytes, and bytes of its cache.
 
 Everything is read off the quantized graph: nothing relies on how it was made, so a loaded model reports as a fresh one does.
 """
@@ -6,25 +6,21 @@ Everything is read off the quantized graph: nothing relies on how it was made, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS
-from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.args import source
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.linears import PARTS, read_part
 from resq_compiler.ir.views import AppendCache, CodedLinear, Linear, Quantize, QuantizeDequantize
 from resq_compiler.numerics.packing import packed_length
 from resq_compiler.result import CompileResult
 
-QUANTIZERS = (ops.quantize, ops.quantize_dequantize)
 SCALE_BITS, ZERO_POINT_BITS = 32, 8  # float32 scales; zero points lie in the range of the codes, so a byte holds them
 
 
@@ -65,21 +61,6 @@ class _Mean:
 
     def values(self) -> tuple[float, float]:
         return (self.bits / self.count, self.scales / self.count) if self.count else (float(FLOAT_BITS), 0.0)
-
-
-@dataclass(frozen=True)
-class SiteNoise:
-    """Noise that one quantizer adds: signal to quantization noise in decibels, over all tokens that were run."""
-
-    name: str
-    kind: str  # "activation" or "kv"
-    block: int | None
-    bits: int
-    sqnr_db: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def average_bits(compiled: CompileResult) -> AverageBits:
@@ -148,46 +129,6 @@ def _cache_width(bits: int) -> int:
     return bits if bits in (2, 4) else 8
 
 
-@torch.no_grad()
-def site_noise(
-    compiled: CompileResult, windows: Tensor, progress: Callable[[int, int], None] | None = None
-) -> list[SiteNoise]:
-    """Compare what enters every quantizer with the float image of what leaves it.
-
-    Both are taken from one run of the compiled graph, so a site shows its own noise, not that of the sites before it.
-
-    Args:    windows: token ids [n, L] int64. progress: called with (batches done, all batches).
-    Returns: one SiteNoise for each quantizer, in the order of the graph; inf where nothing was lost.
-    """
-    gm = compiled.graph_module
-    sums = {node: torch.zeros(2, dtype=torch.float64) for node in gm.graph.nodes if is_call(node, *QUANTIZERS)}
-    taps = {x: _tap(gm, readers, sums) for x, readers in _by_source(list(sums)).items()}
-    schedule = executor.Schedule(gm, list(sums), graph_tools.placeholders(gm.graph))
-    device = next(gm.buffers()).device
-    batches = executor.batches(windows)
-    for i, ids in enumerate(batches):
-        schedule.run(executor.first_tokens(gm, ids.to(device)), taps)
-        if progress is not None:
-            progress(i + 1, len(batches))
-    return [_site(node, total) for node, total in sums.items()]
-
-
-def summarize_noise(sites: list[SiteNoise]) -> list[dict[str, Any]]:
-    """Sites of the same place in every block together: name, bits, sites, mean and lowest SQNR, and where it is lowest."""
-    groups: dict[tuple[str, int], list[SiteNoise]] = {}
-    for site in sites:
-        place = site.name.split(".", 2)[2] if site.name.startswith("blocks.") else site.name
-        groups.setdefault((place, site.bits), []).append(site)
-    result = []
-    for (place, bits), members in groups.items():
-        worst = min(members, key=lambda s: s.sqnr_db)
-        mean = sum(s.sqnr_db for s in members) / len(members)
-        result.append(
-            {"place": place, "bits": bits, "sites": len(members), "mean_db": mean, "lowest_db": worst.sqnr_db, "lowest_at": worst.name}
-        )  # fmt: skip
-    return result
-
-
 def describe(compiled: CompileResult) -> dict[str, Any]:
     """Scheme, average bits and sizes as plain values."""
     return {
@@ -247,30 +188,3 @@ def _cache_entries(compiled: CompileResult) -> Iterator[tuple[int, int, tuple[tu
         for kind, width in (("key", spec.key_dim), ("value", spec.value_dim)):
             quantizer = QuantizeDequantize.of(new.get(f"past_{kind}_{i}"))
             yield spec.num_heads, width, quantizer.parts if quantizer is not None else ()
-
-
-def _by_source(quantizers: list[Node]) -> dict[Node, list[Node]]:
-    sources: dict[Node, list[Node]] = {}
-    for node in quantizers:
-        sources.setdefault(source(node), []).append(node)
-    return sources
-
-
-def _tap(gm: GraphModule, readers: list[Node], sums: dict[Node, Tensor]) -> Callable[[Tensor], None]:
-    """Quantizes a value as its readers will, and adds up signal and noise."""
-
-    def tap(x: Tensor) -> None:
-        for node in readers:
-            image = graph_tools.run_node(gm, node, {source(node): x})
-            image = ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image
-            sums[node] += torch.stack((x.double().square().sum(), (image.double() - x.double()).square().sum())).cpu()
-
-    return tap
-
-
-def _site(node: Node, sums: Tensor) -> SiteNoise:
-    signal, noise = sums.tolist()
-    site = meta.get(node, meta.QuantizerSite) or meta.QuantizerSite(node.name, "activation", None, FLOAT_BITS)
-    return SiteNoise(
-        site.name, site.kind, site.block, site.bits, math.inf if noise == 0 else 10 * math.log10(signal / noise)
-    )

@@ -6,6 +6,7 @@ page.py           index.html: one self-contained page over a dump
 diff.py           what differs between two dumps
 topology_view.py  residual stream, blocks, attention and feed-forward as a tree
 noise.py          signal to noise of every quantizer and weight
+noise_table.py    the same as a table, by place
 activations.py    ranges, outliers, spectra and space utilization at every site, before and after
 attribution.py    which sites cost the accuracy
 plots.py          pictures of the last three

@@ -27,7 +27,7 @@ from resq_compiler import __version__
 from resq_compiler.evaluation import report
 from resq_compiler.inspection import page, records, text
 from resq_compiler.inspection.dump_files import FORMAT, MANIFEST, TIMING, VERSION, json_text, unwritable, write_file
-from resq_compiler.inspection.noise import site_noise
+from resq_compiler.inspection.noise import noise_by_name
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.result import CompileResult
 
@@ -154,7 +154,7 @@ def dump_result(result: CompileResult, directory: Path | str, tokens: Tensor | N
 def measured_noise(result: CompileResult, tokens: Tensor | None) -> dict[str, Any]:
     """Noise of every quantizer on tokens or, without any, on the model's calibration sample; empty without both."""
     ids = result.sample_ids if tokens is None else tokens
-    return {} if ids is None else site_noise(result.graph_module, ids)
+    return {} if ids is None else noise_by_name(result.graph_module, ids)
 
 
 def stage_entry(stage: Stage, nodes: int) -> dict[str, Any]:

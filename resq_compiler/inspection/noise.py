@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,44 @@ Taps = dict[Node, Callable[[Any], None]]
 LARGEST = 200.0  # dB; stands for "no noise at all", which JSON cannot say
 
 
-def site_noise(gm: GraphModule, ids: Tensor) -> dict[str, dict[str, Any]]:
-    """Noise of each quantizer and of each weight of a compiled graph, on token ids [n, length].
+@dataclass(frozen=True)
+class QuantizerNoise:
+    """Noise that one quantizer adds, over all tokens that were run: signal to quantization noise, inf where nothing was lost."""
+
+    name: str
+    kind: str  # "activation" or "kv"
+    block: int | None
+    bits: int
+    sqnr_db: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def quantizer_noise(
+    gm: GraphModule, windows: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[QuantizerNoise]:
+    """Compare what enters every quantizer of a compiled graph with the float image of what leaves it.
+
+    Both are taken from one run of the graph, so a quantizer shows its own noise, not that of the ones before it.
+
+    Args:    windows: token ids [n, length] int64. progress: called with (batches done, all batches).
+    Returns: in execution order.
+    """
+    sums: dict[str, list[float]] = {}
+    batches = executor.batches(windows.to(next(gm.buffers()).device))
+    for i, ids in enumerate(batches):
+        for name, (signal, noise) in site_energies(gm, ids).items():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += signal
+            total[1] += noise
+        progress(i + 1, len(batches))
+    return [QuantizerNoise(s.name, s.kind, s.block, s.bits, decibels(*sums[s.name])) for _, s in quantizers(gm)]
+
+
+def noise_by_name(gm: GraphModule, ids: Tensor) -> dict[str, dict[str, Any]]:
+    """Noise of each quantizer and of each weight of a compiled graph, on token ids [n, length] in one batch, for a dump.
 
     Returns: name -> kind ("activation", "kv" or "weight"), block, bits, sqnr_db, in execution order. Weights are named
              linear.partN, and absent in models compiled before their noise was recorded.
@@ -52,7 +89,7 @@ def site_energies(gm: GraphModule, ids: Tensor, taps: Taps | None = None) -> dic
     together = dict(taps or {})
     for quantizer, site in quantizers(gm):
         add_tap(together, quantizer.x, partial(see, quantizer, site.name))
-    schedule = executor.Schedule(gm, graph_tools.output_args(gm.graph)[:1], graph_tools.placeholders(gm.graph))
+    schedule = executor.Schedule(gm, list(together), graph_tools.placeholders(gm.graph))
     schedule.run(executor.first_tokens(gm, ids), together)
     return found
 
@@ -128,8 +165,13 @@ def part_name(part: meta.LinearPart) -> str:
     return f"{part.site.name}.part{part.index}"
 
 
-def ratio_db(signal: float, noise: float) -> float:
-    """10 log10(signal / noise), rounded to 0.01 and kept within ±LARGEST."""
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); infinite where one of them is nothing."""
     if noise == 0 or signal == 0:
-        return LARGEST if noise == 0 else -LARGEST
-    return round(min(LARGEST, 10 * math.log10(signal / noise)), 2)
+        return math.inf if noise == 0 else -math.inf
+    return 10 * math.log10(signal / noise)
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """Decibels rounded to 0.01 and kept within ±LARGEST."""
+    return round(max(-LARGEST, min(LARGEST, decibels(signal, noise))), 2)

@@ -20,7 +20,7 @@ from resq_compiler.inspection.diagnostic_tables import (
     table_text,
     write_diagnostics,
 )
-from resq_compiler.inspection.noise import add_tap, quantizers, scaled_rows, site_energies, site_noise, without_zero
+from resq_compiler.inspection.noise import add_tap, noise_by_name, quantizers, scaled_rows, site_energies, without_zero
 from resq_compiler.ir import ops
 from resq_compiler.tiny import tiny_tokens
 
@@ -69,7 +69,7 @@ def test_bases_and_high_bits_raise_the_signal_over_the_noise(found):
 
 
 def test_noise_is_that_of_the_compiled_graph(compiled, found):
-    measured = site_noise(compiled.model.graph_module, IDS)
+    measured = noise_by_name(compiled.model.graph_module, IDS)
     assert found.noise_db["blocks.1.value"] == measured["blocks.1.value"]["sqnr_db"]
     assert found.weight_db.items() <= {name: entry["sqnr_db"] for name, entry in measured.items()}.items()
 

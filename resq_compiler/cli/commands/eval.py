@@ -48,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
 def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Numbers for JSON, and under "table" and "noise_table" what people read."""
     from resq_compiler.calibration.data import text_windows
-    from resq_compiler.evaluation import comparison, report
+    from resq_compiler.evaluation import comparison
+    from resq_compiler.inspection.noise import quantizer_noise
+    from resq_compiler.inspection.noise_table import noise_table
     from resq_compiler.util.progress import Progress
 
     tokenizer = opened.tokenizer or (reference and reference.tokenizer)
@@ -65,9 +67,9 @@ def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse
         )
         if opened.compiled and arguments.noise:
             few = windows[: max(1, NOISE_TOKENS // arguments.length)]
-            sites = report.site_noise(opened.model.result, few, progress.of("noise of quantizers"))
+            sites = quantizer_noise(opened.model.graph_module, few, progress.of("noise of quantizers"))
             result["noise"] = [site.to_dict() for site in sites]
-            result["noise_table"] = comparison.noise_table(sites, arguments.all_sites)
+            result["noise_table"] = noise_table(sites, arguments.all_sites)
     return result
 
 
