@@ -153,6 +153,11 @@ def with_prefix(recipe: str = "resq", **options) -> tuple[Pass, ...]:
     return tuple(InsertPrefix(massive=1.5) if isinstance(item, InsertPrefix) else item for item in passes)
 
 
+def with_layer_norms() -> tuple[Pass, ...]:
+    """Round to nearest with norms as the model has them: gains and biases are not folded, LayerNorms stay LayerNorms."""
+    return tuple(item for item in named.passes_for(named.resolve("rtn")) if item.name != "fold-norms")
+
+
 def with_options(built: Built, config: CompileConfig) -> Built:
     """The same, with the options of a run that are no pass's own."""
     built.ctx.seed, built.ctx.basis_samples = config.seed, config.basis_samples

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.lower import Lowered, lower
 from resq_compiler.backends.fused.plain import TORCH
 from resq_compiler.backends.fused.runner import FusedRunner, prepare
@@ -15,6 +16,7 @@ from torch import Tensor
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import graph_tools
 from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
+from tests.conftest import with_layer_norms
 
 BLOCK = dict(norm_quantize=2, mixed_linear=4, rope_cache=1, attention_quantize=1, hadamard_quantize=1)
 LAYERS = {"gemma3": 3}
@@ -25,7 +27,8 @@ def reference(compiled):
     """(family, **options) -> the quantized graph."""
 
     def make(family: str, **options):
-        return compiled(family, **{"recipe": "resq", "weight_method": "rtn", **options}).graph_module
+        defaults = {} if isinstance(options.get("recipe"), tuple) else {"recipe": "resq", "weight_method": "rtn"}
+        return compiled(family, **{**defaults, **options}).graph_module
 
     return make
 
@@ -87,6 +90,17 @@ def test_recipes_and_options(options, reference):
     gm = reference("llama", **options)
     runner = prepare(gm, TORCH, torch.float32, False, 1)
     assert not runner.reasons
+    assert_same_bits(gm, runner)
+
+
+def test_layer_norms_are_fused(reference):
+    """Gain, bias and mean are the operator's; no norm but the last is left."""
+    gm = reference("opt", recipe=with_layer_norms())
+    runner = prepare(gm, TORCH, torch.float32, False, 1)
+    quantizing = [n for n in runner.graph_module.graph.nodes if n.target is operators.norm_quantize]
+    normed = [n for n in quantizing if n.args[3] == "layer"]
+    assert len(normed) == 4 and all(n.args[1] is not None and n.args[2] is not None for n in normed)
+    assert len(runner.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default)) == 1
     assert_same_bits(gm, runner)
 
 
