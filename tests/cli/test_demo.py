@@ -51,6 +51,10 @@ def test_demo_writes_model_and_report(model, tmp_path, capsys):
     )
     assert str(model) not in (tmp_path / "report.json").read_text()
     written = (tmp_path / "report.md").read_text()
+    for words in (shlex.split(line, comments=True)[1:] for line in out.partition("Try next:")[2].splitlines()[1:3]):
+        words = words[words.index("generate" if "generate" in words else "inspect") :]
+        assert main.main([*words, "--threads", "1"]) == 0, words
+    assert "Kinds of sites" in capsys.readouterr().out
     assert written.startswith("# ") and all(f"{text} ..." in written and text in out for text in demo.OPENINGS)
     assert main.main([*arguments, *SMALL, "--json", "--recipes", "rtn"]) == 0  # again, over what is there
     assert json.loads(capsys.readouterr().out)["recipes"].keys() == {"rtn"}
