@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 from resq_compiler.passes import PASSES
 
+import resq_compiler
 from resq_compiler import __version__, errors
 from resq_compiler.cli import main
 from resq_compiler.cli.commands import COMMANDS
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import CompileConfig
-from resq_compiler.tiny import TINY_FAMILIES
+from resq_compiler.tiny import TINY_FAMILIES, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -116,6 +118,18 @@ def test_every_pass_is_documented():
     for name in PASSES:
         assert f"| {name} |" in page, name
     assert len(TINY_FAMILIES) == 12 and "twelve tiny models" in page
+
+
+def test_the_format_of_saved_models_is_documented(tmp_path):
+    """Every file and every key of quantization_config."""
+    page = PAGES[DOCS / "file-format.md"]
+    compiled = resq_compiler.compile(tiny_model("llama"), recipe="rtn", tokenizer=tiny_tokenizer())
+    compiled.save_pretrained(tmp_path)
+    quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert all(f"| `{key}` |" in page for key in quantization)
+    assert f'`"{quantization["format_version"]}"`' in page
+    names = {path.name for path in tmp_path.iterdir() if "token" not in path.name}
+    assert all(f"`{name}`" in page for name in names)
 
 
 def test_every_error_is_documented():
