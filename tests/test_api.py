@@ -51,8 +51,8 @@ SETTINGS = {
     "W4A4KV16": ({"kv_bits": 16}, 0.53),
     "W16A4KV4": ({"weight_bits": 16}, 0.4),
     "W16A16KV16": ({"weight_bits": 16, "activation_bits": 16, "kv_bits": 16}, 1e-5),
-    "W3A5KV6": ({"weight_bits": 3, "activation_bits": 5, "kv_bits": 6}, 0.72),
-    "three parts": ({"low_fraction": 0.25}, 0.8),
+    "W3A5KV6": ({"weight_bits": 3, "activation_bits": 5, "kv_bits": 6}, 0.62),
+    "three parts": ({"low_fraction": 0.25}, 0.68),
     "high 0": ({"high_fraction": 0.0}, 0.6),
     "high 1/2": ({"high_fraction": 0.5}, 0.36),
     "rank 16": ({"rank_multiple": 16}, 0.42),
@@ -71,7 +71,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_bit_settings_and_options(name, compile_tiny, tiny, tokens):
-    """Bounds are 1.3 times the measured error (the draw of the weights); wrong parts or scales measured 0.7 and more."""
+    """Bounds are 1.1 to 1.3 times the measured error; wrong parts or scales measured 0.7 and more. That the graph computes what
+    its options say is held exactly in test_fake_quantized.py."""
     options, bound = SETTINGS[name]
     compiled, _ = compile_tiny("llama", **options)
     assert error_of(compiled, tiny("llama"), tokens) < bound
