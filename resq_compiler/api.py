@@ -37,7 +37,8 @@ from resq_compiler.pipeline.provenance import CalibrationSource, Provenance
 from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.recipes import named
-from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig
+from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.recipes.text import to_text
 from resq_compiler.result import CompileResult
 from resq_compiler.storage.quantization_config import versions
 from resq_compiler.util import memory, torch_state
@@ -52,7 +53,7 @@ def compile(
     model: PreTrainedModel | LoadedModel | str | Path,
     calib_data: Any = None,
     *,
-    recipe: str | CompileConfig | Sequence[Pass] = named.DEFAULT_RECIPE,
+    recipe: str | CompileConfig | named.Chosen | Sequence[Pass] = named.DEFAULT_RECIPE,
     backend: str = "reference",
     tokenizer: Any = None,
     topology: Any = None,
@@ -124,6 +125,7 @@ def compile(
         result = CompileResult(
             captured.graph_module, named.settled(config, str(plan.sites)), captured.cache, **about, stages=tuple(pipeline.stages),
             notes=tuple(ctx.notes), topology=ctx.facts.find(Topology), sample_ids=None if windows is None else windows[:1],
+            passes=to_text(chosen.passes),
         )  # fmt: skip
         record.complete(result)
     return CompiledModel(result).use_backend(backend)
@@ -183,8 +185,7 @@ def _work_directory(
     path: str | Path, passes: Sequence[Pass], config: CompileConfig, model: PreTrainedModel, windows: Tensor | None,
     overrides: TopologyOverrides,
 ) -> WorkDirectory:  # fmt: skip
-    run_options = {name: getattr(config, name) for name in RUN_OPTIONS}
-    settings = {"passes": ",".join(map(str, passes)), "options": run_options, "versions": versions()}
+    settings = {"passes": to_text(passes), "options": named.run_options(config), "versions": versions()}
     return WorkDirectory(path, fingerprint(settings, model, windows, overrides))
 
 

@@ -23,7 +23,7 @@ class CompileResult:
     resolved them. cache_specs: the shape of every layer's cache. config, generation_config, tokenizer: those of the float model.
     stages: the graph after every pass (empty after loading). notes: what a user should know. topology: what was found in the float
     graph (None after loading). provenance: the float model and the calibration data. sample_ids: a window of the calibration
-    data [1, length], or None.
+    data [1, length], or None. passes: their text form (recipes/text.py), as asked for; empty in what an older version saved.
     """
 
     graph_module: GraphModule
@@ -37,6 +37,7 @@ class CompileResult:
     topology: Topology | None = None
     provenance: Provenance = Provenance()
     sample_ids: Tensor | None = None
+    passes: str = ""
 
     @property
     def source(self) -> str:

@@ -7,7 +7,7 @@ with the saved options and the calibration data of the compile, and the result i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,10 @@ from resq_compiler.inspection.activations import diagnose
 from resq_compiler.inspection.attribution import coded_parts, float_weights
 from resq_compiler.inspection.dump import dump_result
 from resq_compiler.inspection.noise import ratio_db
-from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.provenance import CalibrationSource, Provenance, windows_digest
 from resq_compiler.pipeline.run import Pipeline
-from resq_compiler.recipes import named
-from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.recipes import named as recipes
 from resq_compiler.result import CompileResult
 from resq_compiler.storage.layout import CONFIG
 from resq_compiler.storage.reading import read
@@ -63,7 +62,8 @@ def inspect_saved(
     loaded = load_model(reference)
     check_reference(compiled, loaded.model, loaded.where)
     windows = measuring_windows(loaded.model, loaded.tokenizer or compiled.tokenizer, request)
-    data = _calibration(compiled, loaded, calibration(), request) if request.levels else None
+    passes = recipes.recorded(compiled.options, compiled.passes)
+    data = _calibration(compiled, passes, loaded, calibration(), request) if request.levels else None
     captured = capture(loaded.model)
     gm = captured.graph_module
     options = compiled.options
@@ -73,8 +73,8 @@ def inspect_saved(
     )  # fmt: skip
     pipeline = Pipeline(ctx)
     pipeline.start(gm)
-    named, projecting = _exact_passes(compiled.options)
-    pipeline.run(gm, named)
+    naming, projecting = _exact_passes(passes)
+    pipeline.run(gm, naming)
     result = Inspection(compiled)
     if request.activations:
         text = decoder(loaded.tokenizer or compiled.tokenizer)
@@ -91,18 +91,20 @@ def inspect_saved(
     return write_results(result, request)
 
 
-def _exact_passes(options: CompileConfig) -> tuple[list[Any], list[Any]]:
+def _exact_passes(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
     """The exact passes of a compile, up to find-topology and after it."""
-    exact = list(itertools.takewhile(lambda item: item.exact, named.passes_for(options)))
+    exact = list(itertools.takewhile(lambda item: item.exact, passes))
     at = 1 + next(i for i, item in enumerate(exact) if item.name == "find-topology")
     return exact[:at], exact[at:]
 
 
-def _calibration(compiled: CompileResult, loaded: LoadedModel, data: Any, request: Request) -> Tensor | None:
+def _calibration(
+    compiled: CompileResult, passes: Sequence[Pass], loaded: LoadedModel, data: Any, request: Request
+) -> Tensor | None:  # fmt: skip
     from resq_compiler.api import needs_calibration
 
     options = compiled.options
-    if not needs_calibration(named.passes_for(options)):
+    if not needs_calibration(passes):
         return None
     windows = calibration_windows(
         data, model=loaded.model, tokenizer=loaded.tokenizer, samples=options.calibration_samples,

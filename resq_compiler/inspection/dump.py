@@ -49,7 +49,7 @@ class DumpWriter:
         self.directory = Path(directory)
         self.manifest: dict[str, Any] = {
             "format": FORMAT, "version": VERSION, "made_by": f"resq_compiler {__version__}", "model": model,
-            "options": options or {}, "stages": [], "notes": [], "summary": {}, "noise": {},
+            "options": options or {}, "passes": "", "stages": [], "notes": [], "summary": {}, "noise": {},
         }  # fmt: skip
         self.seconds: dict[str, float] = {}
         self._prepare()
@@ -83,6 +83,7 @@ class DumpWriter:
         """Complete the manifest, without a result as that of a compile that failed, and write the page; returns the directory."""
         if result is not None:
             self.manifest["options"] = result.options.to_dict()  # as passes resolved them
+            self.manifest["passes"] = result.passes
             self.manifest["notes"] = list(result.notes)
             self.manifest["summary"] = report.describe(result)
             self.manifest["noise"] = measured_noise(result, tokens)

@@ -64,6 +64,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self.topology = result.topology
         self.provenance = result.provenance
         self.sample_ids = result.sample_ids
+        self.passes = result.passes
         self.eval()
 
     @property
@@ -71,7 +72,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         """What was compiled, as everything below the Hugging Face face takes it."""
         return CompileResult(
             self.graph_module, self.options, self.cache_specs, self.config, self.generation_config, self.tokenizer,
-            tuple(self.stages), tuple(self.notes), self.topology, self.provenance, self.sample_ids,
+            tuple(self.stages), tuple(self.notes), self.topology, self.provenance, self.sample_ids, self.passes,
         )  # fmt: skip
 
     @property

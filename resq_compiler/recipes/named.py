@@ -10,8 +10,9 @@ from typing import Any
 from resq_compiler.errors import ConfigError
 from resq_compiler.passes import ComputeBases, PlanColumns
 from resq_compiler.pipeline.passes import Pass
-from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig, check_names
+from resq_compiler.recipes.settings import GIVEN, RUN_OPTIONS, CompileConfig, check_names
 from resq_compiler.recipes.standard import standard_passes
+from resq_compiler.recipes.text import parse
 
 DEFAULT_RECIPE = "resq+"
 
@@ -57,11 +58,15 @@ class Chosen:
     passes: tuple[Pass, ...]
 
 
-def choose(recipe: str | CompileConfig | Sequence[Pass] = DEFAULT_RECIPE, **options: Any) -> Chosen:
+def choose(recipe: str | CompileConfig | Chosen | Sequence[Pass] = DEFAULT_RECIPE, **options: Any) -> Chosen:
     """Passes of a recipe's name, of settings, or as given, with the user's options on top.
 
     Raises ConfigError for unknown recipes, options and values, and for options beside a tuple of passes that are fields of these.
     """
+    if isinstance(recipe, Chosen):
+        given = recipe.settings.recipe == GIVEN
+        options = {**(run_options(recipe.settings) if given else {}), **options}
+        recipe = recipe.passes if given else recipe.settings
     if isinstance(recipe, (str, CompileConfig)):
         settings = resolve(recipe, **options)
         return Chosen(settings, passes_for(settings))
@@ -98,9 +103,19 @@ def passes_for(settings: CompileConfig) -> tuple[Pass, ...]:
     return named(settings.recipe).passes(settings)
 
 
-def described(passes: tuple[Pass, ...], run_options: Mapping[str, Any]) -> CompileConfig:
+def recorded(settings: CompileConfig, text: str) -> tuple[Pass, ...]:
+    """The passes of a compile, from what a saved model says of it. Raises ConfigError: a pass or recipe that is not known here."""
+    return parse(text) if settings.recipe == GIVEN else passes_for(settings)
+
+
+def run_options(settings: CompileConfig) -> dict[str, Any]:
+    """Options that are no pass's own."""
+    return {name: getattr(settings, name) for name in RUN_OPTIONS}
+
+
+def described(passes: tuple[Pass, ...], options: Mapping[str, Any]) -> CompileConfig:
     """Settings for a tuple of passes: bits, shares and basis as its passes say; the others are defaults that mean nothing here."""
-    values: dict[str, Any] = {"recipe": "passes", "basis": "none"}
+    values: dict[str, Any] = {"recipe": GIVEN, "basis": "none"}
     for item in passes:
         if isinstance(item, PlanColumns):
             same = (
@@ -116,7 +131,7 @@ def described(passes: tuple[Pass, ...], run_options: Mapping[str, Any]) -> Compi
             values["site_fractions"] = str(item.sites)
         elif isinstance(item, ComputeBases):
             values["basis"] = "hadamard" if item.basis == "orthogonal" else item.basis
-    return CompileConfig(**values, **run_options)
+    return CompileConfig(**values, **options)
 
 
 def settled(settings: CompileConfig, sites: str) -> CompileConfig:

@@ -21,6 +21,9 @@ WHOLE_NUMBERS = {
 RUN_OPTIONS = ("calibration_samples", "calibration_length", "basis_samples", "calibration_dtype", "seed")
 """Options that are no pass's own: of the calibration run, and of all draws."""
 
+GIVEN = "passes"
+"""The name of the recipe where the passes themselves were given: other options than those of a run mean nothing then."""
+
 REMOVED: dict[str, object] = {
     "gptq_correction": "none", "gptq_correction_alpha": 1.0, "gptq_sweeps": 0, "basis_token_weighting": "none",
 }  # fmt: skip

@@ -7,7 +7,6 @@ Transforms are listed in the vocabulary of compressed-tensors (TransformConfig: 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
 from typing import Any
 
 from torch.fx import Graph
@@ -15,8 +14,8 @@ from torch.fx import Graph
 from resq_compiler import __version__
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.ir import meta
-from resq_compiler.pipeline.provenance import Provenance
 from resq_compiler.recipes.settings import CompileConfig, without_removed
+from resq_compiler.result import CompileResult
 
 QUANT_METHOD = "resq"
 MODEL_TYPE, ARCHITECTURE = "resq_compiled", "ResqForCausalLM"
@@ -32,18 +31,20 @@ def versions() -> dict[str, str]:
     return {"resq_compiler": __version__, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
-def build(options: CompileConfig, graph: Graph, notes: Iterable[str], provenance: Provenance) -> dict[str, Any]:
+def build(result: CompileResult) -> dict[str, Any]:
     """The quantization_config of a compiled graph."""
+    options = result.options
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "scheme": options.scheme,
         "options": options.to_dict(),
+        "passes": result.passes,
         "versions": versions(),
-        "source": str(provenance.model),
-        "provenance": provenance.to_dict(),
-        "notes": list(notes),
-        "transform_config": {"config_groups": transforms(options, graph)},
+        "source": result.source,
+        "provenance": result.provenance.to_dict(),
+        "notes": list(result.notes),
+        "transform_config": {"config_groups": transforms(options, result.graph_module.graph)},
     }
 
 

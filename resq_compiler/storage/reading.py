@@ -66,6 +66,7 @@ def _build(path: Path, config: dict[str, Any], options: CompileConfig, data: Map
     return CompileResult(
         gm, options, cache, hf_config, GenerationConfig.from_dict(read_json(path / GENERATION)), _tokenizer(path, hf_config),
         notes=tuple(quantization.get("notes", ())), provenance=Provenance.from_config(quantization),
+        passes=str(quantization.get("passes", "")),
     )  # fmt: skip
 
 

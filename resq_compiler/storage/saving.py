@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from resq_compiler.errors import CheckpointError
 from resq_compiler.ir import serialize
+from resq_compiler.recipes.settings import GIVEN, RUN_OPTIONS
 from resq_compiler.result import CompileResult
 from resq_compiler.storage import quantization_config, tensor_files
 from resq_compiler.storage.layout import CARD, CONFIG, GENERATION, GRAPH, RECIPE
@@ -79,7 +80,7 @@ def _write(result: CompileResult, directory: Path, max_shard_size: str | int) ->
     tensor_files.write(gm, tensors, directory, max_shard_size)
     if result.tokenizer is not None:
         result.tokenizer.save_pretrained(directory)
-    quantization = quantization_config.build(result.options, gm.graph, result.notes, result.provenance)
+    quantization = quantization_config.build(result)
     _write_text(directory / GENERATION, result.generation_config.to_json_string())
     _write_text(directory / RECIPE, _recipe_text(result, quantization))
     card = _CARD_TEXT.format(scheme=result.options.scheme, source=result.source)
@@ -110,4 +111,9 @@ def _config_text(result: CompileResult, quantization: dict[str, Any]) -> str:
 
 def _recipe_text(result: CompileResult, quantization: dict[str, Any]) -> str:
     written_by = ", ".join(f"{name} {version}" for name, version in quantization["versions"].items())
-    return f"# {written_by}\n# source: {result.source}\n" + yaml.safe_dump(result.options.to_dict(), sort_keys=False)
+    head, options = f"# {written_by}\n# source: {result.source}\n", result.options.to_dict()
+    if result.options.recipe == GIVEN:
+        options = {"passes": result.passes, **{name: options[name] for name in RUN_OPTIONS}}
+    else:
+        head += f"# passes: {result.passes}\n"
+    return head + yaml.safe_dump(options, sort_keys=False)

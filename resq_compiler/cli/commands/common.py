@@ -206,6 +206,7 @@ def run_record(compiled: CompiledModel, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "peak_memory_bytes": environment.peak_memory(),
         "passes": stages,
+        "passes_text": compiled.passes,
         "notes": list(compiled.notes),
         **report.describe(compiled.result),
     }

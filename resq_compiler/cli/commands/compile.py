@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resq_compiler.cli.commands import common
-from resq_compiler.cli.commands.options import add_option_flags, chosen_config
+from resq_compiler.cli.commands.options import add_option_flags, chosen_passes
 from resq_compiler.errors import ConfigError
 
 TOPOLOGY_FILE = "resq_topology.yaml"  # the user's own statements, kept beside the model
@@ -39,16 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
     parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
     common.add_topology_argument(parser)
+    parser.add_argument(
+        "--passes", metavar="TEXT",
+        help="passes in order, in place of a recipe and its options: name{option=value,...},name,... as a dump and --dry-run show them",
+    )  # fmt: skip
     add_option_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compile and write, or print the plan."""
-    config = chosen_config(arguments)
+    chosen = chosen_passes(arguments)
     if arguments.dry_run:
         from resq_compiler.cli.commands import plan
 
-        result = plan.make_plan(arguments.model, config, arguments.calibration)
+        result = plan.make_plan(arguments.model, chosen, arguments.calibration)
         common.show(arguments, result, plan.plan_text(result))
         return 0
     if arguments.output is None:
@@ -58,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output.expanduser()
     common.check_output(output, arguments.overwrite)
     check_target(output)
-    compiled, seconds = _compile(arguments, config)
+    compiled, seconds = _compile(arguments, chosen)
     compiled.save_pretrained(output)
     record = common.run_record(compiled, seconds)
     common.write_text(output / common.RECORD_FILE, common.to_json(record) + "\n")
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
+def _compile(arguments: argparse.Namespace, chosen: Any) -> tuple[Any, float]:
     from resq_compiler.api import compile
     from resq_compiler.util.progress import Progress
 
@@ -84,7 +88,7 @@ def _compile(arguments: argparse.Namespace, config: Any) -> tuple[Any, float]:
         compiled = compile(
             common.model_source(arguments.model),
             common.calibration_data(arguments.calibration),
-            recipe=config,
+            recipe=chosen,
             topology=arguments.topology_file,
             progress=progress,
             work_dir=arguments.work_dir,

@@ -8,10 +8,13 @@ import difflib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resq_compiler.errors import ConfigError
 from resq_compiler.recipes.settings import CHOICES, WORDS, CompileConfig, base_type, check_names, without_removed
+
+if TYPE_CHECKING:
+    from resq_compiler.recipes.named import Chosen
 
 HELP: dict[str, str] = {
     "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn",
@@ -90,8 +93,25 @@ def chosen_config(arguments: argparse.Namespace) -> CompileConfig:
     from resq_compiler.recipes import named
 
     values = read_recipe_file(arguments.config) if arguments.config else {}
+    if "passes" in values:
+        raise ConfigError(f"recipe file {arguments.config}: passes: only `resq compile` takes them; expected options")
     values |= {n: getattr(arguments, n) for n in given_options(arguments)}
     return named.resolve(values.pop("recipe", named.DEFAULT_RECIPE), **values)
+
+
+def chosen_passes(arguments: argparse.Namespace) -> Chosen:
+    """As `chosen_config`; or the passes of --passes, or of `passes` in the file of --config, with options of a run. Raises ConfigError."""
+    from resq_compiler.recipes import named, text
+
+    values = read_recipe_file(arguments.config) if arguments.config else {}
+    written = values.pop("passes", None)
+    values |= {n: getattr(arguments, n) for n in given_options(arguments)}
+    passes = arguments.passes or written
+    if passes is None:
+        return named.choose(values.pop("recipe", named.DEFAULT_RECIPE), **values)
+    if "recipe" in values:
+        raise ConfigError("passes and recipe: each says what a compile does; give one of them")
+    return named.choose(text.parse(passes), **values)
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
@@ -106,8 +126,8 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"recipe file {path}: expected lines such as `weight_bits: 4`; got {type(values).__name__}")
     try:
         values = without_removed({str(name): value for name, value in values.items()})
-        check_names(values)
-        return {name: convert(name, value) for name, value in values.items()}
+        check_names({name: value for name, value in values.items() if name != "passes"})
+        return {name: str(value) if name == "passes" else convert(name, value) for name, value in values.items()}
     except ConfigError as error:
         raise ConfigError(f"recipe file {path}: {error}") from error
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resq_compiler.cli.commands import common
 from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.util.text import megabytes
 
+if TYPE_CHECKING:
+    from resq_compiler.recipes.named import Chosen
+
 FLOAT_BYTES, DOUBLE_BYTES = 4, 8
 
 
-def make_plan(model: str, config: CompileConfig, calibration: str | None) -> dict[str, Any]:
+def make_plan(model: str, chosen: Chosen, calibration: str | None) -> dict[str, Any]:
     """Passes in order, and estimates of sizes in bytes. Raises ModelError when the configuration cannot be read."""
     from resq_compiler.api import needs_calibration
-    from resq_compiler.recipes import named
+    from resq_compiler.recipes.text import to_text
 
     common.quiet_libraries()
     sizes = _parameter_bytes(model)
-    passes = named.passes_for(config)
+    config, passes = chosen.settings, chosen.passes
     windows = needs_calibration(passes)
     return {
         "model": model,
         "options": config.to_dict(),
         "calibration": (calibration or "self") if windows else "not needed",
         "calibration_tokens": config.calibration_samples * config.calibration_length if windows else 0,
-        "passes": [{"name": p.name, "exact": p.exact} for p in passes],
+        "passes": [{"name": p.name, "text": str(p), "exact": p.exact} for p in passes],
+        "passes_text": to_text(passes),
         "bytes": _estimates(sizes, config, windows),
     }
 
@@ -72,7 +76,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     scheme = f"W{options['weight_bits']}A{options['activation_bits']}KV{options['kv_bits']}"
     lines = [f"{plan['model']}: recipe {options['recipe']}, {scheme}, seed {options['seed']}", "passes:"]
     lines += [
-        f"  {i:2d} {p['name']}{'' if p['exact'] else '  (changes the outputs: quantizes)'}"
+        f"  {i:2d} {p['text']}{'' if p['exact'] else '  (changes the outputs: quantizes)'}"
         for i, p in enumerate(plan["passes"], 1)
     ]
     tokens = f" ({plan['calibration_tokens']} tokens)" if plan["calibration_tokens"] else ""

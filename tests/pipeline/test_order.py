@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+from resq_compiler.passes import ComputeBases, FindTopology, PartitionLinears, PlanColumns, QuantizeKvCache, RotateBases
+
+import resq_compiler
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.errors import ConfigError
+from resq_compiler.pipeline.order import check_order
+from resq_compiler.recipes.named import RECIPES, passes_for, resolve
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_in_order(recipe):
+    check_order(passes_for(resolve(recipe)))
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ((PlanColumns(), PartitionLinears()), "pass 1 partition-linears: needs Topology, .*: find-topology$"),
+        ((FindTopology(), QuantizeKvCache()), "pass 1 quantize-kv-cache: needs ColumnPlan, .*: allocate-bits or plan-columns$"),
+        ((PlanColumns(), RotateBases()), "pass 1 rotate-bases: needs Bases, .*: compute-bases$"),
+        ((ComputeBases(), FindTopology()), "pass 0 compute-bases: needs Topology"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_missing_is_named_with_what_provides_it(passes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_order(passes)
+
+
+def test_what_is_known_need_not_be_provided():
+    check_order((PlanColumns(), PartitionLinears()), known={Topology})
+
+
+def test_a_compile_refuses_before_any_work(tiny):
+    with pytest.raises(ConfigError, match="partition-linears: needs Topology"):
+        resq_compiler.compile("no such model", recipe=(PlanColumns(), PartitionLinears()))
