@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from resq_compiler.passes import PASSES
 
 from resq_compiler.calibration.data import demo_text
 from resq_compiler.recipes import named
+from resq_compiler.recipes.text import parse, to_text
 from resq_compiler.tiny import tiny_model, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -60,6 +62,18 @@ def test_compile_hub_model(run, place):
 def test_add_a_recipe(run):
     out = run("add_a_recipe.py")
     assert "13-prune-small-weights" in out
+
+
+def test_toy_recipe(run, monkeypatch):
+    """A pass and a recipe in a file each: named, written as text and read back like those of the package."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "toy_recipe"))
+    monkeypatch.setitem(
+        PASSES, "prune-small-weights", None
+    )  # which the recipe sets, and the end of the test takes away
+    out = run("toy_recipe/recipe.py")
+    text = out.splitlines()[0]
+    assert ",prune-small-weights{share=0.2},quantize-weights{method=rtn}," in text
+    assert "13-prune-small-weights        26 rewrites" in out and to_text(parse(text)) == text
 
 
 def test_no_example_is_left_out():
