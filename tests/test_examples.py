@@ -31,7 +31,7 @@ def place(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """(name, *arguments) -> what the example printed."""
-    monkeypatch.setattr(named, "RECIPES", dict(named.RECIPES))  # add_a_recipe.py adds to it
+    monkeypatch.setattr(named, "RECIPES", dict(named.RECIPES))  # toy_recipe adds to it
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -57,11 +57,6 @@ def test_compile_hub_model(run, place):
     """A directory stands in for the hub: from_pretrained takes both."""
     out = run("compile_hub_model.py", place / "float", place / "hub", "--text", place / "text.txt", *FAST)
     assert "W4A4KV4 in" in out and (place / "hub" / "config.json").is_file()
-
-
-def test_add_a_recipe(run):
-    out = run("add_a_recipe.py")
-    assert "13-prune-small-weights" in out
 
 
 def test_toy_recipe(run, monkeypatch):
