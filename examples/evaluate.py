@@ -10,7 +10,7 @@ from pathlib import Path
 
 import resq_compiler
 from resq_compiler.calibration.data import text_windows
-from resq_compiler.evaluation import report
+from resq_compiler.evaluation import sizes
 from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.frontend.models import load_model
 from resq_compiler.inspection.noise import quantizer_noise
@@ -33,9 +33,9 @@ def main() -> None:
     print(f"perplexity {found.perplexity:.3f}, KL {found.kl:.4f} nats, same top-1 {found.top1_agreement:.1%}")
     print(f"float perplexity {evaluate(original.model, windows).perplexity:.3f}")
 
-    bits = report.average_bits(compiled.result)
+    bits = sizes.average_bits(compiled.result)
     print(f"average bits: weights {bits.weights:.2f}, activations {bits.activations:.2f}, KV cache {bits.kv:.2f}")
-    for kind, size in report.memory_bytes(compiled.result).items():
+    for kind, size in sizes.memory_bytes(compiled.result).items():
         print(f"  {kind:14} {size / 1e6:8.2f} MB")
 
     noisiest = sorted(quantizer_noise(compiled.graph_module, windows[:1]), key=lambda site: site.sqnr_db)[:5]

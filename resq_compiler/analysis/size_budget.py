@@ -53,7 +53,7 @@ def average_bits(
 def fixed_bytes(
     gm: GraphModule, topology: Topology, plan: ColumnPlan, bases: Bases, budget: SizeBudget
 ) -> int:  # fmt: skip
-    """Bytes of the compiled model without the codes of its linears, at most: as report.memory_bytes counts, rows padded to bytes."""
+    """Bytes of the compiled model without the codes of its linears, at most: as evaluation/sizes.py counts, rows padded to bytes."""
     views = map(Linear.require, topology.linears)
     linears = {str(linear.weight.target): linear.weight_tensor(gm) for linear in views}
     tensors = {str(n.target): graph_tools.get_tensor(gm, n) for n in gm.graph.find_nodes(op="get_attr")}

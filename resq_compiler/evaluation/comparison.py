@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from resq_compiler.evaluation import report
+from resq_compiler.evaluation import sizes
 from resq_compiler.evaluation.predictions import Evaluation, evaluate
 from resq_compiler.result import CompileResult
 from resq_compiler.util.text import megabytes, number, percent, table
@@ -61,7 +61,7 @@ def measure(
         "reference": observed.result().to_dict() if observed else None,
     }
     if compiled := compile_result(model):
-        result |= report.describe(compiled)
+        result |= sizes.describe(compiled)
     for name, candidate in (("model", model), ("reference", reference)):
         if candidate is not None and compile_result(candidate) is None:
             result[f"{name}_float32_bytes"] = 4 * sum(p.numel() for p in candidate.parameters())

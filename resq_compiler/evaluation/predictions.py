@@ -89,20 +89,6 @@ def evaluate(
     )
 
 
-def sqnr_db(reference: Tensor, value: Tensor) -> float:
-    """Signal to quantization noise, 10 log10(|reference|^2 / |value - reference|^2), in decibels and in float64.
-
-    Equal tensors give inf. Raises DataError when shapes differ or the reference is zero throughout.
-    """
-    if reference.shape != value.shape:
-        raise DataError(f"sqnr_db: expected two tensors of one shape; got {list(reference.shape)}, {list(value.shape)}")
-    signal = float(reference.double().square().sum())
-    noise = float((value.double() - reference.double()).square().sum())
-    if signal == 0:
-        raise DataError("sqnr_db: the reference is zero throughout, so there is no signal to compare with")
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise)
-
-
 def _add_batch(sums: _Sums, model: Any, reference: Any, batch: Tensor, start: int) -> None:
     began = time.perf_counter()
     logits = _logits(model, batch, "model")

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from resq_compiler import __version__
-from resq_compiler.evaluation import report
+from resq_compiler.evaluation import sizes
 from resq_compiler.inspection import page, records, text
 from resq_compiler.inspection.dump_files import FORMAT, MANIFEST, TIMING, VERSION, json_text, unwritable, write_file
 from resq_compiler.inspection.noise import noise_by_name
@@ -85,7 +85,7 @@ class DumpWriter:
             self.manifest["options"] = result.options.to_dict()  # as passes resolved them
             self.manifest["passes"] = result.passes
             self.manifest["notes"] = list(result.notes)
-            self.manifest["summary"] = report.describe(result)
+            self.manifest["summary"] = sizes.describe(result)
             self.manifest["noise"] = measured_noise(result, tokens)
         self._write_manifest()
         page.write_page(self.directory)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from resq_compiler.calibration.data import demo_text, text_windows
 from resq_compiler.errors import DataError
 from resq_compiler.evaluation import predictions
-from resq_compiler.evaluation.predictions import evaluate, sqnr_db
+from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.frontend.models import embedded_model_path, load_model
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
@@ -114,16 +114,6 @@ def test_refuses_logits_of_another_shape():
     narrow = lambda ids: SimpleNamespace(logits=shifted(0)(ids).logits[..., :100])  # noqa: E731
     with pytest.raises(DataError, match="share a vocabulary"):
         evaluate(shifted(0), WINDOWS, narrow)
-
-
-def test_sqnr():
-    signal = torch.tensor([3.0, -4.0])
-    assert sqnr_db(signal, signal + torch.tensor([0.3, 0.4])) == pytest.approx(20, abs=1e-5)  # |s|=5, |n|=0.5
-    assert sqnr_db(signal, signal) == math.inf
-    with pytest.raises(DataError, match=r"got \[2\], \[1\]"):
-        sqnr_db(signal, signal[:1])
-    with pytest.raises(DataError, match="zero throughout"):
-        sqnr_db(torch.zeros(2), signal)
 
 
 @pytest.mark.slow

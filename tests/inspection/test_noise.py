@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import resq_compiler
-from resq_compiler.evaluation.predictions import sqnr_db
 from resq_compiler.inspection.noise import LARGEST, decibels, noise_by_name, quantizer_noise, ratio_db
 from resq_compiler.inspection.noise_table import noise_table, places
 from resq_compiler.ir import ops
@@ -35,7 +34,8 @@ class Recorder(torch.fx.Interpreter):
         value = super().run_node(n)
         if n.target in (ops.quantize, ops.quantize_dequantize):
             image = ops.dequantize(value) if n.target is ops.quantize else value
-            self.noise[n.name] = sqnr_db(self.env[n.args[0]], image)
+            x = self.env[n.args[0]].double()
+            self.noise[n.name] = 10 * math.log10(float(x.square().sum() / (image.double() - x).square().sum()))
         return value
 
 

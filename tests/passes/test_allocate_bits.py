@@ -9,7 +9,7 @@ from resq_compiler.passes import AllocateBits, allocate_bits
 from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.splits import Choice, Menu, Split, spend
 from resq_compiler.errors import ConfigError, PassError
-from resq_compiler.evaluation import report
+from resq_compiler.evaluation import sizes
 from resq_compiler.recipes.named import resolve
 from resq_compiler.tiny import tiny_tokens
 from tests.conftest import with_prefix
@@ -144,7 +144,7 @@ def test_families_without_gates(compile_tiny):
 def test_widths_are_bits_of_the_model(compile_tiny, average):
     """Read off the compiled graph: high parts of 5 to 8 bits, columns of 2, and the average that was asked for."""
     model, _ = compile_tiny("llama", **PLUS, allocation="widths", average_bits=average)
-    bits = report.average_bits(model)
+    bits = sizes.average_bits(model)
     assert average - 0.1 <= bits.weights <= average and average - 0.15 <= bits.kv <= average
     splits = model.options.sites.items
     assert any(s.high_bits not in (None, 8) for s in splits)
@@ -161,10 +161,10 @@ def test_widths_are_bits_of_the_model(compile_tiny, average):
 def test_a_size_is_kept(compile_tiny, family, options):
     """The report's size is not above what was asked; what is not used are scales of a third part, padding and a step of every site."""
     plain, _ = compile_tiny(family, **{**PLUS, **options, "allocation": "equal"}, high_fraction=0.25)
-    before = report.memory_bytes(plain)
+    before = sizes.memory_bytes(plain)
     asked = before["total"] + 0.1 * before["weight_codes"] + before["weight_scales"]
     model, _ = compile_tiny(family, **PLUS, **options, model_megabytes=asked / 1e6)
-    size = report.memory_bytes(model)
+    size = sizes.memory_bytes(model)
     assert asked - 1.5 * size["weight_scales"] <= size["total"] <= asked
     assert size["weight_codes"] > before["weight_codes"] and model.options.model_megabytes is None
 
@@ -172,9 +172,9 @@ def test_a_size_is_kept(compile_tiny, family, options):
 def test_prefix_tokens_are_part_of_a_size(compile_tiny):
     plain, _ = compile_tiny("llama", recipe=with_prefix(**PLUS, allocation="equal", high_fraction=0.25))
     assert any("resq.prefix_key" in name for name in plain.graph_module.state_dict())
-    asked = report.memory_bytes(plain)["total"]
+    asked = sizes.memory_bytes(plain)["total"]
     model, _ = compile_tiny("llama", recipe=with_prefix(**PLUS, model_megabytes=asked / 1e6))
-    assert asked - 3 * report.memory_bytes(plain)["weight_scales"] <= report.memory_bytes(model)["total"] <= asked
+    assert asked - 3 * sizes.memory_bytes(plain)["weight_scales"] <= sizes.memory_bytes(model)["total"] <= asked
 
 
 def test_a_size_below_the_main_bits_is_refused(compile_tiny):
@@ -185,7 +185,7 @@ def test_a_size_below_the_main_bits_is_refused(compile_tiny):
 def test_a_size_above_all_high_columns_is_not_spent(compile_tiny):
     model, _ = compile_tiny("llama", **PLUS, model_megabytes=500.0)
     assert any("are all that is spent, 6 average bits" in note for note in model.notes)
-    assert 5.9 <= report.average_bits(model).weights <= 6
+    assert 5.9 <= sizes.average_bits(model).weights <= 6
 
 
 def test_stated_shares_are_not_shared_out():

@@ -192,7 +192,7 @@ def write_text(path: Path, text: str) -> None:
 def run_record(compiled: CompiledModel, seconds: float) -> dict[str, Any]:
     """How a compiled model came about: what it was made from, options, seed, versions, passes, time and memory. No path."""
     from resq_compiler.cli import environment
-    from resq_compiler.evaluation import report
+    from resq_compiler.evaluation import sizes
 
     stages = [
         {"name": s.name, "options": s.options, "rewrites": s.rewrites, "seconds": round(s.seconds, 3), "max_error": s.max_error,
@@ -208,7 +208,7 @@ def run_record(compiled: CompiledModel, seconds: float) -> dict[str, Any]:
         "passes": stages,
         "passes_text": compiled.passes,
         "notes": list(compiled.notes),
-        **report.describe(compiled.result),
+        **sizes.describe(compiled.result),
     }
 
 

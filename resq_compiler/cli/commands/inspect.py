@@ -217,7 +217,7 @@ def inspect_float(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def inspect_compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Sizes, average bits and the record of passes of a compiled model."""
     from resq_compiler.errors import ConfigError
-    from resq_compiler.evaluation import report
+    from resq_compiler.evaluation import sizes
     from resq_compiler.util.text import megabytes, number, table
 
     if arguments.topology or arguments.topology_file:
@@ -230,7 +230,7 @@ def inspect_compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str
         opened.model.dump(arguments.dump)
     result = {
         "options": opened.model.options.to_dict(),
-        **report.describe(opened.model.result),
+        **sizes.describe(opened.model.result),
         "passes": _recorded(arguments.model),
     }
     bits = result["average_bits"]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from resq_compiler import api
 from resq_compiler.errors import BackendError
-from resq_compiler.evaluation.report import resident_bytes
+from resq_compiler.evaluation.sizes import resident_bytes
 from resq_compiler.ir import graph_tools
 from resq_compiler.model.compiled_model import CompiledModel
 from resq_compiler.tiny import TINY_FAMILIES, tiny_model, tiny_tokens

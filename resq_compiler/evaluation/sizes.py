@@ -1,4 +1,4 @@
-"""What a compiled model costs: average bits, bytes, and bytes of its cache.
+"""What a compiled model costs: average bits, bytes in memory, bytes of cache for a token.
 
 Everything is read off the quantized graph: nothing relies on how it was made, so a loaded model reports as a fresh one does.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from safetensors import safe_open
 
-from resq_compiler.evaluation import comparison, report
+from resq_compiler.evaluation import comparison, sizes
 from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.tiny import tiny_tokens
 
@@ -13,7 +13,7 @@ HIDDEN, WIDE, KV, HEADS, KV_HEADS, DIM = 64, 160, 32, 4, 2, 16  # of the tiny ll
 
 
 def test_average_bits_by_hand(compiled):
-    bits = report.average_bits(compiled("llama", weight_method="rtn"))
+    bits = sizes.average_bits(compiled("llama", weight_method="rtn"))
     split = (HIDDEN + KV + KV + HIDDEN + 2 * WIDE) * HIDDEN  # q, k, v, o, gate, up: 7/8 in 4 bits, 1/8 in 8
     whole = HIDDEN * WIDE  # down: 4 bits
     assert bits.weights == pytest.approx((4.5 * split + 4 * whole) / (split + whole), rel=1e-12)
@@ -25,9 +25,7 @@ def test_average_bits_by_hand(compiled):
 
 
 def test_average_bits_of_what_stays_float(compiled):
-    bits = report.average_bits(
-        compiled("llama", weight_method="rtn", activation_bits=16, kv_bits=16, high_fraction=0.0)
-    )
+    bits = sizes.average_bits(compiled("llama", weight_method="rtn", activation_bits=16, kv_bits=16, high_fraction=0.0))
     assert (bits.weights, bits.activations, bits.activation_scales, bits.kv, bits.kv_scales) == (4, 16, 0, 16, 0)
 
 
@@ -39,26 +37,24 @@ def test_sizes_are_those_of_the_saved_file(compiled, tmp_path):
     for path in tmp_path.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             stored += sum(t.numel() * t.element_size() for t in map(file.get_tensor, file.keys()))
-    sizes = report.memory_bytes(model)
-    assert sizes["total"] == sum(size for kind, size in sizes.items() if kind != "total")
-    assert sizes["total"] == stored
-    assert sizes["embeddings"] == sizes["head"] == 131 * HIDDEN * 4
-    assert sizes["total"] < report.resident_bytes(
-        model.graph_module
-    )  # the reference backend keeps a byte for each code
+    found = sizes.memory_bytes(model)
+    assert found["total"] == sum(size for kind, size in found.items() if kind != "total")
+    assert found["total"] == stored
+    assert found["embeddings"] == found["head"] == 131 * HIDDEN * 4
+    assert found["total"] < sizes.resident_bytes(model.graph_module)  # the reference backend keeps a byte for each code
 
 
 def test_head_in_eight_bits(compiled):
-    sizes = report.memory_bytes(compiled("llama", weight_method="rtn", lm_head_bits=8))
-    assert sizes["head"] == 131 * HIDDEN + 131 * 4
+    found = sizes.memory_bytes(compiled("llama", weight_method="rtn", lm_head_bits=8))
+    assert found["head"] == 131 * HIDDEN + 131 * 4
 
 
 def test_cache_bytes(compiled):
     low, high = 14, 2  # of a head of 16
     entry = low / 2 + high + 2 * 5  # codes, then a scale and a zero point for each part
-    assert report.cache_bytes_per_token(compiled("llama", weight_method="rtn")) == 2 * 2 * KV_HEADS * entry
+    assert sizes.cache_bytes_per_token(compiled("llama", weight_method="rtn")) == 2 * 2 * KV_HEADS * entry
     floats = compiled("llama", weight_method="rtn", activation_bits=16, kv_bits=16, high_fraction=0.0)
-    assert report.cache_bytes_per_token(floats) == 2 * 2 * KV * 4
+    assert sizes.cache_bytes_per_token(floats) == 2 * 2 * KV * 4
 
 
 def test_measure_observes_the_reference(compiled, tiny):
@@ -82,4 +78,4 @@ def test_a_loaded_model_reports_as_a_fresh_one(compiled, tmp_path):
     model = compiled("llama", weight_method="rtn")
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert report.describe(again) == report.describe(model)
+    assert sizes.describe(again) == sizes.describe(model)
