@@ -51,11 +51,16 @@ def parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
     return {parameter.name: parameter for parameter in found}
 
 
+def parameters_of(node: Node) -> dict[str, Parameter]:
+    """The parameters of the operator that a node calls. Raises TopologyError: it calls none."""
+    if node.op != "call_function" or not callable(node.target):
+        raise TopologyError(f"node {node.name}: expected a call with arguments, got {node.format_node()}")
+    return parameters(node.target)
+
+
 def parameter_of(node: Node, name: str) -> Parameter:
     """The parameter of that name of the operator that a node calls. Raises TopologyError: no call, no such parameter."""
-    if node.op != "call_function" or not callable(node.target):
-        raise TopologyError(f"node {node.name}: expected a call with an argument {name}, got {node.format_node()}")
-    known = parameters(node.target)
+    known = parameters_of(node)
     if name not in known:
         raise TopologyError(
             f"node {node.name}: {graph_tools.target_text(node.target)} has no argument {name}; it has {', '.join(known)}"
@@ -81,7 +86,7 @@ def set_argument(node: Node, name: str, value: Any) -> None:
     if position is None or name in node.kwargs:
         node.update_kwarg(name, value)
         return
-    before = [argument(node, other) for other in list(parameters(node.target))[len(node.args) : position]]  # type: ignore[arg-type]
+    before = [argument(node, other) for other in _names(node)[len(node.args) : position]]
     node.args = (*node.args[:position], *before, value, *node.args[position + 1 :])
 
 
@@ -147,12 +152,12 @@ def bool_arg(node: Node, name: str) -> bool:
 
 def source(node: Node) -> Node:
     """The first argument of a call: the value that it works on."""
-    return node_arg(node, next(iter(parameters(node.target))))  # type: ignore[arg-type]
+    return node_arg(node, _names(node)[0])
 
 
 def operands(node: Node) -> tuple[Any, Any]:
     """Both operands of an operator of two."""
-    first, second = list(parameters(node.target))[:2]  # type: ignore[arg-type]
+    first, second = _names(node)[:2]
     return argument(node, first), argument(node, second)
 
 
@@ -160,6 +165,10 @@ def other_operand(node: Node, one: object) -> Any:
     """The operand of an operator of two that is not the given one."""
     first, second = operands(node)
     return second if first is one else first
+
+
+def _names(node: Node) -> list[str]:
+    return list(parameters_of(node))
 
 
 def _checked(node: Node, name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> Any:
