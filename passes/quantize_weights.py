@@ -31,7 +31,7 @@ from resq_compiler.ir.views import Dequantize, Linear
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
-from resq_compiler.numerics.quantized import Part
+from resq_compiler.numerics.quantized import Part, QuantizedActivation
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.run import relative_error
@@ -264,4 +264,4 @@ def side_by_side(env: dict[Node, Any], nodes: list[Node]) -> Tensor:
 
 
 def _float(value: Any) -> Tensor:
-    return ops.dequantize(value) if isinstance(value, ops.QuantizedActivation) else value
+    return ops.dequantize(value) if isinstance(value, QuantizedActivation) else value

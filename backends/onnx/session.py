@@ -88,7 +88,7 @@ def to_torch(value: Any) -> Tensor:
     if 0 in shape:  # an empty tensor has no memory to share
         return torch.from_numpy(value.numpy())
     try:
-        return torch.from_dlpack(value._ortvalue)
+        return torch.utils.dlpack.from_dlpack(value._ortvalue)
     except (AttributeError, RuntimeError, TypeError):
         return torch.from_numpy(value.numpy())
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler.calibration.executor import Schedule, Stretch, first_tokens, shared_values
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.numerics.quantized import QuantizedActivation
 from resq_compiler.util import memory
 
 CHEAP = {
@@ -93,4 +94,4 @@ def not_cheap(values: set[Node], given: set[Node]) -> set[Node]:
 
 def _bytes(values: dict[Node, Any]) -> int:
     """Memory of tensors and of the codes of quantized activations."""
-    return sum(v.qdata.nbytes if isinstance(v, ops.QuantizedActivation) else v.nbytes for v in values.values())
+    return sum(v.qdata.nbytes if isinstance(v, QuantizedActivation) else v.nbytes for v in values.values())

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.views import CodedLinear, Dequantize, Linear, Quantize, QuantizeDequantize
+from resq_compiler.numerics.quantized import QuantizedActivation
 
 Taps = dict[Node, Callable[[Any], None]]
 LARGEST = 200.0  # dB; stands for "no noise at all", which JSON cannot say
@@ -84,7 +85,7 @@ def site_energies(gm: GraphModule, ids: Tensor, taps: Taps | None = None) -> dic
 
     def see(quantizer: Quantizer, name: str, x: Tensor) -> None:
         image = graph_tools.run_node(gm, quantizer.node, {quantizer.x: x})
-        found[name] = energies(x, ops.dequantize(image) if isinstance(image, ops.QuantizedActivation) else image)
+        found[name] = energies(x, ops.dequantize(image) if isinstance(image, QuantizedActivation) else image)
 
     together = dict(taps or {})
     for quantizer, site in quantizers(gm):
