@@ -127,9 +127,8 @@ def _rewrite_transforms(low: Lowering) -> None:
     """Hadamard transforms that stay become operators of their own."""
     for node in list(low.graph.find_nodes(op="call_function", target=ops.hadamard)):
         view = Hadamard.require(node)
-        with low.graph.inserting_before(node):
-            new = low.emit(operators.hadamard, (view.x, view.transpose, list(view.sizes or ())), node)
-        node.replace_all_uses_with(new)
+        arguments = (view.x, view.transpose, list(view.sizes or ()))
+        graph_tools.rewrite(node, operators.hadamard, arguments, low.made_by)
 
 
 def _cast(low: Lowering) -> None:

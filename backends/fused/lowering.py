@@ -13,7 +13,7 @@ from resq_compiler.backends.fused.target import Target
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, values
 
 aten = torch.ops.aten
 
@@ -51,7 +51,7 @@ class Lowering:
         self.attention_sites: dict[Node, AttentionSite] = {}
         self.inputs = graph_tools.placeholders(gm.graph)
         self.ids, self.mask, self.positions, *self.cache_inputs = self.inputs
-        shapes = [node.meta["val"].shape for node in self.cache_inputs]
+        shapes = [values.shape(node) for node in self.cache_inputs]
         self.heads = [(int(shape[1]), int(shape[3])) for shape in shapes]
         self.caches: list[tuple[HeadParts, HeadParts] | None] = [None] * (len(self.cache_inputs) // 2)
         self.start = self._input_after_positions("cache_start")
@@ -82,10 +82,7 @@ class Lowering:
 
     def replace(self, old: Node, new: Node) -> None:
         """Put a node in the place of another of the same shape."""
-        if "val" in old.meta:
-            new.meta["val"] = old.meta["val"]
-        old.replace_all_uses_with(new)
-        self._replaced[old] = new
+        self._replaced[old] = graph_tools.replace(old, new)
 
     def current(self, node: Node | None) -> Node | None:
         """What a node is by now: it may have been replaced."""

@@ -141,30 +141,16 @@ def make_blocks(
 ) -> list[Block]:  # fmt: skip
     """One block for each attention: from the last cut before it to the last cut before the next one."""
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    starts = []
-    for attention in attentions:
-        before = [c for c in cuts if order[c] < order[attention.core] and c in graph_tools.ancestors([attention.core])]
-        if not before:
-            raise TopologyError(f"node {attention.core.name}: no cut of the residual stream before this attention")
-        starts.append(before[-1])
-    if len(set(starts)) != len(starts):
-        raise TopologyError("two attentions share a stretch of the residual stream; expected one attention in a block")
+    starts = find_starts(cuts, attentions, order)
     ends = [*starts[1:], cuts[-1]]
     blocks = [Block(i, s, e, a) for i, (s, e, a) in enumerate(zip(starts, ends, attentions, strict=True))]
     readers = {n for g in residual.readers for n in g.linears}
+    writers = set(residual.writers) | {Norm.require(n).x for n in residual.gained_writers}
     for block in blocks:
-        stated = overrides.block(block.index)
-        for role in ("q", "k", "v"):
-            node = getattr(block.attention, role)
-            if node not in readers and role not in stated.linears:
-                raise TopologyError(
-                    f"node {node.name} ({graph_tools.module_of(node)}): makes queries, keys or values; expected a linear that reads "
-                    f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)"
-                )
-        inside = _between(order, block)
-        used = {block.attention.q, block.attention.k, block.attention.v, block.attention.o}
-        rest = [n for n in inside if is_call(n, LINEAR) and n not in used]
-        writers = set(residual.writers) | {Norm.require(n).x for n in residual.gained_writers}
+        stated, attention = overrides.block(block.index), block.attention
+        check_reads_stream(attention, readers, stated)
+        used = {attention.q, attention.k, attention.v, attention.o}
+        rest = [n for n in _between(order, block) if is_call(n, LINEAR) and n not in used]
         block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats)
         known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
         for node in rest:
@@ -173,6 +159,30 @@ def make_blocks(
                     f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward"
                 )
     return blocks
+
+
+def find_starts(cuts: list[Node], attentions: list[Attention], order: dict[Node, int]) -> list[Node]:
+    """Of each attention the last cut before it. Raises TopologyError: there is none, or two attentions share one."""
+    starts = []
+    for attention in attentions:
+        behind = graph_tools.ancestors([attention.core])
+        before = [c for c in cuts if order[c] < order[attention.core] and c in behind]
+        if not before:
+            raise TopologyError(f"node {attention.core.name}: no cut of the residual stream before this attention")
+        starts.append(before[-1])
+    if len(set(starts)) != len(starts):
+        raise TopologyError("two attentions share a stretch of the residual stream; expected one attention in a block")
+    return starts
+
+
+def check_reads_stream(attention: Attention, readers: set[Node], stated: BlockOverride) -> None:
+    """Raise TopologyError where queries, keys or values are made from something else, unless the user states how."""
+    for role, node in (("q", attention.q), ("k", attention.k), ("v", attention.v)):
+        if node not in readers and role not in stated.linears:
+            raise TopologyError(
+                f"node {node.name} ({graph_tools.module_of(node)}): makes queries, keys or values; expected a linear that reads "
+                f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)"
+            )
 
 
 def _between(order: dict[Node, int], block: Block) -> list[Node]:
