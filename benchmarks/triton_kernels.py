@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from resq_compiler.backends.triton import aot, hadamard_quantize, launch, shapes
 from resq_compiler.backends.triton.formats import PAGE, PartLayout
+from resq_compiler.backends.triton.gpus import GPUS, Gpu
 from resq_compiler.backends.triton.shapes import BlockShape
-from resq_compiler.backends.triton.targets import TARGETS, Target
 from triton_blocks import Float16Block, KernelBlock, on_device
 
 FORECAST_TARGETS = ("sm_86", "sm_80", "sm_90", "sm_100")
@@ -91,7 +91,7 @@ def _linear(n: int, layouts: tuple[PartLayout, ...], tokens: int, residual: bool
     return Cost(weights + activations, ops, 0, half, ops, half_launches, floor)
 
 
-def forecast(shape: BlockShape, tokens: int, total: int, target: Target) -> dict:
+def forecast(shape: BlockShape, tokens: int, total: int, target: Gpu) -> dict:
     """Roofline times in seconds of every launch of a block on a target, with what its machine code says."""
     rows, costs, compiled = [], block_costs(shape, tokens, total), {}
     with launch.recording(target):
@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--measure", action="store_true", help="time on the GPU at hand")
     parser.add_argument("--tune", action="store_true", help="with --measure: search tiles, keep the best")
     parser.add_argument("--json", action="store_true", help="one JSON line a forecast, instead of tables")
-    parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="forecast these only")
+    parser.add_argument("--target", action="append", choices=sorted(GPUS), help="forecast these only")
     options = parser.parse_args(arguments)
     work = [
         (s, tokens, total)
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     for target in options.target or FORECAST_TARGETS:
         for shape, tokens, total in work:
-            result = forecast(shape, tokens, total, TARGETS[target])
+            result = forecast(shape, tokens, total, GPUS[target])
             print(json.dumps(result)) if options.json else show(result)
     return 0
 

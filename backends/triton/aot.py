@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from resq_compiler.backends.triton.gpus import GPUS, Gpu
 from resq_compiler.backends.triton.launch import Launch, interpreted, recording
 from resq_compiler.backends.triton.shapes import floats_of
-from resq_compiler.backends.triton.targets import TARGETS, Target
 
 from resq_compiler.errors import BackendError
 
@@ -68,7 +68,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{module}/{name}", call
 
 
-def compile_case(name: str, call: Callable[[], object], target: Target) -> list[CompiledKernel]:
+def compile_case(name: str, call: Callable[[], object], target: Gpu) -> list[CompiledKernel]:
     """Compile the launches that `call` makes on `target`.
 
     Raises: BackendError: this process interprets kernels, so it cannot compile them.
@@ -80,7 +80,7 @@ def compile_case(name: str, call: Callable[[], object], target: Target) -> list[
     return [compile_launch(name, launch, target) for launch in recorder.launches]
 
 
-def compile_launch(case: str, launch: Launch, target: Target) -> CompiledKernel:
+def compile_launch(case: str, launch: Launch, target: Gpu) -> CompiledKernel:
     """Compile one recorded launch and read its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -101,7 +101,7 @@ def compile_launch(case: str, launch: Launch, target: Target) -> CompiledKernel:
     )  # fmt: skip
 
 
-def occupancy(target: Target, warps: int, registers: int, shared: int) -> float:
+def occupancy(target: Gpu, warps: int, registers: int, shared: int) -> float:
     """Resident warps of a processor over its maximum, for programs of `warps` warps; 0 when one program does not fit."""
     of_warp = -(-registers * target.warp_size // 256) * 256
     by_registers = target.registers // max(1, of_warp * warps)
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m resq_compiler.backends.triton.aot", description="compile kernels ahead of time"
     )
-    parser.add_argument("--target", action="append", choices=sorted(TARGETS), help="default: all")
+    parser.add_argument("--target", action="append", choices=sorted(GPUS), help="default: all")
     parser.add_argument("--case", action="append", help="module/name, or a part of it; default: all")
     parser.add_argument(
         "--dtype", choices=sorted(FLOATS), default="float16", help="of what is not integer (default: float16)"
@@ -171,9 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"aot: no case matches {options.case}; see --list", file=sys.stderr)
         return 2
     for name, call in chosen:
-        for target in [] if options.list else options.target or TARGETS:
+        for target in [] if options.list else options.target or GPUS:
             with floats_of(FLOATS[options.dtype]):
-                for compiled in compile_case(name, call, TARGETS[target]):
+                for compiled in compile_case(name, call, GPUS[target]):
                     print(json.dumps(asdict(compiled)), flush=True)
         if options.list:
             print(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from resq_compiler.backends.triton.targets import Target
+from resq_compiler.backends.triton.gpus import Gpu
 
 from resq_compiler.errors import BackendError
 from resq_compiler.util.install import install_command
@@ -122,12 +122,12 @@ class Launch:
 class Recorder:
     """What `recording` collects."""
 
-    target: Target
+    target: Gpu
     launches: list[Launch] = field(default_factory=list)
 
 
 @contextlib.contextmanager
-def recording(target: Target) -> Iterator[Recorder]:
+def recording(target: Gpu) -> Iterator[Recorder]:
     """Within it, wrappers called on meta tensors decide as on `target`, and record their launches instead of running them."""
     _RECORDER.append(Recorder(target))
     try:

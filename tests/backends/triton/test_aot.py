@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from resq_compiler.backends.triton import aot
-from resq_compiler.backends.triton.targets import TARGETS
+from resq_compiler.backends.triton.gpus import GPUS
 
 from resq_compiler.errors import BackendError
 
@@ -33,7 +33,7 @@ def compile_in_subprocess(*arguments: str) -> list[dict]:
 
 
 def check(kernel: dict) -> None:
-    target, name = TARGETS[kernel["target"]], kernel["case"]
+    target, name = GPUS[kernel["target"]], kernel["case"]
     assert kernel["shared"] <= target.shared_block, kernel
     assert kernel["spills"] == 0, kernel
     assert kernel["occupancy"] > 0, kernel
@@ -56,7 +56,7 @@ def test_one_matrix_kernel_and_one_row_kernel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", GPUS)
 def test_every_kernel_on(target):
     kernels = compile_in_subprocess("--target", target)
     assert {kernel["case"] for kernel in kernels} == {name for name, _ in aot.cases()}
@@ -88,4 +88,4 @@ def test_unpacking_is_three_instructions_for_eight_columns():
 def test_an_interpreting_process_says_so():
     name, call = next(iter(aot.cases()))
     with pytest.raises(BackendError, match="TRITON_INTERPRET"):
-        aot.compile_case(name, call, TARGETS["sm_80"])
+        aot.compile_case(name, call, GPUS["sm_80"])

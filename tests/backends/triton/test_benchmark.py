@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from resq_compiler.backends.triton import launch, shapes
+from resq_compiler.backends.triton.gpus import GPUS
 from resq_compiler.backends.triton.shapes import BlockShape
-from resq_compiler.backends.triton.targets import TARGETS
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -79,7 +79,7 @@ def test_measuring_runs_every_kernel_and_both_blocks(benchmark, capsys):
 @pytest.mark.parametrize("tokens", [1, 512])
 def test_bytes_are_those_of_the_operands(benchmark, shape, tokens):
     """Every tensor a launch gets, read or written once; but split kernels' scratch, the cache and absent operands."""
-    costs, target = benchmark.block_costs(shape, tokens, 1024), TARGETS["sm_86"]
+    costs, target = benchmark.block_costs(shape, tokens, 1024), GPUS["sm_86"]
     with launch.recording(target):
         steps = dict(benchmark.KernelBlock(shape, tokens, 1024).steps())
     for name in ("norm+quantize", "q/k/v", "o+residual", "gate/up", "act*up+H+quantize", "down+residual"):

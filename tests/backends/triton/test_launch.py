@@ -11,8 +11,8 @@ from resq_compiler.backends import load_backend
 from resq_compiler.backends.fused.kernels import Norm
 from resq_compiler.backends.triton import launch, norm_quantize
 from resq_compiler.backends.triton.formats import PartLayout
+from resq_compiler.backends.triton.gpus import GPUS
 from resq_compiler.backends.triton.mixed_linear import decode_tiles
-from resq_compiler.backends.triton.targets import TARGETS
 
 from resq_compiler import api
 from resq_compiler.errors import BackendError
@@ -114,7 +114,7 @@ def test_unknown_backends_and_options():
 
 def test_recording_decides_as_on_the_target():
     x = torch.empty(8, 64, dtype=torch.float16, device="meta")
-    with launch.recording(TARGETS["sm_86"]) as recorder:
+    with launch.recording(GPUS["sm_86"]) as recorder:
         assert launch.isa() == "ptx" and launch.processors(x.device) == 82 and launch.capability(x.device) == 86
         norm_quantize.norm_quantize(x, (PartLayout(4, 56), PartLayout(8, 8)), Norm("rms"))
     (made,) = recorder.launches

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Target:
+class Gpu:
     """One architecture, with the device that stands for it.
 
     processors: streaming multiprocessors (compute units).    shared_block, shared_processor: bytes of shared memory (LDS).
@@ -33,15 +33,15 @@ class Target:
         return "ptx" if self.backend == "cuda" else "gcn"
 
 
-def _nvidia(name, device, processors, shared_block, shared_processor, warps, bandwidth, float16, int8) -> Target:
-    return Target(
+def _nvidia(name, device, processors, shared_block, shared_processor, warps, bandwidth, float16, int8) -> Gpu:
+    return Gpu(
         name, "cuda", int(name.removeprefix("sm_")), device, processors, shared_block, shared_processor, 65536, warps, 32,
         bandwidth, float16, int8,
     )  # fmt: skip
 
 
 # Limits: CUDA C++ Programming Guide, "Compute Capabilities"; AMD CDNA 3 ISA guide. Rates: the vendors' data sheets, no sparsity.
-TARGETS = {
+GPUS = {
     target.name: target
     for target in (
         _nvidia("sm_80", "A100 80 GB SXM", 108, 166912, 167936, 64, 2.039e12, 312e12, 624e12),
@@ -49,6 +49,6 @@ TARGETS = {
         _nvidia("sm_89", "RTX 4090", 128, 101376, 102400, 48, 1.008e12, 165e12, 661e12),
         _nvidia("sm_90", "H100 SXM", 132, 232448, 233472, 64, 3.35e12, 989e12, 1979e12),
         _nvidia("sm_100", "B200", 148, 232448, 233472, 64, 8.0e12, 2250e12, 4500e12),
-        Target("gfx942", "hip", "gfx942", "MI300X", 304, 65536, 65536, 131072, 32, 64, 5.3e12, 1307e12, 2615e12),
+        Gpu("gfx942", "hip", "gfx942", "MI300X", 304, 65536, 65536, 131072, 32, 64, 5.3e12, 1307e12, 2615e12),
     )
 }
