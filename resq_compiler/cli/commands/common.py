@@ -128,8 +128,8 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", metavar="FILE", help=f".txt, .jsonl with a `text` field, or `{DEMO}` (built in)")
     source.add_argument("--dataset", metavar="ID", help="a data set of the hub, or a directory of one ([eval] extra)")
     parser.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
-    parser.add_argument("--split", default="test", help="split of the data set (default: test)")
-    parser.add_argument("--column", default="text", help="column of the data set (default: text)")
+    parser.add_argument("--split", metavar="NAME", help="split of the data set (default: test)")
+    parser.add_argument("--column", metavar="NAME", help="column of the data set (default: text)")
 
 
 def evaluation_text(arguments: argparse.Namespace) -> Any:
@@ -137,8 +137,15 @@ def evaluation_text(arguments: argparse.Namespace) -> Any:
     from resq_compiler.calibration.data import demo_text
 
     if arguments.text is not None:
+        for flag in ("dataset_config", "split", "column"):
+            if getattr(arguments, flag) is not None:
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')}: says something about a data set; give --dataset, not --text"
+                )
         return demo_text()[1] if arguments.text == DEMO else Path(arguments.text)
-    return dataset_texts(arguments.dataset, arguments.dataset_config, arguments.split, arguments.column)
+    return dataset_texts(
+        arguments.dataset, arguments.dataset_config, arguments.split or "test", arguments.column or "text"
+    )
 
 
 def dataset_texts(name: str, config: str | None, split: str, column: str) -> list[str]:

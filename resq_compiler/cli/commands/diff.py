@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from resq_compiler.cli.commands import common
+from resq_compiler.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare and print. Differences are no failure: the exit code is 0; `--json` says whether the dumps are equal."""
+    if arguments.limit < 0:
+        raise ConfigError(f"resq diff --limit: expected a whole number of at least 0; got {arguments.limit}")
     from resq_compiler.inspection.diff import compare, difference_text
 
     found = compare(arguments.a, arguments.b)

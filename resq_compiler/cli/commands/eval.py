@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", type=int, default=0, metavar="TOKENS", help="left out at the start of the text")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows run at once (default: 1)")
     parser.add_argument(
-        "--noise", action=argparse.BooleanOptionalAction, default=True, help="noise of quantizers (default: on)"
+        "--noise", action=argparse.BooleanOptionalAction, help="noise of quantizers (default: on for compiled models)"
     )
     parser.add_argument("--all-sites", action="store_true", help="every quantizer in the table, not only places")
     common.add_backend_argument(parser)
@@ -65,7 +65,7 @@ def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse
         result["table"] = comparison.measure_table(
             result, (opened.name if not opened.compiled else "compiled", "float")
         )
-        if opened.compiled and arguments.noise:
+        if opened.compiled and arguments.noise is not False:
             few = windows[: max(1, NOISE_TOKENS // arguments.length)]
             sites = quantizer_noise(opened.model.graph_module, few, progress.of("noise of quantizers"))
             result["noise"] = [site.to_dict() for site in sites]
@@ -79,6 +79,13 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"resq eval: {flag}: expected a whole number of at least {least}; got {value}")
+    if arguments.all_sites and arguments.noise is False:
+        raise ConfigError("resq eval --all-sites: there is no table with --no-noise; drop one of them")
+    if (arguments.all_sites or arguments.noise) and not common.is_compiled_directory(arguments.model):
+        flag = "--all-sites" if arguments.all_sites else "--noise"
+        raise ConfigError(
+            f"resq eval {flag}: {arguments.model} is not a compiled model and has no quantizers; drop the flag"
+        )
 
 
 def _title(opened: common.OpenModel, reference: Any, result: dict[str, Any]) -> str:

@@ -86,6 +86,16 @@ def _check(arguments: argparse.Namespace, compiled: bool, measured: bool) -> Non
     from resq_compiler.errors import ConfigError
 
     where, name = "resq inspect", arguments.model
+    if arguments.topology and (measured or arguments.dump):
+        raise ConfigError(
+            f"{where} --topology: shows what is found before a compile; ask for it without --dump and measurements"
+        )
+    if arguments.stages and not compiled:
+        raise ConfigError(f"{where} --stages: {name} is not a compiled model; compile it first")
+    if arguments.stages and measured:
+        raise ConfigError(
+            f"{where} --stages: what the passes did is not shown beside measurements; ask for it without them"
+        )
     if arguments.reference and not (compiled and measured):
         why = "is not a compiled model" if not compiled else "is measured only with --activations or --attribute"
         raise ConfigError(f"{where} --reference: {name} {why}; drop the flag")
@@ -203,11 +213,8 @@ def inspect_float(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Topology of a model that is not compiled; reads its configuration, not its weights."""
     from resq_compiler.analysis.topology import Topology
     from resq_compiler.api import trace
-    from resq_compiler.errors import ConfigError
     from resq_compiler.inspection.topology_view import topology_dict, topology_text
 
-    if arguments.stages:
-        raise ConfigError(f"resq inspect --stages: {arguments.model} is not a compiled model; compile it first")
     model = common.meta_model(arguments.model)
     _, ctx = trace(model, arguments.topology_file)
     result = topology_dict(ctx.facts.get(Topology))
