@@ -247,7 +247,7 @@ def test_wheel_zooms_and_drag_pans(opened):
 
 def test_compares_two_stages_side_by_side(opened):
     find(opened, "button[data-tab='compare']")[0].click()
-    find(opened, ".stage[data-index='12']")[0].click()
+    find(opened, ".stage[data-index='14']")[0].click()
     assert "14 added, 0 removed" in find(opened, "#difference")[0].text
     find(opened, "#expand-changed")[0].click()
     assert len(find(opened, "#right g[data-id] > .box[fill='#b7e4c0']")) == 14  # the new quantizers
@@ -261,7 +261,7 @@ def test_compares_two_stages_side_by_side(opened):
 
 def test_steps_through_changes_and_both_pictures_move_together(opened):
     tab(opened, "compare")
-    find(opened, ".stage[data-index='12']")[0].click()
+    find(opened, ".stage[data-index='14']")[0].click()
     find(opened, "#expand-changed")[0].click()
     seen = []
     for _ in range(2):
