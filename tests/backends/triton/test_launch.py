@@ -73,9 +73,7 @@ def test_a_damaged_file_is_an_error_that_names_it(cached_tiles):
 def test_without_triton(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
-    with pytest.raises(
-        BackendError, match=r"backend triton: .* pip install 'resq_compiler\[triton\]'; use backend='reference'"
-    ):
+    with pytest.raises(BackendError, match=r"backend triton: .* pip install 'triton>=3.9'; use backend='reference'"):
         load_backend("triton")
     with pytest.raises(BackendError, match="not installed"):  # before any work: there is no such model
         api.compile("no/such/model", backend="triton")
