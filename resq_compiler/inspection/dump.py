@@ -13,6 +13,7 @@ depend on how memory is aligned. Stages are written as they are made, so a compi
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -24,12 +25,15 @@ from typing import Any
 from torch import Tensor
 
 from resq_compiler import __version__
+from resq_compiler.errors import DumpError
 from resq_compiler.evaluation import sizes
 from resq_compiler.inspection import page, records, text
 from resq_compiler.inspection.dump_files import FORMAT, MANIFEST, TIMING, VERSION, json_text, unwritable, write_file
 from resq_compiler.inspection.noise import noise_by_name
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.result import CompileResult
+
+log = logging.getLogger("resq_compiler")
 
 VARIABLE = "RESQ_DUMP_DIR"
 OURS = re.compile(
@@ -98,7 +102,7 @@ class DumpWriter:
 
 @dataclass
 class Recording:
-    """Passes each stage to a listener and, where a dump is wanted, writes it."""
+    """Passes each stage to a listener and, where a dump is wanted, writes it. A disk that fills up ends the dump, not the compile."""
 
     writer: DumpWriter | None
     listener: Callable[[Stage], None] | None
@@ -106,14 +110,21 @@ class Recording:
     def add(self, stage: Stage) -> None:
         """As the pipeline's on_stage."""
         if self.writer is not None:
-            self.writer.add(stage)
+            self._try(self.writer.add, stage)
         if self.listener is not None:
             self.listener(stage)
 
-    def complete(self, result: CompileResult) -> None:
-        """Write what is known only after the compile."""
+    def complete(self, result: CompileResult | None = None) -> None:
+        """Write what is known only after the compile; without a result, of one that failed."""
         if self.writer is not None:
-            self.writer.finish(result)
+            self._try(self.writer.finish, result)
+
+    def _try(self, write: Callable[[Any], object], value: Any) -> None:
+        try:
+            write(value)
+        except DumpError as error:
+            self.writer = None
+            log.warning("%s. The compile goes on; its dump ends here", error)
 
 
 def target_directory(directory: Path | str | None) -> Path | None:
@@ -139,8 +150,7 @@ def recording(
     try:
         yield record
     except Exception:
-        if record.writer is not None:
-            record.writer.finish()
+        record.complete()
         raise
 
 

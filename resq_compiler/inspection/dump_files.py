@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ def json_text(value: Any) -> str:
 
 
 def write_file(path: Path, content: str) -> None:
-    """Write text; DumpError where that is not possible."""
+    """Write text, whole or not at all; DumpError where that is not possible."""
+    aside = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, encoding="utf-8")
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise unwritable(path, error) from error
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -141,6 +144,8 @@ def test_unwritable_target(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DumpError, match=r"cannot write .*file.*; give a writable directory"):
         dump.DumpWriter(tmp_path / "file" / "dump")
+    with pytest.raises(DumpError, match=r"cannot write .*file.*; give a writable directory"):
+        dump_files.write_file(tmp_path / "file" / "a.txt", "x")
 
 
 def test_files_of_others_are_left_alone(tmp_path):
@@ -148,3 +153,25 @@ def test_files_of_others_are_left_alone(tmp_path):
     (tmp_path / "00-old.txt").write_text("from an earlier dump")
     dump.DumpWriter(tmp_path)
     assert names(tmp_path) == {"mine.txt", "dump.json", "timing.json"}
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["compile succeeds", "compile fails"])
+def test_a_disk_that_fills_up_ends_the_dump_and_nothing_else(fails, monkeypatch, tmp_path, caplog):
+    write = Path.write_text
+
+    def full(self, content, **options):
+        if self.name.startswith(".02-"):
+            write(self, content[:10], **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, content, **options)
+
+    def stop(stage):
+        if fails and stage.index == 3:
+            raise PassError("stopped")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(PassError, match="stopped") if fails else contextlib.nullcontext():
+        compile(tiny_model("llama"), recipe="rtn", dump_dir=tmp_path, on_stage=stop)
+    assert "No space left on device" in caplog.text and "its dump ends here" in caplog.text
+    assert [s["label"] for s in dump_files.read_manifest(tmp_path)["stages"]] == ["00-capture", "01-canonicalize"]
+    assert not list(tmp_path.glob(".*"))
