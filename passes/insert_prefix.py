@@ -129,7 +129,8 @@ def require_causal_masks(topology: Topology) -> None:
             found = attention.mask.format_node() if attention.mask is not None else None
             raise PassError(
                 f"node {attention.node.name}: prefix tokens need attention whose mask is causal_mask(...), got {found}; "
-                "positions that go into the mask (ALiBi) have no place for them: compile with prefix_tokens=none"
+                "positions that go into the mask (ALiBi) have no place for them: compile with prefix_tokens=none",
+                node=attention.node.name,
             )
 
 

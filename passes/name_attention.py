@@ -67,7 +67,8 @@ def replace_core(gm: GraphModule, node: Node, env: dict[Node, Tensor]) -> int:
     """Replace aten.scaled_dot_product_attention by ops.attention on the un-repeated keys and values."""
     if argument(node, "is_causal"):
         raise TopologyError(
-            f"node {node.name}: attention with is_causal=True has no mask for padding; expected an explicit mask"
+            f"node {node.name}: attention with is_causal=True has no mask for padding; expected an explicit mask",
+            node=node.name,
         )
     q, scale = node_arg(node, "query"), optional_float_arg(node, "scale")
     heads = values.shape(q)[1]
@@ -113,7 +114,8 @@ def unrepeated(
         root = source(root)
     if not is_call(root, ops.append_cache):
         raise TopologyError(
-            f"node {value.name}: attention keys and values should come from append_cache(past, new), got {root.format_node()}"
+            f"node {value.name}: attention keys and values should come from append_cache(past, new), got {root.format_node()}",
+            node=value.name,
         )
     shape = values.shape(root)
     index = torch.arange(math.prod(shape)).reshape(shape)
@@ -122,7 +124,8 @@ def unrepeated(
         return root  # one head for all queries: the attention operator spreads it
     if heads % shape[1] or not torch.equal(result, form(index.repeat_interleave(heads // shape[1], 1))):
         raise TopologyError(
-            f"node {value.name}: expected the {shape[1]} cached heads repeated to {heads}; it computes something else"
+            f"node {value.name}: expected the {shape[1]} cached heads repeated to {heads}; it computes something else",
+            node=value.name,
         )
     return root
 

@@ -151,7 +151,8 @@ def split_root(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
     shape = tuple(values.shape(root))
     if len(shape) != 3:
         raise TopologyError(
-            f"node {root.name} ({graph_tools.module_of(root)}): expected a linear on [batch, tokens, features], got {shape} (experts?)"
+            f"node {root.name} ({graph_tools.module_of(root)}): expected a linear on [batch, tokens, features], got {shape} (experts?)",
+            node=root.name,
         )
     pieces = [piece_of(gm, n, root, env) for n in nodes]
     width = values.width(root)
@@ -160,7 +161,8 @@ def split_root(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
         return 0
     if any(p is None for p in pieces):
         raise TopologyError(
-            f"node {nodes[0].name}: expected heads or slices of the output features of {root.name}; the views between mix tokens or rows"
+            f"node {nodes[0].name}: expected heads or slices of the output features of {root.name}; the views between mix tokens or rows",
+            node=nodes[0].name,
         )
     for i, piece in enumerate(pieces):
         assert piece is not None
@@ -205,7 +207,8 @@ def merge(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
     for node in frontier(root):
         if not torch.equal(evaluate(gm, node, {**env, root: index}), ops.merge_heads(index)):
             raise TopologyError(
-                f"node {node.name}: expected the heads of {root.name} merged to [B, S, H·D]; it computes something else"
+                f"node {node.name}: expected the heads of {root.name} merged to [B, S, H·D]; it computes something else",
+                node=node.name,
             )
         with gm.graph.inserting_after(root):
             new = emit(gm.graph, ops.merge_heads, (root,), node, SplitFused.name)

@@ -6,6 +6,11 @@ from __future__ import annotations
 class ResqError(Exception):
     """Base of all errors raised on purpose by resq_compiler."""
 
+    def __init__(self, message: str = "", *, node: str | None = None):
+        """node: the name of the graph node that the message is about, which dumps mark."""
+        super().__init__(message)
+        self.node = node
+
 
 class ConfigError(ResqError):
     """An option, a recipe or a command-line value is not usable."""

@@ -65,14 +65,17 @@ def trace_back(node: Node, goal: str) -> Node:
             continue
         if is_call(current, EMBEDDING, ops.attention):
             raise TopologyError(
-                f"node {node.name}: expected a linear ({goal}) behind it, met node {current.name}: {current.format_node()}"
+                f"node {node.name}: expected a linear ({goal}) behind it, met node {current.name}: {current.format_node()}",
+                node=node.name,
             )
         fresh = [n for n in current.all_input_nodes if n not in seen]
         seen.update(fresh)
         pending.extend(fresh)
     if len(linears) != 1:
         names = ", ".join(n.name for n in linears) or "none"
-        raise TopologyError(f"node {node.name}: expected one linear ({goal}) behind it, met {len(linears)}: {names}")
+        raise TopologyError(
+            f"node {node.name}: expected one linear ({goal}) behind it, met {len(linears)}: {names}", node=node.name
+        )
     return next(iter(linears))
 
 
@@ -83,7 +86,8 @@ def trace_attention(core: Node, index: int, stated: BlockOverride, names: Linear
     for cache in (view.k, view.v):
         if not is_call(cache, ops.append_cache):
             raise TopologyError(
-                f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}"
+                f"node {core.name}: expected append_cache for keys and values, got {cache.format_node()}",
+                node=core.name,
             )
     new_key, new_value = AppendCache.require(view.k).new, AppendCache.require(view.v).new
 
@@ -118,7 +122,8 @@ def output_projection(core: Node) -> Node:
     output = None if merged is None else Linear.of(only_user(merged.node))
     if output is None:
         raise TopologyError(
-            f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention"
+            f"node {core.name}: expected merge_heads and then one linear (output projection) to read the attention",
+            node=core.name,
         )
     return output.node
 
@@ -156,7 +161,8 @@ def make_blocks(
         for node in rest:
             if node not in known and node not in floats:
                 raise TopologyError(
-                    f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward"
+                    f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward",
+                    node=node.name,
                 )
     return blocks
 
@@ -168,7 +174,10 @@ def find_starts(cuts: list[Node], attentions: list[Attention], order: dict[Node,
         behind = graph_tools.ancestors([attention.core])
         before = [c for c in cuts if order[c] < order[attention.core] and c in behind]
         if not before:
-            raise TopologyError(f"node {attention.core.name}: no cut of the residual stream before this attention")
+            raise TopologyError(
+                f"node {attention.core.name}: no cut of the residual stream before this attention",
+                node=attention.core.name,
+            )
         starts.append(before[-1])
     if len(set(starts)) != len(starts):
         raise TopologyError("two attentions share a stretch of the residual stream; expected one attention in a block")
@@ -181,7 +190,8 @@ def check_reads_stream(attention: Attention, readers: set[Node], stated: BlockOv
         if node not in readers and role not in stated.linears:
             raise TopologyError(
                 f"node {node.name} ({graph_tools.module_of(node)}): makes queries, keys or values; expected a linear that reads "
-                f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)"
+                f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)",
+                node=node.name,
             )
 
 
@@ -238,7 +248,7 @@ def trace_feed_forward(
             continue
         if linear is not None and node not in floats:
             raise TopologyError(
-                f"node {node.name}: expected a linear that reads the residual stream before {down.name}"
+                f"node {node.name}: expected a linear that reads the residual stream before {down.name}", node=node.name
             )
         channelwise &= is_call(node, *ELEMENTWISE)
         pending.extend(node.all_input_nodes)

@@ -25,7 +25,8 @@ def find_head(gm: GraphModule) -> Node:
     while not is_call(node, LINEAR):
         if not is_call(node, aten.div.Tensor, aten.mul.Tensor, aten.tanh.default):
             raise TopologyError(
-                f"node {node.name}: expected the logits to come from a linear (lm_head), got {node.format_node()}"
+                f"node {node.name}: expected the logits to come from a linear (lm_head), got {node.format_node()}",
+                node=node.name,
             )
         node = source(node)
     return node
@@ -61,7 +62,8 @@ def find_residual(head: Node) -> Residual:
         else:
             raise TopologyError(
                 f"node {node.name}: in the residual stream; expected an add, a scaling, a linear, an embedding or a norm "
-                f"(experts and gated streams are not supported); got {node.format_node()}"
+                f"(experts and gated streams are not supported); got {node.format_node()}",
+                node=node.name,
             )
     order = {n: i for i, n in enumerate(head.graph.nodes)}
     stream = sorted(found, key=order.__getitem__)
@@ -85,7 +87,8 @@ def find_readers(stream: list[Node], gained: set[Node]) -> list[ReadGroup]:
                 groups.append(ReadGroup(user, user, _linear_users(user)))
             else:
                 raise TopologyError(
-                    f"node {user.name}: reads the residual stream; expected a norm or a linear, got {user.format_node()}"
+                    f"node {user.name}: reads the residual stream; expected a norm or a linear, got {user.format_node()}",
+                    node=user.name,
                 )
         if direct:
             groups.append(ReadGroup(value, None, direct))
@@ -96,7 +99,8 @@ def _linear_users(norm: Node) -> list[Node]:
     others = [u for u in norm.users if not is_call(u, LINEAR)]
     if others:
         raise TopologyError(
-            f"node {others[0].name}: reads {norm.name}; expected only linears after a norm, got {others[0].format_node()}"
+            f"node {others[0].name}: reads {norm.name}; expected only linears after a norm, got {others[0].format_node()}",
+            node=others[0].name,
         )
     return list(norm.users)
 
@@ -112,7 +116,8 @@ def find_cuts(gm: GraphModule, residual: Residual, head: Node) -> list[Node]:
     if EMBEDDINGS not in graph:
         first = residual.values[0]
         raise TopologyError(
-            f"node {first.name}: the residual stream starts here; expected a token embedding, got {first.format_node()}"
+            f"node {first.name}: the residual stream starts here; expected a token embedding, got {first.format_node()}",
+            node=first.name,
         )
     live = nx.descendants(graph, EMBEDDINGS) | {EMBEDDINGS}
     dominator = nx.immediate_dominators(graph.subgraph(live), EMBEDDINGS)

@@ -54,7 +54,9 @@ def parameters(target: Callable[..., Any]) -> dict[str, Parameter]:
 def parameters_of(node: Node) -> dict[str, Parameter]:
     """The parameters of the operator that a node calls. Raises TopologyError: it calls none."""
     if node.op != "call_function" or not callable(node.target):
-        raise TopologyError(f"node {node.name}: expected a call with arguments, got {node.format_node()}")
+        raise TopologyError(
+            f"node {node.name}: expected a call with arguments, got {node.format_node()}", node=node.name
+        )
     return parameters(node.target)
 
 
@@ -63,7 +65,8 @@ def parameter_of(node: Node, name: str) -> Parameter:
     known = parameters_of(node)
     if name not in known:
         raise TopologyError(
-            f"node {node.name}: {graph_tools.target_text(node.target)} has no argument {name}; it has {', '.join(known)}"
+            f"node {node.name}: {graph_tools.target_text(node.target)} has no argument {name}; it has {', '.join(known)}",
+            node=node.name,
         )
     return known[name]
 
@@ -76,7 +79,7 @@ def argument(node: Node, name: str) -> Any:
     if name in node.kwargs:
         return node.kwargs[name]
     if parameter.required:
-        raise TopologyError(f"node {node.name}: its argument {name} is missing: {node.format_node()}")
+        raise TopologyError(f"node {node.name}: its argument {name} is missing: {node.format_node()}", node=node.name)
     return parameter.default
 
 
@@ -106,7 +109,8 @@ def tensor_arg(node: Node, name: str) -> Node:
     value = node_arg(node, name)
     if value.op != "get_attr":
         raise TopologyError(
-            f"node {node.name}: {name} is computed; expected a tensor of the model, got {value.format_node()}"
+            f"node {node.name}: {name} is computed; expected a tensor of the model, got {value.format_node()}",
+            node=node.name,
         )
     return value
 
@@ -120,7 +124,9 @@ def nodes_arg(node: Node, name: str) -> tuple[Node, ...]:
     """An argument that is a list of values of the graph."""
     values = argument(node, name)
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, Node) for value in values):
-        raise TopologyError(f"node {node.name}: {name}: expected a list of values of the graph, got {values!r}")
+        raise TopologyError(
+            f"node {node.name}: {name}: expected a list of values of the graph, got {values!r}", node=node.name
+        )
     return tuple(values)
 
 
@@ -173,5 +179,7 @@ def _names(node: Node) -> list[str]:
 
 def _checked(node: Node, name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> Any:
     if not isinstance(value, kind):
-        raise TopologyError(f"node {node.name}: {name}: expected {expected}, got {value!r}: {node.format_node()}")
+        raise TopologyError(
+            f"node {node.name}: {name}: expected {expected}, got {value!r}: {node.format_node()}", node=node.name
+        )
     return value

@@ -91,7 +91,8 @@ def require(node: Node, fact: type[Fact]) -> Fact:
     found = get(node, fact)
     if found is None:
         raise VerifyError(
-            f"node {node.name}: expected the fact {fact.__name__}, which no pass has put there: {node.format_node()}"
+            f"node {node.name}: expected the fact {fact.__name__}, which no pass has put there: {node.format_node()}",
+            node=node.name,
         )
     return found
 

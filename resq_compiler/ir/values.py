@@ -30,7 +30,9 @@ def tensor_value(node: Node) -> Tensor:
     """The fake value of a node that computes one tensor. Raises VerifyError."""
     found = value(node)
     if not isinstance(found, Tensor):
-        raise VerifyError(f"node {node.name}: expected one tensor, got {type(found).__name__}: {node.format_node()}")
+        raise VerifyError(
+            f"node {node.name}: expected one tensor, got {type(found).__name__}: {node.format_node()}", node=node.name
+        )
     return found
 
 
@@ -65,7 +67,9 @@ def _find(node: Node) -> Any:
         if node.op == "get_attr" and node.graph.owning_module is not None:
             return fake(graph_tools.get_tensor(node.graph.owning_module, node))
         if node.op != "call_function" or not callable(node.target):
-            raise VerifyError(f"node {node.name}: its value is not known; propagate_shapes was not run on this graph")
+            raise VerifyError(
+                f"node {node.name}: its value is not known; propagate_shapes was not run on this graph", node=node.name
+            )
         args = torch.fx.node.map_arg(node.args, value)
         kwargs = torch.fx.node.map_arg(node.kwargs, value)
         return node.target(*args, **kwargs)

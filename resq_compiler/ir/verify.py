@@ -20,9 +20,11 @@ def check_graph(gm: GraphModule) -> None:
         try:
             value = graph_tools.get_tensor(gm, node)
         except AttributeError as error:
-            raise VerifyError(f"node {node.name}: tensor {node.target} does not exist") from error
+            raise VerifyError(f"node {node.name}: tensor {node.target} does not exist", node=node.name) from error
         if not isinstance(value, Tensor):
-            raise VerifyError(f"node {node.name}: {node.target} is a {type(value).__name__}, expected a tensor")
+            raise VerifyError(
+                f"node {node.name}: {node.target} is a {type(value).__name__}, expected a tensor", node=node.name
+            )
 
 
 class _ShapeRecorder(torch.fx.Interpreter):
@@ -33,7 +35,9 @@ class _ShapeRecorder(torch.fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:
             reason = str(error).partition("\n")[0]
-            raise VerifyError(f"node {n.name}: its shape cannot be found: {reason}; {n.format_node()}") from error
+            raise VerifyError(
+                f"node {n.name}: its shape cannot be found: {reason}; {n.format_node()}", node=n.name
+            ) from error
         n.meta["val"] = value
         return value
 

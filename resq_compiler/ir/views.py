@@ -65,7 +65,7 @@ class View(ABC):
         names = " or ".join(graph_tools.target_text(target) for target in cls.targets)
         if not isinstance(node, Node):
             raise TopologyError(f"expected {names}, got {node!r}")
-        raise TopologyError(f"node {node.name}: expected {names}, got {node.format_node()}")
+        raise TopologyError(f"node {node.name}: expected {names}, got {node.format_node()}", node=node.name)
 
     @classmethod
     def why_not(cls, node: object) -> str | None:

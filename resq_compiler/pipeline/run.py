@@ -18,7 +18,7 @@ from resq_compiler.ir import graph_tools, verify
 from resq_compiler.pipeline.options import options_text
 from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.pipeline.stages import Stage, failing_node
+from resq_compiler.pipeline.stages import Stage
 from resq_compiler.util import memory
 
 log = logging.getLogger("resq_compiler")
@@ -75,12 +75,12 @@ class Pipeline:
             change = self._compare(gm, item)
         except Exception as error:
             seconds = time.perf_counter() - start
-            where = failing_node(gm.graph, str(error))  # the graph itself: a malformed one cannot be copied
+            where = error.node if isinstance(error, ResqError) else None
             self._record(
                 Stage(index, item.name, options, gm.graph, rewrites, seconds, None, item.exact, str(error), where)
             )
             if isinstance(error, ResqError):
-                raise type(error)(f"pass {index} {item.name}: {error}") from error
+                raise type(error)(f"pass {index} {item.name}: {error}", node=error.node) from error
             what = f"{type(error).__name__}: {error}; a structure that this pass does not foresee, or a bug in it"
             raise PassError(f"pass {index} {item.name}: {what}") from error
         seconds = time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch.fx import Graph
@@ -28,9 +27,3 @@ class Stage:
     def label(self) -> str:
         """File-name form, such as 03-fold-norms."""
         return f"{self.index:02d}-{self.name}"
-
-
-def failing_node(graph: Graph, message: str) -> str | None:
-    """The node that an error message names, as all of ours do: `node NAME`."""
-    names = {node.name for node in graph.nodes}
-    return next((name for name in re.findall(r"\bnode (\w+)", message) if name in names), None)
