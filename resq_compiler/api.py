@@ -117,6 +117,8 @@ def compile(
             f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
             "calibration_dtype=float32 for all of it"
         )
+    if windows is None and calib_data is not None:
+        ctx.note("calibration: the data given is not used, no pass of this recipe looks at activations")
     with recording(dump_dir, str(about["provenance"].model), config.to_dict(), on_stage) as record, memory.settled():
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)

@@ -175,6 +175,11 @@ def test_calibration_is_not_asked_for_when_nothing_needs_it(text, tiny, captured
     assert compiled.sample_ids is None
 
 
+def test_notes_say_that_data_was_not_used(compile_tiny):
+    model, _ = compile_tiny("llama", recipe="rtn")
+    assert any("data given is not used" in note for note in model.notes)
+
+
 def test_notes_say_what_stays_online(compile_tiny):
     assert any("U_A stays online" in n for n in compile_tiny("gemma2")[0].notes)
     assert not any("U_A stays online" in n for n in compile_tiny("llama")[0].notes)

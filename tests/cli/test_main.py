@@ -128,6 +128,7 @@ def test_recipe_files_are_checked(capsys, tmp_path, text, message):
         (["eval", "m", "--text", "t", "--length", "1"], "--length: expected a whole number of at least 2; got 1"),
         (["generate", "m", "-p", "x", "--system", "y"], "--system needs --chat"),
         (["generate", "m", "-p", "x", "--temperature", "-1"], "--temperature"),
+        (["generate", "m", "-p", "x", "--top-k", "5"], "about sampling"),
         (["demo", "--recipes", "nope"], "expected recipes out of"),
         (["demo", "--windows", "0"], "windows: expected"),
     ],

@@ -110,6 +110,11 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--max-new-tokens of at least 1; got {arguments.temperature}, {arguments.top_p}, {arguments.top_k}, "
             f"{arguments.max_new_tokens}"
         )
+    if arguments.temperature == 0 and (arguments.top_p < 1 or arguments.top_k or arguments.seed):
+        raise ConfigError(
+            "resq generate: --top-p, --top-k and --seed are about sampling, and temperature 0 takes the likeliest token; "
+            "add --temperature, such as 0.8, or leave them out"
+        )
 
 
 def _inputs(tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
