@@ -29,7 +29,18 @@ def _triton() -> type[Backend]:
     return TritonBackend
 
 
-BACKENDS: dict[str, Callable[[], type[Backend]]] = {"reference": _reference, "onnx": _onnx, "triton": _triton}
+def _cpu() -> type[Backend]:
+    from resq_compiler.backends.cpu.backend import CpuBackend
+
+    return CpuBackend
+
+
+BACKENDS: dict[str, Callable[[], type[Backend]]] = {
+    "reference": _reference,
+    "onnx": _onnx,
+    "cpu": _cpu,
+    "triton": _triton,
+}
 
 
 def load_backend(name: str, **options: Any) -> Backend:

@@ -60,6 +60,9 @@ def _match(low: Lowering, attention: Attention) -> _Match | str:
         return str(e)
     if parts[0].head_dim != parts[1].head_dim:
         return f"keys of {parts[0].head_dim} and values of {parts[1].head_dim} columns a head"
+    reason = low.target.why_not_head(parts[0].head_dim)
+    if reason is not None:
+        return reason
     return _Match(attention, keys, values, *parts, mask.window)
 
 

@@ -21,6 +21,7 @@ class Target:
     name: as in `targets.TARGETS`, and the attribute `target` of every operator in a lowered graph.
     why_not_columns: why no kernel quantizes rows of so many columns, or None.
     why_not_transform: why no kernel multiplies rows of so many columns by a Hadamard matrix, or None; PyTorch does it then.
+    why_not_head: why no kernel attends with heads of so many columns, or None.
     stacked: linears of one input become one operator (q, k and v; gate and up).
     """
 
@@ -30,4 +31,5 @@ class Target:
     kernels: Kernels
     why_not_columns: Callable[[int], str | None] = takes_any
     why_not_transform: Callable[[int], str | None] = takes_any
+    why_not_head: Callable[[int], str | None] = takes_any
     stacked: bool = True

@@ -11,6 +11,7 @@ from resq_compiler.errors import BackendError
 
 TARGETS = {
     "torch": "resq_compiler.backends.fused.plain:TORCH",
+    "cpu": "resq_compiler.backends.cpu.target:CPU",
     "triton": "resq_compiler.backends.triton.target:TRITON",
 }
 """Module and name of every Target. Text, since providers import this package and not the other way round."""

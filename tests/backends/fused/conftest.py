@@ -15,7 +15,7 @@ def poisoned(poisoned_memory):
     """Every test here."""
 
 
-@pytest.fixture(scope="module", params=["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.fixture(scope="module", params=["torch", "cpu", pytest.param("triton", marks=NEEDS_TRITON)])
 def target(request):
     """Each target in turn."""
     return find_target(request.param)

@@ -21,7 +21,7 @@ from resq_compiler.evaluation.sizes import resident_bytes
 from resq_compiler.ir import graph_tools
 from resq_compiler.model.compiled_model import CompiledModel
 from resq_compiler.tiny import TINY_FAMILIES, tiny_model, tiny_tokens
-from tests.backends.triton.comparing import ComparingKernels
+from tests.backends.comparing import ComparingKernels
 from tests.conftest import with_layer_norms, with_prefix
 
 FAST = ("llama",)
@@ -53,7 +53,7 @@ def test_every_operator_computes_its_integers_and_generates_the_same_tokens(fami
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # left padding
     with monkeypatch.context() as patch:
-        checked = ComparingKernels()
+        checked = ComparingKernels(TRITON)
         patch.setattr(operators, "find_target", lambda name: dataclasses.replace(TRITON, kernels=checked))
         ours(ids, attention_mask=mask)
     layers = len(ours.runner.caches)
@@ -68,7 +68,7 @@ def test_layer_norms(compiled, monkeypatch):
     reference, ours = compiled("opt", recipe=with_layer_norms())
     quantizing = ours.runner.graph_module.graph.find_nodes(op="call_function", target=operators.norm_quantize)
     assert sum(node.args[3] == "layer" for node in quantizing) == 4
-    ids, checked = tiny_tokens(2, 9), ComparingKernels()
+    ids, checked = tiny_tokens(2, 9), ComparingKernels(TRITON)
     with monkeypatch.context() as patch:
         patch.setattr(operators, "find_target", lambda name: dataclasses.replace(TRITON, kernels=checked))
         ours(ids)

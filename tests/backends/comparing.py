@@ -1,4 +1,4 @@
-"""Kernels that check themselves: every call is made twice, with the Triton kernel and with the torch form, on the same operands.
+"""Kernels that check themselves: every call is made twice, with the target's kernel and with the torch form, on the same operands.
 
 What follows gets the kernel's result, so no operator answers for a rounding of another one before it.
 """
@@ -11,10 +11,9 @@ from collections import defaultdict
 import torch
 from resq_compiler.backends.fused.formats import Codes
 from resq_compiler.backends.fused.kernels import Kernels
+from resq_compiler.backends.fused.target import Target
 from resq_compiler.backends.fused.torch_kernels import TorchKernels
-from resq_compiler.backends.triton.target import TRITON
 
-FORM = TorchKernels(TRITON.codes, TRITON.cache)
 MOVED = 0.001
 """Share of codes that may be a step off: a float32 sum in another order moves those next to a rounding boundary. Measured on Llama,
 Gemma 2, Qwen3 and GPT-NeoX: none of 190 000."""
@@ -23,7 +22,8 @@ Gemma 2, Qwen3 and GPT-NeoX: none of 190 000."""
 class ComparingKernels(Kernels):
     """counts: calls of each operator.    moved: of each, codes that were a step off, and all codes."""
 
-    def __init__(self):
+    def __init__(self, target: Target):
+        self.target, self.form = target, TorchKernels(target.codes, target.cache)
         self.counts: dict[str, int] = defaultdict(int)
         self.moved: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
@@ -52,13 +52,13 @@ class ComparingKernels(Kernels):
 
     def rope_cache(self, q, k, v, rotation, cache, clip):
         twin = dataclasses.replace(cache, keys=cache.keys.clone(), values=cache.values.clone())
-        ours = TRITON.kernels.rope_cache(q, k, v, rotation, cache, clip)
-        form = FORM.rope_cache(q, k, v, rotation, twin, clip)
+        ours = self.target.kernels.rope_cache(q, k, v, rotation, cache, clip)
+        form = self.form.rope_cache(q, k, v, rotation, twin, clip)
         self.counts["rope_cache"] += 1
         torch.testing.assert_close(ours, form, rtol=1e-5, atol=1e-5)
         total = int(cache.start.max()) + q.shape[1]
         for kind, parts in (("keys", cache.key_parts), ("values", cache.value_parts)):
-            images = [TRITON.cache.read(getattr(c, kind), c.table, parts, total) for c in (cache, twin)]
+            images = [self.target.cache.read(getattr(c, kind), c.table, parts, total) for c in (cache, twin)]
             self._images(*images)
         return ours
 
@@ -70,7 +70,7 @@ class ComparingKernels(Kernels):
 
     def _both(self, name, *arguments):
         self.counts[name] += 1
-        return getattr(TRITON.kernels, name)(*arguments), getattr(FORM, name)(*arguments)
+        return getattr(self.target.kernels, name)(*arguments), getattr(self.form, name)(*arguments)
 
     def _codes(self, name, parts, *arguments) -> Codes:
         ours, form = self._both(name, *arguments)
@@ -86,10 +86,9 @@ class ComparingKernels(Kernels):
             self.moved[name][1] += step.numel()
         return ours
 
-    @staticmethod
-    def _centred(codes, part, groups):
+    def _centred(self, codes, part, groups):
         """Codes less their zero points, which a rounding may move together."""
-        q = TRITON.codes.unpack_rows(codes.of(part), part).unflatten(-1, (part.groups, -1)).int()
+        q = self.target.codes.unpack_rows(codes.of(part), part).unflatten(-1, (part.groups, -1)).int()
         return q - codes.zero_point[..., groups, None]
 
     def check(self):
