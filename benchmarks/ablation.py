@@ -27,10 +27,8 @@ import accuracy
 import torch
 
 from resq_compiler import api
-from resq_compiler.analysis.topology import Topology
-from resq_compiler.calibration import precision, requests
+from resq_compiler.calibration import precision
 from resq_compiler.calibration.data import calibration_windows, text_windows
-from resq_compiler.calibration.statistics import take
 from resq_compiler.cli import environment
 from resq_compiler.cli.commands.common import model_source
 from resq_compiler.evaluation.predictions import evaluate
@@ -108,9 +106,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "64 windows": ("resq+", {"calibration_samples": 64}, "calibrated on 64 windows"),
     "112 windows": ("resq+", {"calibration_samples": 112}, "calibrated on 112 windows"),
 }
-
-MOMENTS = ("calibration_samples", "basis_samples")
-"""Options of second moments: rows where one differs from resq+ take their own, as those do whose text or sites differ."""
 
 
 def main() -> None:
@@ -191,17 +186,8 @@ class Bench:
         self.pipeline = Pipeline(self.ctx)
         self.pipeline.start(self.gm)
         first = passes_for(self.config)
-        self.shared = [p.name for p in first].index("fold-norms") + 1
+        self.shared = [p.name for p in first].index("find-topology") + 1  # recipes part there: not all fold norms
         self.pipeline.run(self.gm, first[: self.shared])
-        with precision.linears_in(self.config.calibration_dtype):
-            topology = self.ctx.facts.get(Topology)
-            every = [
-                requests.residual_moment(topology),
-                requests.residual_peak(topology),
-                *requests.head_moments(topology),
-            ]
-            every += [r for by in ("energy", "peak") for r in requests.down_sizes(topology, by)]
-            self.statistics = take(self.gm, every, self.ctx.statistics_windows, None, self.ctx.progress)
 
     def reference(self, ids: torch.Tensor) -> Any:
         """The float model on one of the windows."""
@@ -223,16 +209,12 @@ class Bench:
         model, seconds = self.loaded.model, 0.0
         if job["recipe"] != "float":
             config = settings(job["recipe"], weight_method="gptq", seed=job["seed"], **job["options"])
-            own = job["self_written"] or any(getattr(config, name) != getattr(self.config, name) for name in MOMENTS)
             began = time.perf_counter()
             ctx = dataclasses.replace(
                 self.ctx, seed=config.seed, calibration_dtype=config.calibration_dtype, basis_samples=config.basis_samples,
                 notes=[], lines=[],
             )  # fmt: skip
-            if own:
-                ctx.calibration = self.calibration(job)
-            else:
-                ctx.facts.put(self.statistics)
+            ctx.calibration = self.calibration(job)
             self.pipeline.ctx = ctx
             self.pipeline.run(self.gm, passes_for(config)[self.shared :])
             seconds = time.perf_counter() - began

@@ -119,14 +119,11 @@ class AllocateBits(Pass):
         bits = (min(plan.weight_bits, plan.activation_bits), plan.common.high_bits)
         if bits[0] >= bits[1]:
             return []
-        if bases.residual is None:
-            raise PassError("columns are shared out along a basis of the residual stream; give compute-bases a basis")
-        stream = bases.residual[None]
         attention = [n for b in topology.blocks for n in (b.attention.q, b.attention.k, b.attention.v)]
         mlp = [n for b in topology.blocks for f in b.feed_forwards for n in (*f.gates, *f.ups)]
         choices = [
-            Choice(site, along(stream, felt[site]), rows(gm, linears), *bits)
-            for site, linears in ((Site("attention"), attention), (Site("mlp"), mlp))
+            Choice(Site(name), self._stream_energies(ctx, felt, name), rows(gm, linears), *bits)
+            for name, linears in (("attention", attention), ("mlp", mlp))
         ]
         for block in topology.blocks:
             a, site = block.attention, Site("o", block.index)
@@ -137,6 +134,16 @@ class AllocateBits(Pass):
                 energies = self._down_energies(ctx, block, felt[site].sum(0))
                 choices.append(Choice(site, energies, rows(gm, [f.down for f in block.feed_forwards]), *bits))
         return choices
+
+    def _stream_energies(self, ctx: PassContext, felt: Felt, name: str) -> Tensor:
+        """Weighted energies [d] of what attention or feed-forward of all blocks read, along the directions of their bases."""
+        topology, bases = ctx.facts.get(Topology), ctx.facts.get(Bases)
+        if bases.residual is not None:
+            return along(bases.residual[None], felt[Site(name)])
+        if not bases.reading:
+            raise PassError("columns are shared out along a basis of the residual stream; give compute-bases a basis")
+        sites = {site: found[0].node for site, found in sensitivity.places(topology).items() if site.name == name}
+        return torch.stack([along(bases.reading[node][None], felt[site]) for site, node in sites.items()]).sum(0)
 
     def _down_energies(self, ctx: PassContext, block: Block, weighted: Tensor) -> Tensor:
         """Weighted energies [width] of the inputs of a block's down projections, in the order in which they get high bits.

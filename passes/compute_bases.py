@@ -9,17 +9,17 @@ none         no bases, but those of down projections
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.amplification import residual_readers, value_readers, weigh
 from resq_compiler.analysis.sites import Site
-from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.analysis.topology import Block, ReadGroup, Topology
 from resq_compiler.calibration import requests
 from resq_compiler.calibration.bases import Bases, BlockBasis, block_basis, permutation, random_basis
 from resq_compiler.calibration.statistics import Request, Statistics
@@ -57,8 +57,8 @@ class ComputeBases(Pass):
         topology = ctx.facts.get(Topology)
         found: list[Request] = []
         if self.basis in MEASURED:
-            at_residual = requests.residual_moment if self.basis == "pca" else requests.residual_peak
-            found += [at_residual(topology), *requests.head_moments(topology)]
+            at_residual = requests.residual_moments if self.basis == "pca" else requests.residual_peaks
+            found += [*at_residual(topology), *requests.head_moments(topology)]
         if self.down == "block-pca":
             found += requests.down_moments(topology)
         return found
@@ -77,24 +77,27 @@ class ComputeBases(Pass):
         ctx.facts.put(bases)
         return 0
 
-    def _down(self, topology: Topology, seen: Statistics) -> dict[torch.fx.Node, BlockBasis]:
+    def _down(self, topology: Topology, seen: Statistics) -> dict[Node, BlockBasis]:
         if self.down == "none":
             return {}
         sites = requests.feed_forwards(topology)
         return {f.down: block_basis(seen.get(SecondMoment, site).mean()) for site, f in sites}
 
     def _principal(
-        self, gm: GraphModule, topology: Topology, seen: Statistics, down: dict[torch.fx.Node, BlockBasis]
+        self, gm: GraphModule, topology: Topology, seen: Statistics, down: dict[Node, BlockBasis]
     ) -> Bases:  # fmt: skip
-        moment = seen.get(SecondMoment, requests.RESIDUAL).mean()
-        if self.weighting == "readers":
-            moment = weigh(moment, residual_readers(gm, topology))
+        def of_stream(site: Site, groups: list[ReadGroup]) -> Tensor:
+            moment = seen.get(SecondMoment, site).mean()
+            if self.weighting == "readers":
+                moment = weigh(moment, residual_readers(gm, groups))
+            return principal_basis(moment)[0]
+
         heads = [self._head_moments(gm, seen, block) for block in topology.blocks]
         value = tuple(each_basis(values) for values, _ in heads)
         key = tuple(each_basis(keys) for _, keys in heads)
         if self.key_basis == "shared":
             key = tuple(u[0] for u in key)
-        return Bases(principal_basis(moment)[0], value, key, down)
+        return Bases(*stream_bases(topology, of_stream), value, key, down)
 
     def _head_moments(self, gm: GraphModule, seen: Statistics, block: Block) -> tuple[Tensor, Tensor]:
         """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
@@ -111,8 +114,19 @@ def each_basis(moments: Tensor) -> Tensor:
     return torch.stack([principal_basis(moment)[0] for moment in moments])
 
 
+def stream_bases(
+    topology: Topology, basis_of: Callable[[Site, list[ReadGroup]], Tensor]
+) -> tuple[Tensor | None, dict[Node, Tensor]]:
+    """U_A of the whole stream; or none, and one of each value that linears read, where it stays online: every value may have its own."""
+    groups = requests.residual_groups(topology)
+    found = {site: basis_of(site, sharing) for site, sharing in groups.items()}
+    if topology.residual.fusable:
+        return found[requests.RESIDUAL], {}
+    return None, {group.value: found[site] for site, sharing in groups.items() for group in sharing}
+
+
 def ordered(
-    topology: Topology, seen: Statistics, shared: bool, down: dict[torch.fx.Node, BlockBasis]
+    topology: Topology, seen: Statistics, shared: bool, down: dict[Node, BlockBasis]
 ) -> Bases:  # fmt: skip
     """Permutations of channels by their size; of keys one for all heads of a block (shared) or one for each."""
 
@@ -125,10 +139,11 @@ def ordered(
         key = tuple(permutation(sizes("key", i).mean(0)) for i in blocks)
     else:
         key = tuple(torch.stack([permutation(size) for size in sizes("key", i)]) for i in blocks)
-    return Bases(permutation(seen.get(Peak, requests.RESIDUAL).sizes), value, key, down)
+    stream = stream_bases(topology, lambda site, _: permutation(seen.get(Peak, site).sizes))
+    return Bases(*stream, value, key, down)
 
 
-def drawn(topology: Topology, kind: str, seed: int, down: dict[torch.fx.Node, BlockBasis]) -> Bases:
+def drawn(topology: Topology, kind: str, seed: int, down: dict[Node, BlockBasis]) -> Bases:
     """Random rotations of the whole width: one for the stream, one for the values and one for the keys of all heads."""
     residual = random_basis(topology.hidden_size, kind, seed, "residual")
     heads = [block.attention for block in topology.blocks]
@@ -136,4 +151,4 @@ def drawn(topology: Topology, kind: str, seed: int, down: dict[torch.fx.Node, Bl
         torch.stack([random_basis(a.value_dim, kind, seed, "head")] * a.num_kv_heads) for a in heads
     )  # fmt: skip
     key = tuple(random_basis(a.head_dim, kind, seed, "key") for a in heads)
-    return Bases(residual, value, key, down)
+    return Bases(*stream_bases(topology, lambda *_: residual), value, key, down)

@@ -7,11 +7,19 @@
 Where every norm on the stream is a LayerNorm, its mean subtraction moves into the writers: embeddings and output projections
 lose their mean over the hidden dimension, after which LayerNorm and RMSNorm agree (SliceGPT, arXiv 2401.15024, section 3.2).
 Models with RMSNorm are not centred: that would change them. Arithmetic in float64, rounded once.
+
+Where folding would cost more than `most_lost` dB of what 8-bit activations keep (analysis/folding.py; mean over the reading linears, on a
+calibration window), U_A of the whole stream stays online, as the override `residual: {fusable: false}` says.
+
+Where U_A stays online (post-norm models) nothing is folded: it is multiplied in behind the gain, and what is quantized is the value with
+its gain. A gain often puts down a channel that is far larger than all others, and quantized before it the others would be lost.
 """
 
 from __future__ import annotations
 
 import functools
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,15 +27,21 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis.topology import Topology
+from resq_compiler.analysis.folding import FoldingCost
+from resq_compiler.analysis.topology import ReadGroup, Topology
+from resq_compiler.calibration.statistics import both, observe
 from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
 from resq_compiler.ir.views import Embedding, Linear, Norm
 from resq_compiler.numerics.float64 import by_row_chunks
+from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
+from resq_compiler.util.text import number, table
 
 LAYER_NORM = aten.layer_norm.default
+TOKENS = 256  # enough: what matters is in every token
+HEADER = ("norm", "8 bits before the gain, dB", "behind it, dB", "lost, dB")
 
 
 @dataclass(frozen=True)
@@ -37,15 +51,30 @@ class FoldNorms(Pass):
     name: ClassVar[str] = "fold-norms"
     requires: ClassVar[tuple[type, ...]] = (Topology,)
 
+    most_lost: float = option(12.0, 0)
+
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        residual = ctx.facts.get(Topology).residual
+        topology = ctx.facts.get(Topology)
+        residual = topology.residual
+        if residual.fusable and ctx.calibration is not None:
+            costs = measure_costs(gm, topology, ctx)
+            ctx.lines += lines_of(costs)
+            lost = statistics.fmean(cost.lost for _, cost in costs) if costs else 0.0
+            if lost > self.most_lost:
+                residual.fusable = False
+                ctx.note(
+                    f"U_A stays online before attention and feed-forward: folding the gains of norms would cost 8-bit activations "
+                    f"{lost:.0f} dB, more than {self.most_lost:g} (fold-norms, most-lost); it is two matrices for each block"
+                )
+        if not residual.fusable:
+            return 0
         done = 0
         for group in residual.readers:
             if group.norm is not None and fold_gain(gm, group.norm, group.linears):
                 done += 1
                 memory.trim()  # the weights before
         norms = [group for group in residual.readers if is_call(group.norm, LAYER_NORM)]
-        if residual.fusable and len(norms) == len(residual.readers):
+        if len(norms) == len(residual.readers):
             for writer in residual.writers:
                 center(gm, writer)
             for group in norms:
@@ -53,6 +82,27 @@ class FoldNorms(Pass):
             done += len(norms)
         graph_tools.delete_unused_tensors(gm)
         return done
+
+
+def measure_costs(gm: GraphModule, topology: Topology, ctx: PassContext) -> list[tuple[ReadGroup, FoldingCost]]:
+    """What folding costs every group of linears, on the beginning of a calibration window."""
+    costs = [(group, cost) for group in topology.readers if (cost := FoldingCost.of(gm, group)) is not None]
+    taps: dict[Node, Callable[[Tensor], None]] = {}
+    for group, cost in costs:
+        x = Norm.require(group.norm).x
+        taps[x] = both(taps[x], cost.see) if x in taps else cost.see
+    if taps:
+        observe(gm, taps, ctx.windows[:1, :TOKENS], lambda done, total: ctx.progress("folding", done, total))
+    return costs
+
+
+def lines_of(costs: list[tuple[ReadGroup, FoldingCost]]) -> list[str]:
+    """The table of this stage."""
+    rows = [
+        (graph_tools.module_of(group.value), *(number(v / cost.tokens, 1) for v in (cost.before, cost.behind)), number(cost.lost, 1))
+        for group, cost in costs
+    ]  # fmt: skip
+    return table(HEADER, rows).splitlines() if rows else []
 
 
 def fold_gain(gm: GraphModule, node: Node, linears: list[Node]) -> bool:

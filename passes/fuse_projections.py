@@ -63,11 +63,12 @@ def fuse(gm: GraphModule, node: Node, bases: Bases) -> bool:
     return fused
 
 
-def exact_basis(fact: meta.Projection, bases: Bases) -> Tensor:
+def exact_basis(node: Node, fact: meta.Projection, bases: Bases) -> Tensor:
     """U in float64: U_A [d, d], or U_B of a block [G, D, D]. The graph holds it in the type of the weights."""
     if fact.basis == "U_A":
-        assert bases.residual is not None
-        return bases.residual
+        if bases.residual is not None:
+            return bases.residual
+        return bases.reading[source(source(node))]  # node is the inverse behind the projection of a value
     assert fact.block is not None
     return bases.value[fact.block]
 
@@ -77,7 +78,7 @@ def fuse_forward(gm: GraphModule, node: Node, fact: meta.Projection, bases: Base
     project = Project.of(node)
     if project is None:
         return False
-    x, u = project.x, exact_basis(fact, bases)
+    x, u = project.x, exact_basis(node, fact, bases)
     if project.by_head:
         split = SplitHeads.of(x)
         if split is None or only_user(x) is None:
@@ -116,7 +117,7 @@ def _column_change(
     if is_call(node, ops.project_blocks):
         blocks = bases.down[linear.node]
         return lambda w: ops.project_blocks(w, blocks.vectors, blocks.order)
-    u = exact_basis(fact, bases)
+    u = exact_basis(node, fact, bases)
     if is_call(node, ops.project):
         return lambda w: w @ u
     heads = _repeat(u, linear.weight_tensor(gm).shape[1] // u.shape[-1])

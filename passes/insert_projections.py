@@ -1,8 +1,9 @@
 """insert-projections: the four changes of basis of ResQ, as explicit nodes; U and its inverse, so the model stays the same.
 
-    U_A  residual stream:  project after every writer, inverse before every reader.  Where norms with a gain write into the
+    U_A  residual stream:  project after every writer, inverse before every reader.  A permutation passes the gain of the reading norm,
+         which is permuted with it; any other basis needs a norm without one (fold-norms).  Where norms with a gain write into the
          stream (post-norm models) U_A cannot pass them: project and inverse then stand together before the reading linears,
-         and the projection stays an operator of its own.
+         behind the gain, and the projection stays an operator of its own; every value that linears read has its own basis.
     U_B  values: project_heads before the cache, inverse after attention.
     U_C  queries and keys, after RoPE: project both; the product q kᵀ does not change.
     U_D  input of down projections: Hadamard transform and its inverse; inside each part where channels are split by energy. Before it,
@@ -13,7 +14,7 @@ Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,11 +23,12 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Attention, Topology
-from resq_compiler.calibration.bases import Bases, BlockBasis
+from resq_compiler.calibration.bases import Bases, BlockBasis, order_of
+from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools, meta, ops, values
-from resq_compiler.ir.args import source
+from resq_compiler.ir.args import set_argument, source
 from resq_compiler.ir.graph_tools import emit
-from resq_compiler.ir.views import Linear
+from resq_compiler.ir.views import Linear, Norm
 from resq_compiler.numerics.hadamard import hadamard_plan
 from resq_compiler.pipeline.passes import Pass, PassContext
 
@@ -46,7 +48,9 @@ class InsertProjections(Pass):
         topology, bases = ctx.facts.get(Topology), ctx.facts.find(Bases) or Bases()
         done = 0
         if bases.residual is not None:
-            done += insert_residual(gm, topology, bases.residual, ctx)
+            done += insert_residual(gm, topology, bases.residual)
+        if bases.reading:
+            done += insert_reading(gm, topology, bases.reading, ctx)
         for block in topology.blocks:
             if bases.value:
                 done += insert_value(gm, block.attention, bases.value[block.index], block.index)
@@ -75,29 +79,56 @@ def basis_node(gm: GraphModule, name: str, value: Tensor, like: Tensor) -> Node:
     return graph_tools.add_tensor(gm, f"resq.{name}", value.to(like.dtype).to(like.device), InsertProjections.name)
 
 
-def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor, ctx: PassContext) -> int:
-    """U_A around the residual stream, or before each reading linear where the stream itself cannot change basis."""
+def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor) -> int:
+    """U_A around the residual stream."""
     u = basis_node(gm, "U_A", basis, Linear.require(topology.head).weight_tensor(gm))
     forward, inverse = meta.Projection("U_A"), meta.Projection("U_A", inverse=True)
-    residual, done = topology.residual, 0
-    if residual.fusable:
-        for writer in residual.writers:
-            insert_after(gm, writer, list(writer.users), ops.project, (u,), forward)
-        for group in residual.readers:
-            insert_after(gm, group.value, group.linears, ops.project, (u, True), inverse)
-        return len(residual.writers) + len(residual.readers)
-    names = ", ".join(sorted({graph_tools.module_of(n) for n in residual.gained_writers})[:2])
-    why = (
-        f"norms with a gain write into the residual stream ({names}, ...)" if names else "the topology override says so"
-    )
-    ctx.note(f"U_A stays online before attention and feed-forward: {why}")
+    residual = topology.residual
+    for writer in residual.writers:
+        insert_after(gm, writer, list(writer.users), ops.project, (u,), forward)
     for group in residual.readers:
-        if topology.head in group.linears:
+        pass_norm(gm, group.norm, order_of(basis))
+        insert_after(gm, group.value, group.linears, ops.project, (u, True), inverse)
+    return len(residual.writers) + len(residual.readers)
+
+
+def pass_norm(gm: GraphModule, node: Node | None, order: Tensor | None) -> None:
+    """Let a norm with a gain read a permuted stream. Raises PassError: the basis is no permutation (order None)."""
+    norm = Norm.of(node)
+    if norm is None:
+        return
+    for name, tensor in (("weight", norm.gain), ("bias", norm.bias)):
+        if tensor is None:
             continue
-        projected = insert_after(gm, group.value, group.linears, ops.project, (u,), meta.Projection("U_A", online=True))
+        if order is None:
+            raise PassError(
+                f"node {norm.node.name}: a norm with a gain reads the stream; expected fold-norms before this"
+            )
+        value = graph_tools.get_tensor(gm, tensor)[order]
+        target = f"resq.{norm.node.name}.{name}"
+        set_argument(norm.node, name, graph_tools.add_tensor(gm, target, value, InsertProjections.name))
+
+
+def insert_reading(gm: GraphModule, topology: Topology, bases: Mapping[Node, Tensor], ctx: PassContext) -> int:
+    """U_A before the linears that read a value, where the stream itself cannot change basis. Equal bases are one tensor."""
+    residual = topology.residual
+    names = ", ".join(sorted({graph_tools.module_of(n) for n in residual.gained_writers})[:2])
+    if names:
+        why = f"norms with a gain write into the residual stream ({names}, ...)"
+        ctx.note(f"U_A stays online before attention and feed-forward: {why}")
+    elif ctx.overrides is not None and ctx.overrides.fusable is False:
+        ctx.note("U_A stays online before attention and feed-forward: the topology override says so")
+    like = Linear.require(topology.head).weight_tensor(gm)
+    forward, inverse = meta.Projection("U_A", online=True), meta.Projection("U_A", inverse=True)
+    made: dict[int, Node] = {}
+    for group in topology.readers:
+        basis = bases[group.value]
+        if id(basis) not in made:
+            made[id(basis)] = basis_node(gm, f"U_A.{len(made)}", basis, like)
+        u = made[id(basis)]
+        projected = insert_after(gm, group.value, group.linears, ops.project, (u,), forward)
         insert_after(gm, projected, group.linears, ops.project, (u, True), inverse)
-        done += 2
-    return done
+    return 2 * len(topology.readers)
 
 
 def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:

@@ -154,8 +154,8 @@ def with_prefix(recipe: str = "resq", **options) -> tuple[Pass, ...]:
 
 
 def with_layer_norms() -> tuple[Pass, ...]:
-    """Round to nearest with norms as the model has them: gains and biases are not folded, LayerNorms stay LayerNorms."""
-    return tuple(item for item in named.passes_for(named.resolve("rtn")) if item.name != "fold-norms")
+    """Round to nearest: norms as the model has them, gains and biases are not folded, LayerNorms stay LayerNorms."""
+    return named.passes_for(named.resolve("rtn"))
 
 
 def with_options(built: Built, config: CompileConfig) -> Built:

@@ -6,23 +6,20 @@ e (sum of Wᵀ W) eᵀ. Directions with much of this energy deserve bits as much
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from resq_compiler.analysis.topology import Attention, Topology
+from resq_compiler.analysis.topology import Attention, ReadGroup
 from resq_compiler.ir.views import Linear
 
 
-def residual_readers(gm: GraphModule, topology: Topology) -> Tensor:
-    """Sum of Wᵀ W over all linears of blocks that read the residual stream, gains folded in: float64 [d, d]."""
-    total = torch.zeros(topology.hidden_size, topology.hidden_size, dtype=torch.float64)
-    for group in topology.residual.readers:
-        for linear in group.linears:
-            if linear is not topology.head:
-                weight = Linear.require(linear).weight_tensor(gm).float()
-                total += (weight.mT @ weight).double()
-    return total
+def residual_readers(gm: GraphModule, groups: Iterable[ReadGroup]) -> Tensor:
+    """Sum of Wᵀ W over linears that read the residual stream: float64 [d, d]."""
+    weights = (Linear.require(linear).weight_tensor(gm).float() for group in groups for linear in group.linears)
+    return torch.stack([(w.mT @ w).double() for w in weights]).sum(0)
 
 
 def value_readers(gm: GraphModule, attention: Attention) -> Tensor:

@@ -46,13 +46,15 @@ class Place:
 
 
 def places(topology: Topology) -> dict[Site, list[Place]]:
-    """Where the values of each site are. U_A is shared, so attention and feed-forward inputs are one site each for all blocks."""
+    """Where the values of each site are. Attention inputs of all blocks are one site where they share U_A, and feed-forward inputs too."""
     found: dict[Site, list[Place]] = {}
+    shared = topology.residual.fusable
     for block in topology.blocks:
         a, i = block.attention, block.index
-        found.setdefault(Site("attention"), []).append(Place(source(a.q)))
-        inputs = [Place(source((*f.gates, *f.ups)[0])) for f in block.feed_forwards]
-        found.setdefault(Site("mlp"), []).extend(inputs)
+        found.setdefault(Site("attention", None if shared else i), []).append(Place(source(a.q)))
+        for j, f in enumerate(block.feed_forwards):
+            site = Site("mlp") if shared else Site("mlp", i, j)
+            found.setdefault(site, []).append(Place(source((*f.gates, *f.ups)[0])))
         found[Site("o", i)] = [Place(source(a.o), a.num_heads)]
         found[Site("down", i)] = [Place(source(f.down), channels=True) for f in block.feed_forwards]
         found[Site("key", i)] = [Place(a.new_keys, a.num_kv_heads)]

@@ -74,7 +74,7 @@ def prefix_bytes(topology: Topology, tokens: int) -> int:
 
 def projection_bytes(topology: Topology, plan: ColumnPlan, bases: Bases) -> int:
     """Bases that stay online: U_C, U_A where norms write into the stream, U_B where values are no plain linear, blocks of U_D; float32."""
-    values = 0 if topology.residual.fusable else topology.hidden_size**2
+    values = sum(u.numel() for u in {id(u): u for u in bases.reading.values()}.values())
     for block in topology.blocks:
         a = block.attention
         if plan.kv_bits < FLOAT_BITS:

@@ -102,6 +102,11 @@ class Topology:
     floats: list[Node] = field(default_factory=list)  # linears that the user keeps in float
 
     @property
+    def readers(self) -> list[ReadGroup]:
+        """The groups of linears inside blocks that read the residual stream."""
+        return [group for group in self.residual.readers if self.head not in group.linears]
+
+    @property
     def linears(self) -> list[Node]:
         """All linears inside blocks that are to be quantized, in execution order."""
         left_out = {self.head, *self.floats}

@@ -31,11 +31,13 @@ class BlockBasis:
 class Bases:
     """A fact: orthogonal bases in float64, columns [low | high]; None, or empty, where a recipe has none.
 
-    residual U_A [d, d]; value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; down: what stands before U_D's Hadamard
-    transform, by down projection.
+    residual U_A [d, d] of the whole stream; reading: in its place, where U_A stays online, U_A [d, d] of every value that linears read;
+    value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; down: what stands before U_D's Hadamard transform, by down
+    projection.
     """
 
     residual: Tensor | None = None
+    reading: Mapping[Node, Tensor] = field(default_factory=dict)
     value: tuple[Tensor, ...] = ()
     key: tuple[Tensor, ...] = ()
     down: Mapping[Node, BlockBasis] = field(default_factory=dict)
@@ -53,6 +55,13 @@ def permutation(size: Tensor) -> Tensor:
     return torch.eye(len(size), dtype=torch.float64)[:, order]
 
 
+def order_of(basis: Tensor) -> Tensor | None:
+    """The order of columns that a basis stands for, if it is a permutation: x P = x[order]. Else None."""
+    if not bool(((basis == 0) | (basis == 1)).all()):
+        return None
+    return basis.argmax(0)
+
+
 def random_basis(width: int, kind: str, seed: int, purpose: str) -> Tensor:
     """A random rotation of the whole width [width, width]; kind: see `random_rotation`."""
     return part_rotation([width], kind, generator(seed, f"rotation.{purpose}"))
@@ -66,6 +75,9 @@ def rotated(bases: Bases, plan: ColumnPlan, kind: str, seed: int) -> Bases:
         return basis @ part_rotation(columns, kind, generator(seed, f"rotation.{purpose}"))
 
     residual = None if bases.residual is None else turn(bases.residual, "residual", "attention", "mlp")
+    reading = {
+        node: turn(u, f"residual.{i}", "attention", "mlp") for i, (node, u) in enumerate(bases.reading.items())
+    }  # fmt: skip
     value = [
         torch.stack([turn(u, f"value.{i}.{g}", "value", "o", block=i) for g, u in enumerate(heads)])
         for i, heads in enumerate(bases.value)
@@ -76,4 +88,4 @@ def rotated(bases: Bases, plan: ColumnPlan, kind: str, seed: int) -> Bases:
         else torch.stack([turn(each, f"key.{i}.{g}", "key", block=i) for g, each in enumerate(u)])
         for i, u in enumerate(bases.key)
     ]
-    return dataclasses.replace(bases, residual=residual, value=tuple(value), key=tuple(key))
+    return dataclasses.replace(bases, residual=residual, reading=reading, value=tuple(value), key=tuple(key))

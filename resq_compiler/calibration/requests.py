@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from resq_compiler.analysis.sites import Site
-from resq_compiler.analysis.topology import FeedForward, Topology
+from resq_compiler.analysis.topology import FeedForward, ReadGroup, Topology
 from resq_compiler.calibration import precision
 from resq_compiler.calibration.statistics import Request
 from resq_compiler.ir import values
@@ -23,20 +23,36 @@ BLOCK = 64
 RESIDUAL = Site("residual")
 
 
-def residual_moment(topology: Topology) -> Request:
-    """SecondMoment of all inputs of attention and feed-forward, pooled: [d, d]."""
-    moment = SecondMoment("residual stream", topology.hidden_size, dtype=precision.dtype())
-    return Request(RESIDUAL, moment, residual_values(topology))
+def residual_moments(topology: Topology) -> list[Request]:
+    """SecondMoment of the inputs of attention and feed-forward, for each basis that they have: [d, d]."""
+    return [
+        Request(site, SecondMoment(stream_name(site), topology.hidden_size, dtype=precision.dtype()), values_of(groups))
+        for site, groups in residual_groups(topology).items()
+    ]
 
 
-def residual_peak(topology: Topology) -> Request:
+def residual_peaks(topology: Topology) -> list[Request]:
     """Peak of the channels of the same values: [d]."""
-    return Request(RESIDUAL, Peak("residual stream"), residual_values(topology))
+    return [
+        Request(site, Peak(stream_name(site)), values_of(groups)) for site, groups in residual_groups(topology).items()
+    ]  # fmt: skip
 
 
-def residual_values(topology: Topology) -> tuple[Node, ...]:
-    """What attention and feed-forward of all blocks read."""
-    return tuple(g.value for g in topology.residual.readers if topology.head not in g.linears)
+def residual_groups(topology: Topology) -> dict[Site, list[ReadGroup]]:
+    """The readers of the residual stream that share a basis: all of them, or each alone where U_A stays online."""
+    if topology.residual.fusable:
+        return {RESIDUAL: topology.readers}
+    return {Site(RESIDUAL.name, index=i): [group] for i, group in enumerate(topology.readers)}
+
+
+def values_of(groups: list[ReadGroup]) -> tuple[Node, ...]:
+    """What they read."""
+    return tuple(group.value for group in groups)
+
+
+def stream_name(site: Site) -> str:
+    """In messages."""
+    return "residual stream" if site == RESIDUAL else f"residual stream, reader {site.index}"
 
 
 def head_moments(topology: Topology) -> list[Request]:

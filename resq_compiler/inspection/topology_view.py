@@ -50,7 +50,7 @@ def _stream_rows(stream: Residual) -> list[dict[str, str]]:
     first = graph_tools.module_of(stream.gained_writers[0]) or stream.gained_writers[0].name
     why = (
         f"{len(stream.gained_writers)} norms with a gain write into the stream ({first}, ...); a rotation does not commute with a "
-        "gain, so U_A is multiplied in before each group of reading linears at run time"
+        "gain, so U_A is multiplied in before each group of reading linears at run time, each with a basis of its own"
     )
     return [{"basis": "U_A", "where": "residual stream", "why": why}]
 

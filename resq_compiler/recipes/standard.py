@@ -33,7 +33,10 @@ ORDERS: dict[str, Literal["energy", "peak"]] = {"energy-split": "energy", "outli
 SPLIT_DOWN = (*ORDERS, "block-pca")
 """Values of `down_proj` that give the input of down projections parts; the others quantize it whole, at the main bits."""
 
-NAMING = (Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology(), FoldNorms())
+NAMING = (Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology())
+
+ROTATED = ("pca", "hadamard")
+"""Values of `basis` that no gain of a norm lets pass. A permutation passes, and the gains stay with the values."""
 
 
 def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
@@ -42,6 +45,7 @@ def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
     channels = ORDERS.get(s.down_proj)
     return (
         *NAMING,
+        *([FoldNorms()] if s.basis in ROTATED else []),
         plan_columns(s),
         *([compute_bases(s)] if s.basis != "none" or s.down_proj == "block-pca" else []),
         *([allocate_bits(s)] if s.allocates else []),

@@ -151,6 +151,25 @@ def test_quik_orders_channels_by_peak(build):
     assert set(u.unique().tolist()) == {0.0, 1.0} and bool((peak.double() @ u).diff().ge(0).all())
 
 
+def test_where_u_a_stays_online_every_value_has_the_basis_of_its_own_moments(build, tiny):
+    """olmo2: linears read the stream itself; the last columns of each basis span the top eigenvectors of what that linear reads."""
+    built, seen = build("olmo2", "insert-projections", recipe="resq"), hooked(tiny("olmo2"), tiny_tokens(4, 32))
+    assert built.bases.residual is None and len(built.bases.reading) == 4
+    names = [f"model.layers.{i}.{linear}" for i in (0, 1) for linear in ("self_attn.q_proj", "mlp.up_proj")]
+    for name, u in zip(names, built.bases.reading.values(), strict=True):
+        top = torch.linalg.eigh(seen[name].T @ seen[name])[1][:, 56:]
+        high = u[:, 56:]
+        torch.testing.assert_close(high @ high.T, top @ top.T, rtol=0, atol=1e-3)  # float32 activations
+
+
+def test_u_a_online_sees_values_with_their_gains(build, tiny):
+    """gemma2: moments are those of the norm's output as the linears of the model read it."""
+    built, seen = build("gemma2", "rotate-bases"), hooked(tiny("gemma2"), tiny_tokens(4, 32))
+    x = seen["model.layers.1.mlp.up_proj"]
+    moment = built.seen.get(SecondMoment, Site("residual", index=3)).mean()
+    torch.testing.assert_close(moment, x.T @ x / 128, rtol=1e-4, atol=1e-5)
+
+
 def test_quarot_needs_no_data_and_flattens_a_spike(build):
     built = build("llama", "insert-projections", recipe="quarot")
     assert built.ctx.facts.find(Statistics) is None
@@ -223,7 +242,7 @@ def test_readers_of_the_stream_and_of_values_are_the_models_own_weights(build, t
             for linear in linears:
                 w = (linear.weight * gain).detach().double()
                 total += w.T @ w
-    torch.testing.assert_close(residual_readers(gm, topology), total, rtol=1e-4, atol=1e-5)  # float32 products
+    torch.testing.assert_close(residual_readers(gm, topology.readers), total, rtol=1e-4, atol=1e-5)  # float32 products
     o = layers[1].self_attn.o_proj.weight.detach().double()  # 4 query heads of 16, 2 key/value heads
     found = value_readers(gm, topology.blocks[1].attention)
     for g in range(2):

@@ -81,7 +81,7 @@ def test_energy_and_peak_by_hand():
 def test_pooled_nodes_and_taps_on_one_node(build):
     """A request of several nodes counts all of their tokens; two requests of one node see the same values."""
     built = build("llama", "compute-bases")
-    nodes = requests.residual_values(built.topology)
+    nodes = requests.values_of(built.topology.readers)
     pooled, alone = Energy("all"), [Energy(str(i)) for i in range(len(nodes))]
     wanted = [
         Request(Site("all"), pooled, nodes),

@@ -17,7 +17,9 @@ def test_rewrites(family, build):
         a = block.attention
         assert bases.value[block.index].shape == (a.num_kv_heads, a.value_dim, a.value_dim)
         assert bases.key[block.index].shape == (a.head_dim, a.head_dim)
-    for u in (bases.residual, *bases.value, *bases.key):
+    assert (bases.residual is None) == (not topology.residual.fusable) == bool(bases.reading)
+    stream = bases.reading.values() if bases.reading else [bases.residual]
+    for u in (*stream, *bases.value, *bases.key):
         eye = torch.eye(u.shape[-1], dtype=torch.float64).expand_as(u)
         torch.testing.assert_close(u.mT @ u, eye, rtol=0, atol=1e-10)  # orthogonal to float64 rounding
 

@@ -3,9 +3,14 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 from resq_compiler.passes import InsertProjections
 
-from resq_compiler.ir import meta, ops
+from resq_compiler.calibration.bases import order_of
+from resq_compiler.errors import PassError
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.views import Norm
+from resq_compiler.recipes.named import passes_for, resolve
 
 FP64 = 1e-9  # relative; U and its inverse cancel to float64 rounding, near 1e-14
 
@@ -31,11 +36,40 @@ def test_rewrites_parallel_blocks_share_a_reader(build):
 
 
 def test_leaves_alone_a_stream_that_cannot_change_basis(build):
-    """Gains that write into the stream: U_A stands with its inverse before the readers, and a note says so."""
+    """Gains that write into the stream: U_A stands with its inverse behind the gain of every reader, and a note says so."""
     built = build("gemma2", "insert-projections")
     InsertProjections().run(built.gm, built.ctx)
+    online = [n for n in built.gm.graph.nodes if (f := meta.get(n, meta.Projection)) and f.online and f.basis == "U_A"]
+    assert all(Norm.require(n.args[0]).gain is not None for n in online)
+    assert [n.args[1].target for n in online] == [f"resq.U_A.{i}" for i in range(4)]  # each has its own
     assert projections(built.gm)["U_A", False] == projections(built.gm)["U_A", True] == 4
     assert [n for n in built.ctx.notes if "U_A stays online" in n]
+
+
+def test_equal_bases_are_one_tensor(build):
+    built = build("olmo2", "insert-projections", recipe="quarot")
+    InsertProjections().run(built.gm, built.ctx)
+    stream = [n for n in built.gm.graph.find_nodes(op="get_attr") if str(n.target).startswith("resq.U_A")]
+    assert [n.target for n in stream] == ["resq.U_A.0"] and len(stream[0].users) == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_permutation_takes_the_gains_along(family, build):
+    built = build(family, "insert-projections", recipe="quik")
+    norm = built.topology.residual.readers[0].norm
+    before = [graph_tools.get_tensor(built.gm, n) for n in (Norm.require(norm).gain, Norm.require(norm).bias) if n]
+    InsertProjections().run(built.gm, built.ctx)
+    after = [graph_tools.get_tensor(built.gm, n) for n in (Norm.require(norm).gain, Norm.require(norm).bias) if n]
+    order = order_of(built.bases.residual)
+    assert len(after) == (2 if family == "opt" else 1)
+    assert all(torch.equal(new, old[order]) for new, old in zip(after, before, strict=True))
+
+
+def test_a_rotation_and_gains_that_were_not_folded_are_told(build):
+    passes = tuple(item for item in passes_for(resolve("quarot")) if item.name != "fold-norms")
+    built = build("llama", "insert-projections", passes=passes)
+    with pytest.raises(PassError, match="a norm with a gain reads the stream; expected fold-norms before this"):
+        InsertProjections().run(built.gm, built.ctx)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +98,7 @@ def test_block_pca_stands_around_the_transform(build):
     assert [meta.get(n, meta.Projection).inverse for n in chain] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "opt", "gpt_neox"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"down_proj": "block-pca"}, {"recipe": "quarot"}, {"recipe": "quik"}, {"rotation": "orthogonal"}],

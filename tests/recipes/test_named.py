@@ -33,23 +33,16 @@ def test_unknown_recipes_and_options():
 
 
 def test_pipelines():
-    first = [
-        "canonicalize",
-        "name-attention",
-        "split-fused",
-        "untie-embeddings",
-        "find-topology",
-        "fold-norms",
-        "plan-columns",
-    ]
+    naming = ["canonicalize", "name-attention", "split-fused", "untie-embeddings", "find-topology"]
+    keep, fold = [*naming, "plan-columns"], [*naming, "fold-norms", "plan-columns"]  # gains stay where no basis rotates
     project = ["insert-projections", "fuse-projections"]
     last = ["quantize-weights", "quantize-activations", "quantize-kv-cache"]
-    assert names("resq") == [*first, "compute-bases", "rotate-bases", *project, "partition-linears", *last]
-    assert names("quik") == [*first, "compute-bases", "reorder-channels", *project, "partition-linears", *last]
+    assert names("resq") == [*fold, "compute-bases", "rotate-bases", *project, "partition-linears", *last]
+    assert names("quik") == [*keep, "compute-bases", "reorder-channels", *project, "partition-linears", *last]
     bases = ["compute-bases", "allocate-bits", "rotate-bases", "reorder-channels"]
-    assert names("resq+") == [*first, *bases, *project, "partition-linears", *last]
-    assert names("quarot") == [*first, "compute-bases", *project, "partition-linears", *last]
-    assert names("rtn") == names("gptq") == [*first, "partition-linears", *last]
+    assert names("resq+") == [*fold, *bases, *project, "partition-linears", *last]
+    assert names("quarot") == [*fold, "compute-bases", *project, "partition-linears", *last]
+    assert names("rtn") == names("gptq") == [*keep, "partition-linears", *last]
     assert names("resq", weight_bits=16)[-2:] == last[1:] and "quantize-weights" not in names("resq", weight_bits=16)
     assert names("resq", weight_bits=16, lm_head_bits=8).count("quantize-weights") == 1
     assert names("resq", gptq_on_quantized_activations=True)[-3:] == [*last[1:], last[0]]
