@@ -232,7 +232,7 @@ def profile_phases(path: Path, prompt: int, context: int, vocabulary: int, float
     import onnxruntime
 
     for label, new, past in (("prefill", prompt, 0), ("decode", 1, context)):
-        options = sessions.session_options(sessions.recommended_options(str(path)), None)
+        options = sessions.session_options(sessions.recommended_options(sessions.metadata(str(path))), None)
         options.enable_profiling = True
         options.profile_file_prefix = str(path.parent / label)
         model = OrtModel.__new__(OrtModel)

@@ -23,6 +23,7 @@ class GraphBuilder:
 
     def __init__(self, opset: int):
         self.opset = opset
+        self.domains: dict[str, int] = {"": opset}
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -139,7 +140,7 @@ class GraphBuilder:
         kept = [t for t in self.initializers if t.name in used]
         graph = helper.make_graph(nodes, name, self.inputs, self.outputs, kept)
         model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSION[self.opset],
+            graph, opset_imports=[helper.make_opsetid(*domain) for domain in self.domains.items()], ir_version=IR_VERSION[self.opset],
             producer_name="resq_compiler", producer_version=version,
         )  # fmt: skip
         helper.set_model_props(model, metadata)

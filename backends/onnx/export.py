@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 LAST_FILE = "config.json"  # put in place after all others: without it the directory is no model
 EXTERNAL_DATA_ABOVE = 2**26  # bytes; ONNX Runtime maps data files instead of copying them, and protobuf ends at 2 GiB
+LIBRARY_KEY = "resq.custom_ops_library"  # in the model's metadata: the file of custom operators in its directory
 EMBEDDINGS = ("float16", "float32", "int8")
 
 
@@ -31,23 +32,31 @@ def export_onnx(
     """Write `compiled` to a directory.
 
     Args:    profile: "qdq" (standard INT4/INT8 QuantizeLinear/DequantizeLinear, any runtime), "ort" (integer products, fastest in
-             ONNX Runtime), or "weight-only" (INT4 only in weights); see profiles.py for who can run each.
+             ONNX Runtime without further libraries), "weight-only" (INT4 only in weights) or "native" (fused operators of the CPU
+             kernels, whose library is put beside the model); see profiles.py for who can run each.
              embedding: how the embedding table is stored: "float16", "float32" (bit-equal to the reference) or "int8".
              kv_cache: "float" (clients understand it: float tensors that hold the image of 4/8-bit codes) or "packed" (uint8
-             codes and scales, about a fifth of the memory; for this package's runtime).
+             codes and scales, about a fifth of the memory; for this package's runtime). "native" is always packed, for all.
              overwrite: replace what is in the directory. tokenizer: default, the one the model came with.
     Returns: the directory, with model.onnx (its tensors in model.onnx.data above 64 MiB), config.json, generation_config.json,
              genai_config.json and the tokenizer's files.
     Raises:  BackendError, before anything is written: an operator without an ONNX form, an unknown choice, onnx missing,
-             onnxruntime too old for the profile, a target that is not empty, not writable or too small.
+             onnxruntime too old for the profile, no CPU kernels for "native", a target that is not empty, not writable or too small.
     """
+    from resq_compiler.backends.onnx.profiles import find_profile
+
     target = Path(directory).expanduser()
     former = check_target(target, overwrite)
+    native = find_profile(profile).native
     model = build_model(compiled, profile, embedding=embedding, kv_cache=kv_cache)
     check_space(target, model.ByteSize())
     try:
         with placement.replacing(target, former, last=LAST_FILE) as fresh:
             save_model(model, fresh)
+            if native:
+                from resq_compiler.backends.onnx.native import kernels_library
+
+                shutil.copy(kernels_library(), fresh)
             write_settings(compiled, fresh, profile, kv_cache, tokenizer or compiled.tokenizer)
     except OSError as error:
         raise BackendError(f"export_onnx: writing to {target} failed: {error}; nothing was changed there") from error
@@ -70,12 +79,24 @@ def build_model(
     check_choice("kv_cache", kv_cache, ("float", "packed"))
     check_supported(compiled.graph_module)
     form = chosen.form()
+    if chosen.native:
+        return _build_native(compiled, embedding)
     if kv_cache == "packed":
         from resq_compiler.backends.onnx.packed_cache import with_packed_cache
 
         form = with_packed_cache(form)
     lowering = Lowering(compiled.graph_module, tuple(compiled.cache_specs), form, LoweringOptions(embedding))
     return lowering.run().model("resq_model", metadata(compiled, profile, embedding, kv_cache), version())
+
+
+def _build_native(compiled: CompileResult, embedding: str) -> onnx.ModelProto:
+    from resq_compiler.backends.onnx.lowering import LoweringOptions
+    from resq_compiler.backends.onnx.native import NativeLowering, kernels_library, lower_native
+
+    lowered = lower_native(compiled.graph_module)
+    builder = NativeLowering(lowered, LoweringOptions(embedding)).run()
+    described = metadata(compiled, "native", embedding, "packed")
+    return builder.model("resq_model", {**described, LIBRARY_KEY: kernels_library().name}, version())
 
 
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -150,6 +171,7 @@ def save_model(model: onnx.ModelProto, directory: Path) -> None:
 def write_settings(compiled: CompileResult, directory: Path, profile: str, kv_cache: str, tokenizer: Any) -> None:
     """config.json, generation_config.json, the tokenizer and genai_config.json."""
     from resq_compiler.backends.onnx.genai import genai_config
+    from resq_compiler.backends.onnx.profiles import PROFILES
 
     config = copy.deepcopy(compiled.config)
     if hasattr(config, "quantization_config"):  # it describes safetensors, which are not here
@@ -160,8 +182,9 @@ def write_settings(compiled: CompileResult, directory: Path, profile: str, kv_ca
     )  # save_pretrained refuses what models come with
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    if kv_cache == "float":
-        (directory / "genai_config.json").write_text(json.dumps(genai_config(compiled, profile), indent=2) + "\n")
+    if kv_cache == "float" or PROFILES[profile].native:
+        settings = genai_config(compiled, profile)
+        (directory / "genai_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def metadata(compiled: CompileResult, profile: str, embedding: str, kv_cache: str) -> dict[str, str]:

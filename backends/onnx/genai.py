@@ -35,7 +35,19 @@ def genai_config(compiled: CompileResult, profile: str) -> dict[str, Any]:
             "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
         },
     }  # fmt: skip
-    return {"model": model, "search": search_options(compiled, context)}
+    settings = {"model": model, "search": search_options(compiled, context)}
+    return _native(settings, compiled) if PROFILES[profile].native else settings
+
+
+def _native(settings: dict[str, Any], compiled: CompileResult) -> dict[str, Any]:
+    """The library of the kernels, and a packed row of the cache as the head. Past and present are one buffer, written in place."""
+    from resq_compiler.backends.onnx.native import cache_rows, kernels_library
+
+    decoder = settings["model"]["decoder"]
+    decoder["head_size"] = cache_rows(compiled.graph_module)[0]
+    decoder["session_options"]["custom_ops_library"] = kernels_library().name
+    settings["search"]["past_present_share_buffer"] = True
+    return settings
 
 
 def search_options(compiled: CompileResult, context: int) -> dict[str, Any]:

@@ -21,13 +21,15 @@ FLUSH_DENORMALS = {
 
 @dataclass(frozen=True)
 class Profile:
-    """One way to write a model. session_options: ONNX Runtime settings that its results or its speed need."""
+    """One way to write a model. session_options: ONNX Runtime settings that its results or its speed need. native: fused operators of
+    the CPU kernels (native.py), with a packed cache."""
 
     name: str
     form: Callable[[], Form]
     runs_on: str
     minimum_onnxruntime: str
     session_options: dict[str, str] = field(default_factory=dict)
+    native: bool = False
 
 
 PROFILES = {
@@ -44,6 +46,10 @@ PROFILES = {
         Profile(
             "weight-only", WeightOnlyForm, "runtimes that take INT4 and INT8 for weights only, opset 21; activations rounded by arithmetic",
             "1.20", {"session.disable_quant_qdq": "1", **FLUSH_DENORMALS},
+        ),
+        Profile(
+            "native", IntegerForm, "ONNX Runtime 1.23 or newer on a CPU, with the kernels' library beside the model: fastest",
+            "1.23", FLUSH_DENORMALS, native=True,
         ),
     )
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from resq_compiler.backends.onnx.export import require_runtime
+from resq_compiler.backends.onnx.export import LIBRARY_KEY, require_runtime
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
@@ -18,17 +18,23 @@ MINIMUM = "1.20"
 
 
 def open_session(
-    model: str | Path | bytes, *, threads: int | None = None, extra_options: dict[str, str] | None = None
-) -> Any:
-    """An InferenceSession on the CPU with the session options that the model's metadata asks for.
+    model: str | Path | bytes, *, threads: int | None = None, extra_options: dict[str, str] | None = None, library: Path | None = None
+) -> Any:  # fmt: skip
+    """An InferenceSession on the CPU with the session options and the library of operators that the model's metadata asks for.
 
     threads: of one operator; default, torch's setting. extra_options: ONNX Runtime configuration entries that win over the model's.
+    library: of custom operators; default, the one beside the model that its metadata names.
     """
     require_runtime(MINIMUM, "running an ONNX model")
     import onnxruntime
 
     source = model if isinstance(model, bytes) else str(model)
-    options = session_options({**recommended_options(source), **(extra_options or {})}, threads)
+    described = metadata(source)
+    options = session_options({**recommended_options(described), **(extra_options or {})}, threads)
+    if LIBRARY_KEY in described:
+        options.register_custom_ops_library(
+            str(library or checked_library(Path(str(source)).parent / described[LIBRARY_KEY]))
+        )
     try:
         opened = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -55,8 +61,17 @@ def session_options(entries: dict[str, str], threads: int | None) -> Any:
     return options
 
 
-def recommended_options(source: str | bytes) -> dict[str, str]:
-    """The session options in the model's metadata; {} for a model of another origin. Raises BackendError: not an ONNX model."""
+def checked_library(path: Path) -> Path:
+    """The library of operators of a directory. Raises BackendError: it is not there, or cannot be used on this machine."""
+    from resq_compiler.backends.cpu.library import Library
+
+    if not path.is_file():
+        raise BackendError(f"{path} does not exist; the model needs it: export again with profile native")
+    return Library(path).path.resolve()
+
+
+def metadata(source: str | bytes) -> dict[str, str]:
+    """The metadata of a model. Raises BackendError: not an ONNX model."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -69,10 +84,12 @@ def recommended_options(source: str | bytes) -> dict[str, str]:
         raise BackendError(
             f"{name} is no ONNX model or is damaged: {error}; write it again with export_onnx"
         ) from error
-    for entry in model.metadata_props:
-        if entry.key == "resq.session_options":
-            return dict(json.loads(entry.value))
-    return {}
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def recommended_options(described: dict[str, str]) -> dict[str, str]:
+    """The session options in a model's metadata; {} for a model of another origin."""
+    return dict(json.loads(described.get("resq.session_options", "{}")))
 
 
 def to_ort(tensor: Tensor) -> Any:

@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR", help="a compiled model")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="where the ONNX model goes")
     parser.add_argument(
-        "--profile", choices=("qdq", "ort", "weight-only"), default="qdq",
+        "--profile", choices=("qdq", "ort", "weight-only", "native"), default="qdq",
         help="qdq (default): standard INT4/INT8 QuantizeLinear/DequantizeLinear, any runtime; ort: integer products, fastest in ONNX "
-        "Runtime; weight-only: INT4 in weights only",
+        "Runtime as it is; weight-only: INT4 in weights only; native: fused operators with their library beside the model, fastest on CPUs",
     )  # fmt: skip
     parser.add_argument(
         "--embedding", choices=("float16", "float32", "int8"), default="float16", help="how the table is stored"

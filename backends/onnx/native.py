@@ -1,0 +1,266 @@
+"""Profile `native`: the graph lowered to fused operators, as nodes of the domain `resq` that the CPU kernels' library computes.
+
+What each node takes and gives is written in kernels/src/onnx_operators.c. Weights are stored as the kernels read them; the cache is
+uint8 [B, G, P, bytes of a packed row], one tensor for keys and one for values of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from onnx import TensorProto
+from resq_compiler.backends.cpu import library
+from resq_compiler.backends.cpu.formats import CachedHead
+from resq_compiler.backends.fused import operators
+from resq_compiler.backends.fused.formats import LOW_BITS, HeadParts, head_parts
+from resq_compiler.backends.fused.kernels import ACTIVATIONS, NORMS
+from resq_compiler.backends.fused.lower import Lowered, lower
+from resq_compiler.backends.fused.targets import find_target
+from resq_compiler.backends.onnx.form_integer import IntegerForm
+from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
+from resq_compiler.backends.onnx.registry import check_supported, emits
+from resq_compiler.backends.onnx.values import Pieces, Value
+from torch.fx import GraphModule, Node
+
+from resq_compiler.errors import BackendError
+from resq_compiler.ir import graph_tools, ops, values
+from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.views import AppendCache, Columns, QuantizeDequantize
+from resq_compiler.numerics.hadamard import hadamard_plan
+from resq_compiler.numerics.hadamard_orders import is_power_of_two
+
+if TYPE_CHECKING:
+    from resq_compiler.backends.onnx.builder import GraphBuilder
+
+DOMAIN = "resq"
+
+
+def kernels_library() -> Path:
+    """The installed library of CPU kernels. Raises BackendError: there is none, or it cannot be used."""
+    return library.library().path
+
+
+def row_bytes(parts: HeadParts) -> int:
+    """Bytes of one token of a cached head."""
+    return CachedHead(*parts.attribute).row_bytes
+
+
+def lower_native(gm: GraphModule) -> Lowered:
+    """A copy of a quantized graph on fused operators. Raises BackendError that names every node none takes, with the reason."""
+    lowered = lower(graph_tools.snapshot(gm), find_target("cpu"))
+    check_supported(lowered.graph_module)
+    return lowered
+
+
+def cache_rows(gm: GraphModule) -> list[int]:
+    """Bytes of a packed row of each cache entry of a quantized graph, keys and values of every layer in order."""
+    entries = (AppendCache.require(n) for n in gm.graph.find_nodes(op="call_function", target=ops.append_cache))
+    return [row_bytes(head_parts(QuantizeDequantize.require(entry.new).parts)) for entry in entries]
+
+
+class NativeLowering(Lowering):
+    """Emits a lowered graph: fused operators as they are, the rest in standard operators."""
+
+    def __init__(self, lowered: Lowered, options: LoweringOptions):
+        self.lowered = lowered
+        super().__init__(lowered.graph_module, (), IntegerForm(), options)
+
+    def run(self) -> GraphBuilder:
+        self.b.domains[DOMAIN] = 1
+        return super().run()
+
+    def _inputs(self) -> None:
+        ids, mask, positions, _, *caches = graph_tools.placeholders(self.gm.graph)
+        for node, name, length in (
+            (ids, "input_ids", "sequence"), (mask, "attention_mask", "total"), (positions, "position_ids", "sequence"),
+        ):  # fmt: skip
+            self.env[node] = Value(self.b.input(name, TensorProto.INT64, ("batch", length)))
+        for i, node in enumerate(caches):
+            self.env[node] = Value(self._cache(i, "past_key_values", "past", self.b.input))
+
+    def _outputs(self) -> None:
+        (result,) = graph_tools.output_args(self.gm.graph)
+        logits = self.exact(result)
+        self.b.scope("")
+        self.b.op("Identity", logits, output="logits")
+        self.b.output("logits", TensorProto.FLOAT, ("batch", "sequence", values.width(result)))
+        for i in range(len(self.lowered.heads)):
+            self._cache(i, "present", "total", self.b.output)
+
+    def _cache(self, index: int, prefix: str, length: str, declare: Any) -> str:
+        """Declare the tensor of one cache entry; returns its name."""
+        parts = self.lowered.caches[index // 2]
+        assert parts is not None  # lower() refuses a float cache
+        name = f"{prefix}.{index // 2}.{('key', 'value')[index % 2]}"
+        shape = ("batch", self.lowered.heads[index][0], length, row_bytes(parts[index % 2]))
+        declare(name, TensorProto.UINT8, shape)
+        return name
+
+    def optional(self, node: Node | None) -> str:
+        """An operand that may be absent."""
+        return "" if node is None else self.exact(node)
+
+    def tiles(self, node: Node) -> str:
+        """Weight codes as the operator takes them, uint8."""
+        return self.b.constant(self.tensor(node).view(np.uint8), name=str(node.target))
+
+    def fused(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> list[str]:
+        """A node of the domain."""
+        while inputs and not inputs[-1]:
+            inputs = inputs[:-1]
+        return self.b.several(kind, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
+
+    def codes(self, kind: str, inputs: Sequence[str], **attributes: Any) -> Pieces:
+        """A node that quantizes: low, high, scale and zero point."""
+        names = [self.b.fresh(name) for name in ("low", "high", "scale", "zero_point")]
+        return Pieces(tuple(self.fused(kind, inputs, names, **attributes)))
+
+
+def _native(low: Lowering) -> NativeLowering:
+    assert isinstance(low, NativeLowering)  # no other graph has fused operators
+    return low
+
+
+def _arguments(node: Node) -> tuple[Any, ...]:
+    """Arguments of a fused operator, as its schema orders them: lowering gives all by position."""
+    return cast("tuple[Any, ...]", node.args)
+
+
+def _parts(bits: Sequence[int], widths: Sequence[int], clips: Sequence[float] = ()) -> dict[str, Any]:
+    """Attributes of the parts of a row."""
+    found: dict[str, Any] = {}
+    for i, (b, width) in enumerate(zip(bits, widths, strict=True)):
+        side = _side(b)
+        found |= {f"{side}_bits": b, f"{side}_width": width}
+        found |= {f"{side}_clip": clips[i]} if clips else {}
+    return found
+
+
+def _side(bits: int) -> str:
+    return "low" if bits <= LOW_BITS else "high"
+
+
+def _heads(key_parts: Sequence[int], value_parts: Sequence[int]) -> dict[str, int]:
+    """Attributes of a cached head."""
+    names = ("low_width", "high_width", "low_bits", "high_bits")
+    keys = dict(zip(names, key_parts, strict=True))
+    return keys | {f"value_{name}": number for name, number in zip(names, value_parts, strict=True)}
+
+
+@emits(operators.norm_quantize)
+def norm_quantize(low: Lowering, node: Node) -> Pieces:
+    x, weight, bias, norm, eps, bits, widths, groups, clips, _ = _arguments(node)
+    native = _native(low)
+    inputs = [native.exact(x), native.optional(weight), native.optional(bias)]
+    parts = _parts(bits, widths, clips)
+    return native.codes("NormQuantize", inputs, norm=NORMS.index(norm), epsilon=eps, groups=groups, **parts)
+
+
+@emits(operators.mixed_linear)
+def mixed_linear(low: Lowering, node: Node) -> Value:
+    native, (codes, rest) = _native(low), (_arguments(node)[:4], _arguments(node)[4:])
+    weight_low, weight_high, scale, row_sum, bias, residual, bits, widths, groups, _, _ = rest
+    weights = [native.tiles(weight_low), native.tiles(weight_high), native.exact(scale), native.exact(row_sum)]
+    inputs = [*(native.exact(x) for x in codes), *weights, native.optional(bias), native.optional(residual)]
+    output = [native.b.fresh("y")]
+    return Value(native.fused("MixedLinear", inputs, output, groups=groups, **_parts(bits, widths))[0])
+
+
+@emits(operators.hadamard_quantize)
+def hadamard_quantize(low: Lowering, node: Node) -> Pieces:
+    gate, up, activation, transpose, bits, widths, clips, _ = _arguments(node)
+    native = _native(low)
+    attributes, dense = _transforms(bits, widths, transpose)
+    together = None if up is None else _tiled([gate, up])
+    inputs = [native.exact(gate), native.optional(up)] if together is None else [native.exact(together), ""]
+    inputs.append(native.b.constant(dense) if dense.size else "")
+    attributes |= _parts(bits, widths, clips)
+    attributes |= {"activation": ACTIVATIONS.index(activation), "stacked": int(together is not None)}
+    return native.codes("HadamardQuantize", inputs, **attributes)
+
+
+def _transforms(bits: Sequence[int], widths: Sequence[int], transpose: bool) -> tuple[dict[str, Any], np.ndarray]:
+    """Attributes of the transform of each part, and the matrices of orders that are not powers of two."""
+    attributes: dict[str, Any] = {}
+    dense = [np.zeros(0, np.float32)]
+    for b, width in zip(bits, widths, strict=True):
+        plan, side = hadamard_plan(width), _side(b)
+        attributes |= {f"{side}_order{i}": order for i, order in enumerate(plan.orders)}
+        attributes[f"{side}_blocks"] = plan.blocks
+        for factor, order in zip(plan.factors, plan.orders, strict=True):
+            if not is_power_of_two(order):
+                matrix = factor.T if transpose else factor
+                dense.append(matrix.float().contiguous().flatten().numpy())
+    return attributes, np.concatenate(dense)
+
+
+def _tiled(pieces: Sequence[Node]) -> Node | None:
+    """The tensor whose columns the pieces are, all of them and in this order; None if there is none."""
+    found = [Columns.of(piece) for piece in pieces]
+    columns = [one for one in found if one is not None]
+    edges = [0, *(one.stop for one in columns)]
+    if len(columns) < len(found) or len({one.x for one in columns}) != 1:
+        return None
+    whole = [one.start for one in columns] == edges[:-1] and edges[-1] == values.width(columns[0].x)
+    return columns[0].x if whole else None
+
+
+@emits(operators.rope_cache)
+def rope_cache(low: Lowering, node: Node) -> Value:
+    q, k, v, cos, sin, u, keys, past_values, _, _, q_norm, k_norm, eps, clip, key_parts, value_parts, _ = _arguments(
+        node
+    )
+    native, together = _native(low), _tiled([q, k, v])
+    qkv = native.b.join([native.exact(x) for x in (q, k, v)]) if together is None else native.exact(together)
+    pasts = [native.exact(keys), native.exact(past_values)]
+    (reader,) = {user for user in node.users if user.target in (operators.attention, operators.attention_quantize)}
+    mask = native.exact(_arguments(reader)[5])
+    inputs = [qkv, native.exact(cos), native.exact(sin), *pasts, mask, *map(native.optional, (u, q_norm, k_norm))]
+    presents = [past.replace("past_key_values.", "present.") for past in pasts]
+    attributes = _heads(key_parts, value_parts) | _count(q, k, key_parts)
+    outputs = native.fused(
+        "RopeCache", inputs, [native.b.fresh("q"), *presents], epsilon=eps, low_clip=clip, high_clip=clip, **attributes
+    )
+    native.env[keys], native.env[past_values] = (Value(name) for name in outputs[1:])
+    return Value(outputs[0])
+
+
+def _count(q: Node, k: Node, key_parts: Sequence[int]) -> dict[str, int]:
+    """Query heads and key heads."""
+    d = HeadParts(*key_parts).head_dim
+    return {"heads": values.width(q) // d, "kv_heads": values.width(k) // d}
+
+
+def _attended(native: NativeLowering, node: Node) -> tuple[list[str], dict[str, Any]]:
+    """Operands and attributes of attention."""
+    q, keys, cached_values, _, _, mask, key_parts, value_parts, scale, window, softcap = _arguments(node)[:11]
+    inputs = [native.exact(x) for x in (q, keys, cached_values, mask)]
+    attributes = _heads(key_parts, value_parts) | {"scale": scale, "window": window or 0, "softcap": softcap or 0.0}
+    kv_heads = int(values.shape(keys)[1])
+    return inputs, attributes | {"heads": int(values.shape(q)[2]), "kv_heads": kv_heads}
+
+
+@emits(operators.attention)
+def attention(low: Lowering, node: Node) -> Value:
+    """[B, S, heads * D]; who turns it to heads first gets it as it is."""
+    native = _native(low)
+    inputs, attributes = _attended(native, node)
+    (name,) = native.fused("Attention", inputs, [native.b.fresh("y")], **attributes)
+    for user in node.users:
+        if not is_call(user, aten.transpose.int) or user.args[1:] != (1, 2):
+            raise BackendError(f"onnx: node {user.name} reads attention {node.name} otherwise than by transpose(1, 2)")
+        native.env[user] = Value(name, attributes["heads"], split=True)
+    return Value(name, attributes["heads"])
+
+
+@emits(operators.attention_quantize)
+def attention_quantize(low: Lowering, node: Node) -> Pieces:
+    """low_bits and high_bits are those of the result; reading the cache needs only its widths."""
+    native = _native(low)
+    inputs, attributes = _attended(native, node)
+    bits, _, clip, _ = _arguments(node)[11:]
+    attributes |= {f"{_side(b)}_bits": b for b in bits} | {"low_clip": clip, "high_clip": clip}
+    return native.codes("AttentionQuantize", inputs, **attributes)

@@ -1,0 +1,157 @@
+"""Profile native: fused operators in ONNX Runtime; what the reference backend computes, or a refusal by node."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from resq_compiler.backends.cpu import library as libraries
+from resq_compiler.backends.onnx import build_model, export_onnx
+from resq_compiler.backends.onnx.native import cache_rows
+from resq_compiler.backends.onnx.runtime import OnnxDecoder
+
+from resq_compiler.errors import BackendError
+from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
+from tests.backends.onnx.conftest import relative
+from tests.conftest import with_layer_norms, with_prefix
+
+BLOCK = dict(NormQuantize=2, MixedLinear=4, RopeCache=1, AttentionQuantize=1, HadamardQuantize=1)
+
+
+@pytest.fixture(autouse=True)
+def built_library(library, monkeypatch):
+    """The kernels are those of the tree, installed or not."""
+    monkeypatch.setattr(libraries, "library", lambda: library)
+
+
+@pytest.fixture
+def made(compile_tiny, tmp_path):
+    """(family, **options) -> (compiled model, its export)."""
+
+    def make(family: str = "llama", **options):
+        defaults = {} if isinstance(options.get("recipe"), tuple) else {"recipe": "resq", "weight_method": "rtn"}
+        compiled, _ = compile_tiny(family, **{**defaults, **options})
+        return compiled, export_onnx(compiled, tmp_path / "model", "native", embedding="float32")
+
+    return make
+
+
+def padded():
+    """Two sequences, one padded on the left."""
+    ids = tiny_tokens(2, 9, seed=12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return ids, mask
+
+
+def assert_same(compiled, path):
+    """Logits of a prompt to rounding, and greedy tokens of a batch."""
+    ids, mask = padded()
+    decoder = OnnxDecoder(path, threads=1)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    logits, _ = decoder.forward(ids.numpy(), mask.numpy(), positions.numpy(), decoder.empty_past(2))
+    with torch.no_grad():
+        expected = compiled(ids, attention_mask=mask).logits
+    assert (
+        relative(logits.numpy()[mask.bool().numpy()], expected[mask.bool()].numpy()) < 2e-2
+    )  # a code may move by a step
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens = compiled.generate(ids, attention_mask=mask, **options)
+    got = decoder.generate(ids.numpy(), mask.numpy(), max_new_tokens=6, eos_token_id=[])
+    assert np.array_equal(got, tokens.numpy())
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
+    compiled, path = made(family)
+    nodes = onnx.load(path / "model.onnx").graph.node
+    layers = len(compiled.cache_specs)
+    assert Counter(n.op_type for n in nodes if n.domain == "resq") == {k: layers * n for k, n in BLOCK.items()}
+    assert_same(compiled, path)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", dict(recipe="quarot")),
+        ("llama", dict(recipe="rtn")),
+        ("llama", dict(recipe="resq+", allocation="equal")),
+        ("llama", dict(key_basis="head", site_fractions="mlp=1/4,o=0,value=0")),
+        ("llama", dict(kv_bits=8, activation_bits=8)),
+        ("llama", dict(lm_head_bits=8)),
+        ("opt", dict(recipe=with_layer_norms())),
+    ],
+    ids=str,
+)
+def test_recipes_and_options(family, options, made):
+    assert_same(*made(family, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(kv_bits=16), r"attention\S*: the key/value cache is not quantized"),
+        (dict(activation_bits=16), r"weight_only_linear\S*: 16-bit activations"),
+        (dict(recipe=with_prefix()), r"attention\S*: it has prefix tokens"),
+    ],
+    ids=["cache", "activations", "prefix"],
+)
+def test_what_is_refused(options, message, made, tmp_path):
+    with pytest.raises(BackendError, match=message):
+        made(**options)
+    assert not (tmp_path / "model").exists()
+
+
+def test_weights_are_stored_as_the_kernels_read_them(made):
+    """Half a byte for 4-bit codes, and nothing twice."""
+    _, path = made()
+    tensors = {t.name: t for t in onnx.load(path / "model.onnx").graph.initializer}
+    tiles = [t for name, t in tensors.items() if name.startswith("packed.") and name.endswith((".low", ".high"))]
+    assert tiles and all(t.data_type == onnx.TensorProto.UINT8 for t in tiles)
+    assert not any(name.endswith("qdata") for name in tensors)
+
+
+def test_the_directory_is_complete(made, library):
+    compiled, path = made()
+    assert (path / library.path.name).read_bytes() == library.path.read_bytes()
+    decoder = json.loads((path / "genai_config.json").read_text())["model"]["decoder"]
+    (row,) = set(cache_rows(compiled.graph_module))
+    assert decoder["head_size"] == row == OnnxDecoder(path).past_inputs[0].shape[3]
+    assert decoder["session_options"]["custom_ops_library"] == library.path.name
+    properties = {p.key: p.value for p in onnx.load(path / "model.onnx").metadata_props}
+    assert properties["resq.profile"] == "native" and properties["resq.kv_cache"] == "packed"
+
+
+def test_runs_unmodified_in_onnxruntime_genai(made):
+    from tests.backends.onnx.test_export import by_genai
+
+    compiled, path = made()
+    ids = tiny_tokens(1, 9, seed=12).numpy()
+    expected = OnnxDecoder(path, threads=1).generate(ids, max_new_tokens=8, eos_token_id=[])
+    got = by_genai(path, ids, 8)
+    assert np.array_equal(got, expected[0, : len(got)]) and len(got) > 9
+
+
+def test_a_library_that_cannot_be_used(made, library):
+    _, path = made()
+    beside = path / library.path.name
+    beside.write_bytes(beside.read_bytes()[:5000])
+    with pytest.raises(BackendError, match="the file is cut short: 5000 bytes"):
+        OnnxDecoder(path)
+    beside.unlink()
+    with pytest.raises(BackendError, match=f"{library.path.name} does not exist; the model needs it"):
+        OnnxDecoder(path)
+
+
+def test_without_kernels(compile_tiny, monkeypatch):
+    def missing():
+        raise BackendError("cpu kernels: the CPU kernels are not installed: pip install ./kernels")
+
+    monkeypatch.setattr(libraries, "library", missing)
+    compiled, _ = compile_tiny("llama", recipe="resq", weight_method="rtn")
+    with pytest.raises(BackendError, match="pip install ./kernels"):
+        build_model(compiled, "native")
