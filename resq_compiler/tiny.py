@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 
 from resq_compiler.errors import ModelError
 from resq_compiler.numerics import seeds
+from resq_compiler.tiny_realistic import make_realistic
 
 SLIDING_WINDOW = 6  # shorter than any sequence worth testing
 _COMMON = {
@@ -46,13 +47,14 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 TINY_FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
-def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_model(family: str, *, seed: int = 0, realistic: bool = False, **overrides: Any) -> PreTrainedModel:
     """Make a random two- or three-layer decoder, float32, in evaluation mode, on the CPU.
 
     Weights have the variance 1/fan_in, so every block changes its input by about as much as the input itself and the
     logits are far from flat. The global random state is left as it was.
 
-    Args:    family: one of TINY_FAMILIES. seed: of the weights. overrides: of the transformers config.
+    Args:    family: one of TINY_FAMILIES. seed: of the weights. realistic: with enormous channels, gains that put them down, and
+             the like (tiny_realistic.py). overrides: of the transformers config.
     Returns: the model; equal arguments give equal weights.
     Raises:  ModelError: no such family.
     """
@@ -63,6 +65,8 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
     with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global generator
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(model, seed)
+    if realistic:
+        make_realistic(model, seed)
     return model.eval()
 
 
