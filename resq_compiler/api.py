@@ -21,7 +21,7 @@ from resq_compiler.analysis.overrides import TopologyOverrides, read_overrides
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.backends import load_backend
 from resq_compiler.calibration import precision
-from resq_compiler.calibration.data import calibration_windows
+from resq_compiler.calibration.data import calibration_windows, text_start
 from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
 from resq_compiler.errors import ModelError
 from resq_compiler.frontend.capture import Captured, capture, runnable_attention
@@ -98,6 +98,7 @@ def compile(
     loaded = load_model(model, accept_unused_weights=accept_unused_weights)
     loaded = dataclasses.replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
     report = progress or (lambda step, done, total: None)
+    start_of_text = text_start(loaded.tokenizer, config.bos)
     windows = _calibration(loaded, calib_data, config, chosen.passes, report)
     work = None
     if work_dir is not None:
@@ -116,6 +117,11 @@ def compile(
         ctx.note(
             f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
             "calibration_dtype=float32 for all of it"
+        )
+    count = len(start_of_text)
+    if windows is not None and count and bool((windows[:, :count] == start_of_text).all()):
+        ctx.note(
+            f"calibration: windows begin as the tokenizer begins a text, with {start_of_text.tolist()} (bos=never for none)"
         )
     if windows is None and calib_data is not None:
         ctx.note("calibration: the data given is not used, no pass of this recipe looks at activations")
@@ -200,7 +206,7 @@ def _calibration(
     with runnable_attention(loaded.model):
         return calibration_windows(
             calib_data, model=loaded.model, tokenizer=loaded.tokenizer, samples=config.calibration_samples,
-            sequence_length=config.calibration_length, seed=config.seed,
+            sequence_length=config.calibration_length, seed=config.seed, bos=config.bos,
             vocab_size=vocab_size, progress=lambda done, total: report("write calibration text", done, total),
         )  # fmt: skip
 

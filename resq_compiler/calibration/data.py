@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,16 @@ _EXPECTED = (
     "Dataset, 'demo' (built-in English text), or None (the model writes its own text)"
 )
 DEMO = "demo"  # stands for `demo_text`
-Piece = tuple[str, Tensor]  # where it came from, in words; its token ids [t]
+Bos = Literal["auto", "never"]
+"""Whether windows of text begin as the tokenizer begins a text, such as with a beginning-of-sequence token; "never": as papers measure."""
+
+
+class Piece(NamedTuple):
+    """Token ids [t], where they came from, in words, and whether they were a text."""
+
+    where: str
+    ids: Tensor
+    text: bool
 
 
 def calibration_windows(
@@ -34,12 +43,14 @@ def calibration_windows(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
+    bos: Bos = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Cut the first samples * sequence_length tokens of the data into contiguous windows.
 
     Texts are tokenized without special tokens and joined, as are tensors and the rows of batches; positions that an
-    attention_mask hides are dropped. Data is read only as far as needed. Where there is less than asked for, a warning
+    attention_mask hides are dropped. Windows of text begin with what the tokenizer puts before a text (bos "auto"), if
+    that is anything; token ids are taken as they are. Data is read only as far as needed. Where there is less than asked for, a warning
     says how much, and the windows that could be cut come back.
 
     Args:    calib_data: list of texts; path (str or Path) to a .txt file or to a .jsonl file with a "text" in each
@@ -53,10 +64,12 @@ def calibration_windows(
              tokenizer.
     """
     if calib_data is None:
-        return _self_written(model, samples, sequence_length, seed, vocab_size, progress)
+        start = text_start(tokenizer, bos)
+        return _self_written(model, samples, sequence_length, seed, vocab_size, start, progress)
     pieces = _pieces(calib_data, tokenizer, "calibration data")
-    ids = _join(pieces, vocab_size, samples * sequence_length)
-    return _cut(ids, sequence_length, samples, "calibration data")
+    ids, text = _join(pieces, vocab_size, samples * sequence_length)
+    start = text_start(tokenizer, bos) if text else NOTHING
+    return _cut(ids, sequence_length, samples, "calibration data", start)
 
 
 def text_windows(
@@ -67,12 +80,14 @@ def text_windows(
     *,
     skip: int = 0,
     vocab_size: int | None = None,
+    bos: Bos = "auto",
 ) -> Tensor:
     """Cut evaluation data into contiguous, non-overlapping windows.
 
     Args:    source: a text, or anything `calibration_windows` takes except None (a string that ends in .txt or .jsonl
              is a path). tokenizer: needed for texts. length: tokens in a window. max_windows: at most that many
              (default: all that are full). skip: tokens left out at the start. vocab_size: ids must be below it.
+             bos: as for `calibration_windows`.
     Returns: [n, length] int64 on the CPU.
     Raises:  DataError: as `calibration_windows`.
     """
@@ -81,8 +96,22 @@ def text_windows(
     if isinstance(source, str) and not _names_a_file(source):
         source = [source]
     limit = None if max_windows is None else skip + max_windows * length
-    ids = _join(_pieces(source, tokenizer, "evaluation data"), vocab_size, limit)
-    return _cut(ids[skip:], length, max_windows, "evaluation data")
+    ids, text = _join(_pieces(source, tokenizer, "evaluation data"), vocab_size, limit)
+    start = text_start(tokenizer, bos) if text else NOTHING
+    return _cut(ids[skip:], length, max_windows, "evaluation data", start)
+
+
+NOTHING = torch.empty(0, dtype=torch.long)
+"""No tokens."""
+
+
+def text_start(tokenizer: PreTrainedTokenizerBase | None, bos: Bos = "auto") -> Tensor:
+    """The token ids [n] int64 that a tokenizer puts before a text; none without a tokenizer, or with bos "never"."""
+    if tokenizer is None or bos == "never":
+        return NOTHING
+    bare, whole = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (False, True))
+    found = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return torch.tensor(whole[:found], dtype=torch.long)
 
 
 def demo_text() -> tuple[str, str]:
@@ -111,29 +140,36 @@ def _self_written(
     length: int,
     seed: int,
     vocab_size: int,
+    start: Tensor,
     progress: Callable[[int, int], None] | None,
 ) -> Tensor:
     if model is None:
         raise DataError(f"calibration data: None needs the model, to write its own text; expected {_EXPECTED}")
     from resq_compiler.calibration.self_written import sample_windows
 
-    return sample_windows(model, samples, length, seed, vocab_size, progress=progress)
+    return sample_windows(model, samples, length, seed, vocab_size, start=start, progress=progress)
 
 
-def _join(pieces: Iterable[Piece], vocab_size: int | None, limit: int | None) -> Tensor:
-    """The first `limit` tokens [t] of all pieces, each checked against the vocabulary."""
+def _join(pieces: Iterable[Piece], vocab_size: int | None, limit: int | None) -> tuple[Tensor, bool]:
+    """The first `limit` tokens [t] of all pieces, each checked against the vocabulary, and whether they were texts."""
     found: list[Tensor] = []
-    count = 0
-    for where, ids in pieces:
+    count, texts = 0, False
+    for where, ids, text in pieces:
         _check_vocabulary(ids, vocab_size, where)
         found.append(ids)
-        count += len(ids)
+        count, texts = count + len(ids), texts or text
         if limit is not None and count >= limit:
             break
-    return torch.cat(found)[:limit] if found else torch.empty(0, dtype=torch.long)
+    return (torch.cat(found)[:limit] if found else NOTHING), texts
 
 
-def _cut(ids: Tensor, length: int, count: int | None, what: str) -> Tensor:
+def _cut(ids: Tensor, whole: int, count: int | None, what: str, start: Tensor) -> Tensor:
+    """Windows of `whole` tokens, each `start` and then the next of the ids."""
+    length = whole - len(start)
+    if length < 1:
+        raise DataError(
+            f"{what}: a window of {whole} tokens holds none but the {len(start)} that begin a text; ask for longer windows"
+        )
     available = len(ids) // length
     if available == 0:
         came = f"only {len(ids)} tokens came" if len(ids) else "it is empty (0 tokens came)"
@@ -145,7 +181,7 @@ def _cut(ids: Tensor, length: int, count: int | None, what: str) -> Tensor:
             stacklevel=3,
         )
     used = available if count is None else min(count, available)
-    return ids[: used * length].view(used, length).clone()
+    return torch.cat((start.expand(used, -1), ids[: used * length].view(used, length)), 1)
 
 
 def _check_vocabulary(ids: Tensor, vocab_size: int | None, where: str) -> None:
@@ -160,8 +196,8 @@ def _check_vocabulary(ids: Tensor, vocab_size: int | None, where: str) -> None:
 
 def _pieces(data: Any, tokenizer: PreTrainedTokenizerBase | None, what: str) -> Iterator[Piece]:
     for where, item in _items(data, what):
-        for ids in _token_ids(item, where, tokenizer):
-            yield where, ids
+        for ids, text in _token_ids(item, where, tokenizer):
+            yield Piece(where, ids, text)
 
 
 def _items(data: Any, what: str) -> Iterator[tuple[str, Any]]:
@@ -214,26 +250,28 @@ def _names_a_file(source: str | Path) -> bool:
     return isinstance(source, Path) or ("\n" not in text and text.lower().endswith(_FILES))
 
 
-def _token_ids(item: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Tensor]:
-    """Token ids [t] int64 of one entry; a batch gives one tensor."""
+def _token_ids(item: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[Tensor, bool]]:
+    """Token ids [t] int64 of one entry, and whether it was a text; a batch gives one tensor."""
     if isinstance(item, str):
-        yield _encode(item, where, tokenizer)
+        yield _encode(item, where, tokenizer), True
     elif isinstance(item, Mapping):
         yield from _mapping_ids(item, where, tokenizer)
     elif isinstance(item, Tensor) or _is_array(item) or _are_ids(item):
-        yield _flat_ids(item, where)
+        yield _flat_ids(item, where), False
     elif isinstance(item, (list, tuple)) and item and all(isinstance(part, (str, list)) for part in item):
         for part in item:
             yield from _token_ids(part, where, tokenizer)
     elif isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):
-        yield _flat_ids(item[0], where)  # (input_ids, labels, ...), as a DataLoader over a TensorDataset gives
+        yield _flat_ids(item[0], where), False  # (input_ids, labels, ...), as a DataLoader over a TensorDataset gives
     else:
         raise DataError(f"{where}: expected a text, token ids or a dict with input_ids or text; got {_describe(item)}")
 
 
-def _mapping_ids(item: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Tensor]:
+def _mapping_ids(
+    item: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[tuple[Tensor, bool]]:
     if "input_ids" in item:
-        yield _flat_ids(item["input_ids"], where, item.get("attention_mask"))
+        yield _flat_ids(item["input_ids"], where, item.get("attention_mask")), False
     elif "text" in item:
         yield from _token_ids(item["text"], where, tokenizer)
     else:

@@ -22,15 +22,18 @@ def sample_windows(
     seed: int,
     vocab_size: int | None = None,
     batch_size: int = BATCH_SIZE,
+    start: Tensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Let the model write windows of text at temperature 1.
 
-    The first token of each window is drawn uniformly, for variety; an end-of-text token does not stop a window. All
-    draws come from one private generator on the CPU; the global random state and the training mode are left alone.
+    Each window begins with the tokens `start`, or where there are none with a token drawn uniformly, for variety; an
+    end-of-text token does not stop a window. All draws come from one private generator on the CPU; the global random
+    state and the training mode are left alone.
 
     Args:    model: a float decoder. samples, length: of the windows. seed: of the draws. vocab_size: ids drawn are
-             below it (default: the configuration's). batch_size: windows written at once. progress: called with
+             below it (default: the configuration's). batch_size: windows written at once. start: what begins a text,
+             token ids [n]. progress: called with
              (steps done, all steps); a step writes one token in each window of a batch.
     Returns: [samples, length] int64 on the CPU; equal arguments give equal windows on one machine.
     Raises:  DataError: the model's logits are not finite.
@@ -45,7 +48,11 @@ def sample_windows(
         windows = []
         for index, size in enumerate(sizes):
             report = None if progress is None else _offset(progress, index * length, len(sizes) * length)
-            windows.append(_write(model, size, length, vocab_size, generator, report))
+            if start is None or len(start) == 0:
+                first = torch.randint(0, vocab_size, (size, 1), generator=generator)
+            else:
+                first = start.expand(size, -1)
+            windows.append(_write(model, first, length, vocab_size, generator, report))
     finally:
         model.train(was_training)
     return torch.cat(windows)
@@ -53,16 +60,16 @@ def sample_windows(
 
 def _write(
     model: PreTrainedModel,
-    batch: int,
+    first: Tensor,
     length: int,
     vocab_size: int,
     generator: torch.Generator,
     report: Callable[[int], None] | None,
 ) -> Tensor:
-    """One batch [batch, length]: a prefill of one token, then a token at a time on the model's own cache."""
-    token = torch.randint(0, vocab_size, (batch, 1), generator=generator)
+    """One batch [batch, length]: a prefill of the first tokens [batch, n], then a token at a time on the model's own cache."""
+    token = first
     written, cache = [token], DynamicCache(config=model.config)
-    for position in range(1, length):
+    for position in range(first.shape[1], length):
         output = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1, :vocab_size].float().cpu()
         if not logits.isfinite().all():

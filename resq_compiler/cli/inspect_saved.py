@@ -108,7 +108,8 @@ def _calibration(
         return None
     windows = calibration_windows(
         data, model=loaded.model, tokenizer=loaded.tokenizer, samples=options.calibration_samples,
-        sequence_length=options.calibration_length, seed=options.seed, vocab_size=loaded.model.config.get_text_config().vocab_size,
+        sequence_length=options.calibration_length, seed=options.seed, bos=options.bos,
+        vocab_size=loaded.model.config.get_text_config().vocab_size,
         progress=lambda done, total: request.progress("write calibration text", done, total),
     )  # fmt: skip
     check_calibration(compiled.provenance.calibration, windows)

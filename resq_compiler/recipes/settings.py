@@ -18,7 +18,7 @@ WHOLE_NUMBERS = {
 }  # fmt: skip
 """Options without a list of values, and the least that each may be."""
 
-RUN_OPTIONS = ("calibration_samples", "calibration_length", "basis_samples", "calibration_dtype", "seed")
+RUN_OPTIONS = ("calibration_samples", "calibration_length", "basis_samples", "calibration_dtype", "bos", "seed")
 """Options that are no pass's own: of the calibration run, and of all draws."""
 
 GIVEN = "passes"
@@ -71,6 +71,7 @@ class CompileConfig:
     calibration_length: int = 512
     basis_samples: int = 16
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    bos: Literal["auto", "never"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -103,6 +103,8 @@ def check(config: dict[str, Any], where: str) -> CompileConfig:
             f"(the model was written by {quantization.get('versions', {}).get('resq_compiler', 'an unknown version')})"
         )
     try:
-        return CompileConfig.from_dict(without_removed(quantization["options"]))
+        return CompileConfig.from_dict(
+            {"bos": "never", **without_removed(quantization["options"])}
+        )  # before 0.2 no text had one
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{where}: the options in quantization_config are not readable: {error}") from error

@@ -21,10 +21,14 @@ IDS = torch.arange(60) * 7 % VOCAB
 
 
 class ByteTokenizer:
-    """One token per byte; a special token in front unless told otherwise."""
+    """One token per byte; special tokens before and behind a text unless told otherwise, if it has any."""
+
+    def __init__(self, before=(), behind=()):
+        self.before, self.behind = list(before), list(behind)
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
-        return {"input_ids": [130] * add_special_tokens + list(text.encode())}
+        ids = list(text.encode())
+        return {"input_ids": [*self.before, *ids, *self.behind] if add_special_tokens else ids}
 
 
 class MapStyle(Dataset):
@@ -160,6 +164,32 @@ def test_jsonl_errors_name_the_line(tmp_path, line, message):
     path.write_text('{"text": "fine"}\n\n' + line)
     with pytest.raises(DataError, match=f"c.jsonl, line 3: .*{message}"):
         windows(path, tokenizer=ByteTokenizer())
+
+
+def test_windows_of_text_begin_as_the_tokenizer_begins_a_text(tmp_path):
+    text, tokenizer = "".join(TEXTS), ByteTokenizer(before=[130], behind=[129])
+    ids = torch.tensor(list(text.encode()))
+    expected = torch.cat((torch.full((3, 1), 130), ids[:45].view(3, 15)), 1)
+    assert torch.equal(windows(TEXTS, tokenizer=tokenizer), expected)
+    assert torch.equal(text_windows(text, tokenizer, 16, 3), expected)
+    assert torch.equal(
+        text_windows(text, tokenizer, 16, 2, skip=7), torch.cat((expected[:2, :1], ids[7:37].view(2, 15)), 1)
+    )
+    assert torch.equal(windows(TEXTS, tokenizer=tokenizer, bos="never"), ids[:48].view(3, 16))
+    assert torch.equal(text_windows(text, tokenizer, 16, 3, bos="never"), ids[:48].view(3, 16))
+    assert torch.equal(windows(IDS, tokenizer=tokenizer), IDS[:48].view(3, 16))  # token ids are taken as they are
+    with pytest.raises(DataError, match="holds none but the 1 that begin a text"):
+        text_windows(text, tokenizer, 1)
+
+
+def test_self_written_text_begins_with_the_start_of_a_text():
+    model = tiny_model("llama")
+    found = windows(None, model=model, tokenizer=ByteTokenizer(before=[7, 9]))
+    assert found.shape == (3, 16) and found[:, :2].tolist() == [[7, 9]] * 3
+    assert len({tuple(row) for row in found.tolist()}) == 3  # written, each its own
+    without = windows(None, model=model)
+    assert torch.equal(windows(None, model=model, tokenizer=ByteTokenizer(before=[7]), bos="never"), without)
+    assert torch.equal(windows(None, model=model, tokenizer=ByteTokenizer()), without)
 
 
 def test_file_that_is_not_text(tmp_path):

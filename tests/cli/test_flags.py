@@ -28,7 +28,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "gptq_token_weighting": ("residual", "residual"), "activation_clip": ("input", "input"), "kv_clip": ("0.9", 0.9),
     "o_proj_granularity": ("token", "token"), "prefix_tokens": ("auto", "auto"), "lm_head_bits": ("8", 8),
     "calibration_samples": ("8", 8), "calibration_length": ("64", 64), "basis_samples": ("4", 4),
-    "calibration_dtype": ("float32", "float32"), "seed": ("7", 7),
+    "calibration_dtype": ("float32", "float32"), "bos": ("never", "never"), "seed": ("7", 7),
 }  # fmt: skip
 """What is given for each option on the command line, and what it means; none of them is the default."""
 

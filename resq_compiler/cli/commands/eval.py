@@ -22,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens in a window (default: 2048)")
     parser.add_argument("--windows", type=int, metavar="N", help="at most that many windows (default: the whole text)")
     parser.add_argument("--skip", type=int, default=0, metavar="TOKENS", help="left out at the start of the text")
+    parser.add_argument(
+        "--bos", action=argparse.BooleanOptionalAction, default=True,
+        help="begin windows as the tokenizer begins a text (default); papers measure without",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows run at once (default: 1)")
     parser.add_argument(
         "--noise", action=argparse.BooleanOptionalAction, help="noise of quantizers (default: on for compiled models)"
@@ -47,16 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Numbers for JSON, and under "table" and "noise_table" what people read."""
-    from resq_compiler.calibration.data import text_windows
+    from resq_compiler.calibration.data import Bos, text_start, text_windows
     from resq_compiler.evaluation import comparison
     from resq_compiler.inspection.noise import quantizer_noise
     from resq_compiler.inspection.noise_table import noise_table
     from resq_compiler.util.progress import Progress
 
     tokenizer = opened.tokenizer or (reference and reference.tokenizer)
+    bos: Bos = "auto" if arguments.bos else "never"
     windows = text_windows(
         common.evaluation_text(arguments), tokenizer, arguments.length, arguments.windows, skip=arguments.skip,
-        vocab_size=opened.model.config.get_text_config().vocab_size,
+        vocab_size=opened.model.config.get_text_config().vocab_size, bos=bos,
     )  # fmt: skip
     with Progress(arguments.quiet) as progress:
         result = comparison.measure(
@@ -65,6 +70,11 @@ def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse
         result["table"] = comparison.measure_table(
             result, (opened.name if not opened.compiled else "compiled", "float")
         )
+        result["begins_with"] = text_start(tokenizer, bos).tolist()
+        if result["begins_with"]:
+            result["table"] += (
+                f"\nevery window begins as the tokenizer begins a text, with {result['begins_with']}; --no-bos for none"
+            )
         if opened.compiled and arguments.noise is not False:
             few = windows[: max(1, NOISE_TOKENS // arguments.length)]
             sites = quantizer_noise(opened.model.graph_module, few, progress.of("noise of quantizers"))
