@@ -30,7 +30,7 @@ def _triton() -> type[Backend]:
 
 
 def _cpu() -> type[Backend]:
-    from resq_compiler.backends.cpu.backend import CpuBackend
+    from resq_compiler.backends.onnx.cpu_backend import CpuBackend
 
     return CpuBackend
 
@@ -43,13 +43,18 @@ BACKENDS: dict[str, Callable[[], type[Backend]]] = {
 }
 
 
+def backends_for(device: str) -> tuple[str, ...]:
+    """What "auto" tries for a model whose tensors are on a device of that type, best first."""
+    return ("triton", "reference") if device == "cuda" else ("cpu", "reference")
+
+
 def load_backend(name: str, **options: Any) -> Backend:
     """The backend of that name, made with its options.
 
     Raises BackendError if there is no such backend or option, or if it cannot run here (with what to install).
     """
     if name not in BACKENDS:
-        raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}; got {name!r}")
+        raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}, auto; got {name!r}")
     kind = BACKENDS[name]()
     known = [] if kind.__init__ is object.__init__ else list(inspect.signature(kind).parameters)
     if not set(options) <= set(known):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -47,7 +48,10 @@ class OnnxRunner:
         self.outputs = [o.name for o in opened.get_outputs()]
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        wide = (tensor.cpu() if tensor.is_floating_point() else tensor.cpu().long() for tensor in tensors)
-        values = {name: session.to_ort(tensor) for name, tensor in zip(self.inputs, wide, strict=True)}
+        return self.run([tensor.cpu() if tensor.is_floating_point() else tensor.cpu().long() for tensor in tensors])
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Outputs for tensors of the types that the session takes."""
+        values = {name: session.to_ort(tensor) for name, tensor in zip(self.inputs, tensors, strict=True)}
         results = self.session.run_with_ort_values(self.outputs, values)
         return tuple(session.to_torch(value) for value in results)

@@ -166,10 +166,12 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         return output if return_dict is not False else output.to_tuple()
 
     def use_backend(self, name: str, **options: Any) -> CompiledModel:
-        """Compute with another backend from now on ("reference", "onnx", "triton"); returns the model itself.
+        """Compute with another backend from now on ("reference", "onnx", "cpu", "triton"); returns the model itself.
 
-        options: of the backend's constructor (triton: dtype, allow_fallback). A backend that packs the weights (triton) is their
-        only holder then; its lowered graph joins `stages`, and so `dump`.
+        "auto" takes the best that runs here and takes the graph: triton for a model on a GPU, else cpu, else reference; `backend`
+        then says which. options: of the backend's constructor (triton: dtype, allow_fallback; cpu: engine, allow_fallback).
+        A backend that packs the weights (triton, cpu with engine "torch") is their only holder then; its lowered graph joins
+        `stages`, and so `dump`.
         Raises BackendError if there is no such backend or option, it cannot run here, or it cannot take the graph.
         """
         result = self.result
@@ -181,7 +183,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         return self
 
     def export_onnx(self, directory: str | Path, profile: str = "qdq", **options: Any) -> Path:
-        """Write an ONNX directory that runs as it is: profile "qdq", "ort" or "weight-only"; see backends.onnx.export_onnx."""
+        """Write an ONNX directory that runs as it is: profile "qdq", "ort", "weight-only" or "native"; see backends.onnx.export_onnx."""
         return export_onnx(self.result, directory, profile, **options)
 
     def save_pretrained(  # type: ignore[override]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from resq_compiler.backends import load_backend
+from resq_compiler.backends import backends_for, load_backend
+from resq_compiler.errors import BackendError
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.result import CompileResult
 from resq_compiler.util.torch_state import without_autocast
+
+log = logging.getLogger("resq_compiler")
 
 
 class Execution(nn.Module):
@@ -49,6 +53,8 @@ class Execution(nn.Module):
 
         Raises BackendError, and nothing has changed: no such backend or option, it cannot run here or cannot take the graph.
         """
+        if name == "auto":
+            return self._switch_to_best(result, options)
         lowered = load_backend(name, **options).prepare(result) if name != "reference" or options else None
         packs = hasattr(lowered, "quantized_graph")
         if packs:
@@ -59,3 +65,17 @@ class Execution(nn.Module):
         del self._lowered  # one that was a module, registered as such, may be followed by one that is none
         self._lowered, self.backend, self.options = lowered, name, options
         return tuple(getattr(lowered, "stages", ()))
+
+    def _switch_to_best(self, result: CompileResult, options: dict[str, Any]) -> tuple[Stage, ...]:
+        """The best backend for where the weights are that runs here and takes the graph; the log says why others do not."""
+        if options:
+            raise BackendError(
+                f"backend auto: options {sorted(options)}; it takes none, since they differ from backend to backend"
+            )
+        *better, last = backends_for(next(result.graph_module.buffers()).device.type)
+        for name in better:
+            try:
+                return self.switch(result, name, {})
+            except BackendError as error:
+                log.warning("backend auto: not %s: %s", name, error)
+        return self.switch(result, last, {})

@@ -87,7 +87,7 @@ def add_backend_argument(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="reference",
         metavar="NAME",
-        help="what computes a compiled model: reference (default), onnx or triton; see `resq env`",
+        help="what computes a compiled model: reference (default), onnx, cpu, triton, or auto for the best that runs; see `resq env`",
     )
 
 
@@ -98,7 +98,10 @@ def open_model(name: str, backend: str = "reference") -> OpenModel:
         from resq_compiler.api import load
 
         compiled = load(Path(name).expanduser())
-        return OpenModel(compiled.use_backend(backend), compiled.tokenizer, name, True)
+        compiled.use_backend(backend)
+        if backend == "auto":
+            print(f"backend: {compiled.backend}", file=sys.stderr)
+        return OpenModel(compiled, compiled.tokenizer, name, True)
     if backend != "reference":
         raise ConfigError(f"--backend {backend}: {name} is not a compiled model; compile it first")
     return open_float(name)

@@ -36,7 +36,7 @@ def compiled(compile_tiny, sharing):
     def make(family: str, **options):
         defaults = {} if isinstance(options.get("recipe"), tuple) else {"recipe": "resq", "weight_method": "rtn"}
         reference, _ = compile_tiny(family, **{**defaults, **options})
-        return reference, sharing(reference).use_backend("cpu")
+        return reference, sharing(reference).use_backend("cpu", engine="torch")
 
     return make
 

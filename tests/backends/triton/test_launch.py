@@ -103,7 +103,7 @@ def test_operands_on_two_devices():
 
 
 def test_unknown_backends_and_options():
-    with pytest.raises(BackendError, match="expected one of reference, onnx, cpu, triton; got 'cuda'"):
+    with pytest.raises(BackendError, match="expected one of reference, onnx, cpu, triton, auto; got 'cuda'"):
         load_backend("cuda")
     with pytest.raises(BackendError, match=r"options \['half'\]; it takes dtype, allow_fallback"):
         load_backend("triton", half=True)

@@ -1,0 +1,106 @@
+"""backend="cpu" in ONNX Runtime, and "auto": the reference backend's tokens, caches that behave as values, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from resq_compiler.backends import backends_for
+from resq_compiler.backends.cpu import library as libraries
+
+from resq_compiler.errors import BackendError
+from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
+
+GREEDY = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
+
+
+@pytest.fixture(autouse=True)
+def built_library(library, monkeypatch):
+    """The kernels are those of the tree, installed or not."""
+    monkeypatch.setattr(libraries, "library", lambda: library)
+    monkeypatch.setattr(libraries, "unavailable", lambda: None)
+
+
+@pytest.fixture
+def compiled(compile_tiny, sharing):
+    """(family, **options) -> (reference model, another model with its tensors)."""
+
+    def make(family: str = "llama", **options):
+        reference, _ = compile_tiny(family, **{"recipe": "resq", "weight_method": "rtn", **options})
+        return reference, sharing(reference)
+
+    return make
+
+
+def padded():
+    ids = tiny_tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_generates_the_same_tokens(family, compiled):
+    reference, ours = compiled(family)
+    ids, mask = padded()
+    expected = reference.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(ours.use_backend("cpu").generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+def test_beams_and_a_cache_that_is_continued_twice(compiled):
+    reference, ours = compiled()
+    ours.use_backend("cpu")
+    ids, _ = padded()
+    beams = dict(GREEDY, num_beams=3)
+    assert torch.equal(ours.generate(ids, **beams), reference.generate(ids, **beams))
+    cache = ours(ids).past_key_values
+    assert cache.layers[0].keys.dtype == torch.uint8 and cache.get_seq_length() == 9
+    packed = cache.layers[0].keys.clone()
+    ours(ids[:, :1], past_key_values=cache)
+    assert torch.equal(cache.layers[0].keys[:, :, :9], packed)
+
+
+def test_both_engines_compute_the_same(compiled):
+    """The same kernels on the same operands; what lies between them is ONNX Runtime's and PyTorch's."""
+    _, ours = compiled()
+    ids, mask = padded()
+    logits = [
+        ours.use_backend("cpu", engine=name)(ids, attention_mask=mask).logits for name in ("onnxruntime", "torch")
+    ]
+    seen = mask.bool()
+    assert (logits[0] - logits[1])[seen].abs().max() < 1e-3 * logits[1][seen].abs().max()
+
+
+def test_a_cache_of_another_backend(compiled):
+    reference, ours = compiled()
+    ids, _ = padded()
+    cache = reference(ids).past_key_values
+    with pytest.raises(BackendError, match="layer 0 got a torch.float32 cache of 9 tokens"):
+        ours.use_backend("cpu")(ids[:, :1], past_key_values=cache)
+
+
+def test_options(compiled):
+    _, ours = compiled()
+    with pytest.raises(BackendError, match="engine expected one of onnxruntime, torch; got 'numpy'"):
+        ours.use_backend("cpu", engine="numpy")
+    with pytest.raises(BackendError, match="allow_fallback needs engine='torch'"):
+        ours.use_backend("cpu", allow_fallback=True)
+    with pytest.raises(BackendError, match="backend auto: options"):
+        ours.use_backend("auto", engine="torch")
+
+
+def test_auto_takes_the_kernels(compiled):
+    assert compiled()[1].use_backend("auto").backend == "cpu"
+    assert backends_for("cuda") == ("triton", "reference")
+
+
+def test_auto_says_why_it_is_the_reference(compiled, caplog, monkeypatch):
+    _, ours = compiled(kv_bits=16)
+    with caplog.at_level(logging.WARNING, "resq_compiler"):
+        assert ours.use_backend("auto").backend == "reference"
+    assert "backend auto: not cpu: " in caplog.text and "the key/value cache is not quantized" in caplog.text
+    monkeypatch.setattr(libraries, "unavailable", lambda: "the CPU kernels are not installed")
+    with caplog.at_level(logging.WARNING, "resq_compiler"):
+        assert compiled()[1].use_backend("auto").backend == "reference"
+    assert "the CPU kernels are not installed" in caplog.text
