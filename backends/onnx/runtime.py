@@ -35,14 +35,18 @@ class OnnxDecoder:
     """An exported decoder. Load with `OnnxDecoder(directory)`; `generate` for token ids, `stream` for one token at a time."""
 
     def __init__(
-        self, directory: str | Path, *, threads: int | None = None, session_options: dict[str, str] | None = None
-    ):
-        """threads: of one operator; default, torch's setting. Raises BackendError: no model there, or onnxruntime cannot load it."""
+        self, directory: str | Path, *, threads: int | None = None, session_options: dict[str, str] | None = None,
+        profile: Path | None = None,
+    ):  # fmt: skip
+        """threads: of one operator; default, torch's setting. profile: as open_session.
+
+        Raises BackendError: no model there, or onnxruntime cannot load it.
+        """
         self.directory = Path(directory)
         path = self.directory / MODEL_FILE
         if not path.is_file():
             raise BackendError(f"{path} does not exist; expected a directory written by export_onnx")
-        self.session = ort.open_session(path, threads=threads, extra_options=session_options)
+        self.session = ort.open_session(path, threads=threads, extra_options=session_options, profile=profile)
         self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self.settings = self._settings()
 

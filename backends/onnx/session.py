@@ -18,12 +18,14 @@ MINIMUM = "1.20"
 
 
 def open_session(
-    model: str | Path | bytes, *, threads: int | None = None, extra_options: dict[str, str] | None = None, library: Path | None = None
+    model: str | Path | bytes, *, threads: int | None = None, extra_options: dict[str, str] | None = None, library: Path | None = None,
+    profile: Path | None = None,
 ) -> Any:  # fmt: skip
     """An InferenceSession on the CPU with the session options and the library of operators that the model's metadata asks for.
 
     threads: of one operator; default, torch's setting. extra_options: ONNX Runtime configuration entries that win over the model's.
     library: of custom operators; default, the one beside the model that its metadata names.
+    profile: start of the name of the file that `end_profiling` writes; default, no profiling.
     """
     require_runtime(MINIMUM, "running an ONNX model")
     import onnxruntime
@@ -31,6 +33,8 @@ def open_session(
     source = model if isinstance(model, bytes) else str(model)
     described = metadata(source)
     options = session_options({**recommended_options(described), **(extra_options or {})}, threads)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if LIBRARY_KEY in described:
         options.register_custom_ops_library(
             str(library or checked_library(Path(str(source)).parent / described[LIBRARY_KEY]))

@@ -9,6 +9,7 @@ COMMANDS: dict[str, str] = {
     "compile": "quantize a model and write it to a directory",
     "eval": "perplexity, distance from the float model, size and average bits",
     "export": "write a compiled model as an ONNX directory",
+    "bench": "speed and memory of a directory of `resq export`",
     "generate": "continue a prompt",
     "inspect": "what the compiler sees in a model, and what its passes did",
     "diff": "what differs between two dumps of `resq inspect --dump`",
