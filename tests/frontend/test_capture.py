@@ -55,7 +55,8 @@ def test_meta_device_gives_the_same_topology(family, build):
     real = build(family, "fold-norms")
     assert all(t.is_meta for n, t in gm.named_parameters())
     shown = [
-        [(b.index, b.attention.num_heads, len(b.feed_forwards)) for b in c.topology.blocks] for c in (ctx, real.ctx)
+        [(b.index, b.attention.num_heads, len(b.feed_forwards)) for b in c.facts.get(Topology).blocks]
+        for c in (ctx, real.ctx)
     ]
     assert shown[0] == shown[1] and ctx.facts.get(Topology).hidden_size == 64
 
