@@ -27,6 +27,7 @@ from resq_compiler.errors import ModelError
 from resq_compiler.frontend.capture import Captured, capture, runnable_attention
 from resq_compiler.frontend.models import LoadedModel, load_model
 from resq_compiler.frontend.source import weights_digest
+from resq_compiler.inspection import guard
 from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import CompiledModel
@@ -128,7 +129,13 @@ def compile(
     with recording(dump_dir, str(about["provenance"].model), config.to_dict(), on_stage) as record, memory.settled():
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
+        checked = _checked_ids(captured.graph_module, windows)
+        reference = None if checked is None else guard.predictions(captured.graph_module, checked)
         _run_passes(pipeline, captured.graph_module, chosen.passes, on_float)
+        if checked is not None and reference is not None:
+            for note in guard.findings(captured.graph_module, checked, reference):
+                (log.warning if note.startswith("WARNING") else log.info)(note)
+                ctx.notes.append(note)
         plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
         result = CompileResult(
             captured.graph_module, named.settled(config, str(plan.sites)), captured.cache, **about, stages=tuple(pipeline.stages),
@@ -164,6 +171,13 @@ def _about(loaded: LoadedModel, calib_data: Any, windows: Tensor | None) -> dict
         "tokenizer": loaded.tokenizer,
         "provenance": _provenance(loaded, calib_data, windows),
     }
+
+
+def _checked_ids(gm: GraphModule, windows: Tensor | None) -> Tensor | None:
+    """The tokens that the compiled graph is compared with the float one on; None without calibration text or weights."""
+    if windows is None or any(t.is_meta for t in gm.state_dict().values()):
+        return None
+    return windows[:1, : guard.TOKENS]
 
 
 @torch.no_grad()
