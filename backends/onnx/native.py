@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import graph_tools, ops, values
+from resq_compiler.ir.args import int_arg
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.views import AppendCache, Columns, QuantizeDequantize
 from resq_compiler.numerics.hadamard import hadamard_plan
@@ -250,7 +251,7 @@ def attention(low: Lowering, node: Node) -> Value:
     inputs, attributes = _attended(native, node)
     (name,) = native.fused("Attention", inputs, [native.b.fresh("y")], **attributes)
     for user in node.users:
-        if not is_call(user, aten.transpose.int) or user.args[1:] != (1, 2):
+        if not is_call(user, aten.transpose.int) or (int_arg(user, "dim0"), int_arg(user, "dim1")) != (1, 2):
             raise BackendError(f"onnx: node {user.name} reads attention {node.name} otherwise than by transpose(1, 2)")
         native.env[user] = Value(name, attributes["heads"], split=True)
     return Value(name, attributes["heads"])

@@ -60,8 +60,8 @@ def test_every_value_has_a_shape(lowered):
     """By the fake implementations: codes of the embedding's width, one scale a part."""
     values = {node.name: node.meta["val"] for node in lowered.graph_module.graph.nodes if node.op == "call_function"}
     low, high, scale, zero_point = values["norm_quantize_default"]
-    # 56 and 8 codes: in a byte each, or in 28 bytes and 8, padded to 32
-    row_bytes = {"torch": (56, 8), "triton": (32, 32)}[lowered.target.name]
+    # 56 and 8 codes: in a byte each, in 28 bytes and 8 padded to 32, or in a byte each with their sum in four bytes behind them
+    row_bytes = {"torch": (56, 8), "triton": (32, 32), "cpu": (60, 12)}[lowered.target.name]
     assert (low.shape, high.shape, scale.shape) == ((2, 5, row_bytes[0]), (2, 5, row_bytes[1]), (2, 5, 2))
     assert (low.dtype, scale.dtype, zero_point.dtype) == (torch.int8, torch.float32, torch.int32)
     assert len(values) == sum(node.op == "call_function" for node in lowered.graph_module.graph.nodes)
