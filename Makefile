@@ -24,7 +24,7 @@ demo-all: $(VENV)/.installed-kernels
 	$(BIN)/python -m resq_compiler demo --all --output out/demo-all $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-kernels
-	$(BIN)/python -m pytest -v $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -v -n logical --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev $(VENV)/.installed-kernels
 	$(BIN)/python -m pytest -v -m slow $(PYTEST_FLAGS)
