@@ -114,28 +114,11 @@ def compile(
         captured.example_inputs, windows, overrides, work, bos, config.seed, config.calibration_dtype, config.basis_samples,
         progress=report,
     )  # fmt: skip
-    if windows is not None and config.calibration_dtype != "float32":
-        ctx.note(
-            f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
-            "calibration_dtype=float32 for all of it"
-        )
-    count = len(start_of_text)
-    if windows is not None and count and bool((windows[:, :count] == start_of_text).all()):
-        ctx.note(
-            f"calibration: windows begin as the tokenizer begins a text, with {start_of_text.tolist()} (bos=never for none)"
-        )
-    if windows is None and calib_data is not None:
-        ctx.note("calibration: the data given is not used, no pass of this recipe looks at activations")
+    _note_calibration(ctx, config.calibration_dtype, start_of_text, calib_data)
     with recording(dump_dir, str(about["provenance"].model), config.to_dict(), on_stage) as record, memory.settled():
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
-        checked = _checked_ids(captured.graph_module, windows)
-        reference = None if checked is None else guard.predictions(captured.graph_module, checked)
-        _run_passes(pipeline, captured.graph_module, chosen.passes, on_float)
-        if checked is not None and reference is not None:
-            for note in guard.findings(captured.graph_module, checked, reference):
-                (log.warning if note.startswith("WARNING") else log.info)(note)
-                ctx.notes.append(note)
+        _run_guarded(pipeline, captured.graph_module, chosen.passes, on_float)
         plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
         result = CompileResult(
             captured.graph_module, named.settled(config, str(plan.sites)), captured.cache, **about, stages=tuple(pipeline.stages),
@@ -178,6 +161,39 @@ def _checked_ids(gm: GraphModule, windows: Tensor | None) -> Tensor | None:
     if windows is None or any(t.is_meta for t in gm.state_dict().values()):
         return None
     return windows[:1, : guard.TOKENS]
+
+
+def _note_calibration(ctx: PassContext, dtype: str, start_of_text: Tensor, calib_data: Any) -> None:
+    """Tell how calibration differs from what a user may expect."""
+    windows, count = ctx.calibration, len(start_of_text)
+    if windows is None:
+        if calib_data is not None:
+            ctx.note("calibration: the data given is not used, no pass of this recipe looks at activations")
+        return
+    if dtype != "float32":
+        ctx.note(
+            f"calibration: linears and second moments computed in {dtype}, sums in float32; "
+            "calibration_dtype=float32 for all of it"
+        )
+    if count and bool((windows[:, :count] == start_of_text).all()):
+        ctx.note(
+            f"calibration: windows begin as the tokenizer begins a text, with {start_of_text.tolist()} (bos=never for none)"
+        )
+
+
+def _run_guarded(
+    pipeline: Pipeline, gm: GraphModule, passes: Sequence[Pass], on_float: Callable[[GraphModule], None] | None
+) -> None:
+    """Run the passes and note where the predictions of the result are far from those of the float graph."""
+    ctx = pipeline.ctx
+    checked = _checked_ids(gm, ctx.calibration)
+    reference = None if checked is None else guard.predictions(gm, checked)
+    _run_passes(pipeline, gm, passes, on_float)
+    if checked is None or reference is None:
+        return
+    for note in guard.findings(gm, checked, reference):
+        (log.warning if note.startswith("WARNING") else log.info)(note)
+        ctx.notes.append(note)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -95,9 +96,13 @@ def test_every_page_is_reached_from_the_readme():
 
 
 @pytest.mark.parametrize("page", [path for path, text in PAGES.items() if blocks(text, "python")], ids=lambda p: p.stem)
-def test_python_compiles(page):
-    for block in blocks(PAGES[page], "python"):
-        compile(block, str(page), "exec")
+def test_python_is_valid_and_what_it_imports_exists(page):
+    trees = [ast.parse(block) for block in blocks(PAGES[page], "python")]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    for node in (node for node in imports if str(node.module).startswith("resq_compiler")):
+        module = importlib.import_module(str(node.module))
+        missing = [name.name for name in node.names if not hasattr(module, name.name)]
+        assert missing == [], f"{page.name}: from {node.module} import {missing}"
 
 
 def test_generated_pages_are_current():
