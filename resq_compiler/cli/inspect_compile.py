@@ -16,6 +16,7 @@ from resq_compiler.errors import DataError
 from resq_compiler.inspection.activations import Diagnostics, diagnose
 from resq_compiler.inspection.attribution import Costs, attribute
 from resq_compiler.inspection.diagnostic_tables import Table, activation_tables, attribution_tables, write_diagnostics
+from resq_compiler.recipes.named import Chosen
 from resq_compiler.recipes.settings import CompileConfig
 
 TOKENS, WINDOW = 2048, 256  # more tokens than the channels of most sites, so that covariances are regular
@@ -65,11 +66,11 @@ class Inspection:
 
 
 def inspect_model(
-    source: Any, calib_data: Any, config: CompileConfig, request: Request, topology: Any = None
+    source: Any, calib_data: Any, recipe: CompileConfig | Chosen, request: Request, topology: Any = None
 ) -> Inspection:
     """Compile a float model, keeping what the measurements need beside it, and measure.
 
-    Args:    source, calib_data, topology: as for compile().
+    Args:    source, calib_data, recipe, topology: as for compile().
     Raises:  as compile(); DataError: the text has too few tokens.
     """
     from resq_compiler.api import compile, trace
@@ -79,7 +80,7 @@ def inspect_model(
     windows = measuring_windows(loaded.model, loaded.tokenizer, request) if request.measures else None
     held: list[Any] = []
     compiled = compile(
-        source, calib_data, recipe=config, tokenizer=loaded.tokenizer, topology=topology, progress=request.progress,
+        source, calib_data, recipe=recipe, tokenizer=loaded.tokenizer, topology=topology, progress=request.progress,
         dump_dir=request.dump_dir, on_float=held.append if request.levels else None,
     )  # fmt: skip
     result = Inspection(compiled)
@@ -87,7 +88,7 @@ def inspect_model(
         original, ctx = trace(loaded.model if loaded.model.dtype == torch.float32 else loaded.model.float(), topology)
         text = decoder(loaded.tokenizer)
         result.diagnostics = diagnose(
-            original, ctx.facts.get(Topology), compiled.graph_module, windows, config.activation_bits, text
+            original, ctx.facts.get(Topology), compiled.graph_module, windows, compiled.options.activation_bits, text
         )
     if request.levels and windows is not None:
         result.costs = measure_costs(compiled.graph_module, held[0], windows, request)

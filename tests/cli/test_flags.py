@@ -48,9 +48,9 @@ def test_an_option_reaches_the_compiler(name):
     plain = (
         ["compile", "m"] if name == "recipe" else ["compile", "m", "--recipe", "resq"]
     )  # whose values are the defaults
-    default = getattr(options.chosen_config(parsed(*plain)), name)
+    default = getattr(options.chosen_passes(parsed(*plain)).settings, name)
     flag = "--" + name.replace("_", "-")
-    config = options.chosen_config(parsed(*plain, flag, *([text] if text else [])))
+    config = options.chosen_passes(parsed(*plain, flag, *([text] if text else []))).settings
     assert getattr(config, name) == meant != default
 
 

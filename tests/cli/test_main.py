@@ -84,11 +84,8 @@ def test_flags_over_file_over_recipe(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text("recipe: quarot\nweight_bits: 8\nhigh_fraction: 1/16\nlm_head_bits: 8\n")
     parser = main.make_parser("compile", __import__("resq_compiler.cli.commands.compile", fromlist=["run"]))
-    config = options.chosen_config(
-        parser.parse_args(
-            ["compile", "m", "--config", str(file), "--weight-bits", "3", "--gptq-act-order", "--lm-head-bits", "none"]
-        )
-    )
+    flags = ["--weight-bits", "3", "--gptq-act-order", "--lm-head-bits", "none"]
+    config = options.chosen_passes(parser.parse_args(["compile", "m", "--config", str(file), *flags])).settings
     assert (config.recipe, config.basis, config.weight_bits) == ("quarot", "hadamard", 3)
     assert (config.high_fraction, config.lm_head_bits, config.gptq_act_order) == (1 / 16, None, True)
 

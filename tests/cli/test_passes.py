@@ -10,6 +10,7 @@ import yaml
 
 import resq_compiler
 from resq_compiler.cli import main
+from resq_compiler.inspection.dump_files import read_manifest
 from resq_compiler.recipes.named import passes_for, resolve
 from resq_compiler.recipes.text import to_text
 from resq_compiler.tiny import tiny_model, tiny_tokens
@@ -79,3 +80,12 @@ def test_a_recipe_file_may_not_name_what_was_removed(place, tmp_path, capsys):
     assert "option gptq_sweeps: removed in 0.2" in capsys.readouterr().err
     file.write_text("gptq_sweeps: 0\n")
     assert main.main(["compile", str(place / "float"), "--config", str(file), "--dry-run"]) == 0
+
+
+def test_inspect_takes_them_too(place, tmp_path, capsys):
+    dump = tmp_path / "dump"
+    assert main.main(["inspect", str(place / "float"), "--passes", TEXT, "--dump", str(dump), "--quiet"]) == 0
+    shown = [stage["options"] for stage in read_manifest(dump)["stages"] if stage["name"] == "plan-columns"]
+    assert len(shown) == 1 and "weight-bits=3" in shown[0]
+    assert main.main(["inspect", str(place / "float"), "--passes", TEXT]) == 2
+    assert "--passes: nothing is compiled" in capsys.readouterr().err

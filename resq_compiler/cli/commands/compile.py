@@ -39,10 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
     parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
     common.add_topology_argument(parser)
-    parser.add_argument(
-        "--passes", metavar="TEXT",
-        help="passes in order, in place of a recipe and its options: name{option=value,...},name,... as a dump and --dry-run show them",
-    )  # fmt: skip
     add_option_flags(parser)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resq_compiler.cli.commands import common
-from resq_compiler.cli.commands.options import add_option_flags, chosen_config, given_options
+from resq_compiler.cli.commands.options import add_option_flags, chosen_passes, given_options
 
 if TYPE_CHECKING:
     from resq_compiler.pipeline.provenance import Provenance
@@ -103,9 +103,11 @@ def _check(arguments: argparse.Namespace, compiled: bool, measured: bool) -> Non
         raise ConfigError(f"{where} --text and --tokens: nothing is measured; add --activations or --attribute")
     if arguments.tokens is not None and arguments.tokens < 512:
         raise ConfigError(f"{where} --tokens: expected at least 512; got {arguments.tokens}")
-    given = ["--config"] * bool(arguments.config) + [
-        f"--{option.replace('_', '-')}" for option in given_options(arguments)
-    ]
+    given = (
+        ["--passes"] * bool(arguments.passes)
+        + ["--config"] * bool(arguments.config)
+        + [f"--{option.replace('_', '-')}" for option in given_options(arguments)]
+    )
     if given and compiled:
         raise ConfigError(
             f"{where} {given[0]}: {name} is a compiled model and keeps the options it was compiled with; drop the flag"
@@ -145,7 +147,7 @@ def inspect_compile(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]
     common.quiet_libraries()
     with Progress(arguments.quiet) as progress:
         found = inspect_model(
-            common.model_source(arguments.model), common.calibration_data(arguments.calibration), chosen_config(arguments),
+            common.model_source(arguments.model), common.calibration_data(arguments.calibration), chosen_passes(arguments),
             _request(arguments, progress), arguments.topology_file,
         )  # fmt: skip
     return _shown(arguments, found, [])

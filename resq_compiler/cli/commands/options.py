@@ -66,7 +66,11 @@ HELP: dict[str, str] = {
 
 
 def add_option_flags(parser: argparse.ArgumentParser) -> None:
-    """--config and one flag for each option; flags that are not given leave no attribute behind."""
+    """--passes, --config and one flag for each option; flags of options that are not given leave no attribute behind."""
+    parser.add_argument(
+        "--passes", metavar="TEXT",
+        help="passes in order, in place of a recipe and its options: name{option=value,...},name,... as a dump and --dry-run show them",
+    )  # fmt: skip
     parser.add_argument("--config", metavar="FILE", help="recipe file (YAML or JSON) with any of the options below")
     group = parser.add_argument_group(
         "options of the compiler (defaults are those of the recipe resq; docs/options.md lists what others set)"
@@ -90,19 +94,11 @@ def given_options(arguments: argparse.Namespace) -> list[str]:
     return [f.name for f in dataclasses.fields(CompileConfig) if hasattr(arguments, f.name)]
 
 
-def chosen_config(arguments: argparse.Namespace) -> CompileConfig:
-    """Recipe, then the file of --config, then flags. Raises ConfigError."""
-    from resq_compiler.recipes import named
-
-    values = read_recipe_file(arguments.config) if arguments.config else {}
-    if "passes" in values:
-        raise ConfigError(f"recipe file {arguments.config}: passes: only `resq compile` takes them; expected options")
-    values |= {n: getattr(arguments, n) for n in given_options(arguments)}
-    return named.resolve(values.pop("recipe", named.DEFAULT_RECIPE), **values)
-
-
 def chosen_passes(arguments: argparse.Namespace) -> Chosen:
-    """As `chosen_config`; or the passes of --passes, or of `passes` in the file of --config, with options of a run. Raises ConfigError."""
+    """Recipe, then the file of --config, then flags; or the passes of --passes, or of `passes` in that file, with options of a run.
+
+    Raises ConfigError.
+    """
     from resq_compiler.recipes import named, text
 
     values = read_recipe_file(arguments.config) if arguments.config else {}
