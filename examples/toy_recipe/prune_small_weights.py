@@ -9,7 +9,8 @@ import torch
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import ColumnPlan
-from resq_compiler.ir import graph_tools, meta
+from resq_compiler.ir import meta
+from resq_compiler.ir.views import Linear
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 
@@ -25,10 +26,10 @@ class PruneSmallWeights(Pass):
     share: float = option(0.1, 0, 1)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        parts = [node for node in gm.graph.nodes if meta.get(node, meta.LinearPart) is not None]
-        for node in parts:
-            weight = graph_tools.get_tensor(gm, node.args[1])
+        parts = [Linear.require(node) for node in gm.graph.nodes if meta.get(node, meta.LinearPart) is not None]
+        for part in parts:
+            weight = part.weight_tensor(gm)
             smallest = weight.abs() < torch.quantile(weight.abs(), self.share)
-            graph_tools.set_tensor(gm, str(node.args[1].target), weight.masked_fill(smallest, 0.0))
+            part.set_weight(gm, weight.masked_fill(smallest, 0.0))
         ctx.lines.append(f"weights below the {self.share:g} quantile of {len(parts)} linear parts are zero")
         return len(parts)
