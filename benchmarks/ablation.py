@@ -167,8 +167,9 @@ class Bench:
         self.text = arguments.text
         self.loaded = models.load_model(model_source(arguments.model))
         self.windows = text_windows(
-            self.text, self.loaded.tokenizer, arguments.window_length, arguments.windows, skip=arguments.skip
-        )
+            self.text, self.loaded.tokenizer, arguments.window_length, arguments.windows, skip=arguments.skip,
+            bos=arguments.bos,
+        )  # fmt: skip
         if len(self.windows) < arguments.windows:
             raise SystemExit(
                 f"error: {self.text}: {len(self.windows)} windows, expected {arguments.windows}; give a longer text"
@@ -197,7 +198,7 @@ class Bench:
         """Windows of the text's beginning, or of what the model writes."""
         own = job.get("self_written")
         return calibration_windows(
-            None if own else self.text, model=self.loaded.model, tokenizer=self.loaded.tokenizer, seed=job["seed"],
+            None if own else self.text, model=self.loaded.model, tokenizer=self.loaded.tokenizer, seed=job["seed"], bos=job["bos"],
             samples=job["options"].get("calibration_samples", 1), sequence_length=job["options"].get("calibration_length", 1),
             vocab_size=self.loaded.model.config.get_text_config().vocab_size, progress=lambda done, total: None,
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy.py --text wikitext2-valid.txt --recipes resq quarot --seeds 0 1 2 --weight-method rtn gptq
 
-Text is tokenized without special tokens. Calibration: the first 32768 tokens as 64 windows of 512. Evaluation: tokens 60000 to
+Windows hold tokens of the text alone, as in papers; with --bos each begins as the tokenizer begins a text.
+Calibration: the first 32768 tokens as 64 windows of 512. Evaluation: tokens 60000 to
 100960 as 20 windows of 2048, perplexity over all predicted positions, float32 between the integers. Every row runs in a
 process of its own, so that its peak memory is its own, and is appended to --output; rows that are there are not run again.
 
@@ -76,6 +77,13 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", type=int, default=60000, help="tokens before the evaluated ones (default: 60000)")
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--window-length", type=int, default=2048)
+    parser.add_argument(
+        "--bos",
+        action="store_const",
+        const="auto",
+        default="never",
+        help="windows begin as the tokenizer begins a text",
+    )
 
 
 def protocol(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -83,6 +91,7 @@ def protocol(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": arguments.model, "text": str(arguments.text), "skip": arguments.skip, "windows": arguments.windows,
         "text_sha256": hashlib.sha256(arguments.text.read_bytes()).hexdigest()[:16], "window_length": arguments.window_length,
+        "bos": arguments.bos,
     }  # fmt: skip
 
 
@@ -107,6 +116,7 @@ def key(row: dict[str, Any]) -> str:
     """What makes two rows the same run."""
     names = ("model", "text_sha256", "skip", "windows", "window_length", "recipe", "weight_method", "seed", "options")
     optional = [row.get(name) for name in ("compare", "self_written") if row.get(name)]
+    optional += ["bos"] if row.get("bos", "never") != "never" else []
     return json.dumps([row[name] for name in names] + optional, sort_keys=True)
 
 
@@ -144,7 +154,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         else:
             model = compile_job(job, source, progress, row)
             tokenizer = model.tokenizer
-        windows = text_windows(Path(job["text"]), tokenizer, job["window_length"], job["windows"], skip=job["skip"])
+        windows = text_windows(
+            Path(job["text"]), tokenizer, job["window_length"], job["windows"], skip=job["skip"], bos=job["bos"]
+        )
         if len(windows) < job["windows"]:
             raise SystemExit(
                 f"error: {job['text']}: {len(windows)} windows, expected {job['windows']}; give a longer text"
@@ -163,7 +175,7 @@ def prefill_speed(model: Any, length: int = 512, rounds: int = 5) -> float:
     """Prompt tokens per second of a transformers model, median; one round before is not counted."""
     import torch
 
-    ids, seconds = torch.arange(length)[None], []
+    ids, seconds = torch.arange(length)[None] % model.config.get_text_config().vocab_size, []
     with torch.no_grad():
         for _ in range(rounds + 1):
             began = time.perf_counter()
@@ -179,7 +191,7 @@ def compile_job(job: dict[str, Any], source: str, progress: Any, row: dict[str, 
     began = time.perf_counter()
     text = None if job.get("self_written") else Path(job["text"])
     model = compile(
-        source, text, recipe=job["recipe"], weight_method=job["weight_method"], seed=job["seed"],
+        source, text, recipe=job["recipe"], weight_method=job["weight_method"], seed=job["seed"], bos=job["bos"],
         progress=progress, **job["options"],
     )  # fmt: skip
     row["compile_seconds"] = time.perf_counter() - began
