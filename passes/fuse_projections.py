@@ -1,100 +1,114 @@
-"""fuse-projections: multiply every projection that meets a linear or an embedding into its weight, in float64.
+"""fuse-projections: multiply every transform that meets a linear, an embedding or a norm into its weight, in float64.
 
-    project(linear(x, W, b), U)                   -> linear(x, Uᵀ W, Uᵀ b)
-    project(embedding(E), U)                      -> embedding(E U)
-    linear(project(x, U, inverse), W)             -> linear(x, W U)
-    project_heads(split_heads(linear(x, W)), U)   -> split_heads(linear(x, blockdiag(U)ᵀ W))
-    linear(merge_heads(project_heads(x, U, inverse)), W) -> linear(merge_heads(x), W blockdiag(U))
-    linear(hadamard(x, transpose), W)             -> linear(x, W H)
-    linear(project_blocks(x, U, order, inverse), W) -> linear(x, project_blocks(W, U, order))
+    T(linear(x, W, b))                       -> linear(x, Tᵀ W, b T)
+    T(embedding(E))                          -> embedding(E T)
+    T(norm(x, g, b))                         -> norm(x, g T, b T)                  channels scaled or permuted
+    T(split_heads(linear(x, W)))             -> split_heads(linear(x, Tᵀ W))       a rotation of heads
+    T(f(x) * linear(x, W))                   -> f(x) * linear(x, Tᵀ W)             channels scaled
+    linear(T⁻¹(x), W)                        -> linear(x, W T⁻ᵀ)
+    linear(merge_heads(T⁻¹(x)), W)           -> linear(merge_heads(x), W T⁻ᵀ)
 
 What meets none of these stays an operator of the graph (online): U_C, the Hadamard transform itself, U_A in post-norm models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.calibration.bases import Bases
+from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.args import source
-from resq_compiler.ir.graph_tools import is_call, only_user, replace
-from resq_compiler.ir.views import Embedding, Hadamard, Linear, Project, SplitHeads
+from resq_compiler.ir.args import operands, set_argument, source
+from resq_compiler.ir.graph_tools import aten, is_call, only_user, replace
+from resq_compiler.ir.transforms import TARGETS, Transforms
+from resq_compiler.ir.views import Embedding, Linear, Norm, SplitHeads
 from resq_compiler.numerics.float64 import by_row_chunks
+from resq_compiler.numerics.transforms import HeadRotation, Scaling, Transform
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
-
-TARGETS = (ops.project, ops.project_heads, ops.project_blocks, ops.hadamard)
 
 
 @dataclass(frozen=True)
 class FuseProjections(Pass):
-    """Fuse projections into weights."""
+    """Fuse transforms into weights. online "refused": one that meets no weight, though nothing says that it may stay, is an error."""
 
     name: ClassVar[str] = "fuse-projections"
 
+    online: Literal["allowed", "refused"] = "allowed"
+
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        bases = ctx.facts.find(Bases) or Bases()
-        found = [n for n in gm.graph.nodes if is_call(n, *TARGETS)]
+        known = ctx.facts.find(Transforms) or Transforms()
+        found = [n for n in gm.graph.nodes if is_call(n, *TARGETS) and meta.get(n, meta.Projection) is not None]
         left, before = found, None
         while left != before:  # an inverse may meet a linear only once the one behind it is gone
-            left, before = [n for n in left if not fuse(gm, n, bases)], left
-        done = len(found) - len(left)
+            left, before = [n for n in left if not fuse(gm, n, known)], left
+        if self.online == "refused" and (stuck := [n for n in left if may_fuse(n)]):
+            raise PassError(
+                f"node {stuck[0].name}: this recipe asks for transforms that cost nothing at run time, and this one meets no "
+                f"weight: {stuck[0].format_node()}; say online=allowed, or leave the transform out",
+                node=stuck[0].name,
+            )
         gm.graph.eliminate_dead_code()
         graph_tools.delete_unused_tensors(gm)
-        return done
+        return len(found) - len(left)
 
 
-def fuse(gm: GraphModule, node: Node, bases: Bases) -> bool:
-    """Fuse one projection if it meets a linear on the side where it can."""
-    fact = meta.get(node, meta.Projection)
-    if fact is None or fact.basis == "U_C" or fact.online:
+def may_fuse(node: Node) -> bool:
+    """Whether nothing says that a transform stays an operator."""
+    fact = meta.require(node, meta.Projection)
+    return fact.basis != "U_C" and not fact.online
+
+
+def fuse(gm: GraphModule, node: Node, known: Transforms) -> bool:
+    """Fuse one transform if it meets a weight on the side where it can."""
+    if not may_fuse(node):
         return False
-    fused = fuse_inverse(gm, node, fact, bases) if fact.inverse else fuse_forward(gm, node, fact, bases)
+    transform, inverse = known.of(gm, node), meta.require(node, meta.Projection).inverse
+    fused = fuse_inverse(gm, node, transform) if inverse else fuse_forward(gm, node, transform)
     if fused:
+        known.exact.pop(node, None)
         replace(node, source(node))
         memory.trim()  # the weights before
     return fused
 
 
-def exact_basis(node: Node, fact: meta.Projection, bases: Bases) -> Tensor:
-    """U in float64: U_A [d, d], or U_B of a block [G, D, D]. The graph holds it in the type of the weights."""
-    if fact.basis == "U_A":
-        if bases.residual is not None:
-            return bases.residual
-        return bases.reading[source(source(node))]  # node is the inverse behind the projection of a value
-    assert fact.block is not None
-    return bases.value[fact.block]
-
-
-def fuse_forward(gm: GraphModule, node: Node, fact: meta.Projection, bases: Bases) -> bool:
-    """Into the linear or embedding that makes the value, if nothing else reads it."""
-    project = Project.of(node)
-    if project is None:
-        return False
-    x, u = project.x, exact_basis(node, fact, bases)
-    if project.by_head:
+def fuse_forward(gm: GraphModule, node: Node, transform: Transform) -> bool:
+    """Into the weight that makes the value, if nothing else reads it."""
+    x = source(node)
+    if isinstance(transform, HeadRotation):
         split = SplitHeads.of(x)
         if split is None or only_user(x) is None:
             return False
         x = split.x
+    if isinstance(transform, Scaling) and is_call(x, aten.mul.Tensor) and only_user(x) is not None:
+        x = scaled_factor(x) or x
     if only_user(x) is None:
         return False
-    embedding, linear = Embedding.of(x), Linear.of(x)
+    return write(gm, x, transform)
+
+
+def scaled_factor(product: Node) -> Node | None:
+    """The linear that is one factor of a product of channels; the other may be anything."""
+    return next((x for x in reversed(operands(product)) if Linear.of(x) is not None), None)
+
+
+def write(gm: GraphModule, x: Node, transform: Transform) -> bool:
+    """Let a linear, an embedding, or a norm whose channels are not mixed, write x T in place of x; False where x is none of these."""
+    embedding, linear, norm = Embedding.of(x), Linear.of(x), Norm.of(x)
     if embedding is not None:
-        embedding.set_table(gm, by_row_chunks(embedding.table_tensor(gm), lambda w: w @ u))
+        embedding.set_table(gm, by_row_chunks(embedding.table_tensor(gm), transform.forward))
     elif linear is not None:
-        rotate_outputs(gm, linear, u)
-    return embedding is not None or linear is not None
+        change_outputs(gm, linear, transform)
+    elif norm is not None and norm.gain is not None and transform.elementwise:
+        change_norm(gm, norm, transform)
+    else:
+        return False
+    return True
 
 
-def fuse_inverse(gm: GraphModule, node: Node, fact: meta.Projection, bases: Bases) -> bool:
+def fuse_inverse(gm: GraphModule, node: Node, transform: Transform) -> bool:
     """Into all linears that read the value."""
     merged = only_user(node)
     readers = list((merged if is_call(node, ops.project_heads) and is_call(merged, ops.merge_heads) else node).users)
@@ -102,44 +116,26 @@ def fuse_inverse(gm: GraphModule, node: Node, fact: meta.Projection, bases: Base
     if not linears or len(linears) < len(readers):
         return False
     for linear in linears:
-        change = _column_change(gm, node, fact, linear, bases)
-        linear.set_weight(gm, by_row_chunks(linear.weight_tensor(gm), change))
+        linear.set_weight(gm, by_row_chunks(linear.weight_tensor(gm), transform.into_inputs))
     return True
 
 
-def _column_change(
-    gm: GraphModule, node: Node, fact: meta.Projection, linear: Linear, bases: Bases
-) -> Callable[[Tensor], Tensor]:
-    """The map W -> W U for the input columns of a linear."""
-    hadamard = Hadamard.of(node)
-    if hadamard is not None:
-        return lambda w: ops.hadamard(w, False, hadamard.sizes)
-    if is_call(node, ops.project_blocks):
-        blocks = bases.down[linear.node]
-        return lambda w: ops.project_blocks(w, blocks.vectors, blocks.order)
-    u = exact_basis(node, fact, bases)
-    if is_call(node, ops.project):
-        return lambda w: w @ u
-    heads = _repeat(u, linear.weight_tensor(gm).shape[1] // u.shape[-1])
-    return lambda w: torch.einsum("nhd,hde->nhe", w.unflatten(1, heads.shape[:2]), heads).flatten(1)
-
-
-def _repeat(u: Tensor, heads: int) -> Tensor:
-    """U per key/value head [G, D, D] for each of `heads` query heads."""
-    return u.repeat_interleave(heads // u.shape[0], 0)
-
-
-def rotate_outputs(gm: GraphModule, linear: Linear, u: Tensor) -> None:
-    """W <- Uᵀ W and b <- Uᵀ b; u is [N, N], or [G, D, D] for N = G·D outputs."""
-
-    def turn(value: Tensor) -> Tensor:
-        wide = value.double()
-        if u.dim() == 2:
-            return (u.mT @ wide).to(value.dtype)
-        grouped = wide.unflatten(0, u.shape[:2])
-        return torch.einsum("gde,gd...->ge...", u, grouped).flatten(0, 1).to(value.dtype)
-
-    linear.set_weight(gm, turn(linear.weight_tensor(gm)))
-    bias = linear.bias_tensor(gm)
+def change_outputs(gm: GraphModule, linear: Linear, transform: Transform) -> None:
+    """W <- Tᵀ W and b <- b T."""
+    weight, bias = linear.weight_tensor(gm), linear.bias_tensor(gm)
+    linear.set_weight(gm, transform.into_outputs(weight.double()).to(weight.dtype))
     if bias is not None:
-        linear.set_bias(gm, turn(bias), FuseProjections.name)
+        linear.set_bias(gm, transform.into_outputs(bias.double()).to(bias.dtype), FuseProjections.name)
+
+
+def change_norm(gm: GraphModule, norm: Norm, transform: Transform) -> None:
+    """g <- g T and b <- b T, under names of their own: other norms may share the tensors."""
+    for name, tensor in (("weight", norm.gain), ("bias", norm.bias)):
+        if tensor is not None:
+            value = graph_tools.get_tensor(gm, tensor)
+            changed = transform.forward(value.double()).to(value.dtype)
+            target = f"resq.{norm.node.name}.fused_{name}"
+            if str(tensor.target) == target:
+                graph_tools.set_tensor(gm, target, changed)
+            else:
+                set_argument(norm.node, name, graph_tools.add_tensor(gm, target, changed, FuseProjections.name))

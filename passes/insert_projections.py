@@ -14,7 +14,7 @@ Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,11 +25,19 @@ from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Attention, Topology
 from resq_compiler.calibration.bases import Bases, BlockBasis, order_of
 from resq_compiler.errors import PassError
-from resq_compiler.ir import graph_tools, meta, ops, values
+from resq_compiler.ir import graph_tools, meta, values
 from resq_compiler.ir.args import set_argument, source
-from resq_compiler.ir.graph_tools import emit
+from resq_compiler.ir.transforms import Placing, Transforms, factors_of
 from resq_compiler.ir.views import Linear, Norm
 from resq_compiler.numerics.hadamard import hadamard_plan
+from resq_compiler.numerics.transforms import (
+    BlockRotation,
+    HadamardRotation,
+    HeadRotation,
+    Product,
+    Rotation,
+    Transform,
+)
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 
@@ -48,47 +56,36 @@ class InsertProjections(Pass):
         topology, bases = ctx.facts.get(Topology), ctx.facts.find(Bases) or Bases()
         done = 0
         if bases.residual is not None:
-            done += insert_residual(gm, topology, bases.residual)
+            done += insert_residual(gm, topology, bases.residual, ctx)
         if bases.reading:
             done += insert_reading(gm, topology, bases.reading, ctx)
         for block in topology.blocks:
             if bases.value:
-                done += insert_value(gm, block.attention, bases.value[block.index], block.index)
+                done += insert_value(gm, block.attention, bases.value[block.index], block.index, ctx)
             if bases.key and ctx.facts.get(ColumnPlan).kv_bits < FLOAT_BITS:
-                done += insert_key(gm, block.attention, bases.key[block.index], block.index)
+                done += insert_key(gm, block.attention, bases.key[block.index], block.index, ctx)
             downs = [f.down for f in block.feed_forwards if f.down not in topology.floats]
             for down in downs if self.down == "hadamard" else ():
-                done += insert_hadamard(gm, down, ctx, block.index)
-                done += insert_down_blocks(gm, down, bases.down[down], block.index) if down in bases.down else 0
+                done += insert_down(gm, down, bases.down.get(down), ctx, block.index)
         return done
 
 
-def insert_after(
-    gm: GraphModule, value: Node, users: list[Node], target: Callable, args: tuple, fact: meta.Projection
-) -> Node:
-    """target(value, *args) between a value and some of its users."""
-    with gm.graph.inserting_after(value):
-        node = emit(gm.graph, target, (value, *args), value, InsertProjections.name)
-    for user in users:
-        user.replace_input_with(value, node)
-    return meta.put(node, fact)
+def placing(gm: GraphModule, ctx: PassContext, transform: Transform, name: str, like: Node) -> Placing:
+    """A transform to put in; its tensors get the type of a linear's weight."""
+    known = ctx.facts.find(Transforms) or Transforms()
+    ctx.facts.put(known)
+    return Placing(gm, transform, name, Linear.require(like).weight_tensor(gm), InsertProjections.name, known)
 
 
-def basis_node(gm: GraphModule, name: str, value: Tensor, like: Tensor) -> Node:
-    """A tensor node for a basis, in the model's dtype."""
-    return graph_tools.add_tensor(gm, f"resq.{name}", value.to(like.dtype).to(like.device), InsertProjections.name)
-
-
-def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor) -> int:
+def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor, ctx: PassContext) -> int:
     """U_A around the residual stream."""
-    u = basis_node(gm, "U_A", basis, Linear.require(topology.head).weight_tensor(gm))
-    forward, inverse = meta.Projection("U_A"), meta.Projection("U_A", inverse=True)
+    u = placing(gm, ctx, Rotation(basis), "U_A", topology.head)
     residual = topology.residual
     for writer in residual.writers:
-        insert_after(gm, writer, list(writer.users), ops.project, (u,), forward)
+        u.forward(writer, writer.users, meta.Projection("U_A"))
     for group in residual.readers:
         pass_norm(gm, group.norm, order_of(basis))
-        insert_after(gm, group.value, group.linears, ops.project, (u, True), inverse)
+        u.inverse(group.value, group.linears, meta.Projection("U_A", inverse=True))
     return len(residual.writers) + len(residual.readers)
 
 
@@ -118,68 +115,53 @@ def insert_reading(gm: GraphModule, topology: Topology, bases: Mapping[Node, Ten
         ctx.note(f"U_A stays online before attention and feed-forward: {why}")
     elif ctx.overrides is not None and ctx.overrides.fusable is False:
         ctx.note("U_A stays online before attention and feed-forward: the topology override says so")
-    like = Linear.require(topology.head).weight_tensor(gm)
-    forward, inverse = meta.Projection("U_A", online=True), meta.Projection("U_A", inverse=True)
-    made: dict[int, Node] = {}
+    made: dict[int, Placing] = {}
     for group in topology.readers:
         basis = bases[group.value]
         if id(basis) not in made:
-            made[id(basis)] = basis_node(gm, f"U_A.{len(made)}", basis, like)
+            made[id(basis)] = placing(gm, ctx, Rotation(basis), f"U_A.{len(made)}", topology.head)
         u = made[id(basis)]
-        projected = insert_after(gm, group.value, group.linears, ops.project, (u,), forward)
-        insert_after(gm, projected, group.linears, ops.project, (u, True), inverse)
+        projected = u.forward(group.value, group.linears, meta.Projection("U_A", online=True))
+        u.inverse(projected, group.linears, meta.Projection("U_A", inverse=True))
     return 2 * len(topology.readers)
 
 
-def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:
+def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int, ctx: PassContext) -> int:
     """U_B between the value projection and the cache; its inverse after attention."""
-    value, core = attention.new_values, attention.core
-    u = basis_node(gm, f"U_B.{index}", basis, Linear.require(attention.v).weight_tensor(gm))
+    u = placing(gm, ctx, HeadRotation(basis), f"U_B.{index}", attention.v)
     forward = meta.Projection("U_B", online=not attention.value_is_linear, block=index)
-    insert_after(gm, value, [attention.value_cache], ops.project_heads, (u,), forward)
-    insert_after(
-        gm, core, list(core.users), ops.project_heads, (u, True), meta.Projection("U_B", inverse=True, block=index)
-    )
+    u.forward(attention.new_values, [attention.value_cache], forward)
+    u.inverse(attention.core, attention.core.users, meta.Projection("U_B", inverse=True, block=index))
     return 2
 
 
-def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int) -> int:
+def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int, ctx: PassContext) -> int:
     """U_C on queries and new keys after RoPE."""
+    transform = Rotation(basis) if basis.dim() == 2 else HeadRotation(basis)
+    u, fact = placing(gm, ctx, transform, f"U_C.{index}", attention.k), meta.Projection("U_C", block=index)
     key, query = attention.new_keys, attention.view.q
-    u = basis_node(gm, f"U_C.{index}", basis, Linear.require(attention.k).weight_tensor(gm))
-    project = ops.project if basis.dim() == 2 else ops.project_heads
-    fact = meta.Projection("U_C", block=index)
-    insert_after(gm, key, [attention.key_cache], project, (u,), fact)
-    insert_after(gm, query, [attention.core], project, (u,), fact)
+    u.forward(key, [attention.key_cache], fact)
+    u.forward(query, [attention.core], fact)
     return 2
 
 
-def insert_hadamard(gm: GraphModule, down: Node, ctx: PassContext, block: int) -> int:
-    """U_D and its inverse before a down projection."""
-    x = source(down)
-    width = values.width(x)
+def insert_down(gm: GraphModule, down: Node, blocks: BlockBasis | None, ctx: PassContext, index: int) -> int:
+    """U_D and its inverse before a down projection: a Hadamard transform, behind principal directions of blocks where there are any."""
+    turn = hadamard(values.width(source(down)), ctx, index)
+    transform = turn if blocks is None else Product((BlockRotation(blocks.vectors, blocks.order), turn))
+    u = placing(gm, ctx, transform, f"U_D.{down.name}", down)
+    turned = u.forward(source(down), [down], meta.Projection("U_D", block=index))
+    u.inverse(turned, [down], meta.Projection("U_D", inverse=True, block=index))
+    return 2 * len(factors_of(transform))
+
+
+def hadamard(width: int, ctx: PassContext, block: int) -> HadamardRotation:
+    """The Hadamard transform of a down projection's input, one for each of its parts; a note where one has no full width."""
     plan = ctx.facts.get(ColumnPlan)
     parts = tuple(plan.sizes(width, "down", block=block)) if plan.split_down else (width,)
-    stretches = parts if len(parts) > 1 else None
     for transform in map(hadamard_plan, parts):
         if not transform.full_width:
             ctx.note(
                 f"U_D on {transform.n} channels is a block transform of width {transform.block}: {transform.reason}"
             )
-    turned = insert_after(gm, x, [down], ops.hadamard, (False, stretches), meta.Projection("U_D", block=block))
-    inverse = meta.Projection("U_D", inverse=True, block=block)
-    insert_after(gm, turned, [down], ops.hadamard, (True, stretches), inverse)
-    return 2
-
-
-def insert_down_blocks(gm: GraphModule, down: Node, basis: BlockBasis, block: int) -> int:
-    """Principal directions of blocks of channels before the Hadamard transform of a down projection, and back behind its inverse."""
-    name, dtype = f"resq.U_D.{down.name}", Linear.require(down).weight_tensor(gm).dtype
-    u = graph_tools.add_tensor(gm, name, basis.vectors.to(dtype), InsertProjections.name)
-    columns = graph_tools.add_tensor(gm, f"{name}_order", basis.order, InsertProjections.name)
-    back = source(down)
-    turn = source(back)
-    inverse, forward = (meta.Projection("U_D", inverse=inverse, block=block) for inverse in (True, False))
-    insert_after(gm, back, [down], ops.project_blocks, (u, columns, True), inverse)
-    insert_after(gm, source(turn), [turn], ops.project_blocks, (u, columns, False), forward)
-    return 2
+    return HadamardRotation(parts)

@@ -24,11 +24,14 @@ from resq_compiler.ir.views import (
     Hadamard,
     MergeHeads,
     Norm,
+    PermuteChannels,
     Project,
     ProjectBlocks,
+    ProjectKronecker,
     Quantize,
     QuantizeDequantize,
     Rope,
+    ScaleChannels,
     SplitHeads,
 )
 from resq_compiler.numerics.hadamard import hadamard_plan
@@ -132,6 +135,34 @@ def project_blocks(low: Lowering, node: Node) -> Value:
     rows = low.b.op("Reshape", low.exact(view.x), low.b.ints(0, 0, groups, 1, size))
     turned = low.b.op("Reshape", low.b.op("MatMul", rows, low.exact(view.u)), low.b.ints(0, 0, groups * size))
     return Value(low.b.op("Gather", turned, low.exact(view.order), axis=-1))
+
+
+@emits(ops.project_kronecker)
+def project_kronecker(low: Lowering, node: Node) -> Value:
+    """x (A ⊗ B): rows as matrices, between two small products."""
+    view = ProjectKronecker.require(node)
+    a, b = (np.linalg.inv(m) if view.inverse else m for m in (low.tensor(view.a), low.tensor(view.b)))
+    rows = low.b.op("Reshape", low.exact(view.x), low.b.ints(0, 0, len(a), len(b)))
+    left = low.b.op("MatMul", low.b.constant(np.ascontiguousarray(a.T)), rows)
+    both = low.b.op("MatMul", left, low.b.constant(b))
+    return Value(low.b.op("Reshape", both, low.b.ints(0, 0, len(a) * len(b))))
+
+
+@emits(ops.scale_channels)
+def scale_channels(low: Lowering, node: Node) -> Value:
+    """x · s or x / s, over columns; heads keep their order."""
+    view = ScaleChannels.require(node)
+    x, heads = low.columns_last(view.x)
+    return like(low.b.op("Div" if view.inverse else "Mul", x, low.exact(view.s)), heads)
+
+
+@emits(ops.permute_channels)
+def permute_channels(low: Lowering, node: Node) -> Value:
+    """Columns in another order; heads keep theirs."""
+    view = PermuteChannels.require(node)
+    order = low.tensor(view.order)
+    x, heads = low.columns_last(view.x)
+    return like(low.b.op("Gather", x, low.b.constant(np.argsort(order) if view.inverse else order), axis=-1), heads)
 
 
 @emits(ops.hadamard)

@@ -17,6 +17,7 @@ from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.linears import PARTS, read_part
+from resq_compiler.ir.transforms import TARGETS
 from resq_compiler.ir.views import AppendCache, CodedLinear, Linear, Quantize, QuantizeDequantize
 from resq_compiler.numerics.packing import packed_length
 from resq_compiler.result import CompileResult
@@ -170,7 +171,7 @@ def _kind(tensor: Node) -> str:
     user = next(iter(tensor.users), None)
     if is_call(user, aten.embedding.default):
         return "embeddings"
-    return "projections" if is_call(user, ops.project, ops.project_heads, ops.project_blocks) else "other"
+    return "projections" if is_call(user, *TARGETS) else "other"
 
 
 def _bytes(gm: GraphModule, tensor: Node) -> int:

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from resq_compiler.numerics import quantized
 from resq_compiler.numerics.hadamard import hadamard_plan, hadamard_transform
 from resq_compiler.numerics.quantized import QuantizedActivation
+from resq_compiler.numerics.transforms import Kronecker
 
 OPS: dict[str, Callable] = {}
 
@@ -158,6 +159,25 @@ def hadamard(x: Tensor, transpose: bool = False, sizes: Sequence[int] | None = N
     if sizes is None:
         return hadamard_transform(x, hadamard_plan(int(x.shape[-1])), transpose=transpose)
     return torch.cat([hadamard(piece, transpose) for piece in x.split(list(sizes), -1)], -1)
+
+
+@op
+def project_kronecker(x: Tensor, a: Tensor, b: Tensor, inverse: bool = False) -> Tensor:
+    """x (A ⊗ B) (inverse: x times its inverse) over the last dimension: A [a, a], B [b, b] invertible, x [..., a·b]."""
+    transform = Kronecker(a, b)
+    return transform.inverse(x) if inverse else transform.forward(x)
+
+
+@op
+def scale_channels(x: Tensor, s: Tensor, inverse: bool = False) -> Tensor:
+    """x · s (inverse: x / s) over the last dimension: s [d]."""
+    return x / s if inverse else x * s
+
+
+@op
+def permute_channels(x: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
+    """x[..., order] (inverse: back to where they were) over the last dimension: order [d]."""
+    return x.index_select(-1, order.argsort() if inverse else order)
 
 
 @op

@@ -304,6 +304,49 @@ class ProjectBlocks(View):
 
 
 @dataclass(frozen=True)
+class ProjectKronecker(View):
+    """x (A ⊗ B), or x times its inverse."""
+
+    targets = (ops.project_kronecker,)
+    x: Node
+    a: Node
+    b: Node
+    inverse: bool
+
+    @classmethod
+    def read(cls, node: Node) -> ProjectKronecker:
+        return cls(node, node_arg(node, "x"), tensor_arg(node, "a"), tensor_arg(node, "b"), bool_arg(node, "inverse"))
+
+
+@dataclass(frozen=True)
+class ScaleChannels(View):
+    """x · s, or x / s."""
+
+    targets = (ops.scale_channels,)
+    x: Node
+    s: Node
+    inverse: bool
+
+    @classmethod
+    def read(cls, node: Node) -> ScaleChannels:
+        return cls(node, node_arg(node, "x"), tensor_arg(node, "s"), bool_arg(node, "inverse"))
+
+
+@dataclass(frozen=True)
+class PermuteChannels(View):
+    """x[..., order], or back."""
+
+    targets = (ops.permute_channels,)
+    x: Node
+    order: Node
+    inverse: bool
+
+    @classmethod
+    def read(cls, node: Node) -> PermuteChannels:
+        return cls(node, node_arg(node, "x"), tensor_arg(node, "order"), bool_arg(node, "inverse"))
+
+
+@dataclass(frozen=True)
 class Hadamard(View):
     """A Hadamard transform over the last dimension, or one for each stretch of `sizes` columns."""
 

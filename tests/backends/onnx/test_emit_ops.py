@@ -127,6 +127,25 @@ def test_project_heads(inverse):
     check_call(ops.project_heads, HEADS, u, inverse)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_project_kronecker(inverse):
+    check_call(ops.project_kronecker, X, Weight(orthogonal(4, 4)), Weight(2 * orthogonal(6, 6)), inverse)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_scaled_and_permuted_channels(inverse, split):
+    width = 6 if split else 24
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+
+    def build(graph, x):
+        value = graph.call(ops.split_heads, x, 4) if split else x
+        value = graph.call(ops.permute_channels, value, Weight(order), inverse)
+        return graph.call(ops.scale_channels, value, Weight(torch.arange(1.0, width + 1)), inverse)
+
+    check({"x": X}, build, tolerance=1e-6)
+
+
 def test_project_blocks():
     arguments = Weight(orthogonal(4, 6, 6)), Weight(torch.randperm(24))
     check_call(ops.project_blocks, X, *arguments)
@@ -189,7 +208,8 @@ def test_every_emitter_of_this_module_is_tested_or_needs_a_cache():
     }  # fmt: skip
     here = {
         ops.rms_norm, aten.layer_norm.default, ops.split_heads, ops.merge_heads, ops.columns, ops.rope, ops.project, ops.project_heads,
-        ops.project_blocks, ops.hadamard, ops.causal_mask, ops.see_prefix, ops.prepend, ops.attention,
+        ops.project_blocks, ops.project_kronecker, ops.scale_channels, ops.permute_channels, ops.hadamard,
+        ops.causal_mask, ops.see_prefix, ops.prepend, ops.attention,
     }  # fmt: skip
     known = {target for target, emitter in EMITTERS.items() if emitter.__module__ == emit_ops.__name__}
     assert known == here | elsewhere and known >= set(OPS.values())
