@@ -18,7 +18,8 @@ from torch import Tensor
 
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts
-from resq_compiler.numerics.weights import Clip, QuantizedWeight, check_weight, search_scale
+from resq_compiler.numerics.scale_search import Clip, check_weight, search_scale
+from resq_compiler.numerics.weights import QuantizedWeight
 
 _DAMPING_RETRIES = 3
 
@@ -45,7 +46,6 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = False,
     clip: Clip = "mse",
-    norm: float = 2.0,
     weighted_clip: bool = False,
 ) -> GptqResult:
     """Quantize a weight, compensating each column's rounding in the columns after it.
@@ -57,7 +57,7 @@ def gptq(
     Args:    w: [N, K] floating point.    hessian: [K, K] sum x^T x at any scale.    parts: cover K, ascending bits.
              block_size: columns handled one by one before errors move on as a matrix product; the result depends on it
              by rounding only.    damping: fraction of mean(diag H).    act_order: within each part, columns by
-             descending diag H.    clip, norm: see search_scale; weighted_clip weighs its errors by diag H.
+             descending diag H.    clip: see search_scale; weighted_clip weighs its errors by diag H.
     Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N].
     Raises:  QuantError: shapes, options or values not usable; H not positive definite even with 100x the damping.
     Source:  GPTQ (arXiv 2210.17323) algorithm 1. Differs: errors move on by recursive halving; dead columns are rounded, not zeroed.
@@ -69,7 +69,7 @@ def gptq(
     order = _column_order(diagonal, parts, act_order)
     upper, used = _inverse_factor(moment, order, damping)
     weighting = diagonal if weighted_clip else None
-    scales = [_part_scale(w, p, clip, norm, weighting) for p in parts]
+    scales = [_part_scale(w, p, clip, weighting) for p in parts]
     columns = w.t()[order].contiguous()
     loop = _Loop(columns, upper, parts, scales, block_size)
     del upper
@@ -126,10 +126,10 @@ class _Loop:
         torch.addcmul(column, code, scale, value=-1, out=self.errors[j]).mul_(self.inverse_diagonal[j])
 
 
-def _part_scale(w: Tensor, part: Part, clip: Clip, norm: float, weighting: Tensor | None) -> Tensor:
+def _part_scale(w: Tensor, part: Part, clip: Clip, weighting: Tensor | None) -> Tensor:
     columns = slice(part.start, part.stop)
     column_weight = None if weighting is None else weighting[columns]
-    return search_scale(w[:, columns], part.bits, clip=clip, norm=norm, column_weight=column_weight)
+    return search_scale(w[:, columns], part.bits, clip=clip, column_weight=column_weight)
 
 
 def _column_order(diagonal: Tensor, parts: Sequence[Part], act_order: bool) -> Tensor:

@@ -156,7 +156,7 @@ def test_damping_is_raised_and_reported_then_refused() -> None:
 def test_weighted_clip_and_half_precision_inputs() -> None:
     w, x = problem(16, 32)
     h = moment(x)
-    result = gptq(w.to(torch.bfloat16), h, parts_for(32, 1 / 8), weighted_clip=True, norm=2.0)
+    result = gptq(w.to(torch.bfloat16), h, parts_for(32, 1 / 8), weighted_clip=True)
     assert torch.isfinite(result.row_loss).all() and result.row_loss.shape == (16,)
 
 
