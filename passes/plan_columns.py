@@ -22,7 +22,8 @@ class PlanColumns(Pass):
 
     The main bits hold for the columns outside the high part (`high_fraction` of them, at `high_bits`) and the low part (`low_fraction`,
     at `low_bits`). sites: shares of single sites. rank_multiple: columns of these parts are a multiple of it. split_down: inputs of
-    down projections have parts too. lm_head_bits: none leaves lm_head in float.
+    down projections have parts too. lm_head_bits: none leaves lm_head in float. weight_group_size: columns of a part whose weights
+    share a scale (the last group of a part may be smaller; lm_head has a scale a row); none: a row has one.
     """
 
     name: ClassVar[str] = "plan-columns"
@@ -40,6 +41,7 @@ class PlanColumns(Pass):
     rank_multiple: int = option(1, 1)
     split_down: bool = False
     lm_head_bits: Literal[8] | None = None
+    weight_group_size: Literal[32, 64, 128] | None = None
 
     @property
     def plan(self) -> ColumnPlan:
@@ -47,7 +49,7 @@ class PlanColumns(Pass):
         return ColumnPlan(
             self.weight_bits, self.activation_bits, self.kv_bits,
             Shares(self.high_fraction, self.high_bits, self.low_fraction, self.low_bits),
-            self.sites, self.rank_multiple, self.split_down, self.lm_head_bits,
+            self.sites, self.rank_multiple, self.split_down, self.lm_head_bits, self.weight_group_size,
         )  # fmt: skip
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:

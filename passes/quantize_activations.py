@@ -89,7 +89,7 @@ def quantize_input(
         shared[key] = meta.put(new, fact)
     codes = shared[key]
     if is_call(node, ops.weight_only_linear):
-        node.target = ops.quantized_linear
+        node.target = ops.quantized_linear  # a group_size is given by name to both
         set_argument(node, "x", codes)
         return 1
     with gm.graph.inserting_before(node):
@@ -124,7 +124,7 @@ def float_weight(gm: GraphModule, node: Node) -> Tensor:
     coded = CodedLinear.of(node)
     if coded is None:
         return Linear.require(node).weight_tensor(gm)
-    return coded.codes(gm) * coded.scales(gm)[:, None]
+    return coded.image(gm)
 
 
 def may_clip(part: meta.LinearPart) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis.columns import FLOAT_BITS
+from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Block, Topology
 from resq_compiler.calibration import executor, precision, workdir
 from resq_compiler.calibration.lockstep import Lockstep
@@ -79,7 +79,7 @@ class QuantizeWeights(Pass):
 
     name: ClassVar[str] = "quantize-weights"
     exact: ClassVar[bool] = False
-    requires: ClassVar[tuple[type, ...]] = (Topology,)
+    requires: ClassVar[tuple[type, ...]] = (Topology, ColumnPlan)
 
     method: Literal["gptq", "rtn"] = "gptq"
     clip: Literal["mse", "hessian", "max"] = "mse"
@@ -107,9 +107,9 @@ class QuantizeWeights(Pass):
         else:
             for i, site in enumerate(sites):
                 ctx.progress("quantize weights", i, len(sites))
-                round_to_nearest(gm, [site], self.plain_clip)
+                round_to_nearest(gm, [site], self.plain_clip, ctx.facts.get(ColumnPlan).weight_group_size)
         for site in head:
-            round_to_nearest(gm, [site], self.plain_clip)
+            round_to_nearest(gm, [site], self.plain_clip, None)
         graph_tools.delete_unused_tensors(gm)
         return len(sites) + len(head)
 
@@ -142,9 +142,10 @@ def stacked_weight(gm: GraphModule, group: list[Site]) -> Tensor:
     return torch.cat([site.weight(gm) for site in group])
 
 
-def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "max"]) -> None:
-    """Quantize a group without looking at its inputs."""
-    store(gm, group, weight_core.quantize_weight_rtn(stacked_weight(gm, group), group[0].parts(), clip=clip))
+def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "max"], group_size: int | None) -> None:
+    """Quantize a group of linears without looking at their inputs."""
+    weight, parts = stacked_weight(gm, group), group[0].parts()
+    store(gm, group, weight_core.quantize_weight_rtn(weight, parts, clip=clip, group_size=group_size))
 
 
 def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight]) -> None:
@@ -168,8 +169,10 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
         new = rewrite(node, ops.weight_only_linear, (linear.x, *tensors), QuantizeWeights.name)
     else:
         new = rewrite(node, ops.quantized_linear, (image.codes, *tensors), QuantizeWeights.name)
-        if not image.node.users:
-            gm.graph.erase_node(image.node)
+    if piece.group_size is not None:
+        new.update_kwarg("group_size", piece.group_size)
+    if image is not None and not image.node.users:
+        gm.graph.erase_node(image.node)
     meta.put(new, part)
     meta.put(new, meta.WeightNoise(float(f"{noise:.4g}")))
     graph_tools.erase_tensor(gm, linear.weight)
@@ -216,7 +219,7 @@ def quantize_group(
     """GPTQ on the stacked weights of a group."""
     result = gptq_core.gptq(
         stacked_weight(gm, group), hessian, group[0].parts(), damping=options.damping, act_order=options.act_order,
-        clip=options.plain_clip, weighted_clip=options.clip == "hessian",
+        clip=options.plain_clip, weighted_clip=options.clip == "hessian", group_size=ctx.facts.get(ColumnPlan).weight_group_size,
     )  # fmt: skip
     if result.damping != options.damping:
         where = f"{group[0].fact.name} and linears of the same input"

@@ -53,6 +53,11 @@ def inputs_of(linear: LinearSum) -> Inputs | str:
             return "some of its parts have float weights"
         if not part.on_codes:
             return "16-bit activations: there is no weight-only kernel; compile with activation_bits=4 or 8"
+        if part.group_size is not None:
+            return (
+                f"its weights have a scale for every {part.group_size} columns, and kernels take one a row and part; compile with "
+                "weight_group_size=None, or use the reference or onnx backend"
+            )
         quantizers.append(Quantize.require(part.x))
     groups = [one.groups for one in quantizers]
     return tuple(quantizers) if len(set(groups)) == 1 else f"its parts differ in groups: {groups}"

@@ -21,6 +21,7 @@ from resq_compiler.backends.onnx.form_fused import FusedForm
 from resq_compiler.backends.onnx.forms import Form, least_top, low_and_scale, scale_of
 from resq_compiler.backends.onnx.images import parts_image, parts_of_heads
 from resq_compiler.backends.onnx.integer_weights import (
+    column_scales,
     correction_count,
     correction_rows,
     stacked_bias,
@@ -115,11 +116,11 @@ class IntegerForm(FusedForm):
         return low.once(("image", codes.codes or codes.source), make)
 
     def linears(self, low: Lowering, members: list[Product]) -> list[Value]:
-        """One product for each part over all members; float products where the input has a scale for each head."""
+        """One product for each part over all members; float products where inputs have a scale for each head, or weights for each group."""
         sources = [low.value(s) for s in members[0].sources]
         stacked: list[list[Term]] = [list(terms) for terms in zip(*(m.terms for m in members), strict=True)]
         whole_rows = [s for s in sources if isinstance(s, Codes) and s.groups == 1]
-        if len(whole_rows) == len(sources):
+        if len(whole_rows) == len(sources) and not has_groups(members[0]):
             products = [self._product(low, *part) for part in zip(whole_rows, stacked, strict=True)]
             total = sum_of(low, products)
         else:
@@ -191,9 +192,14 @@ def integer_only(plan: Plan) -> set[Node]:
         sources = members[0].sources
         quantizers = [Quantize.of(source) for source in sources]
         one_group = all(quantizer is not None and quantizer.groups == 1 for quantizer in quantizers)
-        (found if one_group else mixed).update(sources)
+        (found if one_group and not has_groups(members[0]) else mixed).update(sources)
     other = {s for s in found if any(CodedLinear.of(user) is None for user in s.users)}
     return found - mixed - other
+
+
+def has_groups(product: Product) -> bool:
+    """Whether the weights have scales for groups of columns."""
+    return any(term.group_size is not None for term in product.terms)
 
 
 def with_zeros(low: Lowering, piece: Columns, zeros: int, least: float) -> str:
@@ -236,4 +242,4 @@ def flat_image(low: Lowering, form: Form, source: Emitted) -> Value:
 def float_weight(low: Lowering, terms: list[Term]) -> str:
     """codes * scale as float32 [K, N], folded into a constant when the model is loaded."""
     stored = stored_codes(low.b, *stacked_codes(terms), terms[0].name)
-    return low.b.op("Mul", low.b.op("Cast", stored, to=TensorProto.FLOAT), stacked_scales(low.b, terms))
+    return low.b.op("Mul", low.b.op("Cast", stored, to=TensorProto.FLOAT), column_scales(low.b, terms))

@@ -71,7 +71,7 @@ class QdqForm(Form):
 
     @staticmethod
     def weight(low: Lowering, term: Term, *, apart: bool) -> str:
-        """DequantizeLinear of codes [N, K], turned.
+        """DequantizeLinear of codes [N, K], by blocks of columns where they have groups, turned.
 
         ONNX Runtime makes a DequantizeLinear that a MatMul reads a MatMulNBits, which rounds activations to int8 again. It does not
         where they come out of a DequantizeLinear too; where they do not, the weight is kept `apart`: a transposition is moved in front
@@ -79,7 +79,11 @@ class QdqForm(Form):
         """
         b, (out, width) = low.b, term.qdata.shape
         codes = stored_codes(b, np.ascontiguousarray(term.codes.T), term.weight_bits, term.name)
-        image = b.op("DequantizeLinear", codes, stacked_scales(b, [term]), axis=0)
+        if term.group_size is None:
+            image = b.op("DequantizeLinear", codes, stacked_scales(b, [term]), axis=0)
+        else:
+            scales = b.constant(np.ascontiguousarray(term.scales.T), name=f"{term.name}.scales")
+            image = b.op("DequantizeLinear", codes, scales, axis=1, block_size=term.group_size)
         if not apart:
             return b.op("Transpose", image, perm=[1, 0])
         turned = b.op("Transpose", b.op("Reshape", image, b.ints(1, out, width)), perm=[0, 2, 1])

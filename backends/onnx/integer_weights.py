@@ -53,5 +53,16 @@ def stored_codes(b: GraphBuilder, codes: np.ndarray, bits: int, name: str) -> st
 
 
 def stacked_scales(b: GraphBuilder, terms: Sequence[Term]) -> str:
-    """float32 [N]"""
-    return b.constant(np.concatenate([t.scales for t in terms]), name=f"{terms[0].name}.scales")
+    """float32 [N], or [groups, N]."""
+    return b.constant(np.concatenate([t.scales for t in terms], -1), name=f"{terms[0].name}.scales")
+
+
+def column_scales(b: GraphBuilder, terms: Sequence[Term]) -> str:
+    """float32 [N], or [K, N] of weights with groups: computed from [groups, N] when the model is loaded."""
+    scales, size = stacked_scales(b, terms), terms[0].group_size
+    if size is None:
+        return scales
+    width, (groups, rows) = terms[0].qdata.shape[1], np.concatenate([t.scales for t in terms], -1).shape
+    each = b.op("Expand", b.op("Unsqueeze", scales, b.ints(1)), b.ints(groups, size, rows))
+    columns = b.op("Reshape", each, b.ints(groups * size, rows))
+    return columns if groups * size == width else b.op("Slice", columns, b.ints(0), b.ints(width), b.ints(0))

@@ -22,13 +22,14 @@ STACK_RATIO = 2  # linears of one input are one product while their outputs are 
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a linear: source codes (or float value), weight codes [N, K] int8 and scale [N]."""
+    """One part of a linear: source codes (or float value), weight codes [N, K] int8 and scale [N], or [N, groups]."""
 
     source: Node
     qdata: torch.Tensor
     scale: torch.Tensor
     weight_bits: int
     name: str
+    group_size: int | None = None
 
     @property
     def codes(self) -> np.ndarray:
@@ -37,7 +38,8 @@ class Term:
 
     @property
     def scales(self) -> np.ndarray:
-        return self.scale.detach().cpu().float().numpy()
+        """[N], or [groups, N]."""
+        return np.ascontiguousarray(self.scale.detach().cpu().float().numpy().T)
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def products(gm: GraphModule, linear: LinearSum) -> Iterator[tuple[Product, tupl
 def term_of(gm: GraphModule, part: CodedLinear) -> Term:
     """The part that a node computes."""
     return Term(
-        part.x, part.codes(gm), part.scales(gm), meta.require(part.node, meta.LinearPart).weight_bits, part.name
-    )
+        part.x, part.codes(gm), part.scales(gm), meta.require(part.node, meta.LinearPart).weight_bits, part.name,
+        part.group_size,
+    )  # fmt: skip
 
 
 def check_complete(gm: GraphModule, plan: Plan) -> None:

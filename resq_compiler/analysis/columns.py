@@ -27,7 +27,8 @@ class ColumnPlan:
 
     weight_bits, activation_bits, kv_bits: the main bits. common: shares with other bits at every site; sites: at single ones.
     rank_multiple: columns of these shares are a multiple of it. split_down: inputs of down projections have parts, too; else they are
-    quantized whole, at the main bits. lm_head_bits: None where lm_head stays in float.
+    quantized whole, at the main bits. lm_head_bits: None where lm_head stays in float. weight_group_size: columns of a part whose weights
+    share a scale; None: all of a row.
     """
 
     weight_bits: int = 4
@@ -38,6 +39,7 @@ class ColumnPlan:
     rank_multiple: int = 1
     split_down: bool = False
     lm_head_bits: int | None = None
+    weight_group_size: int | None = None
 
     def shares(self, site: str, block: int | None = None) -> Shares:
         """Of a site, in a block where blocks differ."""

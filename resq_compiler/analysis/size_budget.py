@@ -60,6 +60,8 @@ def fixed_bytes(
     total = sum(t.numel() * t.element_size() for name, t in tensors.items() if name not in linears)
     scales = 4 + 1  # a float32 scale, and less than a byte that is not full
     total += sum(budget.parts * len(w) * scales for w in linears.values())
+    if plan.weight_group_size is not None:
+        total += sum(4 * len(w) * (w.shape[1] // plan.weight_group_size) for w in linears.values())
     if plan.lm_head_bits is not None:
         head = Linear.require(topology.head).weight_tensor(gm)
         total += len(head) * 4 - head.numel() * (head.element_size() - 1)

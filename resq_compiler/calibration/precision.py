@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten
+from resq_compiler.numerics.quantized import column_scales
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NATIVE = ("avx512_bf16", "amx_bf16")
@@ -72,6 +73,8 @@ class _Rounded:
         y = F.linear(self.values[x], weight.to(self.dtype)).to(x.dtype)
         return y if bias is None else y.add_(bias)
 
-    def weight_only_linear(self, x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
-        """The codes are exact in bfloat16; their scales stay float32."""
+    def weight_only_linear(self, x: Tensor, qdata: Tensor, scale: Tensor, group_size: int | None = None) -> Tensor:
+        """The codes are exact in bfloat16; scales of rows stay float32, those of groups are rounded with the weight."""
+        if group_size is not None:
+            return self.linear(x, qdata * column_scales(scale, qdata.shape[1], group_size))
         return self.linear(x, qdata).mul_(scale)

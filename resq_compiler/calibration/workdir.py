@@ -120,8 +120,9 @@ def block_codes(work: WorkDirectory | None, block: int) -> tuple[list[list[Quant
     while f"{len(groups)}.0.qdata" in tensors:
         parts: list[QuantizedWeight] = []
         while (name := f"{len(groups)}.{len(parts)}") + ".qdata" in tensors:
+            size = int(tensors[f"{name}.group_size"]) if f"{name}.group_size" in tensors else None
             parts.append(
-                QuantizedWeight(tensors[f"{name}.qdata"], tensors[f"{name}.scale"], int(tensors[f"{name}.bits"]))
+                QuantizedWeight(tensors[f"{name}.qdata"], tensors[f"{name}.scale"], int(tensors[f"{name}.bits"]), size)
             )
         groups.append(parts)
     return groups, notes
@@ -142,4 +143,6 @@ def keep_block(
                 f"{name}.scale": part.scale,
                 f"{name}.bits": torch.tensor(part.bits),
             }
+            if part.group_size is not None:
+                tensors[f"{name}.group_size"] = torch.tensor(part.group_size)
     work.save(f"block-{block:04d}", tensors, notes)

@@ -157,7 +157,7 @@ def check_projection(quantized: GraphModule, projected: GraphModule, name: str) 
         if part.weight_bits < 3:
             continue
         expected = weights[part.site.name, part.index]
-        noise = coded.codes(quantized) * coded.scales(quantized)[:, None] - expected
+        noise = coded.image(quantized) - expected
         decibels = ratio_db(float(expected.square().sum()), float(noise.square().sum()))
         if decibels < LEAST_DB:
             raise ConfigError(

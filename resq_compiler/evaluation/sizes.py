@@ -30,8 +30,9 @@ class AverageBits:
     """Bits for each value, averaged; what stays in float counts as 16. Scales and zero points are in the *_scales fields alone.
 
     weights: over all weights of the linears in decoder blocks; embeddings and lm_head are left out. weight_scales: one
-    scale (32 bits) for each output row of each part. activations: over all columns of the inputs of those linears, an input
-    that several linears read counted once. activation_scales: a scale (32) and a zero point (8) for each token and group.
+    scale (32 bits) for each output row of each part, or of each group of its columns. activations: over all columns of the
+    inputs of those linears, an input that several linears read counted once. activation_scales: a scale (32) and a zero
+    point (8) for each token and group.
     kv: over all columns of cached keys and values. kv_scales: a scale and a zero point for each token, head and part.
     """
 
@@ -75,7 +76,8 @@ def average_bits(compiled: CompileResult) -> AverageBits:
         view = read_part(node)
         coded = isinstance(view, CodedLinear)
         rows, columns = (view.codes(gm) if isinstance(view, CodedLinear) else view.weight_tensor(gm)).shape
-        weights.add(rows * columns, part.weight_bits if coded else FLOAT_BITS, rows * SCALE_BITS if coded else 0)
+        scales = view.scales(gm).numel() if isinstance(view, CodedLinear) else 0
+        weights.add(rows * columns, part.weight_bits if coded else FLOAT_BITS, scales * SCALE_BITS)
         if view.x not in inputs:
             inputs.add(view.x)
             quantizer = Quantize.of(view.x)

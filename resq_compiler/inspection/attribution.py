@@ -156,7 +156,7 @@ class SwitchedGraph:
         if coded is None:
             return F.linear(x, Linear.require(node).weight_tensor(self.gm))
         if ("weights", part.site.name) in on:
-            return ops.weight_only_linear(x, env[coded.qdata], env[coded.scale])
+            return ops.weight_only_linear(x, env[coded.qdata], env[coded.scale], coded.group_size)
         return F.linear(x, self.weights[part.site.name, part.index])
 
 

@@ -111,9 +111,7 @@ def read_energies(gm: GraphModule) -> dict[Node, Tensor]:
         if quantizer is None:
             continue
         coded = CodedLinear.of(node)
-        weight = (
-            Linear.require(node).weight_tensor(gm) if coded is None else coded.codes(gm) * coded.scales(gm)[:, None]
-        )
+        weight = Linear.require(node).weight_tensor(gm) if coded is None else coded.image(gm)
         energy = weight.float().square().sum(0)
         found[quantizer.node] = found[quantizer.node] + energy if quantizer.node in found else energy
     return found

@@ -199,15 +199,20 @@ def dequantize(x: QuantizedActivation) -> Tensor:
 
 
 @op
-def quantized_linear(x: QuantizedActivation, qdata: Tensor, scale: Tensor, row_sum: Tensor | None = None) -> Tensor:
-    """Integer product of x [..., K] with weight codes qdata [N, K] int8, scaled: float32 [..., N]. row_sum: saved sums of qdata rows."""
-    return quantized.integer_linear(x, qdata, scale, row_sum)
+def quantized_linear(
+    x: QuantizedActivation, qdata: Tensor, scale: Tensor, row_sum: Tensor | None = None, group_size: int | None = None
+) -> Tensor:
+    """Integer product of x [..., K] with weight codes qdata [N, K] int8, scaled: float32 [..., N]. row_sum: saved sums of qdata rows.
+
+    scale: [N], or [N, groups] with a scale for every group_size columns.
+    """
+    return quantized.integer_linear(x, qdata, scale, row_sum, group_size)
 
 
 @op
-def weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor) -> Tensor:
-    """Float activations [..., K] times the float image of weight codes qdata [N, K] int8, scale [N]."""
-    return F.linear(x, (qdata * scale[:, None]).to(x.dtype))
+def weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor, group_size: int | None = None) -> Tensor:
+    """Float activations [..., K] times the float image of weight codes qdata [N, K] int8, scale [N], or [N, groups]."""
+    return F.linear(x, (qdata * quantized.column_scales(scale, qdata.shape[1], group_size)).to(x.dtype))
 
 
 @op

@@ -33,6 +33,7 @@ from resq_compiler.ir.args import (
     set_argument,
     tensor_arg,
 )
+from resq_compiler.numerics.quantized import column_scales
 
 aten = torch.ops.aten
 
@@ -414,16 +415,22 @@ class QuantizeDequantize(View):
 
 @dataclass(frozen=True)
 class CodedLinear(View):
-    """A linear on weight codes [N, K] and their scales [N]. `x` is a value where activations are float, and their codes where not."""
+    """A linear on weight codes [N, K] and their scales [N], or [N, groups] of `group_size` columns each.
+
+    x: a value where activations are float, and their codes where not.
+    """
 
     targets = (ops.quantized_linear, ops.weight_only_linear)
     x: Node
     qdata: Node
     scale: Node
+    group_size: int | None = None
 
     @classmethod
     def read(cls, node: Node) -> CodedLinear:
-        return cls(node, node_arg(node, "x"), tensor_arg(node, "qdata"), tensor_arg(node, "scale"))
+        return cls(
+            node, node_arg(node, "x"), tensor_arg(node, "qdata"), tensor_arg(node, "scale"), optional_int_arg(node, "group_size")
+        )  # fmt: skip
 
     @property
     def on_codes(self) -> bool:
@@ -445,5 +452,10 @@ class CodedLinear(View):
         return graph_tools.get_tensor(gm, self.qdata)
 
     def scales(self, gm: GraphModule) -> Tensor:
-        """[N] float32."""
+        """[N] float32, or [N, groups]."""
         return graph_tools.get_tensor(gm, self.scale)
+
+    def image(self, gm: GraphModule) -> Tensor:
+        """The float image of the codes, [N, K]."""
+        codes = self.codes(gm)
+        return codes * column_scales(self.scales(gm), codes.shape[1], self.group_size)

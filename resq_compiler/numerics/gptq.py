@@ -18,8 +18,8 @@ from torch import Tensor
 
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts
-from resq_compiler.numerics.scale_search import Clip, check_weight, search_scale
-from resq_compiler.numerics.weights import QuantizedWeight
+from resq_compiler.numerics.scale_search import Clip, check_weight
+from resq_compiler.numerics.weights import QuantizedWeight, part_scale
 
 _DAMPING_RETRIES = 3
 
@@ -47,6 +47,7 @@ def gptq(
     act_order: bool = False,
     clip: Clip = "mse",
     weighted_clip: bool = False,
+    group_size: int | None = None,
 ) -> GptqResult:
     """Quantize a weight, compensating each column's rounding in the columns after it.
 
@@ -58,7 +59,8 @@ def gptq(
              block_size: columns handled one by one before errors move on as a matrix product; the result depends on it
              by rounding only.    damping: fraction of mean(diag H).    act_order: within each part, columns by
              descending diag H.    clip: see search_scale; weighted_clip weighs its errors by diag H.
-    Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N].
+             group_size: columns of a part that share a scale; None: all. With act_order a column keeps the scale of its own group.
+    Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N], or [N, groups].
     Raises:  QuantError: shapes, options or values not usable; H not positive definite even with 100x the damping.
     Source:  GPTQ (arXiv 2210.17323) algorithm 1. Differs: errors move on by recursive halving; dead columns are rounded, not zeroed.
     """
@@ -69,37 +71,37 @@ def gptq(
     order = _column_order(diagonal, parts, act_order)
     upper, used = _inverse_factor(moment, order, damping)
     weighting = diagonal if weighted_clip else None
-    scales = [_part_scale(w, p, clip, weighting) for p in parts]
+    scales = [_part_scale(w, p, clip, weighting, group_size) for p in parts]
     columns = w.t()[order].contiguous()
-    loop = _Loop(columns, upper, parts, scales, block_size)
+    each = [column for p, s in zip(parts, scales, strict=True) for column in _columns(p, s, group_size)]
+    loop = _Loop(columns, upper, [each[j] for j in order.tolist()], block_size)
     del upper
     loop.run(0, w.shape[1])
     found, row_loss = loop.codes, loop.errors.double().square_().sum(0)
     codes = torch.empty_like(found)
     codes[order] = found
     quantized = [
-        QuantizedWeight(codes[p.start : p.stop].t().contiguous(), scale, p.bits)
+        QuantizedWeight(codes[p.start : p.stop].t().contiguous(), scale, p.bits, group_size)
         for p, scale in zip(parts, scales, strict=True)
     ]
     return GptqResult(quantized, row_loss, used, int((diagonal == 0).sum()))
 
 
 class _Loop:
-    """State of one run, columns as contiguous rows: weights, errors and codes are [K, N]."""
+    """State of one run, columns as contiguous rows: weights, errors and codes are [K, N]. columns: scale [N] and code of each."""
 
     def __init__(
         self,
         weights: Tensor,
         upper: Tensor,
-        parts: Sequence[Part],
-        scales: Sequence[Tensor],
+        columns: Sequence[tuple[Tensor, QuantSpec]],
         block_size: int,
     ) -> None:
         self.weights = weights
         self.errors = torch.empty_like(weights)
         self.codes = torch.empty_like(weights, dtype=torch.int8)
         self.block_size = block_size
-        self.columns = [(s, QuantSpec(p.bits)) for p, s in zip(parts, scales, strict=True) for _ in range(p.width)]
+        self.columns = columns
         self.inverse_diagonal = (1 / upper.diagonal()).tolist()
         # transposed, so that what column j receives from the earlier ones is the contiguous row [j, :j]
         self.spread = upper.t().float().contiguous()
@@ -126,10 +128,19 @@ class _Loop:
         torch.addcmul(column, code, scale, value=-1, out=self.errors[j]).mul_(self.inverse_diagonal[j])
 
 
-def _part_scale(w: Tensor, part: Part, clip: Clip, weighting: Tensor | None) -> Tensor:
+def _part_scale(w: Tensor, part: Part, clip: Clip, weighting: Tensor | None, group_size: int | None) -> Tensor:
     columns = slice(part.start, part.stop)
     column_weight = None if weighting is None else weighting[columns]
-    return search_scale(w[:, columns], part.bits, clip=clip, column_weight=column_weight)
+    return part_scale(w[:, columns], part.bits, group_size, clip=clip, column_weight=column_weight)
+
+
+def _columns(part: Part, scale: Tensor, group_size: int | None) -> list[tuple[Tensor, QuantSpec]]:
+    """Scale [N] and code of every column of a part; columns of a group share the tensor."""
+    spec = QuantSpec(part.bits)
+    if group_size is None:
+        return [(scale, spec)] * part.width
+    each = [(s.contiguous(), spec) for s in scale.unbind(1)]
+    return [each[j // group_size] for j in range(part.width)]
 
 
 def _column_order(diagonal: Tensor, parts: Sequence[Part], act_order: bool) -> Tensor:

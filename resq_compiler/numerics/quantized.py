@@ -225,23 +225,44 @@ def _codes(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale, zero_point
 
 
-def integer_linear(xq: QuantizedActivation, qdata: Tensor, scale: Tensor, row_sum: Tensor | None = None) -> Tensor:
+def column_scales(scale: Tensor, width: int, group_size: int | None) -> Tensor:
+    """Scales of weight codes [N, width] for each column: [N, 1] where a row has one, else [N, width] of its groups' [N, groups].
+
+    Raises: QuantError: the scales are not those of so many groups.
+    """
+    if group_size is None:
+        return scale[:, None]
+    if scale.dim() != 2 or scale.shape[1] != -(-width // group_size):
+        raise QuantError(
+            f"weight scales {tuple(scale.shape)}: expected {-(-width // group_size)} groups of {group_size} for {width} columns"
+        )
+    return scale.repeat_interleave(group_size, 1)[:, :width]
+
+
+def integer_linear(
+    xq: QuantizedActivation, qdata: Tensor, scale: Tensor, row_sum: Tensor | None = None, group_size: int | None = None
+) -> Tensor:
     """Linear over one part, on codes.
 
         acc[n] = sum_k (qx[k] - zp) * qw[n, k]  (int32, exact)        y[n] = float32(acc[n]) * (sx * sw[n])
 
     With groups > 1 (one activation scale per head) y = sw * sum_g sx_g * acc_g; that sum is computed as a float32
     matrix product over (qx - zp) * sx_g: float32 rounding (1e-6 of the row's magnitude) instead of bit equality.
+    With a group_size, columns of the weight have a scale for each group, and y = sx * sum_g sw_g * float32(acc_g), added in order.
 
-    Args:    xq: [..., K].    qdata: int8 [N, K], |code| <= 128.    scale: float32 [N].
+    Args:    xq: [..., K].    qdata: int8 [N, K], |code| <= 128.    scale: float32 [N], or [N, groups].
              row_sum: int32 [N], sum_k qw, saved across calls; only 8-bit activations use it (narrower ones subtract
              the zero-point inside int8).
     Returns: float32 [..., N]. Bias and the other parts are added by the caller.
     Raises:  QuantError: shapes or dtypes disagree, or K above MAX_EXACT_WIDTH.
     """
-    _check_linear(xq, qdata, scale)
+    _check_linear(xq, qdata, scale if group_size is None else scale[:, 0])
     if xq.groups > 1:
+        if group_size is not None:
+            return F.linear(dequantize(xq), qdata * column_scales(scale, qdata.shape[1], group_size))
         return F.linear(dequantize(xq), qdata.float()).mul_(scale)
+    if group_size is not None:
+        return _grouped_product(xq, qdata, scale, group_size)
     codes, zero_point = xq.qdata.flatten(0, -2), xq.zero_point.flatten(0, -2)
     if xq.bits < 8:  # q - zp fits int8
         codes, correction = codes - zero_point.to(torch.int8), None
@@ -249,6 +270,16 @@ def integer_linear(xq: QuantizedActivation, qdata: Tensor, scale: Tensor, row_su
         correction = (zero_point, qdata.sum(1, dtype=torch.int32) if row_sum is None else row_sum)
     y = _scaled_product(codes, qdata, correction, xq.scale.flatten(0, -2), scale)
     return y.unflatten(0, xq.qdata.shape[:-1])
+
+
+def _grouped_product(xq: QuantizedActivation, qdata: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """sx * sum_g sw_g * float32(acc_g); scale [N, groups]."""
+    total = torch.zeros(*xq.qdata.shape[:-1], len(qdata), device=qdata.device)
+    for g, start in enumerate(range(0, qdata.shape[1], group_size)):
+        here = slice(start, start + group_size)
+        piece = QuantizedActivation(xq.qdata[..., here].contiguous(), torch.ones_like(xq.scale), xq.zero_point, xq.bits)
+        total += integer_linear(piece, qdata[:, here].contiguous(), scale[:, g])
+    return total.mul_(xq.scale)
 
 
 def _scaled_product(

@@ -1,4 +1,4 @@
-"""Weights as codes: symmetric, one scale per output channel and part (scale_search.py).
+"""Weights as codes: symmetric, one scale per output channel and part, or group of its columns (scale_search.py).
 
 w ~ q * scale        q = clamp(rint(w / scale), -2^(b-1), 2^(b-1)-1)
 """
@@ -12,24 +12,26 @@ import torch
 from torch import Tensor
 
 from resq_compiler.errors import QuantError
-from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts
+from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts, column_scales
 from resq_compiler.numerics.scale_search import Clip, check_weight, search_scale
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One part of a linear's weight: w[:, part] ~ qdata * scale[:, None].
+    """One part of a linear's weight: w[:, part] ~ qdata * scale.
 
-    qdata: int8 [N, K_part], in [-2^(bits-1), 2^(bits-1)-1].    scale: float32 [N], positive.
+    qdata: int8 [N, K_part], in [-2^(bits-1), 2^(bits-1)-1].    scale: float32, positive, [N], or [N, groups] of `group_size` columns each,
+    the last group of a part perhaps of fewer.
     """
 
     qdata: Tensor
     scale: Tensor
     bits: int
+    group_size: int | None = None
 
     def dequantize(self) -> Tensor:
         """float32 [N, K_part]."""
-        return self.qdata * self.scale[:, None]
+        return self.qdata * column_scales(self.scale, self.qdata.shape[1], self.group_size)
 
 
 def dequantize_weight(parts: Sequence[QuantizedWeight]) -> Tensor:
@@ -47,18 +49,22 @@ def split_rows(parts: Sequence[QuantizedWeight], rows: Sequence[int]) -> list[li
         raise QuantError(f"split_rows: row counts {list(rows)} add to {sum(rows)}, the stacked weight has {total} rows")
     pieces = [zip(p.qdata.split(list(rows)), p.scale.split(list(rows)), strict=True) for p in parts]
     return [
-        [QuantizedWeight(q.contiguous(), s.contiguous(), p.bits) for p, (q, s) in zip(parts, group, strict=True)]
+        [
+            QuantizedWeight(q.contiguous(), s.contiguous(), p.bits, p.group_size)
+            for p, (q, s) in zip(parts, group, strict=True)
+        ]
         for group in zip(*pieces, strict=True)
     ]
 
 
 def quantize_weight_rtn(
-    w: Tensor, parts: Sequence[Part], *, clip: Clip = "mse", column_weight: Tensor | None = None
-) -> list[QuantizedWeight]:
+    w: Tensor, parts: Sequence[Part], *, clip: Clip = "mse", column_weight: Tensor | None = None,
+    group_size: int | None = None,
+) -> list[QuantizedWeight]:  # fmt: skip
     """Round a weight to nearest, part by part.
 
     Args:    w: [N, K] floating point.    parts: cover the K columns.
-             clip, column_weight ([K]): see search_scale.
+             clip, column_weight ([K]): see search_scale.    group_size: columns of a part that share a scale; None: all.
     Returns: one QuantizedWeight for each part, in order.
     Raises:  QuantError: parts do not cover K, w not finite, or an option not usable.
     """
@@ -68,12 +74,28 @@ def quantize_weight_rtn(
     for part in parts:
         columns = slice(part.start, part.stop)
         weighting = None if column_weight is None else column_weight[columns]
-        scale = search_scale(w[:, columns], part.bits, clip=clip, column_weight=weighting)
-        result.append(QuantizedWeight(round_to_codes(w[:, columns], scale, part.bits), scale, part.bits))
+        scale = part_scale(w[:, columns], part.bits, group_size, clip=clip, column_weight=weighting)
+        codes = round_to_codes(w[:, columns], scale, part.bits, group_size)
+        result.append(QuantizedWeight(codes, scale, part.bits, group_size))
     return result
 
 
-def round_to_codes(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """int8 [N, K] codes of w [N, K] at scale [N], by true division in float32."""
-    spec = QuantSpec(bits)
-    return (w.detach().float() / scale[:, None]).round_().clamp_(spec.qmin, spec.qmax).to(torch.int8)
+def round_to_codes(w: Tensor, scale: Tensor, bits: int, group_size: int | None = None) -> Tensor:
+    """int8 [N, K] codes of w [N, K] at scale [N], or [N, groups], by true division in float32."""
+    spec, scales = QuantSpec(bits), column_scales(scale, w.shape[1], group_size)
+    return (w.detach().float() / scales).round_().clamp_(spec.qmin, spec.qmax).to(torch.int8)
+
+
+def part_scale(
+    w: Tensor, bits: int, group_size: int | None, *, clip: Clip = "mse", column_weight: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`search_scale` of a part: [N], or of each group of its columns: [N, groups]."""
+    if group_size is None:
+        return search_scale(w, bits, clip=clip, column_weight=column_weight)
+    pieces = [slice(start, start + group_size) for start in range(0, w.shape[1], group_size)]
+    weights = [None if column_weight is None else column_weight[piece] for piece in pieces]
+    found = [
+        search_scale(w[:, piece], bits, clip=clip, column_weight=weight)
+        for piece, weight in zip(pieces, weights, strict=True)
+    ]
+    return torch.stack(found, 1)

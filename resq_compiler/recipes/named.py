@@ -127,7 +127,9 @@ def described(passes: tuple[Pass, ...], options: Mapping[str, Any]) -> CompileCo
                 "low_bits",
                 "low_fraction",
             )
-            values |= {name: getattr(item, name) for name in (*same, "rank_multiple", "lm_head_bits")}
+            values |= {
+                name: getattr(item, name) for name in (*same, "rank_multiple", "lm_head_bits", "weight_group_size")
+            }
             values["site_fractions"] = str(item.sites)
         elif isinstance(item, ComputeBases):
             values["basis"] = "hadamard" if item.basis == "orthogonal" else item.basis

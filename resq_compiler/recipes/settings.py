@@ -66,6 +66,7 @@ class CompileConfig:
     kv_clip: float = 1.0
     o_proj_granularity: Literal["head", "token"] = "head"
     prefix_tokens: Literal["none", "auto"] = "none"
+    weight_group_size: Literal[32, 64, 128] | None = None
     lm_head_bits: Literal[8] | None = None
     calibration_samples: int = 64
     calibration_length: int = 512

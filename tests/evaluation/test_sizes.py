@@ -24,6 +24,14 @@ def test_average_bits_by_hand(compiled):
     assert (bits.kv, bits.kv_scales) == (4.5, 2 * 40 / DIM)
 
 
+def test_scales_of_groups_count(compiled):
+    """Parts of 56 and 8 columns are two groups of 32 and one; 160 columns are five."""
+    bits = sizes.average_bits(compiled("llama", weight_method="rtn", weight_group_size=32))
+    split, whole = (HIDDEN + KV + KV + HIDDEN + 2 * WIDE) * HIDDEN, HIDDEN * WIDE
+    scales = 3 * (HIDDEN + KV + KV + HIDDEN + 2 * WIDE) + 5 * HIDDEN
+    assert bits.weight_scales == pytest.approx(32 * scales / (split + whole), rel=1e-12)
+
+
 def test_average_bits_of_what_stays_float(compiled):
     bits = sizes.average_bits(compiled("llama", weight_method="rtn", activation_bits=16, kv_bits=16, high_fraction=0.0))
     assert (bits.weights, bits.activations, bits.activation_scales, bits.kv, bits.kv_scales) == (4, 16, 0, 16, 0)

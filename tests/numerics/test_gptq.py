@@ -66,6 +66,23 @@ def test_same_integers_as_the_textbook(k: int, block_size: int, act_order: bool)
     assert torch.equal(torch.cat([p.qdata for p in result.parts], 1).double(), want)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_groups_are_the_textbook_with_the_scales_of_groups(act_order: bool) -> None:
+    """A column keeps the scale of its own group wherever act-order puts it; the last group of a part is smaller."""
+    w, x = problem(20, 100)
+    parts, h = parts_for(100, 1 / 4), moment(x)
+    result = gptq(w, h, parts, act_order=act_order, group_size=32)
+    assert [p.scale.shape for p in result.parts] == [(20, 3), (20, 1)]
+    scales = torch.cat([p.scale.repeat_interleave(32, 1)[:, : p.qdata.shape[1]] for p in result.parts], 1)
+    order = list(range(100))
+    if act_order:
+        order = [j for p in parts for j in sorted(range(p.start, p.stop), key=lambda j: -float(h[j, j]))]
+    want = textbook(w, h, scales, limits(parts), order)
+    assert torch.equal(torch.cat([p.qdata for p in result.parts], 1).double(), want)
+    for p, q, rtn in zip(parts, result.parts, quantize_weight_rtn(w, parts, group_size=32), strict=True):
+        assert torch.equal(q.scale, rtn.scale) and q.bits == p.bits and q.group_size == 32
+
+
 def test_scales_and_shapes_are_those_of_rtn() -> None:
     w, x = problem(12, 40)
     parts = parts_for(40, 1 / 8, lowest_fraction=1 / 8)

@@ -159,6 +159,21 @@ def test_grouped_integer_linear_follows_the_sum_over_groups() -> None:
     np.testing.assert_allclose(integer_linear(xq, qw, sw).numpy(), exact, atol=1e-6 * np.abs(exact).max(), rtol=0)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_weight_groups_are_summed_with_their_scales(bits: int, groups: int) -> None:
+    """Against float64; 70 columns in groups of 32, the last of 6."""
+    xq = quantize_activation(torch.randn(3, 9, 70, generator=rng()), bits, groups)
+    qdata = torch.randint(-8, 8, (11, 70), generator=rng(1), dtype=torch.int8)
+    scale = torch.rand(11, 3, generator=rng(2)) + 0.5
+    image = qdata.double() * scale.double().repeat_interleave(32, 1)[:, :70]
+    want = dequantize(xq, torch.float64) @ image.T
+    got = integer_linear(xq, qdata, scale, group_size=32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)  # float32 sums over groups
+    with pytest.raises(QuantError, match=r"expected 2 groups of 64 for 70 columns"):
+        integer_linear(quantize_activation(torch.ones(1, 70), 4, 5), qdata, scale, group_size=64)
+
+
 def test_chunked_rows_equal_unchunked_rows() -> None:
     x = torch.randn(1025, 24, generator=rng())
     qw, sw = torch.randint(-128, 128, (10, 24), generator=rng(1), dtype=torch.int8), torch.rand(10, generator=rng(2))

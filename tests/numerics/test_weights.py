@@ -51,6 +51,20 @@ def test_rtn_quantizes_each_part_on_its_own() -> None:
     assert (error <= result[2].scale[:, None] * 3).all()  # 8 bits clip at most 2 % of 127 steps on this data
 
 
+def test_groups_are_weights_of_their_own() -> None:
+    """Every group of columns gets the codes and scales that it gets alone, and finer scales lose less."""
+    w = weight(6, 70, heavy=True)
+    (grouped,) = quantize_weight_rtn(w, [Part(4, 0, 70)], group_size=32)
+    assert grouped.scale.shape == (6, 3)
+    for g, here in enumerate((slice(0, 32), slice(32, 64), slice(64, 70))):
+        (alone,) = quantize_weight_rtn(w[:, here], [Part(4, 0, w[:, here].shape[1])])
+        assert torch.equal(grouped.qdata[:, here], alone.qdata) and torch.equal(grouped.scale[:, g], alone.scale)
+    (whole,) = quantize_weight_rtn(w, [Part(4, 0, 70)])
+    assert (grouped.dequantize() - w).norm() < (whole.dequantize() - w).norm()
+    first, second = split_rows([grouped], [2, 4])
+    assert torch.equal(torch.cat([first[0].dequantize(), second[0].dequantize()]), grouped.dequantize())
+
+
 def test_clip_search_beats_no_clipping() -> None:
     w = weight(100, 504)
     mse, largest = (quantize_weight_rtn(w, [Part(4, 0, 504)], clip=c)[0].dequantize() for c in ("mse", "max"))

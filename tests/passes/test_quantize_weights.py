@@ -40,6 +40,16 @@ def test_rewrites(build):
     assert not [n for n, _ in built.gm.named_buffers() if ".part" in n and n.endswith("weight")]  # float ones released
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_groups_have_scales_of_their_own(method, build):
+    """Also behind quantize-activations; and what is saved and loaded computes the same (tests/storage)."""
+    built = build("llama", weight_group_size=32, weight_method=method)
+    for name, (codes, scale) in coded(built.gm).items():
+        assert scale.shape == (len(codes), -(-codes.shape[1] // 32)), name
+    nodes = [n for n in built.gm.graph.nodes if n.target is ops.quantized_linear]
+    assert all(n.kwargs == {"group_size": 32} for n in nodes) and len(nodes) == 26
+
+
 @torch.no_grad()
 def module_inputs(model, names, tokens) -> dict[str, torch.Tensor]:
     """Inputs of the model's own modules, caught by hooks: [tokens, in_features]."""

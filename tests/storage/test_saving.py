@@ -23,6 +23,7 @@ from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
 VARIANTS = {
     "llama": {},
     "gemma2": {"activation_bits": 16, "kv_bits": 16, "weight_method": "rtn"},
+    "qwen2": {"weight_group_size": 32, "weight_method": "rtn"},
     "opt": {"low_fraction": 0.125, "lm_head_bits": 8, "weight_method": "rtn"},
 }
 

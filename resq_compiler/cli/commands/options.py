@@ -54,6 +54,7 @@ HELP: dict[str, str] = {
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
     "prefix_tokens": "auto: tokens with massive activations are found in calibration, and their keys and values go before every sequence",
+    "weight_group_size": "columns of a part whose weights share a scale; none: a scale for each row and part",
     "lm_head_bits": "bits of lm_head; none: it stays in float, as embeddings do",
     "calibration_samples": "windows of calibration text",
     "calibration_length": "tokens in a window",

@@ -172,3 +172,10 @@ def test_transforms_that_a_target_does_not_take_are_noted(reference):
         list(runner.left.values()) == ["its Hadamard transform is computed by PyTorch: no transform of 160 columns"] * 2
     )
     assert_same_bits(gm, runner)
+
+
+def test_weights_with_groups_are_refused_with_the_reason(reference):
+    with pytest.raises(
+        BackendError, match="(?s)cannot take.*a scale for every 32 columns.*compile with weight_group_size=None"
+    ):
+        lower(graph_tools.snapshot(reference("llama", weight_group_size=32)), TORCH)

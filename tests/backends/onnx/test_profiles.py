@@ -108,6 +108,7 @@ OPTIONS = [
     {"down_proj": "block-pca"},
     pytest.param({"low_fraction": 1 / 8}, marks=pytest.mark.slow),
     {"activation_bits": 16},
+    {"weight_group_size": 32},
     {"kv_bits": 16},
     pytest.param({"recipe": "quik"}, marks=pytest.mark.slow),
     pytest.param({"recipe": "quarot"}, marks=pytest.mark.slow),
