@@ -23,7 +23,7 @@ from resq_compiler.backends import load_backend
 from resq_compiler.calibration import precision
 from resq_compiler.calibration.data import calibration_windows, text_start
 from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
-from resq_compiler.errors import ModelError
+from resq_compiler.errors import DataError, ModelError
 from resq_compiler.frontend.capture import Captured, capture, runnable_attention
 from resq_compiler.frontend.models import LoadedModel, load_model
 from resq_compiler.frontend.source import weights_digest
@@ -101,6 +101,7 @@ def compile(
     report = progress or (lambda step, done, total: None)
     start_of_text = text_start(loaded.tokenizer, config.bos)
     windows = _calibration(loaded, calib_data, config, chosen.passes, report)
+    compared = _compared(loaded, calib_data, windows, config)
     work = None
     if work_dir is not None:
         work = _work_directory(work_dir, chosen.passes, config, loaded.model, windows, overrides)
@@ -114,11 +115,11 @@ def compile(
         captured.example_inputs, windows, overrides, work, bos, config.seed, config.calibration_dtype, config.basis_samples,
         progress=report,
     )  # fmt: skip
-    _note_calibration(ctx, config.calibration_dtype, start_of_text, calib_data)
+    _note_calibration(ctx, config.calibration_dtype, start_of_text)
     with recording(dump_dir, str(about["provenance"].model), config.to_dict(), on_stage) as record, memory.settled():
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
-        _run_guarded(pipeline, captured.graph_module, chosen.passes, on_float)
+        _run_guarded(pipeline, captured.graph_module, chosen.passes, compared, on_float)
         plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
         result = CompileResult(
             captured.graph_module, named.settled(config, str(plan.sites)), captured.cache, **about, stages=tuple(pipeline.stages),
@@ -156,19 +157,34 @@ def _about(loaded: LoadedModel, calib_data: Any, windows: Tensor | None) -> dict
     }
 
 
-def _checked_ids(gm: GraphModule, windows: Tensor | None) -> Tensor | None:
-    """The tokens that the compiled graph is compared with the float one on; None without calibration text or weights."""
-    if windows is None or any(t.is_meta for t in gm.state_dict().values()):
-        return None
-    return windows[:1, : guard.TOKENS]
+def _compared(loaded: LoadedModel, calib_data: Any, windows: Tensor | None, config: CompileConfig) -> Tensor | str:
+    """The tokens [1, n] that the compiled graph is compared with the float one on, or why there are none, as a note."""
+    if windows is not None:
+        return windows[:1, : guard.TOKENS]
+    if calib_data is None:
+        return (
+            "nothing was compared with the float model: no pass of this recipe looks at text, and none was given; "
+            "calibration data (calib_data=demo, --calibration demo) is enough for that"
+        )
+    length = min(config.calibration_length, guard.TOKENS)
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    try:
+        return calibration_windows(
+            calib_data,
+            samples=1,
+            sequence_length=length,
+            vocab_size=vocab_size,
+            tokenizer=loaded.tokenizer,
+            bos=config.bos,
+        )
+    except DataError as error:
+        return f"nothing was compared with the float model, and no pass of this recipe looks at the data given: {error}"
 
 
-def _note_calibration(ctx: PassContext, dtype: str, start_of_text: Tensor, calib_data: Any) -> None:
+def _note_calibration(ctx: PassContext, dtype: str, start_of_text: Tensor) -> None:
     """Tell how calibration differs from what a user may expect."""
     windows, count = ctx.calibration, len(start_of_text)
     if windows is None:
-        if calib_data is not None:
-            ctx.note("calibration: the data given is not used, no pass of this recipe looks at activations")
         return
     if dtype != "float32":
         ctx.note(
@@ -182,16 +198,20 @@ def _note_calibration(ctx: PassContext, dtype: str, start_of_text: Tensor, calib
 
 
 def _run_guarded(
-    pipeline: Pipeline, gm: GraphModule, passes: Sequence[Pass], on_float: Callable[[GraphModule], None] | None
-) -> None:
-    """Run the passes and note where the predictions of the result are far from those of the float graph."""
+    pipeline: Pipeline, gm: GraphModule, passes: Sequence[Pass], compared: Tensor | str, on_float: Callable[[GraphModule], None] | None
+) -> None:  # fmt: skip
+    """Run the passes and note where the predictions of the result are far from those of the float graph, on the tokens `compared`."""
     ctx = pipeline.ctx
-    checked = _checked_ids(gm, ctx.calibration)
-    reference = None if checked is None else guard.predictions(gm, checked)
-    _run_passes(pipeline, gm, passes, on_float)
-    if checked is None or reference is None:
+    if isinstance(compared, str) or any(t.is_meta for t in gm.state_dict().values()):
+        _run_passes(pipeline, gm, passes, on_float)
+        if isinstance(compared, str):
+            ctx.note(compared)
         return
-    for note in guard.findings(gm, checked, reference):
+    if ctx.calibration is None:
+        ctx.note("calibration: the data given serves to compare predictions alone, no pass of this recipe looks at it")
+    reference = guard.predictions(gm, compared)
+    _run_passes(pipeline, gm, passes, on_float)
+    for note in guard.findings(gm, compared, reference):
         (log.warning if note.startswith("WARNING") else log.info)(note)
         ctx.notes.append(note)
 

@@ -173,11 +173,15 @@ def test_calibration_is_not_asked_for_when_nothing_needs_it(text, tiny, captured
     monkeypatch.setattr(api, "capture", lambda model: captured("llama"))
     compiled = resq_compiler.compile(tiny("llama"), text, recipe="rtn")
     assert compiled.sample_ids is None
+    (note,) = [n for n in compiled.notes if n.startswith("nothing was compared with the float model")]
+    assert ("put a text into a list" if text else "--calibration demo") in note
 
 
-def test_notes_say_that_data_was_not_used(compile_tiny):
+def test_data_that_no_pass_looks_at_serves_to_compare_predictions(compile_tiny):
     model, _ = compile_tiny("llama", recipe="rtn")
-    assert any("data given is not used" in note for note in model.notes)
+    assert any("data given serves to compare predictions alone" in note for note in model.notes)
+    bad, _ = compile_tiny("llama", recipe="rtn", weight_bits=2, activation_bits=2, kv_bits=2)
+    assert [note for note in bad.notes if note.startswith("WARNING: predictions have little to do with")]
 
 
 def test_notes_say_what_stays_online(compile_tiny):
