@@ -16,7 +16,11 @@ from resq_compiler.passes.quantize_kv_cache import QuantizeKvCache
 from resq_compiler.passes.quantize_weights import QuantizeWeights
 from resq_compiler.passes.reorder_channels import ReorderChannels
 from resq_compiler.passes.rotate_bases import RotateBases
+from resq_compiler.passes.search_scales import SearchScales
+from resq_compiler.passes.smooth_channels import SmoothChannels
 from resq_compiler.passes.split_fused import SplitFused
+from resq_compiler.passes.spread_outliers import SpreadOutliers
+from resq_compiler.passes.threshold_outliers import ThresholdOutliers
 from resq_compiler.passes.untie_embeddings import UntieEmbeddings
 
 from resq_compiler.pipeline.passes import Pass
@@ -26,7 +30,7 @@ PASSES: dict[str, type[Pass]] = {
     for kind in (
         Canonicalize, NameAttention, SplitFused, UntieEmbeddings, FindTopology, FoldNorms, PlanColumns, ComputeBases, AllocateBits,
         RotateBases, ReorderChannels, InsertProjections, FuseProjections, PartitionLinears, InsertPrefix, QuantizeWeights,
-        QuantizeActivations, QuantizeKvCache,
+        QuantizeActivations, QuantizeKvCache, SmoothChannels, SearchScales, ThresholdOutliers, SpreadOutliers,
     )
 }  # fmt: skip
 """By name, as the text form of a tuple of passes knows them. A pass of one's own is added here: PASSES[MyPass.name] = MyPass."""
@@ -34,5 +38,6 @@ PASSES: dict[str, type[Pass]] = {
 __all__ = [
     "PASSES", "AllocateBits", "Canonicalize", "ComputeBases", "FindTopology", "FoldNorms", "FuseProjections", "InsertPrefix",
     "InsertProjections", "NameAttention", "PartitionLinears", "PlanColumns", "QuantizeActivations", "QuantizeKvCache", "QuantizeWeights",
-    "ReorderChannels", "RotateBases", "SplitFused", "UntieEmbeddings",
+    "ReorderChannels", "RotateBases", "SearchScales", "SmoothChannels", "SplitFused", "SpreadOutliers", "ThresholdOutliers",
+    "UntieEmbeddings",
 ]  # fmt: skip

@@ -4,7 +4,7 @@
     T(embedding(E))                          -> embedding(E T)
     T(norm(x, g, b))                         -> norm(x, g T, b T)                  channels scaled or permuted
     T(split_heads(linear(x, W)))             -> split_heads(linear(x, Tᵀ W))       a rotation of heads
-    T(f(x) * linear(x, W))                   -> f(x) * linear(x, Tᵀ W)             channels scaled
+    T(f(x) * linear(x, W))                   -> f(x) * linear(x, Tᵀ W)             channels scaled; through relu if by positive numbers
     linear(T⁻¹(x), W)                        -> linear(x, W T⁻ᵀ)
     linear(merge_heads(T⁻¹(x)), W)           -> linear(merge_heads(x), W T⁻ᵀ)
 
@@ -82,16 +82,18 @@ def fuse_forward(gm: GraphModule, node: Node, transform: Transform) -> bool:
         if split is None or only_user(x) is None:
             return False
         x = split.x
-    if isinstance(transform, Scaling) and is_call(x, aten.mul.Tensor) and only_user(x) is not None:
-        x = scaled_factor(x) or x
+    if isinstance(transform, Scaling) and only_user(x) is not None:
+        x = scaled_factor(x, bool((transform.s > 0).all())) or x
     if only_user(x) is None:
         return False
     return write(gm, x, transform)
 
 
-def scaled_factor(product: Node) -> Node | None:
-    """The linear that is one factor of a product of channels; the other may be anything."""
-    return next((x for x in reversed(operands(product)) if Linear.of(x) is not None), None)
+def scaled_factor(x: Node, positive: bool) -> Node | None:
+    """The linear whose outputs a scale of channels may go into: one factor of a product, or what a relu follows if it is positive."""
+    if is_call(x, aten.mul.Tensor):
+        return next((factor for factor in reversed(operands(x)) if Linear.of(factor) is not None), None)
+    return source(x) if positive and is_call(x, aten.relu.default) and Linear.of(source(x)) is not None else None
 
 
 def write(gm: GraphModule, x: Node, transform: Transform) -> bool:

@@ -27,8 +27,8 @@ from resq_compiler.calibration.bases import Bases, BlockBasis, order_of
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools, meta, values
 from resq_compiler.ir.args import set_argument, source
-from resq_compiler.ir.transforms import Placing, Transforms, factors_of
-from resq_compiler.ir.views import Linear, Norm
+from resq_compiler.ir.transforms import Placing, factors_of
+from resq_compiler.ir.views import Norm
 from resq_compiler.numerics.hadamard import hadamard_plan
 from resq_compiler.numerics.transforms import (
     BlockRotation,
@@ -36,9 +36,9 @@ from resq_compiler.numerics.transforms import (
     HeadRotation,
     Product,
     Rotation,
-    Transform,
 )
 from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.pipeline.placing import place
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,9 @@ class InsertProjections(Pass):
         return done
 
 
-def placing(gm: GraphModule, ctx: PassContext, transform: Transform, name: str, like: Node) -> Placing:
-    """A transform to put in; its tensors get the type of a linear's weight."""
-    known = ctx.facts.find(Transforms) or Transforms()
-    ctx.facts.put(known)
-    return Placing(gm, transform, name, Linear.require(like).weight_tensor(gm), InsertProjections.name, known)
-
-
 def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor, ctx: PassContext) -> int:
     """U_A around the residual stream."""
-    u = placing(gm, ctx, Rotation(basis), "U_A", topology.head)
+    u = place(gm, ctx, Rotation(basis), "U_A", topology.head, InsertProjections)
     residual = topology.residual
     for writer in residual.writers:
         u.forward(writer, writer.users, meta.Projection("U_A"))
@@ -119,7 +112,7 @@ def insert_reading(gm: GraphModule, topology: Topology, bases: Mapping[Node, Ten
     for group in topology.readers:
         basis = bases[group.value]
         if id(basis) not in made:
-            made[id(basis)] = placing(gm, ctx, Rotation(basis), f"U_A.{len(made)}", topology.head)
+            made[id(basis)] = place(gm, ctx, Rotation(basis), f"U_A.{len(made)}", topology.head, InsertProjections)
         u = made[id(basis)]
         projected = u.forward(group.value, group.linears, meta.Projection("U_A", online=True))
         u.inverse(projected, group.linears, meta.Projection("U_A", inverse=True))
@@ -128,7 +121,7 @@ def insert_reading(gm: GraphModule, topology: Topology, bases: Mapping[Node, Ten
 
 def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int, ctx: PassContext) -> int:
     """U_B between the value projection and the cache; its inverse after attention."""
-    u = placing(gm, ctx, HeadRotation(basis), f"U_B.{index}", attention.v)
+    u = place(gm, ctx, HeadRotation(basis), f"U_B.{index}", attention.v, InsertProjections)
     forward = meta.Projection("U_B", online=not attention.value_is_linear, block=index)
     u.forward(attention.new_values, [attention.value_cache], forward)
     u.inverse(attention.core, attention.core.users, meta.Projection("U_B", inverse=True, block=index))
@@ -138,7 +131,10 @@ def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: in
 def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int, ctx: PassContext) -> int:
     """U_C on queries and new keys after RoPE."""
     transform = Rotation(basis) if basis.dim() == 2 else HeadRotation(basis)
-    u, fact = placing(gm, ctx, transform, f"U_C.{index}", attention.k), meta.Projection("U_C", block=index)
+    u, fact = (
+        place(gm, ctx, transform, f"U_C.{index}", attention.k, InsertProjections),
+        meta.Projection("U_C", block=index),
+    )
     key, query = attention.new_keys, attention.view.q
     u.forward(key, [attention.key_cache], fact)
     u.forward(query, [attention.core], fact)
@@ -149,7 +145,7 @@ def insert_down(gm: GraphModule, down: Node, blocks: BlockBasis | None, ctx: Pas
     """U_D and its inverse before a down projection: a Hadamard transform, behind principal directions of blocks where there are any."""
     turn = hadamard(values.width(source(down)), ctx, index)
     transform = turn if blocks is None else Product((BlockRotation(blocks.vectors, blocks.order), turn))
-    u = placing(gm, ctx, transform, f"U_D.{down.name}", down)
+    u = place(gm, ctx, transform, f"U_D.{down.name}", down, InsertProjections)
     turned = u.forward(source(down), [down], meta.Projection("U_D", block=index))
     u.inverse(turned, [down], meta.Projection("U_D", inverse=True, block=index))
     return 2 * len(factors_of(transform))

@@ -14,11 +14,12 @@ from resq_compiler.pipeline.passes import Pass, PassContext
 
 MainBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 PartBits = Literal[2, 3, 4, 5, 6, 7, 8]
+HighBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
 
 @dataclass(frozen=True)
 class PlanColumns(Pass):
-    """Provide a ColumnPlan. Main bits of 16 mean: stays in float.
+    """Provide a ColumnPlan. Main and high bits of 16 mean: stays in float.
 
     The main bits hold for the columns outside the high part (`high_fraction` of them, at `high_bits`) and the low part (`low_fraction`,
     at `low_bits`). sites: shares of single sites. rank_multiple: columns of these parts are a multiple of it. split_down: inputs of
@@ -33,7 +34,7 @@ class PlanColumns(Pass):
     weight_bits: MainBits = 4
     activation_bits: MainBits = 4
     kv_bits: MainBits = 4
-    high_bits: PartBits = 8
+    high_bits: HighBits = 8
     high_fraction: float = option(1 / 8, 0, 0.5)
     low_bits: PartBits = 2
     low_fraction: float = option(0.0, 0, 0.5)

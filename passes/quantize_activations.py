@@ -10,6 +10,8 @@ output projection per token and head, or per token (`o_granularity`). How much o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,12 +21,13 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.calibration.statistics import observe
-from resq_compiler.ir import meta, ops
+from resq_compiler.calibration.statistics import both, observe
+from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.args import set_argument, source
 from resq_compiler.ir.graph_tools import aten, emit, is_call
-from resq_compiler.ir.views import CodedLinear, Linear
+from resq_compiler.ir.views import CodedLinear, Linear, Quantize
 from resq_compiler.numerics.clip import ClipSearch
+from resq_compiler.numerics.static_scales import Range, StaticSearch
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 
@@ -39,6 +42,7 @@ class QuantizeActivations(Pass):
     """Insert activation quantizers.
 
     clip: the share of the range that codes cover, or by what error it is searched. o_granularity: of the scales at output projections.
+    scales "static": one scale and zero point for all tokens, with the least error on calibration tokens; `clip` means nothing then.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -47,20 +51,24 @@ class QuantizeActivations(Pass):
 
     clip: float | Literal["input", "output"] = option(1.0, 0.1, 1)
     o_granularity: Literal["head", "token"] = "head"
+    scales: Literal["dynamic", "static"] = "dynamic"
 
     @property
     def needs_calibration(self) -> bool:
-        return isinstance(self.clip, str)
+        return isinstance(self.clip, str) or self.scales == "static"
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         shared: dict[tuple, Node] = {}
         done = 0
-        clips = search_clips(gm, ctx, self.clip == "output") if isinstance(self.clip, str) else {}
+        static = self.scales == "static"
+        clips = search_clips(gm, ctx, self.clip == "output") if isinstance(self.clip, str) and not static else {}
         for node, part in open_parts(gm):
             wide = 1.0 if isinstance(self.clip, str) else self.clip
             clip = clips.get(source(node), wide) if may_clip(part) else 1.0
             groups = part.heads if self.o_granularity == "head" else 1
-            done += quantize_input(gm, node, part, clip, groups, shared)
+            done += quantize_input(gm, node, part, 1.0 if static else clip, groups, shared)
+        if static:
+            give_static_scales(gm, ctx, list(shared.values()))
         return done
 
 
@@ -96,6 +104,31 @@ def quantize_input(
         image = emit(gm.graph, ops.dequantize, (codes,), x, QuantizeActivations.name)
     set_argument(node, "input", image)
     return 1
+
+
+def give_static_scales(gm: GraphModule, ctx: PassContext, quantizers: list[Node]) -> None:
+    """Search a scale and zero point for every quantizer, on values behind quantizers with dynamic scales, and write them into the graph."""
+    found = [Quantize.require(node) for node in quantizers]
+    windows = ctx.windows[: max(1, SEARCH_TOKENS // ctx.windows.shape[1])]
+    ranges = [Range(meta.require(q.node, meta.QuantizerSite).name, q.groups) for q in found]
+    observe(gm, taps_of(found, ranges), windows, functools.partial(ctx.progress, "range of activations"))
+    searches = [StaticSearch(q.bits, r) for q, r in zip(found, ranges, strict=True)]
+    observe(gm, taps_of(found, searches), windows, functools.partial(ctx.progress, "search static scales"))
+    for quantizer, search in zip(found, searches, strict=True):
+        name = meta.require(quantizer.node, meta.QuantizerSite).name
+        for label, value in zip(("scale", "zero_point"), search.best(), strict=True):
+            tensor = graph_tools.add_tensor(gm, f"resq.static.{name}.{label}", value, QuantizeActivations.name)
+            set_argument(quantizer.node, label, tensor)
+
+
+def taps_of(
+    quantizers: Sequence[Quantize], seen: Sequence[Range | StaticSearch]
+) -> dict[Node, Callable[[Tensor], None]]:
+    """What sees the values that quantizers read."""
+    taps: dict[Node, Callable[[Tensor], None]] = {}
+    for quantizer, one in zip(quantizers, seen, strict=True):
+        taps[quantizer.x] = both(taps[quantizer.x], one.update) if quantizer.x in taps else one.update
+    return taps
 
 
 def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Node, float]:

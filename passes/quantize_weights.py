@@ -72,9 +72,10 @@ class Site:
 class QuantizeWeights(Pass):
     """Quantize the weights of all partitioned linears.
 
-    clip: how their scales are chosen. Of gptq only: damping, added to the diagonal of the moment, relative to its mean; act_order,
-    columns by descending energy inside each part; token_weighting "residual", errors of layers that write into the residual stream
-    count relative to its size at each token.
+    clip: how their scales are chosen. max keeps the whole range, mse has the least error of the weights, hessian that of the output of
+    linears (rtn looks at no inputs and takes mse), output that for rtn too. Of gptq only: damping, added to the diagonal of the moment,
+    relative to its mean; act_order, columns by descending energy inside each part; token_weighting "residual", errors of layers that
+    write into the residual stream count relative to its size at each token.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -82,14 +83,19 @@ class QuantizeWeights(Pass):
     requires: ClassVar[tuple[type, ...]] = (Topology, ColumnPlan)
 
     method: Literal["gptq", "rtn"] = "gptq"
-    clip: Literal["mse", "hessian", "max"] = "mse"
+    clip: Literal["mse", "hessian", "output", "max"] = "mse"
     damping: float = option(0.01, 0, 1)
     act_order: bool = False
     token_weighting: Literal["none", "residual"] = "none"
 
     @property
     def needs_calibration(self) -> bool:
-        return self.method == "gptq"
+        return self.by_block
+
+    @property
+    def by_block(self) -> bool:
+        """Whether inputs of linears are looked at."""
+        return self.method == "gptq" or self.clip == "output"
 
     @property
     def plain_clip(self) -> Literal["mse", "max"]:
@@ -102,8 +108,8 @@ class QuantizeWeights(Pass):
         sites = [s for s in sites if s.fact.role != "head"]
         if not sites and not head:
             return 0
-        if self.method == "gptq" and sites:
-            run_gptq(gm, ctx, sites, self)
+        if self.by_block and sites:
+            run_blocks(gm, ctx, sites, self)
         else:
             for i, site in enumerate(sites):
                 ctx.progress("quantize weights", i, len(sites))
@@ -178,7 +184,7 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
     graph_tools.erase_tensor(gm, linear.weight)
 
 
-def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site], options: QuantizeWeights) -> None:
+def run_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], options: QuantizeWeights) -> None:
     """Quantize block by block; the values alive between two stretches are kept for every batch."""
     topology = ctx.facts.get(Topology)
     runner = Lockstep.begin(gm, executor.batches(ctx.windows), topology.blocks[0].start)
@@ -202,7 +208,7 @@ def run_gptq(gm: GraphModule, ctx: PassContext, sites: list[Site], options: Quan
 def quantize_block(
     gm: GraphModule, block: Block, groups: list[list[Site]], runner: Lockstep, ctx: PassContext, options: QuantizeWeights
 ) -> None:  # fmt: skip
-    """GPTQ on the groups of a block, each on inputs that the groups before it, already quantized, make."""
+    """Codes for the groups of a block, each on inputs that the groups before it, already quantized, make."""
     before, made = len(ctx.notes), []
     for group in groups:
         stream = written_stream(group, ctx.facts.get(Topology)) if options.token_weighting == "residual" else None
@@ -216,10 +222,16 @@ def quantize_block(
 def quantize_group(
     gm: GraphModule, group: list[Site], hessian: Tensor, ctx: PassContext, options: QuantizeWeights
 ) -> list[weight_core.QuantizedWeight]:
-    """GPTQ on the stacked weights of a group."""
+    """Codes of the stacked weights of a group."""
+    parts, group_size = group[0].parts(), ctx.facts.get(ColumnPlan).weight_group_size
+    if options.method == "rtn":
+        return weight_core.quantize_weight_rtn(
+            stacked_weight(gm, group), parts, clip="mse", column_weight=hessian.diagonal(), group_size=group_size
+        )
     result = gptq_core.gptq(
-        stacked_weight(gm, group), hessian, group[0].parts(), damping=options.damping, act_order=options.act_order,
-        clip=options.plain_clip, weighted_clip=options.clip == "hessian", group_size=ctx.facts.get(ColumnPlan).weight_group_size,
+        stacked_weight(gm, group), hessian, parts, damping=options.damping, act_order=options.act_order,
+        clip=options.plain_clip, weighted_clip=options.clip in ("hessian", "output"),
+        group_size=group_size,
     )  # fmt: skip
     if result.damping != options.damping:
         where = f"{group[0].fact.name} and linears of the same input"

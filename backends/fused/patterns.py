@@ -58,7 +58,10 @@ def inputs_of(linear: LinearSum) -> Inputs | str:
                 f"its weights have a scale for every {part.group_size} columns, and kernels take one a row and part; compile with "
                 "weight_group_size=None, or use the reference or onnx backend"
             )
-        quantizers.append(Quantize.require(part.x))
+        quantizer = Quantize.require(part.x)
+        if quantizer.scale is not None:
+            return "its input has static scales, and kernels make them for every token; compile with activation_scales='dynamic'"
+        quantizers.append(quantizer)
     groups = [one.groups for one in quantizers]
     return tuple(quantizers) if len(set(groups)) == 1 else f"its parts differ in groups: {groups}"
 

@@ -255,6 +255,8 @@ def quantize(low: Lowering, node: Node) -> Codes:
     """Codes per token, or per token and group of columns."""
     view = Quantize.require(node)
     value = low.value(view.x)
+    if view.scale is not None:
+        return low.form.quantize_static(low, view, low.fx_layout(value))
     if view.groups == 1:
         return low.form.quantize(low, node, low.fx_layout(value), view.bits, 1, view.columns, view.clip)
     grouped = isinstance(value, Value) and value.heads == view.groups and not value.split

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import is_call
+from resq_compiler.ir.views import Quantize
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
@@ -44,9 +45,23 @@ class QdqForm(Form):
             codes = b.op("Clip", codes, *ends)
         return Codes(bits, groups, width, codes, scale, zero_point)
 
+    def quantize_static(self, low: Lowering, view: Quantize, x: str) -> Codes:
+        """QuantizeLinear with one scale and zero point for the whole tensor, as chips without dynamic ranges take it."""
+        if view.groups > 1 or view.bits not in (4, 8):
+            return super().quantize_static(low, view, x)
+        assert view.scale is not None and view.zero_point is not None
+        element, b, name = (TensorProto.INT4 if view.bits == 4 else TensorProto.INT8), low.b, str(view.scale.target)
+        scale = b.constant(low.tensor(view.scale).reshape(()), name=name)
+        zero = b.constant(low.tensor(view.zero_point).astype(np.int8).reshape(()), name=f"{name}.zero_point")
+        zero_point = zero if view.bits == 8 else b.op("Cast", zero, to=element)
+        codes = b.op("QuantizeLinear", x, scale, zero_point)
+        return Codes(view.bits, 1, view.columns, codes, scale, zero_point, static=True)
+
     def image(self, low: Lowering, codes: Codes) -> str:
         def make() -> str:
             inputs = codes.codes, codes.scale, codes.zero_point
+            if codes.static:
+                return low.b.op("DequantizeLinear", *inputs)
             return low.b.op("DequantizeLinear", *inputs, axis=-1, block_size=codes.width)
 
         return codes.image or low.once(("image", codes.codes), make)

@@ -18,7 +18,7 @@ from resq_compiler.errors import BackendError
 from resq_compiler.ir import values
 from resq_compiler.ir.args import nodes_arg, operands, source
 from resq_compiler.ir.graph_tools import aten, is_call
-from resq_compiler.ir.views import Attention, QuantizeDequantize
+from resq_compiler.ir.views import Attention, Quantize, QuantizeDequantize
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
@@ -40,6 +40,13 @@ class Form(ABC):
     @abstractmethod
     def quantize(self, low: Lowering, node: Node, x: str, bits: int, groups: int, width: int, clip: float) -> Codes:
         """Codes of x [B, S, width], or [B, S, groups, width] when groups > 1."""
+
+    def quantize_static(self, low: Lowering, view: Quantize, x: str) -> Codes:
+        """Codes of x [B, S, K] with a scale and zero point for all tokens. Raises BackendError: this profile makes them for each."""
+        raise BackendError(
+            f"onnx: node {view.node.name}: static scales of activations are for profile qdq; compile with "
+            "activation_scales=dynamic for this one"
+        )
 
     @abstractmethod
     def image(self, low: Lowering, codes: Codes) -> str:

@@ -51,7 +51,7 @@ class Codes:
 
     image: the float image, where a form makes it together with the codes. source: the float tensor, where only an image of it is
     ever needed; codes, scale and zero point are then "". zeros: columns of x = 0, so of codes equal to the zero point, that stand
-    in front of the codes (positive) or behind them (negative).
+    in front of the codes (positive) or behind them (negative). static: scale and zero point are numbers, for all tokens.
     """
 
     bits: int
@@ -63,6 +63,7 @@ class Codes:
     image: str = ""
     source: str = ""
     zeros: int = 0
+    static: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from resq_compiler.calibration.statistics import Request
 from resq_compiler.ir import values
 from resq_compiler.ir.args import source
 from resq_compiler.numerics.basis import SecondMoment
-from resq_compiler.numerics.channels import Energy, Peak
+from resq_compiler.numerics.channels import Energy, LoudTokens, Peak
 
 BLOCK = 64
 """Channels of a down projection's input that share a basis with block PCA: their largest common divisor with the width."""
@@ -92,6 +92,48 @@ def down_moments(topology: Topology) -> list[Request]:
         moment = SecondMoment(f"input of {f.down.name}", size, groups=width // size)
         found.append(Request(site, moment, (x,), in_blocks(size)))
     return found
+
+
+def reader_site(index: int) -> Site:
+    """Of a value that linears read from the stream, by its place in `topology.readers`."""
+    return Site("reader", index=index)
+
+
+def reader_peaks(topology: Topology) -> list[Request]:
+    """Peak of the channels of every value that linears read from the stream: [d]."""
+    return [
+        Request(reader_site(i), Peak(f"residual stream, reader {i}"), (group.value,))
+        for i, group in enumerate(topology.readers)
+    ]
+
+
+def output_peaks(topology: Topology) -> list[Request]:
+    """Peak of the input channels of every output projection: [heads * D]."""
+    found = []
+    for block in topology.blocks:
+        o = block.attention.o
+        found.append(Request(Site("o", block.index), Peak(f"the input of node {o.name}"), (source(o),)))
+    return found
+
+
+def linear_inputs(topology: Topology) -> dict[Site, tuple[Node, list[Node]]]:
+    """Every value inside blocks that quantized linears read, and these linears."""
+    kept = set(topology.floats)
+    found = {reader_site(i): (g.value, [n for n in g.linears if n not in kept]) for i, g in enumerate(topology.readers)}
+    for block in topology.blocks:
+        o = block.attention.o
+        found[Site("o", block.index)] = (source(o), [n for n in (o,) if n not in kept])
+    for site, f in feed_forwards(topology):
+        found[site] = (source(f.down), [n for n in (f.down,) if n not in kept])
+    return {site: (value, linears) for site, (value, linears) in found.items() if linears}
+
+
+def loud_inputs(topology: Topology) -> list[Request]:
+    """LoudTokens of these values."""
+    return [
+        Request(site, LoudTokens(f"the input of node {linears[0].name}"), (value,))
+        for site, (value, linears) in linear_inputs(topology).items()
+    ]
 
 
 def feed_forwards(topology: Topology) -> list[tuple[Site, FeedForward]]:

@@ -44,6 +44,11 @@ DESCRIPTIONS = {
     "quik": "no rotation; the channels with the largest peaks in 8 bits",
     "gptq": "GPTQ weights, no rotation",
     "rtn": "rounding to nearest, no rotation",
+    "smoothquant": "SmoothQuant at its 8 bits: scales of channels",
+    "awq": "AWQ: weights alone, in groups of 128",
+    "llm-int8": "LLM.int8(): 8 bits, large channels in float",
+    "duquant": "DuQuant: blocks rotated at every linear, online",
+    "prefixquant": "PrefixQuant: prefix tokens, static scales",
 }
 EVERY_RECIPE = tuple(DESCRIPTIONS)
 

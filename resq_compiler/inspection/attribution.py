@@ -152,7 +152,7 @@ class SwitchedGraph:
         assert part is not None
         x, quantizer, coded = env[input_of(node)], quantizer_of(node), CodedLinear.of(node)
         if quantizer is not None and ("activations", part.site.name) in on:
-            x = ops.dequantize(ops.quantize(x, quantizer.bits, quantizer.groups, quantizer.clip))
+            x = ops.dequantize(quantizer.codes_of(self.gm, x))
         if coded is None:
             return F.linear(x, Linear.require(node).weight_tensor(self.gm))
         if ("weights", part.site.name) in on:

@@ -90,7 +90,7 @@ def weak_quantizers(gm: GraphModule, ids: Tensor) -> list[Weak]:
     weights = read_energies(gm)
 
     def see(quantizer: Quantizer, name: str, x: Tensor) -> None:
-        image = graph_tools.run_node(gm, quantizer.node, {quantizer.x: x})
+        image = graph_tools.evaluate(gm, quantizer.node, {quantizer.x: x})
         image = ops.dequantize(image) if isinstance(image, QuantizedActivation) else image
         weight = weights.get(quantizer.node, torch.ones(x.shape[-1]))
         kept, possible = signal_to_noise(x, image - x, weight), possible_of(quantizer, x.shape[-1])

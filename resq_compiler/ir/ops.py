@@ -187,8 +187,17 @@ def columns(x: Tensor, start: int, stop: int) -> Tensor:
 
 
 @op
-def quantize(x: Tensor, bits: int, groups: int = 1, clip: float = 1.0) -> QuantizedActivation:
-    """Dynamic asymmetric codes of x [..., K], per token and group of K / groups columns."""
+def quantize(
+    x: Tensor,
+    bits: int,
+    groups: int = 1,
+    clip: float = 1.0,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> QuantizedActivation:
+    """Asymmetric codes of x [..., K], per token and group of K / groups columns; with scale and zero_point [groups], static ones."""
+    if scale is not None and zero_point is not None:
+        return quantized.quantize_static(x, bits, scale, zero_point)
     return quantized.quantize_activation(x, bits, groups, clip)
 
 

@@ -33,7 +33,7 @@ from resq_compiler.ir.args import (
     set_argument,
     tensor_arg,
 )
-from resq_compiler.numerics.quantized import column_scales
+from resq_compiler.numerics.quantized import QuantizedActivation, column_scales
 
 aten = torch.ops.aten
 
@@ -364,17 +364,27 @@ class Hadamard(View):
 
 @dataclass(frozen=True)
 class Quantize(View):
-    """Codes of activations, per token and group of columns."""
+    """Codes of activations, per token and group of columns; with a scale and zero point [groups] of the model, static ones."""
 
     targets = (ops.quantize,)
     x: Node
     bits: int
     groups: int
     clip: float
+    scale: Node | None = None
+    zero_point: Node | None = None
 
     @classmethod
     def read(cls, node: Node) -> Quantize:
-        return cls(node, node_arg(node, "x"), int_arg(node, "bits"), int_arg(node, "groups"), float_arg(node, "clip"))
+        return cls(
+            node, node_arg(node, "x"), int_arg(node, "bits"), int_arg(node, "groups"), float_arg(node, "clip"),
+            optional_tensor_arg(node, "scale"), optional_tensor_arg(node, "zero_point"),
+        )  # fmt: skip
+
+    def codes_of(self, gm: GraphModule, x: Tensor) -> QuantizedActivation:
+        """What it makes of a value."""
+        static = (None if n is None else graph_tools.get_tensor(gm, n) for n in (self.scale, self.zero_point))
+        return ops.quantize(x, self.bits, self.groups, self.clip, *static)
 
     @property
     def columns(self) -> int:

@@ -1,4 +1,4 @@
-"""Sizes of channels over tokens: sums of squares, and largest magnitudes."""
+"""Sizes of channels over tokens: sums of squares, and largest magnitudes; and the tokens that have these."""
 
 from __future__ import annotations
 
@@ -68,6 +68,40 @@ class Peak:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state` returned."""
         self.largest = state["largest"]
+
+
+class LoudTokens:
+    """The `count` tokens with the largest values, as they are: `rows` [count or fewer, width], loudest first.
+
+    site: name used in messages.
+    """
+
+    def __init__(self, site: str, count: int = 64) -> None:
+        self.site, self.count = site, count
+        self.found: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of x [..., width]. Raises DataError: x is not finite."""
+        rows = x.flatten(0, -2)
+        if self.found is not None:
+            rows = torch.cat((self.found, rows))
+        peaks = rows.abs().amax(1)
+        if not bool(torch.isfinite(peaks).all()):
+            raise DataError(f"tokens of {self.site}: not finite on the calibration data; check the model and the text")
+        self.found = rows[peaks.topk(min(self.count, len(rows))).indices].clone()
+
+    @property
+    def rows(self) -> Tensor:
+        """The tokens. Raises DataError: no token was seen."""
+        return seen(self.found, f"tokens of {self.site}")
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` takes."""
+        return {"rows": self.rows}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state` returned."""
+        self.found = state["rows"]
 
 
 def seen(value: Tensor | None, what: str) -> Tensor:

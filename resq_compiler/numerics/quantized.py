@@ -177,6 +177,18 @@ def quantize_activation(x: Tensor, bits: int, groups: int = 1, clip: float = 1.0
     return QuantizedActivation(codes.to(torch.int8).flatten(-2), scale.squeeze(-1), zero_point.squeeze(-1).int(), bits)
 
 
+def quantize_static(x: Tensor, bits: int, scale: Tensor, zero_point: Tensor) -> QuantizedActivation:
+    """The same codes with scales that are known before: for all tokens alike.
+
+    Args:    x: [..., K] floating point.    scale: float32 [groups].    zero_point: int32 [groups], in the code range.
+    Raises:  QuantError: groups that do not divide K, or x not floating point.
+    """
+    grouped, spec = _group(x, bits, len(scale), 1.0), QuantSpec(bits, symmetric=False)
+    codes = (grouped / scale[:, None]).round_().add_(zero_point[:, None]).clamp_(spec.qmin, spec.qmax)
+    each = (*x.shape[:-1], len(scale))
+    return QuantizedActivation(codes.to(torch.int8).flatten(-2), scale.expand(each), zero_point.expand(each), bits)
+
+
 def dequantize(xq: QuantizedActivation, dtype: torch.dtype = torch.float32) -> Tensor:
     """(qdata - zero_point) * scale, computed in float32. Returns [..., K] of `dtype`."""
     centred = xq.qdata.unflatten(-1, (xq.groups, -1)) - xq.zero_point.float().unsqueeze(-1)

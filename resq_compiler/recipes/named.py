@@ -25,6 +25,11 @@ class Recipe:
     passes: Callable[[CompileConfig], tuple[Pass, ...]] = standard_passes
 
 
+PLAIN: dict[str, Any] = {"basis": "none", "down_proj": "none", "high_fraction": 0.0}
+"""No change of basis, no parts."""
+
+EIGHT: dict[str, Any] = {"weight_bits": 8, "activation_bits": 8, "kv_bits": 8, "o_proj_granularity": "token"}
+
 RECIPES: dict[str, Recipe] = {
     "resq": Recipe(),
     "resq+": Recipe(
@@ -41,8 +46,54 @@ RECIPES: dict[str, Recipe] = {
     ),
     "quarot": Recipe({"basis": "hadamard", "high_fraction": 0.0}),
     "quik": Recipe({"basis": "outliers", "rotation": "none", "down_proj": "outliers"}),
-    "gptq": Recipe({"basis": "none", "down_proj": "none", "high_fraction": 0.0}),
-    "rtn": Recipe({"basis": "none", "down_proj": "none", "high_fraction": 0.0, "weight_method": "rtn"}),
+    "gptq": Recipe(PLAIN),
+    "rtn": Recipe({**PLAIN, "weight_method": "rtn"}),
+    "smoothquant": Recipe({**PLAIN, **EIGHT, "weight_method": "rtn", "weight_clip": "max", "smooth_alpha": 0.5}),
+    "awq": Recipe(
+        {
+            **PLAIN,
+            "activation_bits": 16,
+            "kv_bits": 16,
+            "weight_group_size": 128,
+            "weight_method": "rtn",
+            "weight_clip": "output",
+            "scale_search": True,
+        }
+    ),
+    "llm-int8": Recipe(
+        {
+            **EIGHT,
+            "kv_bits": 16,
+            "high_bits": 16,
+            "high_fraction": 0.0,
+            "basis": "outliers",
+            "rotation": "none",
+            "down_proj": "outliers",
+            "outlier_threshold": 6.0,
+            "weight_method": "rtn",
+            "weight_clip": "max",
+        }
+    ),
+    "duquant": Recipe(
+        {
+            **PLAIN,
+            "smooth_alpha": 0.6,
+            "spread_outliers": True,
+            "activation_clip": 0.9,
+            "weight_method": "rtn",
+            "o_proj_granularity": "token",
+        }
+    ),
+    "prefixquant": Recipe(
+        {
+            "basis": "hadamard",
+            "high_fraction": 0.0,
+            "prefix_tokens": "auto",
+            "activation_scales": "static",
+            "weight_method": "rtn",
+            "o_proj_granularity": "token",
+        }
+    ),
 }
 """A recipe of one's own is added here: RECIPES["mine"] = Recipe({"weight_bits": 8})."""
 

@@ -12,6 +12,7 @@ from resq_compiler.errors import ConfigError
 
 MainBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 PartBits = Literal[2, 3, 4, 5, 6, 7, 8]
+HighBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
 WHOLE_NUMBERS = {
     "rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "seed": None,
@@ -42,7 +43,7 @@ class CompileConfig:
     weight_bits: MainBits = 4
     activation_bits: MainBits = 4
     kv_bits: MainBits = 4
-    high_bits: PartBits = 8
+    high_bits: HighBits = 8
     high_fraction: float = 1 / 8
     site_fractions: str = ""
     allocation: Literal["equal", "sensitivity", "widths"] = "equal"
@@ -57,12 +58,17 @@ class CompileConfig:
     rotation: Literal["hadamard", "orthogonal", "none"] = "hadamard"
     down_proj: Literal["hadamard", "energy-split", "block-pca", "outliers", "none"] = "hadamard"
     weight_method: Literal["rtn", "gptq"] = "gptq"
-    weight_clip: Literal["mse", "hessian", "max"] = "mse"
+    smooth_alpha: float | None = None
+    scale_search: bool = False
+    outlier_threshold: float | None = None
+    spread_outliers: bool = False
+    weight_clip: Literal["mse", "hessian", "output", "max"] = "mse"
     gptq_damping: float = 0.01
     gptq_act_order: bool = False
     gptq_on_quantized_activations: bool = False
     gptq_token_weighting: Literal["none", "residual"] = "none"
     activation_clip: float | Literal["input", "output"] = 1.0
+    activation_scales: Literal["dynamic", "static"] = "dynamic"
     kv_clip: float = 1.0
     o_proj_granularity: Literal["head", "token"] = "head"
     prefix_tokens: Literal["none", "auto"] = "none"
@@ -87,10 +93,11 @@ class CompileConfig:
         self._check_range("gptq_damping", 0, 1)
         for name, least in WHOLE_NUMBERS.items():
             self._check_whole(name, least)
-        for name in ("gptq_act_order", "gptq_on_quantized_activations"):
+        for name in ("gptq_act_order", "gptq_on_quantized_activations", "scale_search", "spread_outliers"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
         self._check_allocation()
+        self._check_combinations()
         if not isinstance(self.site_fractions, str):
             raise ConfigError(f"option site_fractions: expected text such as mlp=1/4,o=0; got {self.site_fractions!r}")
         SiteShares.parse(self.site_fractions)
@@ -117,6 +124,30 @@ class CompileConfig:
                 f"option {option}: shares out columns along a pca basis; expected basis=pca, low_fraction=0 and no site_fractions, or "
                 f"allocation=equal without average_bits and model_megabytes; got basis={self.basis}, low_fraction={self.low_fraction}, "
                 f"site_fractions={self.site_fractions!r}"
+            )
+
+    def _check_combinations(self) -> None:
+        """Options that say something only beside certain others."""
+        for name, most in (("smooth_alpha", 1.0), ("outlier_threshold", float("inf"))):
+            if getattr(self, name) is not None:
+                self._check_range(name, 0, most)
+        scaled, plain = ("none", "outliers"), {"basis": ("none",), "down_proj": ("none",), "high_fraction": (0.0,)}
+        rules: tuple[tuple[str, object, dict[str, tuple[object, ...]]], ...] = (
+            ("smooth_alpha", None, {"basis": scaled}),
+            ("scale_search", False, {"basis": scaled}),
+            ("spread_outliers", False, {**plain, "outlier_threshold": (None,)}),
+            ("outlier_threshold", None, {"basis": ("outliers",), "allocation": ("equal",), "average_bits": (None,),
+                                         "model_megabytes": (None,), "high_fraction": (0.0,)}),
+        )  # fmt: skip
+        for name, usual, needed in rules:
+            for other, allowed in needed.items() if getattr(self, name) != usual else ():
+                if getattr(self, other) not in allowed:
+                    raise ConfigError(
+                        f"option {name}: expected {other}={' or '.join(map(str, allowed))} beside it; got {other}={getattr(self, other)}"
+                    )
+        if self.high_bits == 16 and self.high_fraction:
+            raise ConfigError(
+                f"option high_bits: 16 is for channels that outlier_threshold names; expected high_fraction=0, got {self.high_fraction}"
             )
 
     @property

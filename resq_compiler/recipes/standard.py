@@ -21,7 +21,11 @@ from resq_compiler.passes import (
     QuantizeWeights,
     ReorderChannels,
     RotateBases,
+    SearchScales,
+    SmoothChannels,
     SplitFused,
+    SpreadOutliers,
+    ThresholdOutliers,
     UntieEmbeddings,
 )  # fmt: skip
 from resq_compiler.pipeline.passes import Pass
@@ -41,18 +45,22 @@ ROTATED = ("pca", "hadamard")
 
 def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
     """The whole pipeline, in order. Passes before insert-prefix and quantize-* are exact."""
-    project = s.basis != "none" or s.down_proj != "none"
+    insert = s.basis != "none" or s.down_proj != "none"
     channels = ORDERS.get(s.down_proj)
     return (
         *NAMING,
         *([FoldNorms()] if s.basis in ROTATED else []),
+        *([SmoothChannels(s.smooth_alpha), FuseProjections("refused")] if s.smooth_alpha is not None else []),
         plan_columns(s),
+        *([SearchScales(), FuseProjections("refused")] if s.scale_search else []),
+        *([ThresholdOutliers(s.outlier_threshold)] if s.outlier_threshold is not None else []),
         *([compute_bases(s)] if s.basis != "none" or s.down_proj == "block-pca" else []),
         *([allocate_bits(s)] if s.allocates else []),
         *([RotateBases(s.rotation)] if s.basis == "pca" and s.rotation != "none" else []),
         *([ReorderChannels(channels)] if channels else []),
-        *([InsertProjections("none" if s.down_proj in ("none", "outliers") else "hadamard")] if project else []),
-        *([FuseProjections()] if project else []),
+        *([InsertProjections("none" if s.down_proj in ("none", "outliers") else "hadamard")] if insert else []),
+        *([SpreadOutliers()] if s.spread_outliers else []),
+        *([FuseProjections()] if insert or s.spread_outliers else []),
         PartitionLinears(),
         *([InsertPrefix()] if s.prefix_tokens == "auto" else []),
         *quantizers(s),
@@ -93,7 +101,7 @@ def quantizers(s: CompileConfig) -> tuple[Pass, ...]:
     weights = QuantizeWeights(method, s.weight_clip, s.gptq_damping, s.gptq_act_order, s.gptq_token_weighting)
     narrow = s.activation_bits < 8 or s.low_fraction or s.site_fractions  # parts whose range may be clipped
     clip = s.activation_clip if narrow else 1.0
-    activations = (QuantizeActivations(clip, s.o_proj_granularity), QuantizeKvCache(s.kv_clip))
+    activations = (QuantizeActivations(clip, s.o_proj_granularity, s.activation_scales), QuantizeKvCache(s.kv_clip))
     if s.weight_bits == 16 and s.lm_head_bits is None:
         return activations
     return (*activations, weights) if s.gptq_on_quantized_activations else (weights, *activations)

@@ -28,6 +28,8 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "gptq_token_weighting": ("residual", "residual"), "activation_clip": ("input", "input"), "kv_clip": ("0.9", 0.9),
     "o_proj_granularity": ("token", "token"), "prefix_tokens": ("auto", "auto"), "lm_head_bits": ("8", 8),
     "calibration_samples": ("8", 8), "calibration_length": ("64", 64), "basis_samples": ("4", 4),
+    "weight_group_size": ("64", 64), "smooth_alpha": ("0.75", 0.75), "scale_search": ("", True), "outlier_threshold": ("5", 5.0),
+    "spread_outliers": ("", True), "activation_scales": ("static", "static"),
     "calibration_dtype": ("float32", "float32"), "bos": ("never", "never"), "seed": ("7", 7),
 }  # fmt: skip
 """What is given for each option on the command line, and what it means; none of them is the default."""
@@ -42,11 +44,15 @@ def test_every_option_has_a_sample():
     assert SAMPLES.keys() == {f.name for f in dataclasses.fields(CompileConfig)}
 
 
+BESIDE = {"smooth_alpha": "rtn", "scale_search": "rtn", "spread_outliers": "rtn", "outlier_threshold": "llm-int8"}
+"""Recipes that options go with which want channels as they are."""
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_an_option_reaches_the_compiler(name):
     text, meant = SAMPLES[name]
     plain = (
-        ["compile", "m"] if name == "recipe" else ["compile", "m", "--recipe", "resq"]
+        ["compile", "m"] if name == "recipe" else ["compile", "m", "--recipe", BESIDE.get(name, "resq")]
     )  # whose values are the defaults
     default = getattr(options.chosen_passes(parsed(*plain)).settings, name)
     flag = "--" + name.replace("_", "-")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from resq_compiler.errors import QuantError
+from resq_compiler.errors import DataError, QuantError
 from resq_compiler.numerics import quantized
+from resq_compiler.numerics.clip import SHARES
 from resq_compiler.numerics.quantized import (
     FLT_MIN,
     MAX_EXACT_WIDTH,
@@ -21,7 +22,9 @@ from resq_compiler.numerics.quantized import (
     parts_for,
     quantize_activation,
     quantize_dequantize,
+    quantize_static,
 )
+from resq_compiler.numerics.static_scales import Range, StaticSearch
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -172,6 +175,33 @@ def test_weight_groups_are_summed_with_their_scales(bits: int, groups: int) -> N
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)  # float32 sums over groups
     with pytest.raises(QuantError, match=r"expected 2 groups of 64 for 70 columns"):
         integer_linear(quantize_activation(torch.ones(1, 70), 4, 5), qdata, scale, group_size=64)
+
+
+def test_static_codes_are_the_law_with_given_scales() -> None:
+    x = torch.randn(2, 3, 12, generator=rng())
+    scale, zero = torch.tensor([0.3, 0.1]), torch.tensor([-2, 3], dtype=torch.int32)
+    xq = quantize_static(x, 4, scale, zero)
+    want = (x.unflatten(-1, (2, 6)) / scale[:, None]).round().add(zero[:, None]).clamp(-8, 7).flatten(-2)
+    assert torch.equal(xq.qdata, want.to(torch.int8)) and xq.scale.shape == (2, 3, 2)
+    dynamic = quantize_activation(x[0, 0], 8)
+    same = quantize_static(x[0, 0], 8, dynamic.scale, dynamic.zero_point)
+    assert torch.equal(same.qdata, dynamic.qdata)
+
+
+def test_the_static_search_finds_the_best_share() -> None:
+    """One far value in 4 bits: the range that is covered is smaller than what was seen, and no other share is better."""
+    x = torch.randn(1, 400, 8, generator=rng())
+    x[0, 0, 0] = 9
+    seen = Range("test", 1)
+    seen.update(x)
+    assert (float(seen.low), float(seen.high)) == (float(x.min()), 9)
+    search = StaticSearch(4, seen)
+    search.update(x)
+    scale, zero = search.best()
+    errors = [(dequantize(quantize_static(x, 4, *search.scales(s))) - x).square().sum() for s in SHARES]
+    assert (dequantize(quantize_static(x, 4, scale, zero)) - x).square().sum() == min(errors) < errors[0]
+    with pytest.raises(DataError, match="range of test: not finite"):
+        seen.update(torch.full((1, 8), torch.nan))
 
 
 def test_chunked_rows_equal_unchunked_rows() -> None:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from resq_compiler.recipes.named import Chosen
 
 HELP: dict[str, str] = {
-    "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn",
+    "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn, smoothquant, awq, llm-int8, duquant, prefixquant",
     "weight_bits": "bits of weights; 16: stay in float",
     "activation_bits": "bits of the inputs of linears; 16: stay in float",
     "kv_bits": "bits of cached keys and values; 16: stay in float",
-    "high_bits": "bits of the high part",
+    "high_bits": "bits of the high part; 16: stays in float (with outlier_threshold)",
     "high_fraction": "share of columns in the high part, such as 1/8; 0: none",
     "site_fractions": "shares of single sites (attention, mlp, o, down, key, value), the last four also for one block: "
     "SITE[.BLOCK]=HIGH[@BITS][:LOW[@BITS]], "
@@ -44,7 +44,7 @@ HELP: dict[str, str] = {
     "(outliers), or as it is (none)",
     "weight_method": "gptq: column by column, the rest makes up for the error; rtn: to nearest; both with a search for the scale",
     "weight_clip": "scales of weights keep the whole range (max), or lose least in the weights (mse) or in the output of the "
-    "linear (hessian)",
+    "linear (hessian: gptq alone looks at it; output: rtn too)",
     "gptq_damping": "added to the diagonal of GPTQ's moment, relative to its mean",
     "gptq_act_order": "GPTQ: columns by descending energy, inside each part",
     "gptq_on_quantized_activations": "GPTQ sees activations as they are at inference, quantized",
@@ -54,6 +54,12 @@ HELP: dict[str, str] = {
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
     "prefix_tokens": "auto: tokens with massive activations are found in calibration, and their keys and values go before every sequence",
+    "smooth_alpha": "scales of channels, max|x|^alpha / max|W|^(1 - alpha), by which the output of norms is divided and weights are "
+    "multiplied; none: there are none",
+    "scale_search": "scales of channels by what rounding the weights behind them does to the output of the block",
+    "outlier_threshold": "channels whose values reach it on calibration text stay at high_bits; none: high_fraction says how many do",
+    "spread_outliers": "blocks of channels at the input of every linear are rotated, and channels dealt evenly to them, online",
+    "activation_scales": "dynamic: for every token; static: one for all tokens, from calibration",
     "weight_group_size": "columns of a part whose weights share a scale; none: a scale for each row and part",
     "lm_head_bits": "bits of lm_head; none: it stays in float, as embeddings do",
     "calibration_samples": "windows of calibration text",

@@ -12,6 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from resq_compiler.backends.onnx import build_model
 from resq_compiler.backends.onnx.session import open_session
 
+from resq_compiler.errors import BackendError
 from resq_compiler.tiny import TINY_FAMILIES
 from tests.backends.onnx.conftest import example, reference, relative, visible
 from tests.backends.onnx.graphs import Pad
@@ -210,6 +211,17 @@ def test_output_depends_on_input(compile_tiny):
     feeds["input_ids"] = (feeds["input_ids"] + 1) % 131
     after = session.run(None, feeds)[0]
     assert np.abs(before - after).max() > 0.1 and np.isfinite(after).all()
+
+
+def test_static_scales_are_constants(compile_tiny):
+    """Profile qdq computes no range at run time but those of the cache, and agrees; other profiles say that they cannot."""
+    compiled, _ = compile_tiny("llama", recipe="prefixquant", kv_bits=16)
+    model = build_model(compiled, "qdq", embedding="float32")
+    assert not [n for n in model.graph.node if n.op_type in ("ReduceMax", "ReduceMin")]
+    tensors, feeds = example(compiled)
+    assert_same(outputs(model, feeds), reference(compiled, tensors), tensors)
+    with pytest.raises(BackendError, match="static scales of activations are for profile qdq"):
+        build_model(compiled, "ort", embedding="float32")
 
 
 def test_zero_rows_stay_finite(compile_tiny):
