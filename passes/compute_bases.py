@@ -26,6 +26,7 @@ from resq_compiler.calibration.statistics import Request, Statistics
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
 from resq_compiler.numerics.channels import Peak
 from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.util import devices
 
 MEASURED = ("pca", "outliers")
 
@@ -87,10 +88,10 @@ class ComputeBases(Pass):
         self, gm: GraphModule, topology: Topology, seen: Statistics, down: dict[Node, BlockBasis]
     ) -> Bases:  # fmt: skip
         def of_stream(site: Site, groups: list[ReadGroup]) -> Tensor:
-            moment = seen.get(SecondMoment, site).mean()
+            moment = devices.here(seen.get(SecondMoment, site).mean())
             if self.weighting == "readers":
                 moment = weigh(moment, residual_readers(gm, groups))
-            return principal_basis(moment)[0]
+            return principal_basis(moment)[0].cpu()
 
         heads = [self._head_moments(gm, seen, block) for block in topology.blocks]
         value = tuple(each_basis(values) for values, _ in heads)
@@ -101,7 +102,8 @@ class ComputeBases(Pass):
 
     def _head_moments(self, gm: GraphModule, seen: Statistics, block: Block) -> tuple[Tensor, Tensor]:
         """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
-        value, key, query = (seen.get(SecondMoment, Site(n, block.index)).mean() for n in ("value", "key", "query"))
+        sites = (Site(name, block.index) for name in ("value", "key", "query"))
+        value, key, query = (devices.here(seen.get(SecondMoment, site).mean()) for site in sites)
         if self.key_basis == "shared":
             key, query = key.mean(0, keepdim=True), query.mean(0, keepdim=True)
         if self.weighting == "readers":
@@ -110,8 +112,8 @@ class ComputeBases(Pass):
 
 
 def each_basis(moments: Tensor) -> Tensor:
-    """Eigenvectors of moments [G, D, D]."""
-    return torch.stack([principal_basis(moment)[0] for moment in moments])
+    """Eigenvectors of moments [G, D, D], on the CPU."""
+    return torch.stack([principal_basis(moment)[0] for moment in moments]).cpu()
 
 
 def stream_bases(

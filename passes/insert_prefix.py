@@ -105,7 +105,7 @@ def find_massive(gm: GraphModule, topology: Topology, windows: Tensor, ratio: fl
 def mark(stream: Tensor, marked: Tensor, ratio: float) -> None:
     """Mark the massive tokens of a value of the stream [B, S, d] in marked [B, S]."""
     size = stream.norm(dim=-1)
-    marked |= size > ratio * size.median(dim=1, keepdim=True).values
+    marked |= (size > ratio * size.median(dim=1, keepdim=True).values).to(marked.device)
 
 
 def choose(found: Massive, bos: int | None, most: int = 8) -> list[int]:
@@ -148,7 +148,9 @@ def insert(gm: GraphModule, topology: Topology, tokens: list[int]) -> None:
                 masks[mask] = emit(gm.graph, ops.see_prefix, (mask, len(tokens)), mask, made_by)
         set_argument(core, "mask", masks[mask])
         for kind, argument, cache in zip(("key", "value"), ("k", "v"), pair, strict=True):
-            prefix = graph_tools.add_tensor(gm, f"resq.prefix_{kind}.{block.index}", env[cache].contiguous(), made_by)
+            prefix = graph_tools.add_tensor(
+                gm, f"resq.prefix_{kind}.{block.index}", env[cache].cpu().contiguous(), made_by
+            )
             with gm.graph.inserting_before(core):
                 set_argument(core, argument, emit(gm.graph, ops.prepend, (prefix, cache), cache, made_by))
     shift_positions(gm, len(tokens))

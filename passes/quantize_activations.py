@@ -30,6 +30,7 @@ from resq_compiler.numerics.clip import ClipSearch
 from resq_compiler.numerics.static_scales import Range, StaticSearch
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.util import devices
 
 SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip
@@ -156,8 +157,8 @@ def float_weight(gm: GraphModule, node: Node) -> Tensor:
     """Weight [N, K] of a linear, the float image of its codes where it has codes."""
     coded = CodedLinear.of(node)
     if coded is None:
-        return Linear.require(node).weight_tensor(gm)
-    return coded.image(gm)
+        return devices.here(Linear.require(node).weight_tensor(gm))
+    return devices.here(coded.image(gm))
 
 
 def may_clip(part: meta.LinearPart) -> bool:

@@ -35,7 +35,7 @@ from resq_compiler.numerics.quantized import Part, QuantizedActivation
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.run import relative_error
-from resq_compiler.util import memory
+from resq_compiler.util import devices, memory
 
 LINEAR = aten.linear.default
 
@@ -64,8 +64,8 @@ class Site:
         return [Part(b, stop - width, stop) for b, stop, width in zip(bits, stops, self.columns, strict=True)]
 
     def weight(self, gm: GraphModule) -> Tensor:
-        """Columns of all parts side by side: [N, K]."""
-        return torch.cat([Linear.require(node).weight_tensor(gm) for node in self.nodes], 1)
+        """Columns of all parts side by side: [N, K]; on the device that computes."""
+        return torch.cat([devices.here(Linear.require(node).weight_tensor(gm)) for node in self.nodes], 1)
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,10 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
     """Put a linear on codes in the place of a part."""
     linear, image = Linear.require(node), Dequantize.of(source(node))
     tensors = [
-        graph_tools.add_tensor(gm, f"{linear.name}.{label}", value.contiguous(), QuantizeWeights.name)
+        graph_tools.add_tensor(gm, f"{linear.name}.{label}", value.cpu().contiguous(), QuantizeWeights.name)
         for label, value in (("qdata", piece.qdata), ("scale", piece.scale))
     ]
-    noise = relative_error(piece.dequantize(), linear.weight_tensor(gm))
+    noise = relative_error(devices.here(piece.dequantize()), devices.here(linear.weight_tensor(gm)))
     part = meta.require(node, meta.LinearPart)
     if image is None:
         new = rewrite(node, ops.weight_only_linear, (linear.x, *tensors), QuantizeWeights.name)

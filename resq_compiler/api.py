@@ -42,7 +42,7 @@ from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.recipes.text import to_text
 from resq_compiler.result import CompileResult
 from resq_compiler.storage.quantization_config import versions
-from resq_compiler.util import memory, torch_state
+from resq_compiler.util import devices, memory, torch_state
 
 log = logging.getLogger("resq_compiler")
 
@@ -58,6 +58,7 @@ def compile(
     backend: str = "reference",
     tokenizer: Any = None,
     topology: Any = None,
+    device: str | torch.device = "cpu",
     progress: Progress | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_float: Callable[[GraphModule], None] | None = None,
@@ -76,6 +77,8 @@ def compile(
              backend: what computes: "reference" (PyTorch), "onnx" (ONNX Runtime) or "triton".
              tokenizer: for texts, when `model` does not come with one.
              topology: statements that override what is found in the graph: a dict, a YAML or a JSON file (topology_overrides.py).
+             device: what computes the calibration, bases and codes: "cpu", "cuda", "cuda:1" or "auto", a GPU where there is one. The
+             weights stay in the CPU's memory but for those of the block at work, and so do those of the result: .to(device) moves it.
              progress: called with (step, done, total). on_stage: called with each pipeline.Stage as it is made.
              on_float: called with the float graph after the last exact pass: projected, partitioned, nothing quantized.
              dump_dir: write a dump of every pass there (default: the environment variable RESQ_DUMP_DIR, else none).
@@ -87,8 +90,9 @@ def compile(
     """
     chosen = named.choose(recipe, **options)
     check_order(chosen.passes)
+    where = devices.resolve(device)
     config = dataclasses.replace(
-        chosen.settings, calibration_dtype=precision.resolve(chosen.settings.calibration_dtype)
+        chosen.settings, calibration_dtype=precision.resolve(chosen.settings.calibration_dtype, where)
     )  # fmt: skip
     check_backend(backend)
     overrides = read_overrides(topology)
@@ -115,8 +119,13 @@ def compile(
         captured.example_inputs, windows, overrides, work, bos, config.seed, config.calibration_dtype, config.basis_samples,
         progress=report,
     )  # fmt: skip
+    if where.type == "cuda":
+        ctx.note(
+            f"computed on {where} ({torch.cuda.get_device_name(where)}); codes may differ from those of a CPU by rounding"
+        )
     _note_calibration(ctx, config.calibration_dtype, start_of_text)
-    with recording(dump_dir, str(about["provenance"].model), config.to_dict(), on_stage) as record, memory.settled():
+    recorded = recording(dump_dir, str(about["provenance"].model), config.to_dict(), on_stage)
+    with recorded as record, memory.settled(), devices.computing_on(where):
         pipeline = Pipeline(ctx, record.add)
         pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
         _run_guarded(pipeline, captured.graph_module, chosen.passes, compared, on_float)
@@ -127,12 +136,16 @@ def compile(
             passes=to_text(chosen.passes),
         )  # fmt: skip
         record.complete(result)
-    return CompiledModel(result).use_backend(backend)
+    compiled: Any = CompiledModel(result)  # whose `to` transformers types as a function of the model alone
+    return (compiled.to(where) if backend == "triton" else compiled).use_backend(backend)
 
 
 def load(directory: str | Path, device: torch.device | str | None = None) -> CompiledModel:
     """Open a saved compiled model, from a directory or from the Hugging Face hub by its id.
 
+    device: where it lies and runs: "cpu" (default), "cuda", "cuda:1", or "auto", a GPU where there is one.
+
+    Raises ConfigError: no such device.
     Raises: CheckpointError: nothing there, not compiled by resq, written by a newer format, incomplete or damaged.
     """
     return CompiledModel.from_pretrained(directory, device_map=device)

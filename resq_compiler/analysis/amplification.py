@@ -14,17 +14,19 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.topology import Attention, ReadGroup
 from resq_compiler.ir.views import Linear
+from resq_compiler.util import devices
 
 
 def residual_readers(gm: GraphModule, groups: Iterable[ReadGroup]) -> Tensor:
     """Sum of Wᵀ W over linears that read the residual stream: float64 [d, d]."""
-    weights = (Linear.require(linear).weight_tensor(gm).float() for group in groups for linear in group.linears)
+    linears = (Linear.require(linear) for group in groups for linear in group.linears)
+    weights = (devices.here(linear.weight_tensor(gm)).float() for linear in linears)
     return torch.stack([(w.mT @ w).double() for w in weights]).sum(0)
 
 
 def value_readers(gm: GraphModule, attention: Attention) -> Tensor:
     """For each key/value head, Wᵀ W of the output projection's columns of its query heads: float64 [G, D, D]."""
-    weight = Linear.require(attention.o).weight_tensor(gm).double()
+    weight = devices.here(Linear.require(attention.o).weight_tensor(gm)).double()
     heads = weight.unflatten(1, (attention.num_kv_heads, -1, attention.value_dim))
     return torch.einsum("nghd,nghe->gde", heads, heads)
 

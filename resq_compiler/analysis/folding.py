@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from resq_compiler.analysis.topology import ReadGroup
 from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.views import Linear, Norm
+from resq_compiler.util import devices
 
 BITS = 8
 
@@ -40,9 +41,10 @@ class FoldingCost:
         norm = Norm.of(group.norm)
         if norm is None or norm.gain is None:
             return None
-        bias = None if norm.bias is None else graph_tools.get_tensor(gm, norm.bias).double()
-        read = [Linear.require(linear).weight_tensor(gm).double().square().sum(0) for linear in group.linears]
-        gain = graph_tools.get_tensor(gm, norm.gain).double()
+        bias = None if norm.bias is None else devices.here(graph_tools.get_tensor(gm, norm.bias)).double()
+        weights = (devices.here(Linear.require(linear).weight_tensor(gm)) for linear in group.linears)
+        read = [weight.double().square().sum(0) for weight in weights]
+        gain = devices.here(graph_tools.get_tensor(gm, norm.gain)).double()
         return cls(gain, bias, norm.subtracts_mean, torch.stack(read).sum(0))
 
     def see(self, x: Tensor) -> None:

@@ -82,7 +82,7 @@ def measure(
         values = backward(gm, topology, ids, [p.node for where in sites.values() for p in where], draw)
         for site, where in sites.items():
             for place in where:
-                found = weighted_moment(values[place.node], place) / windows.numel()
+                found = weighted_moment(values[place.node], place).cpu() / windows.numel()
                 total[site] = total[site] + found if site in total else found
         memory.trim()
     progress("sensitivity", len(windows), len(windows))
@@ -105,15 +105,15 @@ def backward(
     with torch.enable_grad():
         env[start] = env[start].detach().requires_grad_()
         for node in schedule.order:
-            value = graph_tools.run_node(gm, node, env)
+            value = executor.run_node(gm, node, env)
             env[node] = value.detach() if node.op == "get_attr" else value
             if node in wanted:
                 env[node].retain_grad()
             for dead in schedule.release.get(node, ()):
                 env.pop(dead, None)
         log_p = env[logits].float().log_softmax(-1).flatten(0, -2)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
-        log_p.gather(-1, drawn).sum().backward()
+        drawn = torch.multinomial(log_p.detach().exp().to(draw.device), 1, generator=draw)
+        log_p.gather(-1, drawn.to(log_p.device)).sum().backward()
     return {n: env[n] for n in wanted}
 
 

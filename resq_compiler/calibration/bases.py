@@ -17,6 +17,7 @@ from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.numerics.basis import principal_basis
 from resq_compiler.numerics.rotation import part_rotation
 from resq_compiler.numerics.seeds import generator
+from resq_compiler.util import devices
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Bases:
 
 def block_basis(moment: Tensor) -> BlockBasis:
     """Eigenvectors of each block of a moment [G, D, D]."""
-    vectors, energies = principal_basis(moment)
+    vectors, energies = (t.cpu() for t in principal_basis(devices.here(moment)))
     return BlockBasis(vectors, energies.flatten().argsort(stable=True))
 
 
@@ -72,7 +73,8 @@ def rotated(bases: Bases, plan: ColumnPlan, kind: str, seed: int) -> Bases:
 
     def turn(basis: Tensor, purpose: str, *sites: str, block: int | None = None) -> Tensor:
         columns = plan.sizes(basis.shape[-1], *sites, block=block)
-        return basis @ part_rotation(columns, kind, generator(seed, f"rotation.{purpose}"))
+        rotation = part_rotation(columns, kind, generator(seed, f"rotation.{purpose}"))
+        return (devices.here(basis) @ devices.here(rotation)).cpu()
 
     residual = None if bases.residual is None else turn(bases.residual, "residual", "attention", "mlp")
     reading = {

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration import precision
 from resq_compiler.ir import graph_tools, values
+from resq_compiler.util import devices
 
 TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed, small against the weights
 
@@ -89,17 +90,30 @@ def run_nodes(
     substitutes = precision.substitutes()
     for node in order:
         if node not in env:
-            env[node] = graph_tools.run_node(gm, node, env, substitutes)
+            env[node] = run_node(gm, node, env, substitutes)
         if node in taps:
             taps[node](env[node])
         for dead in release.get(node, ()):
             env.pop(dead, None)
 
 
+def run_node(
+    gm: GraphModule, node: Node, env: Mapping[Node, Any], substitutes: Mapping[object, Callable] | None = None
+) -> Any:
+    """Run one node on the device that computes now: tensors of the model come there, and new ones are made there."""
+    return graph_tools.run_node(gm, node, env, substitutes, devices.current())
+
+
+def evaluate(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
+    """Value of a node given values of some of its ancestors, on the device that computes now."""
+    return graph_tools.evaluate(gm, node, env, devices.current())
+
+
 def first_tokens(gm: GraphModule, ids: Tensor) -> dict[Node, Any]:
-    """Graph inputs for sequences that start from an empty cache: ids [B, S], no padding."""
+    """Graph inputs for sequences that start from an empty cache: ids [B, S], no padding. On the device that computes now."""
     inputs = graph_tools.placeholders(gm.graph)
     batch, length = ids.shape
+    ids = devices.here(ids)
     given: list[Tensor] = [ids, torch.ones_like(ids), torch.arange(length, device=ids.device).expand(batch, length)]
     for node in inputs[3:]:
         _, heads, _, width = values.shape(node)

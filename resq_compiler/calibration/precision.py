@@ -1,4 +1,4 @@
-"""In what precision linears and second moments of calibration runs are computed: bfloat16 where the processor multiplies it natively.
+"""In what precision linears and second moments of calibration runs are computed: bfloat16 where the processor or the GPU has it.
 
 Calibration measures second moments, and 4-bit codes are 100 times coarser than bfloat16's relative error of 2^-9: what is lost is less than
 what another draw of rotations changes (docs/results). Rounded are linears (inputs, weights, results) and the products of second moments,
@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten
 from resq_compiler.numerics.quantized import column_scales
+from resq_compiler.util.devices import CPU
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NATIVE = ("avx512_bf16", "amx_bf16")
@@ -28,10 +29,14 @@ NATIVE = ("avx512_bf16", "amx_bf16")
 _dtype = torch.float32
 
 
-def resolve(dtype: Literal["auto", "float32", "bfloat16"]) -> Literal["float32", "bfloat16"]:
-    """The dtype that "auto" stands for on this machine: recorded with the result, it repeats it elsewhere."""
+def resolve(
+    dtype: Literal["auto", "float32", "bfloat16"], device: torch.device = CPU
+) -> Literal["float32", "bfloat16"]:  # fmt: skip
+    """The dtype that "auto" stands for on a device of this machine: recorded with the result, it repeats it elsewhere."""
     if dtype != "auto":
         return dtype
+    if device.type == "cuda":
+        return "bfloat16"
     capabilities = torch.cpu.get_capabilities()
     return "bfloat16" if any(capabilities.get(name) for name in NATIVE) else "float32"
 

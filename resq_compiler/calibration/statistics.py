@@ -102,6 +102,8 @@ def take(
             for node in request.nodes:
                 taps[node] = both(taps[node], request.see) if node in taps else request.see
         observe(gm, taps, windows, lambda done, total: progress("calibrate", done, total))
+        for request in requests:
+            request.statistic.restore({name: t.cpu() for name, t in request.statistic.state().items()})
         keep(requests, work)
     return Statistics(requests)
 

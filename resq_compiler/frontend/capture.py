@@ -194,11 +194,12 @@ def _clean(traced: GraphModule, layers: int) -> GraphModule:
         node.target = name
         node._rename(name)
     tensors: dict[str, Any] = {}
+    copies: dict[int, Tensor] = {}
     for node in graph.find_nodes(op="get_attr"):
         value = graph_tools.get_tensor(traced, node)
         node.target = str(node.target).removeprefix("model.")
         node._rename(node.target.replace(".", "_"))
-        tensors[node.target] = value.detach() if isinstance(value, Tensor) else value
+        tensors[node.target] = _off_the_gpu(value, copies) if isinstance(value, Tensor) else value
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)  # checks devices of the time of export; shapes are checked by verify
     for node in graph.nodes:
@@ -213,6 +214,13 @@ def _clean(traced: GraphModule, layers: int) -> GraphModule:
     return captured
 
 
+def _off_the_gpu(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    """The tensor itself, or its copy in the CPU's memory where it lies on a GPU; one copy of what several nodes refer to."""
+    if not value.is_cuda:
+        return value.detach()
+    return copies.setdefault(id(value), value.detach().cpu())
+
+
 def _real_device(value: Any) -> Any:
-    """Masks and positions of a model captured on the meta device are computed on the CPU."""
-    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
+    """Masks and positions are computed on the CPU, wherever the model lay when it was captured."""
+    return torch.device("cpu") if isinstance(value, torch.device) else value

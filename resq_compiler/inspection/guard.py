@@ -22,6 +22,7 @@ from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.views import CodedLinear, Linear, Quantize
 from resq_compiler.numerics.quantized import QuantizedActivation
 from resq_compiler.numerics.seeds import generator
+from resq_compiler.util import devices
 
 TOKENS = 64
 MOST_KL = 1.0  # nats a token; 4-bit models that are of use stay far below
@@ -90,9 +91,9 @@ def weak_quantizers(gm: GraphModule, ids: Tensor) -> list[Weak]:
     weights = read_energies(gm)
 
     def see(quantizer: Quantizer, name: str, x: Tensor) -> None:
-        image = graph_tools.evaluate(gm, quantizer.node, {quantizer.x: x})
+        image = executor.evaluate(gm, quantizer.node, {quantizer.x: x})
         image = ops.dequantize(image) if isinstance(image, QuantizedActivation) else image
-        weight = weights.get(quantizer.node, torch.ones(x.shape[-1]))
+        weight = weights.get(quantizer.node, torch.ones(x.shape[-1])).to(x.device)
         kept, possible = signal_to_noise(x, image - x, weight), possible_of(quantizer, x.shape[-1])
         if kept < possible - FAR:
             found.append(Weak(name, kept, possible, reason(x)))
@@ -112,7 +113,7 @@ def read_energies(gm: GraphModule) -> dict[Node, Tensor]:
             continue
         coded = CodedLinear.of(node)
         weight = Linear.require(node).weight_tensor(gm) if coded is None else coded.image(gm)
-        energy = weight.float().square().sum(0)
+        energy = devices.here(weight).float().square().sum(0)
         found[quantizer.node] = found[quantizer.node] + energy if quantizer.node in found else energy
     return found
 

@@ -84,7 +84,7 @@ def site_energies(gm: GraphModule, ids: Tensor, taps: Taps | None = None) -> dic
     found: dict[str, tuple[float, float]] = {}
 
     def see(quantizer: Quantizer, name: str, x: Tensor) -> None:
-        image = graph_tools.evaluate(gm, quantizer.node, {quantizer.x: x})
+        image = executor.evaluate(gm, quantizer.node, {quantizer.x: x})
         found[name] = energies(x, ops.dequantize(image) if isinstance(image, QuantizedActivation) else image)
 
     together = dict(taps or {})

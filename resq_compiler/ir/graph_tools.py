@@ -139,8 +139,8 @@ def module_of(node: Node) -> str:
     return path.removeprefix("model.") if path != "model" else ""
 
 
-def evaluate(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
-    """Value of a node given values of some of its ancestors; intermediate values are added to env."""
+def evaluate(gm: GraphModule, node: Node, env: dict[Node, Any], device: torch.device | None = None) -> Any:
+    """Value of a node given values of some of its ancestors; intermediate values are added to env. device: see run_node."""
     pending = [node]
     while pending:
         current = pending[-1]
@@ -151,24 +151,45 @@ def evaluate(gm: GraphModule, node: Node, env: dict[Node, Any]) -> Any:
         if missing:
             pending.extend(missing)
             continue
-        env[current] = run_node(gm, current, env)
+        env[current] = run_node(gm, current, env, device=device)
         pending.pop()
     return env[node]
 
 
 def run_node(
-    gm: GraphModule, node: Node, env: Mapping[Node, Any], substitutes: Mapping[object, Callable] | None = None
-) -> Any:
-    """Run one node on values from env; substitutes: operators to call instead of its own."""
+    gm: GraphModule, node: Node, env: Mapping[Node, Any], substitutes: Mapping[object, Callable] | None = None,
+    device: torch.device | None = None,
+) -> Any:  # fmt: skip
+    """Run one node on values from env; substitutes: operators to call instead of its own; device: where tensors of the model, and new
+    ones, are wanted (default: where they lie)."""
     if node.op == "get_attr":
-        return get_tensor(gm, node)
+        return get_tensor(gm, node) if device is None else get_tensor(gm, node).to(device)
     if node.op != "call_function":
         raise AssertionError(f"no value given for {node.op} node {node.name}")
     args = torch.fx.node.map_arg(node.args, lambda n: env[n])
     kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
+    if device is not None:
+        args, kwargs = on_device(args, device), on_device(kwargs, device)
     function = (substitutes or {}).get(node.target, node.target)
     assert callable(function)
     return function(*args, **kwargs)
+
+
+def on_device(arguments: Any, device: torch.device) -> Any:
+    """Arguments of a call, args or kwargs, with every device among them replaced."""
+    if isinstance(arguments, Mapping):
+        return {name: device if isinstance(value, torch.device) else value for name, value in arguments.items()}
+    return tuple(device if isinstance(value, torch.device) else value for value in arguments)
+
+
+def move_constructors(gm: GraphModule, device: torch.device) -> None:
+    """Let every call of the graph that names a device make its tensors there."""
+    moved = False
+    for node in gm.graph.nodes:
+        if any(isinstance(v, torch.device) and v != device for v in (*node.args, *node.kwargs.values())):
+            node.args, node.kwargs, moved = on_device(node.args, device), on_device(node.kwargs, device), True
+    if moved:
+        gm.recompile()
 
 
 def ancestors(nodes: Iterable[Node]) -> set[Node]:

@@ -167,7 +167,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, slice):
         return {"slice": [encode(v) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.device):
-        return {"device": str(value)}
+        return {"device": "cpu"}  # where a graph is read; it is moved with its weights
     for kind, cls in _TORCH_KINDS.items():
         if isinstance(value, cls):
             return {kind: str(value).removeprefix("torch.")}

@@ -25,6 +25,7 @@ from resq_compiler.result import CompileResult
 from resq_compiler.storage.portable import from_portable, portable
 from resq_compiler.storage.reading import read
 from resq_compiler.storage.saving import save
+from resq_compiler.util import devices
 
 DOWNLOAD = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 FROM_AUTO_CLASSES = (
@@ -117,6 +118,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
                 "out (.to(device) moves it), or use_backend('triton', dtype=...)"
             )
         moved: CompiledModel = super()._apply(fn, recurse)
+        self.execution.move_constructors(self.device)
         return moved
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
@@ -197,7 +199,8 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, name: str | Path, *, device_map: Any = None, **options: Any) -> CompiledModel:  # type: ignore[override]
         """Open a saved compiled model; see storage/reading.py.
 
-        device_map: one device. options: of the download of a hub id (revision, cache_dir, local_files_only, force_download, token).
+        device_map: one device; "auto": a GPU where there is one. options: of the download of a hub id (revision, cache_dir,
+        local_files_only, force_download, token).
         Raises BackendError for options that would change nothing, such as another dtype.
         """
         download = {key: options.pop(key) for key in DOWNLOAD if options.get(key) is not None}
@@ -206,8 +209,8 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         _refuse_options("from_pretrained", {k: v for k, v in options.items() if k not in FROM_AUTO_CLASSES}, harmless)
         if isinstance(device_map, dict):
             (device_map,) = set(device_map.values())
-        model = cls(read(name, **download))
-        return model if device_map in (None, "auto") else model.to(device_map)
+        model: Any = cls(read(name, **download))
+        return model if device_map is None else model.to(devices.resolve(device_map))
 
     def dump(self, directory: str | Path, tokens: Tensor | None = None) -> Path:
         """Write what every pass did: text, JSON and Graphviz of each stage, and index.html. See inspection/dump.py.

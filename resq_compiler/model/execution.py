@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from resq_compiler.backends import backends_for, load_backend
 from resq_compiler.errors import BackendError
+from resq_compiler.ir import graph_tools
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.result import CompileResult
 from resq_compiler.util.torch_state import without_autocast
@@ -47,6 +49,12 @@ class Execution(nn.Module):
         with without_autocast():
             outputs: tuple[Tensor, ...] = self.runner(*tensors)
         return outputs
+
+    def move_constructors(self, device: torch.device) -> None:
+        """Let the graph that runs make its tensors on a device, where its weights have gone."""
+        graph = self._graph if self._lowered is None else getattr(self._lowered, "graph_module", None)
+        if isinstance(graph, GraphModule) and device.type != "meta":
+            graph_tools.move_constructors(graph, device)
 
     def switch(self, result: CompileResult, name: str, options: dict[str, Any]) -> tuple[Stage, ...]:
         """Compute with another backend from now on; returns what it made of the graph, as stages of a dump.

@@ -30,6 +30,7 @@ class SecondMoment:
     site: name used in messages. dim: d. groups: G when every token has G vectors with a moment each (heads), else None.
     total: float64 [d, d], or [G, d, d]. tokens: how many tokens were added. dtype: bfloat16 rounds float32 tokens and the
     product of each chunk to it (not with groups, and not the loudest tokens); the sums inside a product are float32.
+    Sums are on the device of the tokens.
     """
 
     def __init__(
@@ -37,13 +38,11 @@ class SecondMoment:
         site: str,
         dim: int,
         groups: int | None = None,
-        device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.site, self.dim, self.groups, self.tokens = site, dim, groups, 0
         self._gram = _rounded_gram if dtype == torch.bfloat16 and groups is None else _gram
         self._room = math.inf if self._gram is _rounded_gram else _TOKENS_PENDING
-        self._device = torch.device(device)
         self._total: Tensor | None = None
         self._pending: Tensor | None = None
         self._tokens_pending = 0
@@ -54,7 +53,7 @@ class SecondMoment:
         self._flush()
         if self._total is None:
             shape = (self.dim, self.dim) if self.groups is None else (self.groups, self.dim, self.dim)
-            self._total = torch.zeros(shape, dtype=torch.float64, device=self._device)
+            self._total = torch.zeros(shape, dtype=torch.float64)
         return self._total
 
     @total.setter
@@ -75,16 +74,17 @@ class SecondMoment:
             )
         rows = x.detach().reshape(-1, *tail)
         first, *others = rows.split(_ROWS_PER_CHUNK)
-        addition = self._gram(first).to(self._device)  # apart from the sums, which a rejected batch must not touch
+        addition = self._gram(first)  # apart from the sums, which a rejected batch must not touch
         for chunk in others:
-            addition = addition.double() + self._gram(chunk).to(self._device)
+            addition = addition.double() + self._gram(chunk)
         self._require_finite(addition, rows)
         self._add(addition, rows.shape[0])
 
     def _add(self, addition: Tensor, tokens: int) -> None:
         self.tokens += tokens
         if addition.dtype == torch.float64 or tokens > self._room:
-            self.total += addition
+            self._flush()
+            self._total = addition.double() if self._total is None else self._total.add_(addition)
             return
         if self._tokens_pending + tokens > self._room:
             self._flush()

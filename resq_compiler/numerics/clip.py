@@ -40,7 +40,7 @@ class ClipSearch:
             for i in self.errors.isfinite().nonzero().flatten().tolist():
                 gap = dequantize(quantize_activation(rows, self.bits, clip=SHARES[i])).sub_(rows)
                 error = (gap if self.readers is None else gap @ self.readers).square_().sum(-1)
-                self.errors[i] += (error / energy).sum().double()
+                self.errors[i] += float((error / energy).sum())
             self.errors[self.errors > FAR * self.errors.min()] = torch.inf
 
     def best(self) -> float:

@@ -91,29 +91,43 @@ def add_backend_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(name: str, backend: str = "reference") -> OpenModel:
+def add_device_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """--device."""
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME",
+        help=f"{what}: cpu (default), cuda, cuda:1, or auto for a GPU where there is one",
+    )  # fmt: skip
+
+
+def open_model(name: str, backend: str = "reference", device: str = "cpu") -> OpenModel:
     """Load a compiled directory on a backend, or a float model (which PyTorch computes). Raises ConfigError otherwise."""
+    from resq_compiler.util import devices
+
     quiet_libraries()
+    where = devices.resolve(device)
     if is_compiled_directory(name):
         from resq_compiler.api import load
 
-        compiled = load(Path(name).expanduser())
+        compiled = load(Path(name).expanduser(), device=where)
         compiled.use_backend(backend)
         if backend == "auto":
             print(f"backend: {compiled.backend}", file=sys.stderr)
         return OpenModel(compiled, compiled.tokenizer, name, True)
     if backend != "reference":
         raise ConfigError(f"--backend {backend}: {name} is not a compiled model; compile it first")
-    return open_float(name)
+    return open_float(name, device)
 
 
-def open_float(name: str) -> OpenModel:
+def open_float(name: str, device: str = "cpu") -> OpenModel:
     """Load a float model."""
     from resq_compiler.frontend.models import load_model
+    from resq_compiler.util import devices
 
     quiet_libraries()
+    where = devices.resolve(device)
     loaded = load_model(model_source(name), accept_unused_weights=True)  # measured as transformers runs it
-    return OpenModel(loaded.model, loaded.tokenizer, name, False)
+    model: Any = loaded.model
+    return OpenModel(model.to(where), loaded.tokenizer, name, False)
 
 
 def quiet_libraries() -> None:

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
     parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
     common.add_topology_argument(parser)
+    common.add_device_argument(parser, "what computes calibration, bases and codes, a block at a time")
     add_option_flags(parser)
 
 
@@ -86,6 +87,7 @@ def _compile(arguments: argparse.Namespace, chosen: Any) -> tuple[Any, float]:
             common.calibration_data(arguments.calibration),
             recipe=chosen,
             topology=arguments.topology_file,
+            device=arguments.device,
             progress=progress,
             work_dir=arguments.work_dir,
             dump_dir=arguments.dump,

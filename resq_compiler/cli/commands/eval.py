@@ -32,13 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all-sites", action="store_true", help="every quantizer in the table, not only places")
     common.add_backend_argument(parser)
+    common.add_device_argument(parser, "where the models lie and run")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
     _check(arguments)
-    opened = common.open_model(arguments.model, arguments.backend)
-    reference = common.open_float(arguments.reference) if arguments.reference else None
+    opened = common.open_model(arguments.model, arguments.backend, arguments.device)
+    reference = common.open_float(arguments.reference, arguments.device) if arguments.reference else None
     result = evaluate_model(opened, reference, arguments)
     text = [_title(opened, reference, result), result.pop("table")]
     if "noise_table" in result:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="(default: 1, none)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     common.add_backend_argument(parser)
+    common.add_device_argument(parser, "where the model lies and runs")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,7 +62,7 @@ def is_exported_directory(name: str) -> bool:
 
 def _generate_model(arguments: argparse.Namespace) -> tuple[str, int, float]:
     """Text, number of new tokens and seconds, by transformers' own search over the model's backend."""
-    opened = common.open_model(arguments.model, arguments.backend)
+    opened = common.open_model(arguments.model, arguments.backend, arguments.device)
     if opened.tokenizer is None:
         raise DataError(f"{opened.name}: {NO_TOKENIZER}")
     inputs = _inputs(opened.tokenizer, arguments)
@@ -74,6 +75,10 @@ def _generate_exported(arguments: argparse.Namespace) -> tuple[str, int, float]:
     """The same by the small ONNX runtime: no PyTorch model is loaded."""
     from resq_compiler.backends.onnx.runtime import OnnxDecoder, Sampling, text_pieces
 
+    if arguments.device not in ("cpu", "auto"):
+        raise ConfigError(
+            f"--device {arguments.device}: {arguments.model} is an ONNX export, which runs on the CPU here"
+        )
     if arguments.backend not in ("reference", "onnx"):
         raise ConfigError(f"--backend {arguments.backend}: {arguments.model} is an ONNX export, which only onnx runs")
     common.quiet_libraries()

@@ -1,0 +1,95 @@
+"""Compiles on a CUDA device that is not there (fake_cuda.py): no operator gets operands of two devices, results are those of the CPU.
+
+What needs the real thing is marked gpu.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+import resq_compiler
+from resq_compiler import api
+from resq_compiler.ir import graph_tools
+from resq_compiler.numerics import hadamard
+from resq_compiler.tiny import tiny_model, tiny_tokens
+from resq_compiler.util import devices
+from tests.fake_cuda import CUDA, FakeCuda
+
+FAST = {"calibration_samples": 2, "calibration_length": 24, "calibration_dtype": "float32"}
+EVERYTHING = {
+    "recipe": "resq+",
+    "prefix_tokens": "auto",
+    "allocation": "sensitivity",
+    "lm_head_bits": 8,
+    "activation_clip": "output",
+}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The device as `device="cuda"` finds it; constants that outlive a compile are made again for it."""
+    factors = hadamard.scaled_factors
+    monkeypatch.setattr(devices, "resolve", lambda name: CUDA if name == "cuda" else devices.CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    monkeypatch.setattr(
+        hadamard, "scaled_factors", lambda plan, dtype, device: tuple(f.to(device) for f in factors(plan, dtype, devices.CPU))
+    )  # fmt: skip
+    return FakeCuda()
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", EVERYTHING),
+        pytest.param("gemma2", {"recipe": "resq", "down_proj": "block-pca"}, marks=pytest.mark.slow),
+        pytest.param("opt", {"recipe": "quik"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compile_computes_there(cuda, captured, tiny, family, options):
+    with mock.patch.object(api, "capture", lambda model: captured(family)):
+        expected = api.compile(tiny(family), tiny_tokens(2, 24), **FAST, **options)
+        with cuda:
+            found = api.compile(tiny(family), tiny_tokens(2, 24), device="cuda", **FAST, **options)
+    tensors = found.graph_module.state_dict()
+    assert {name: (t.device.type, t.tolist()) for name, t in tensors.items()} == {
+        name: ("cpu", t.tolist()) for name, t in expected.graph_module.state_dict().items()
+    }
+    assert any("computed on cuda:0" in note for note in found.notes)
+    assert cuda.calls["aten.linalg_cholesky_ex.default"] and cuda.calls["aten.mm.default"]
+
+
+def test_mixed_devices_fail():
+    with FakeCuda(), pytest.raises(RuntimeError, match="operands on cpu and cuda:0"):
+        torch.ones(2, device=CUDA) + torch.ones(2)
+
+
+def test_a_device_that_does_not_exist(tiny):
+    with pytest.raises(resq_compiler.ResqError, match="device cuda:63: "):
+        api.compile(tiny("llama"), tiny_tokens(2, 24), device="cuda:63")
+
+
+def test_calls_that_make_tensors_move_with_the_model():
+    graph = torch.fx.Graph()
+    made = graph.call_function(torch.ops.aten.arange.default, (3,), {"device": torch.device("cpu")})
+    graph.output((made,))
+    gm = torch.fx.GraphModule({}, graph)
+    graph_tools.move_constructors(gm, torch.device("meta"))
+    assert gm()[0].is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
+@pytest.mark.parametrize("recipe", ["resq", "resq+"])
+def test_a_compile_on_a_gpu_is_as_good(recipe):
+    model, tokens = tiny_model("llama"), tiny_tokens(4, 48)
+    options = {"recipe": recipe, "calibration_samples": 4, "calibration_length": 48}
+    ours, theirs = (resq_compiler.compile(model, tokens, device=name, **options) for name in ("cuda", "cpu"))
+    held_out = tiny_tokens(4, 48, seed=1)
+    exact = model(held_out).logits
+    errors = [float((m(held_out).logits - exact).norm() / exact.norm()) for m in (ours, theirs)]
+    assert errors[0] < 1.15 * errors[1]  # codes at ties, and another draw of rounding in bases
+    again = ours.to("cuda")
+    assert torch.allclose(again(held_out.cuda()).logits.cpu(), ours.cpu()(held_out).logits, atol=1e-2)
