@@ -7,12 +7,13 @@ Values computed from one-dimensional weights alone, such as Gemma's 1 + w, becom
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from resq_compiler.frontend.composites import WHOLE, name_composites
 from resq_compiler.ir import graph_tools, values
@@ -114,7 +115,8 @@ def match_addmm(gm: GraphModule, node: Node) -> int:
     nodes = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == weight.target]
     if nodes != [weight] or len(weight.users) != 1:
         return 0
-    graph_tools.set_tensor(gm, str(weight.target), graph_tools.get_tensor(gm, weight).t().contiguous())
+    shape = graph_tools.held(gm, weight).shape[::-1]
+    graph_tools.change_tensor(gm, weight, lambda w: w.t().contiguous(), shape)
     values.forget(weight)
     rewrite(node, aten.linear.default, (x, weight, bias), Canonicalize.name)
     return 1
@@ -189,7 +191,7 @@ def fold_constants(gm: GraphModule) -> int:
         inputs = node.all_input_nodes
         if node.op != "call_function" or not inputs or any(n.op != "get_attr" for n in inputs):
             continue
-        tensors = [graph_tools.get_tensor(gm, n) for n in inputs]
+        tensors = [graph_tools.held(gm, n) for n in inputs]
         if any(not isinstance(t, Tensor) or t.dim() > 1 for t in tensors) or is_call(node, aten.embedding.default):
             continue
         value = graph_tools.run_node(gm, node, dict(zip(inputs, tensors, strict=True)))
@@ -205,11 +207,24 @@ def fold_embedding_norms(gm: GraphModule) -> int:
         embedding, norm = Embedding.of(node), Norm.of(only_user(node))
         if embedding is None or norm is None or norm.x is not node:
             continue
-        table = embedding.table_tensor(gm)
         gains = {n: graph_tools.get_tensor(gm, n) for n in norm.node.all_input_nodes if n is not node}
-        value = graph_tools.run_node(gm, norm.node, {**gains, node: table})
         name = f"{str(embedding.table.target).removesuffix('.weight')}.normed.weight"
-        set_argument(node, "weight", graph_tools.add_tensor(gm, name, value, Canonicalize.name))
+        change, shape = norm_of(norm.node, node, gains), graph_tools.held(gm, embedding.table).shape
+        table = graph_tools.derive_tensor(gm, embedding.table, name, change, shape, Canonicalize.name)
+        set_argument(node, "weight", table)
         replace(norm.node, node)
         done += 1
     return done
+
+
+def norm_of(norm: Node, x: Node, gains: Mapping[Node, Tensor]) -> Callable[[Tensor], Tensor]:
+    """A norm as a function of what it reads at x; it does not need the node to stay in the graph."""
+    target, args, kwargs = norm.target, norm.args, norm.kwargs
+    assert callable(target)
+
+    def change(rows: Tensor) -> Tensor:
+        env = {**gains, x: rows}
+        value: Tensor = target(*map_arg(args, env.__getitem__), **map_arg(kwargs, env.__getitem__))
+        return value
+
+    return change

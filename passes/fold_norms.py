@@ -33,7 +33,6 @@ from resq_compiler.calibration.statistics import both, observe
 from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
 from resq_compiler.ir.views import Embedding, Linear, Norm
-from resq_compiler.numerics.float64 import by_row_chunks
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
@@ -112,11 +111,10 @@ def fold_gain(gm: GraphModule, node: Node, linears: list[Node]) -> bool:
         return False
     gain, bias = (None if t is None else graph_tools.get_tensor(gm, t).double() for t in (norm.gain, norm.bias))
     for linear in map(Linear.require, linears):
-        weight = linear.weight_tensor(gm)
         if bias is not None:
-            add_to_bias(gm, linear, weight.double() @ bias)
+            add_to_bias(gm, linear, linear.weight_tensor(gm).double() @ bias)
         if gain is not None:
-            linear.set_weight(gm, by_row_chunks(weight, functools.partial(torch.mul, gain)))
+            linear.change_rows(gm, functools.partial(torch.mul, gain))
     norm.drop_affine()
     return True
 
@@ -125,12 +123,11 @@ def center(gm: GraphModule, writer: Node) -> None:
     """Remove the mean over the hidden dimension from what a linear or embedding writes."""
     embedding = Embedding.of(writer)
     if embedding is not None:
-        table = by_row_chunks(embedding.table_tensor(gm), lambda w: w - w.mean(-1, keepdim=True))
-        embedding.set_table(gm, table)
+        embedding.change_rows(gm, lambda w: w - w.mean(-1, keepdim=True))
         return
     linear = Linear.require(writer)
-    weight, bias = linear.weight_tensor(gm), linear.bias_tensor(gm)
-    linear.set_weight(gm, (weight.double() - weight.double().mean(0)).to(weight.dtype))
+    linear.change_weight(gm, lambda w: (w.double() - w.double().mean(0)).to(w.dtype))
+    bias = linear.bias_tensor(gm)
     if bias is not None:
         linear.set_bias(gm, (bias.double() - bias.double().mean()).to(bias.dtype), FoldNorms.name)
 
@@ -145,4 +142,4 @@ def add_to_bias(gm: GraphModule, linear: Linear, value: Tensor) -> None:
     """Add to the bias of a linear, making one if it has none."""
     old = linear.bias_tensor(gm)
     total = value if old is None else old.double() + value
-    linear.set_bias(gm, total.to(linear.weight_tensor(gm).dtype), FoldNorms.name)
+    linear.set_bias(gm, total.to(linear.weight_dtype(gm)), FoldNorms.name)

@@ -24,7 +24,6 @@ from resq_compiler.ir.args import operands, set_argument, source
 from resq_compiler.ir.graph_tools import aten, is_call, only_user, replace
 from resq_compiler.ir.transforms import TARGETS, Transforms
 from resq_compiler.ir.views import Embedding, Linear, Norm, SplitHeads
-from resq_compiler.numerics.float64 import by_row_chunks
 from resq_compiler.numerics.transforms import HeadRotation, Scaling, Transform
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
@@ -100,7 +99,7 @@ def write(gm: GraphModule, x: Node, transform: Transform) -> bool:
     """Let a linear, an embedding, or a norm whose channels are not mixed, write x T in place of x; False where x is none of these."""
     embedding, linear, norm = Embedding.of(x), Linear.of(x), Norm.of(x)
     if embedding is not None:
-        embedding.set_table(gm, by_row_chunks(embedding.table_tensor(gm), transform.forward))
+        embedding.change_rows(gm, transform.forward)
     elif linear is not None:
         change_outputs(gm, linear, transform)
     elif norm is not None and norm.gain is not None and transform.elementwise:
@@ -118,14 +117,14 @@ def fuse_inverse(gm: GraphModule, node: Node, transform: Transform) -> bool:
     if not linears or len(linears) < len(readers):
         return False
     for linear in linears:
-        linear.set_weight(gm, by_row_chunks(linear.weight_tensor(gm), transform.into_inputs))
+        linear.change_rows(gm, transform.into_inputs)
     return True
 
 
 def change_outputs(gm: GraphModule, linear: Linear, transform: Transform) -> None:
     """W <- Tᵀ W and b <- b T."""
-    weight, bias = linear.weight_tensor(gm), linear.bias_tensor(gm)
-    linear.set_weight(gm, transform.into_outputs(weight.double()).to(weight.dtype))
+    bias = linear.bias_tensor(gm)
+    linear.change_weight(gm, lambda w: transform.into_outputs(w.double()).to(w.dtype))
     if bias is not None:
         linear.set_bias(gm, transform.into_outputs(bias.double()).to(bias.dtype), FuseProjections.name)
 

@@ -8,6 +8,7 @@ become [low of all heads | high of all heads]. Nothing is quantized yet: the sum
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,12 +71,13 @@ def split(
 ) -> int:  # fmt: skip
     """Replace a linear by its parts; pieces of inputs that several linears read are shared."""
     view = Linear.require(linear)
-    x, bias, weight = view.x, view.bias, view.weight_tensor(gm)
+    x, bias, rows = view.x, view.bias, view.weight_shape(gm)[0]
     total: Node | None = None
     for i, part in enumerate(parts):
         piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)
-        value = take(weight, part, heads)
-        tensor = graph_tools.add_tensor(gm, f"{site.name}.part{i}.weight", value, PartitionLinears.name)
+        name, shape = f"{site.name}.part{i}.weight", (rows, heads * (part.stop - part.start))
+        change = functools.partial(take, part=part, heads=heads)
+        tensor = graph_tools.derive_tensor(gm, view.weight, name, change, shape, PartitionLinears.name)
         with gm.graph.inserting_before(linear):
             y = emit(gm.graph, LINEAR, (piece, tensor), linear, PartitionLinears.name)
             fact = meta.LinearPart(site, i, part.start, part.stop, part.weight_bits, part.activation_bits, heads)

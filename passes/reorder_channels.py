@@ -58,13 +58,13 @@ def reorder(gm: GraphModule, feed_forward: FeedForward, order: Tensor) -> None:
     for linear in (*feed_forward.gates, *feed_forward.ups):
         reorder_rows(gm, linear, order)
     down = Linear.require(feed_forward.down)
-    down.set_weight(gm, down.weight_tensor(gm)[:, order].contiguous())
+    down.change_weight(gm, lambda w: w[:, order].contiguous())
 
 
 def reorder_rows(gm: GraphModule, node: Node, order: Tensor) -> None:
     """Permute the output features of a linear."""
     linear = Linear.require(node)
-    linear.set_weight(gm, linear.weight_tensor(gm)[order].contiguous())
+    linear.change_weight(gm, lambda w: w[order].contiguous())
     bias = linear.bias_tensor(gm)
     if bias is not None:
         linear.set_bias(gm, bias[order], ReorderChannels.name)

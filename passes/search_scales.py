@@ -24,7 +24,7 @@ from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Block, Topology
 from resq_compiler.calibration import executor
 from resq_compiler.calibration.lockstep import Lockstep
-from resq_compiler.ir import meta
+from resq_compiler.ir import graph_tools, meta
 from resq_compiler.ir.args import operands, source
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.views import Linear, Norm
@@ -139,21 +139,21 @@ def rounding_error(
     gm: GraphModule, where: Place, block: Block, batches: list[dict[Node, Any]], scale: Tensor, plan: ColumnPlan
 ) -> float:
     """Sum of squares of what rounding the scaled weights of a place changes in the block's output."""
-    kept = [Linear.require(node).weight_tensor(gm) for node in where.linears]
-    for node, weight in zip(where.linears, kept, strict=True):
+    rounded: dict[Node, Tensor] = {}
+    for linear in map(Linear.require, where.linears):
+        weight = linear.weight_tensor(gm)
         scaled = weight.double() * scale
         parts = [Part(plan.weight_bits, 0, weight.shape[1])]
         codes = quantize_weight_rtn(scaled, parts, clip="max", group_size=plan.weight_group_size)
-        Linear.require(node).set_weight(gm, (dequantize_weight(codes).double() / scale).to(weight.dtype))
+        rounded[linear.weight] = (dequantize_weight(codes).double() / scale).to(weight.dtype)
     total = 0.0
     changed = executor.depends_on(gm, where.linears)
-    for env in batches:
-        given = {n: v for n, v in env.items() if n not in changed and n.op != "get_attr"}
-        expected = env[block.end]
-        executor.Schedule(gm, [block.end], given).run(given)
-        total += float((given[block.end].double() - expected.double()).square().sum())
-    for node, weight in zip(where.linears, kept, strict=True):
-        Linear.require(node).set_weight(gm, weight)
+    with graph_tools.substituted(gm, rounded):
+        for env in batches:
+            given = {n: v for n, v in env.items() if n not in changed and n.op != "get_attr"}
+            expected = env[block.end]
+            executor.Schedule(gm, [block.end], given).run(given)
+            total += float((given[block.end].double() - expected.double()).square().sum())
     return total
 
 

@@ -174,14 +174,11 @@ def split_root(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
 def part_linear(gm: GraphModule, node: Node, rows: Tensor, index: int) -> Node:
     """A linear with some rows of a fused one."""
     linear, rows = Linear.require(node), rows.to("cpu")
-    tensors = [linear.weight_tensor(gm)[rows]]
+    name, shape = f"{linear.name}.split{index}", (len(rows), *linear.weight_shape(gm)[1:])
+    weight = graph_tools.derive_tensor(gm, linear.weight, f"{name}.weight", lambda w: w[rows], shape, SplitFused.name)
+    parts = [weight]
     if (bias := linear.bias_tensor(gm)) is not None:
-        tensors.append(bias[rows])
-    name = f"{linear.name}.split{index}"
-    parts = [
-        graph_tools.add_tensor(gm, f"{name}.{label}", value, SplitFused.name)
-        for label, value in zip(("weight", "bias"), tensors, strict=False)
-    ]
+        parts.append(graph_tools.add_tensor(gm, f"{name}.bias", bias[rows], SplitFused.name))
     with gm.graph.inserting_after(node):
         return emit(gm.graph, LINEAR, (linear.x, *parts), node, SplitFused.name)
 

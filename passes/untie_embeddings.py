@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.ir import graph_tools
@@ -30,7 +31,7 @@ class UntieEmbeddings(Pass):
             if not any(is_call(user, aten.embedding.default) for n in shared for user in n.users):
                 continue
             name = f"{graph_tools.module_of(linear.node) or 'lm_head'}.untied.weight"
-            own = graph_tools.add_tensor(gm, name, linear.weight_tensor(gm).clone(), self.name)
+            own = graph_tools.derive_tensor(gm, linear.weight, name, Tensor.clone, linear.weight_shape(gm), self.name)
             set_argument(linear.node, "weight", own)
             done += 1
         return done

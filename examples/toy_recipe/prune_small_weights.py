@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import ColumnPlan
@@ -28,8 +30,11 @@ class PruneSmallWeights(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         parts = [Linear.require(node) for node in gm.graph.nodes if meta.get(node, meta.LinearPart) is not None]
         for part in parts:
-            weight = part.weight_tensor(gm)
-            smallest = weight.abs() < torch.quantile(weight.abs(), self.share)
-            part.set_weight(gm, weight.masked_fill(smallest, 0.0))
+            part.change_weight(gm, functools.partial(zero_smallest, share=self.share))
         ctx.lines.append(f"weights below the {self.share:g} quantile of {len(parts)} linear parts are zero")
         return len(parts)
+
+
+def zero_smallest(weight: Tensor, share: float) -> Tensor:
+    """A weight with its smallest values set to zero."""
+    return weight.masked_fill(weight.abs() < torch.quantile(weight.abs(), share), 0.0)

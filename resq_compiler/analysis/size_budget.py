@@ -35,7 +35,7 @@ def average_bits(
     gm: before bases, float. Where more is allowed than half of all columns at the high bits take, the rest is not spent, with a note.
     Raises: PassError: not even the main bits (where bits may be taken away, a quarter of the columns below them) fit.
     """
-    weights = sum(Linear.require(n).weight_tensor(gm).numel() for n in topology.linears)
+    weights = sum(Linear.require(n).weight_shape(gm).numel() for n in topology.linears)
     fixed = fixed_bytes(gm, topology, plan, bases, budget)
     least, most = budget.least, (plan.weight_bits + plan.common.high_bits) / 2
     bits = 8 * (budget.megabytes * MEGABYTE - fixed) / weights
@@ -55,15 +55,15 @@ def fixed_bytes(
 ) -> int:  # fmt: skip
     """Bytes of the compiled model without the codes of its linears, at most: as evaluation/sizes.py counts, rows padded to bytes."""
     views = map(Linear.require, topology.linears)
-    linears = {str(linear.weight.target): linear.weight_tensor(gm) for linear in views}
-    tensors = {str(n.target): graph_tools.get_tensor(gm, n) for n in gm.graph.find_nodes(op="get_attr")}
+    linears = {str(linear.weight.target): linear.weight_shape(gm) for linear in views}
+    tensors = {str(n.target): graph_tools.held(gm, n) for n in gm.graph.find_nodes(op="get_attr")}
     total = sum(t.numel() * t.element_size() for name, t in tensors.items() if name not in linears)
     scales = 4 + 1  # a float32 scale, and less than a byte that is not full
-    total += sum(budget.parts * len(w) * scales for w in linears.values())
+    total += sum(budget.parts * shape[0] * scales for shape in linears.values())
     if plan.weight_group_size is not None:
-        total += sum(4 * len(w) * (w.shape[1] // plan.weight_group_size) for w in linears.values())
+        total += sum(4 * rows * (width // plan.weight_group_size) for rows, width in linears.values())
     if plan.lm_head_bits is not None:
-        head = Linear.require(topology.head).weight_tensor(gm)
+        head = graph_tools.held(gm, Linear.require(topology.head).weight)
         total += len(head) * 4 - head.numel() * (head.element_size() - 1)
     return total + projection_bytes(topology, plan, bases) + prefix_bytes(topology, budget.prefix_tokens)
 

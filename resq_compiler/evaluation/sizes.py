@@ -75,8 +75,8 @@ def average_bits(compiled: CompileResult) -> AverageBits:
             continue
         view = read_part(node)
         coded = isinstance(view, CodedLinear)
-        rows, columns = (view.codes(gm) if isinstance(view, CodedLinear) else view.weight_tensor(gm)).shape
-        scales = view.scales(gm).numel() if isinstance(view, CodedLinear) else 0
+        rows, columns = graph_tools.held(gm, view.qdata if isinstance(view, CodedLinear) else view.weight).shape
+        scales = graph_tools.held(gm, view.scale).numel() if isinstance(view, CodedLinear) else 0
         weights.add(rows * columns, part.weight_bits if coded else FLOAT_BITS, scales * SCALE_BITS)
         if view.x not in inputs:
             inputs.add(view.x)
@@ -177,7 +177,7 @@ def _kind(tensor: Node) -> str:
 
 
 def _bytes(gm: GraphModule, tensor: Node) -> int:
-    value = graph_tools.get_tensor(gm, tensor)
+    value = graph_tools.held(gm, tensor)
     return value.numel() * value.element_size()
 
 

@@ -74,7 +74,7 @@ def _gain_after(gm: GraphModule, normed: Node) -> tuple[Node, Node | None]:
     if scaled is None or not is_call(scaled, aten.mul.Tensor):
         return normed, None
     gain = other_operand(scaled, normed)
-    if not isinstance(gain, Node) or gain.op != "get_attr" or graph_tools.get_tensor(gm, gain).dim() != 1:
+    if not isinstance(gain, Node) or gain.op != "get_attr" or graph_tools.held(gm, gain).dim() != 1:
         return normed, None
     return scaled, gain
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from resq_compiler.ir import meta
+from resq_compiler.numerics.float64 import by_row_chunks
 
 aten = torch.ops.aten
 
@@ -28,7 +30,12 @@ def is_call(node: object, *targets: Any) -> TypeGuard[Node]:
 
 
 def get_tensor(gm: GraphModule, node: Node) -> Tensor:
-    """The tensor behind a get_attr node."""
+    """The values behind a get_attr node. For shape and dtype alone, ask `held`."""
+    return held(gm, node)
+
+
+def held(gm: GraphModule, node: Node) -> Tensor:
+    """What the graph module holds for a get_attr node: shape and dtype are right, values may be promised."""
     value: Any = gm
     for atom in str(node.target).split("."):
         value = getattr(value, atom)
@@ -53,6 +60,46 @@ def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
         del module._parameters[name]
     module._buffers.pop(name, None)
     module.register_buffer(name, value.detach())
+
+
+def change_tensor(
+    gm: GraphModule, node: Node, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None
+) -> None:
+    """Bind what `change` makes of a get_attr node's tensor under the same name. shape: of the result, where it is another one."""
+    value = change(get_tensor(gm, node))
+    _check_shape(node, value, held(gm, node).shape if shape is None else shape)
+    set_tensor(gm, str(node.target), value)
+
+
+def change_rows(gm: GraphModule, node: Node, change: Callable[[Tensor], Tensor]) -> None:
+    """`change_tensor` with a float64 function of rows, each for itself; rounded once."""
+    change_tensor(gm, node, lambda tensor: by_row_chunks(tensor, change))
+
+
+@contextlib.contextmanager
+def substituted(gm: GraphModule, tensors: Mapping[Node, Tensor]) -> Iterator[None]:
+    """Inside, other tensors stand behind get_attr nodes."""
+    before = {node: held(gm, node) for node in tensors}
+    for node, value in tensors.items():
+        set_tensor(gm, str(node.target), value)
+    try:
+        yield
+    finally:
+        for node, value in before.items():
+            set_tensor(gm, str(node.target), value)
+
+
+def derive_tensor(
+    gm: GraphModule, node: Node, target: str, change: Callable[[Tensor], Tensor], shape: Sequence[int], made_by: str
+) -> Node:
+    """A new get_attr node for what `change` makes of another one's tensor, which stays as it is."""
+    value = change(get_tensor(gm, node))
+    _check_shape(node, value, shape)
+    return add_tensor(gm, target, value, made_by)
+
+
+def _check_shape(node: Node, value: Tensor, shape: Sequence[int]) -> None:
+    assert tuple(value.shape) == tuple(shape), f"tensor {node.target}: {tuple(value.shape)}, announced {tuple(shape)}"
 
 
 def delete_unused_tensors(gm: GraphModule) -> None:
@@ -218,7 +265,7 @@ def output_args(graph: Graph) -> tuple[Node, ...]:
 
 def snapshot(gm: GraphModule) -> GraphModule:
     """A graph module with its own graph that shares the tensors: passes rebind tensors by name and never write into them."""
-    tensors = {str(node.target): get_tensor(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    tensors = {str(node.target): held(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
     return GraphModule(tensors, copy_graph(gm.graph))
 
 

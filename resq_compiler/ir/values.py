@@ -65,7 +65,7 @@ def fake(tensor: Tensor) -> Tensor:
 def _find(node: Node) -> Any:
     with _mode(node.graph), torch.no_grad():
         if node.op == "get_attr" and node.graph.owning_module is not None:
-            return fake(graph_tools.get_tensor(node.graph.owning_module, node))
+            return fake(graph_tools.held(node.graph.owning_module, node))
         if node.op != "call_function" or not callable(node.target):
             raise VerifyError(
                 f"node {node.name}: its value is not known; propagate_shapes was not run on this graph", node=node.name

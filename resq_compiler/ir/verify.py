@@ -18,7 +18,7 @@ def check_graph(gm: GraphModule) -> None:
         raise VerifyError(f"malformed graph: {error}") from error
     for node in gm.graph.find_nodes(op="get_attr"):
         try:
-            value = graph_tools.get_tensor(gm, node)
+            value = graph_tools.held(gm, node)
         except AttributeError as error:
             raise VerifyError(f"node {node.name}: tensor {node.target} does not exist", node=node.name) from error
         if not isinstance(value, Tensor):
@@ -50,7 +50,7 @@ def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Non
     with mode, torch.no_grad():
         fakes = {}
         for node in gm.graph.find_nodes(op="get_attr"):
-            value = graph_tools.get_tensor(gm, node)
+            value = graph_tools.held(gm, node)
             fakes[node] = values.fake(value) if isinstance(value, Tensor) else value
         interpreter = _ShapeRecorder(gm)
         inputs = dict(

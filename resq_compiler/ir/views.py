@@ -100,9 +100,21 @@ class Linear(View):
         """[N, K]"""
         return graph_tools.get_tensor(gm, self.weight)
 
-    def set_weight(self, gm: GraphModule, value: Tensor) -> None:
-        """Bind another weight under the same name."""
-        graph_tools.set_tensor(gm, str(self.weight.target), value)
+    def weight_shape(self, gm: GraphModule) -> torch.Size:
+        """[N, K]"""
+        return graph_tools.held(gm, self.weight).shape
+
+    def weight_dtype(self, gm: GraphModule) -> torch.dtype:
+        """Type of the weight."""
+        return graph_tools.held(gm, self.weight).dtype
+
+    def change_weight(self, gm: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+        """W <- change(W), of the same shape."""
+        graph_tools.change_tensor(gm, self.weight, change)
+
+    def change_rows(self, gm: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+        """W <- change(W) in float64, for a function of rows, each for itself; rounded once."""
+        graph_tools.change_rows(gm, self.weight, change)
 
     def bias_tensor(self, gm: GraphModule) -> Tensor | None:
         """[N], or None."""
@@ -132,9 +144,9 @@ class Embedding(View):
         """[V, d]"""
         return graph_tools.get_tensor(gm, self.table)
 
-    def set_table(self, gm: GraphModule, value: Tensor) -> None:
-        """Bind another table under the same name."""
-        graph_tools.set_tensor(gm, str(self.table.target), value)
+    def change_rows(self, gm: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+        """Table <- change(table) in float64, for a function of rows, each for itself; rounded once."""
+        graph_tools.change_rows(gm, self.table, change)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from resq_compiler.ir import graph_tools
 from resq_compiler.ir.transforms import Placing, Transforms
 from resq_compiler.ir.views import Linear
 from resq_compiler.numerics.transforms import Transform
@@ -16,4 +17,5 @@ def place(
     """A transform to put in; its tensors get the type of a linear's weight."""
     known = ctx.facts.find(Transforms) or Transforms()
     ctx.facts.put(known)
-    return Placing(gm, transform, name, Linear.require(like).weight_tensor(gm), made_by.name, known)
+    weight = graph_tools.held(gm, Linear.require(like).weight)
+    return Placing(gm, transform, name, weight, made_by.name, known)

@@ -46,7 +46,7 @@ def test_a_linear_has_its_tensors(build):
     assert linear.name == "model.layers.0.self_attn.q_proj"
     weight, bias = linear.weight_tensor(gm), linear.bias_tensor(gm)
     assert weight.shape == (values.width(linear.node), values.width(linear.x)) and bias.shape == weight.shape[:1]
-    linear.set_weight(gm, weight * 2)
+    linear.change_weight(gm, lambda w: w * 2)
     linear.set_bias(gm, bias * 3, "test")
     assert torch.equal(linear.weight_tensor(gm), weight * 2) and torch.equal(linear.bias_tensor(gm), bias * 3)
 

@@ -52,7 +52,7 @@ def test_where_folding_costs_too_much_nothing_is_folded(build):
     embedding = next(n for n in built.topology.residual.writers if Embedding.of(n))
     table = Embedding.require(embedding).table_tensor(built.gm).clone()
     table[:, 3] = 250.0
-    Embedding.require(embedding).set_table(built.gm, table)
+    graph_tools.set_tensor(built.gm, str(Embedding.require(embedding).table.target), table)
     for group in built.topology.readers:
         gain = torch.full((64,), 100.0).index_fill(0, torch.tensor([3]), 1e-3)
         graph_tools.set_tensor(built.gm, str(Norm.require(group.norm).gain.target), gain)
