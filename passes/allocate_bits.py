@@ -10,6 +10,7 @@ is in this stage's text in a dump.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -29,7 +30,9 @@ from resq_compiler.calibration.bases import Bases
 from resq_compiler.calibration.statistics import Request, Statistics
 from resq_compiler.errors import PassError
 from resq_compiler.ir import values
+from resq_compiler.ir.views import Linear
 from resq_compiler.numerics.channels import Energy, Peak
+from resq_compiler.numerics.expert_channels import ExpertEnergy, ExpertPeak
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util.text import number, table
@@ -45,6 +48,7 @@ class AllocateBits(Pass):
     average_bits: of linears, and of the cache. megabytes: of the whole model, which says what linears may have. channels: how
     reorder-channels finds the strongest ones; none, where down projections have bases or no parts. prefix_tokens: as many as a size must
     have room for. worth: of the forecast; what it lowers by less may be the forecast's own error. steps, down_steps: see Menu.
+    all_experts: as of reorder-channels.
     """
 
     name: ClassVar[str] = "allocate-bits"
@@ -60,13 +64,18 @@ class AllocateBits(Pass):
     worth: float = option(0.1, 0, 1)
     steps: int = option(32, 1)
     down_steps: int = option(16, 1)
+    all_experts: bool = False
 
     @property
     def needs_calibration(self) -> bool:
         return True
 
     def statistics(self, gm: GraphModule, ctx: PassContext) -> Sequence[Request]:
-        return () if self.channels == "none" else requests.down_sizes(ctx.facts.get(Topology), self.channels)
+        return (
+            ()
+            if self.channels == "none"
+            else requests.down_sizes(ctx.facts.get(Topology), self.channels, self.all_experts)
+        )
 
     @property
     def asked(self) -> bool:
@@ -132,7 +141,7 @@ class AllocateBits(Pass):
             if plan.split_down:
                 site = Site("down", block.index)
                 energies = self._down_energies(ctx, block, felt[site].sum(0))
-                choices.append(Choice(site, energies, rows(gm, [f.down for f in block.feed_forwards]), *bits))
+                choices.append(Choice(site, energies, rows(gm, [f.down for _, f in block.main_feed_forwards]), *bits))
         return choices
 
     def _stream_energies(self, ctx: PassContext, felt: Felt, name: str) -> Tensor:
@@ -153,16 +162,32 @@ class AllocateBits(Pass):
         bases = ctx.facts.get(Bases)
         if bases.down:
             return torch.stack(
-                [along_blocks(bases.down[f.down].vectors, weighted)[bases.down[f.down].order] for f in block.feed_forwards]
+                [along_blocks(bases.down[f.down].vectors, weighted)[bases.down[f.down].order] for _, f in block.main_feed_forwards]
             ).mean(0).flip(0)  # fmt: skip
         if self.channels == "none":
             raise PassError(
                 "down projections have parts, and no order of channels: say channels=energy or channels=peak"
             )
-        seen = ctx.facts.get(Statistics)
+        seen, main = ctx.facts.get(Statistics), block.main_feed_forwards
+        if any(f.experts is not None for _, f in main):
+            return self._expert_energies(seen, block, weighted)
         kind: type[Energy] | type[Peak] = Energy if self.channels == "energy" else Peak
-        sizes = [seen.get(kind, Site("down", block.index, j)).sizes for j in range(len(block.feed_forwards))]
+        sizes = [seen.get(kind, Site("down", block.index, j)).sizes for j, _ in main]
         return weighted[torch.stack(sizes).sum(0).argsort(descending=True, stable=True)]
+
+    def _expert_energies(self, seen: Statistics, block: Block, weighted: Tensor) -> Tensor:
+        """Of experts, each with an order of its own: their energies in these orders, as if all channels were equally sensitive."""
+        total = torch.zeros_like(weighted)
+        for j, f in block.main_feed_forwards:
+            site = Site("down", block.index, j)
+            if f.experts is None:
+                sizes = (seen.get(Energy, site) if self.channels == "energy" else seen.get(Peak, site)).sizes[None]
+            else:
+                found = seen.get(ExpertEnergy, site) if self.channels == "energy" else seen.get(ExpertPeak, site)
+                sizes = found.sizes(1)
+            energy = sizes.double() if self.channels == "energy" else sizes.double().square()
+            total += energy.sort(-1, descending=True).values.sum(0)
+        return total * (weighted.sum() / total.sum().clamp_min(torch.finfo(total.dtype).tiny))
 
     def _result(self, fall: float, worth: bool) -> str:
         """The first line of the stage's text."""
@@ -208,8 +233,8 @@ def along_blocks(basis: Tensor, weighted: Tensor) -> Tensor:
 
 
 def rows(gm: GraphModule, linears: Iterable[Node]) -> int:
-    """Rows of the weights of linears, together."""
-    return sum(values.width(n) for n in linears)
+    """Rows of the weights of linears, together, those of all experts."""
+    return sum(math.prod(values.shape(Linear.require(n).weight)[:-1]) for n in linears)
 
 
 def describe(found: dict[Choice, Split], plan: ColumnPlan, averages: tuple[float | None, float | None]) -> str:

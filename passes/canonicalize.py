@@ -7,6 +7,7 @@ Values computed from one-dimensional weights alone, such as Gemma's 1 + w, becom
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from resq_compiler.frontend.composites import WHOLE, name_composites
+from resq_compiler.frontend.experts import name_experts
 from resq_compiler.ir import graph_tools, values
 from resq_compiler.ir.args import argument, operands, set_argument, source
 from resq_compiler.ir.graph_tools import VIEW_OPS, aten, is_call, only_user, replace, rewrite
@@ -29,7 +31,7 @@ IDENTITY = {
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default, aten._to_copy.default}
 OUT_OF_PLACE: dict[object, Callable] = {
     aten.add_.Tensor: aten.add.Tensor, aten.mul_.Tensor: aten.mul.Tensor, aten.div_.Tensor: aten.div.Tensor,
-    aten.silu_.default: aten.silu.default, aten.relu_.default: aten.relu.default,
+    aten.silu_.default: aten.silu.default, aten.relu_.default: aten.relu.default, aten.scatter_.value: aten.scatter.value,
 }  # fmt: skip
 
 
@@ -44,7 +46,7 @@ class Canonicalize(Pass):
         for node in list(gm.graph.find_nodes(op="call_function", target=aten.addmm.default)):
             done += match_addmm(gm, node)
         done += name_lookups(gm) + keep_token_dimensions(gm)
-        done += fold_constants(gm)
+        done += fold_constants(gm) + name_experts(gm, self.name)
         named, misses = name_composites(gm, self.name)
         ctx.lines += misses
         gm.graph.eliminate_dead_code()
@@ -70,14 +72,27 @@ def drop_mutation(gm: GraphModule) -> int:
     Without `contiguous` a view may meet any strides; reshape takes them all.
     """
     done = 0
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in gm.graph.nodes:
         if is_call(node, aten.view.default):
             node.target = aten.reshape.default
             done += 1
-        elif is_call(node, *OUT_OF_PLACE) and only_user(source(node)) and not is_call(source(node), *VIEW_OPS):
+        elif is_call(node, *OUT_OF_PLACE) and is_last_reader(node, order) and not is_view(source(node)):
             node.target = OUT_OF_PLACE[node.target]
             done += 1
     return done
+
+
+def is_last_reader(node: Node, order: Mapping[Node, int]) -> bool:
+    """Nothing reads what a call works on after it."""
+    return all(order[user] <= order[node] for user in source(node).users)
+
+
+def is_view(node: Node) -> bool:
+    """It shares memory with another value; one of several results of an operator that is no view shares none."""
+    if is_call(node, operator.getitem):
+        return is_view(source(node))
+    return is_call(node, *VIEW_OPS)
 
 
 def name_products(gm: GraphModule) -> int:

@@ -126,10 +126,10 @@ def center(gm: GraphModule, writer: Node) -> None:
         embedding.change_rows(gm, lambda w: w - w.mean(-1, keepdim=True))
         return
     linear = Linear.require(writer)
-    linear.change_weight(gm, lambda w: (w.double() - w.double().mean(0)).to(w.dtype))
+    linear.change_weight(gm, lambda w: (w.double() - w.double().mean(-2, keepdim=True)).to(w.dtype))
     bias = linear.bias_tensor(gm)
     if bias is not None:
-        linear.set_bias(gm, (bias.double() - bias.double().mean()).to(bias.dtype), FoldNorms.name)
+        linear.set_bias(gm, (bias.double() - bias.double().mean(-1, keepdim=True)).to(bias.dtype), FoldNorms.name)
 
 
 def to_rms_norm(node: Node) -> Node:

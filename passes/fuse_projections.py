@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import PassError
@@ -24,6 +25,7 @@ from resq_compiler.ir.args import operands, set_argument, source
 from resq_compiler.ir.graph_tools import aten, is_call, only_user, replace
 from resq_compiler.ir.transforms import TARGETS, Transforms
 from resq_compiler.ir.views import Embedding, Linear, Norm, SplitHeads
+from resq_compiler.numerics.float64 import each
 from resq_compiler.numerics.transforms import HeadRotation, Scaling, Transform
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
@@ -122,11 +124,15 @@ def fuse_inverse(gm: GraphModule, node: Node, transform: Transform) -> bool:
 
 
 def change_outputs(gm: GraphModule, linear: Linear, transform: Transform) -> None:
-    """W <- Tᵀ W and b <- b T."""
+    """W <- Tᵀ W and b <- b T, of each expert where there are several."""
+
+    def change(value: Tensor) -> Tensor:
+        return transform.into_outputs(value.double()).to(value.dtype)
+
     bias = linear.bias_tensor(gm)
-    linear.change_weight(gm, lambda w: transform.into_outputs(w.double()).to(w.dtype))
+    linear.change_weight(gm, lambda w: each(w, change) if linear.of_experts else change(w))
     if bias is not None:
-        linear.set_bias(gm, transform.into_outputs(bias.double()).to(bias.dtype), FuseProjections.name)
+        linear.set_bias(gm, each(bias, change) if linear.of_experts else change(bias), FuseProjections.name)
 
 
 def change_norm(gm: GraphModule, norm: Norm, transform: Transform) -> None:

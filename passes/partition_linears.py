@@ -25,7 +25,6 @@ from resq_compiler.ir.views import Linear, MergeHeads
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
 
-LINEAR = aten.linear.default
 SITE_OF_ROLE = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp", "down": "down"}
 
 
@@ -71,22 +70,23 @@ def split(
 ) -> int:  # fmt: skip
     """Replace a linear by its parts; pieces of inputs that several linears read are shared."""
     view = Linear.require(linear)
-    x, bias, rows = view.x, view.bias, view.weight_shape(gm)[0]
+    x, bias, rows = view.x, view.bias, view.weight_shape(gm)[:-1]
     total: Node | None = None
     for i, part in enumerate(parts):
         piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)
-        name, shape = f"{site.name}.part{i}.weight", (rows, heads * (part.stop - part.start))
+        name, shape = f"{site.name}.part{i}.weight", (*rows, heads * (part.stop - part.start))
         change = functools.partial(take, part=part, heads=heads)
         tensor = graph_tools.derive_tensor(gm, view.weight, name, change, shape, PartitionLinears.name)
         with gm.graph.inserting_before(linear):
-            y = emit(gm.graph, LINEAR, (piece, tensor), linear, PartitionLinears.name)
+            y = view.like(gm.graph, piece, tensor, None, PartitionLinears.name)
             fact = meta.LinearPart(site, i, part.start, part.stop, part.weight_bits, part.activation_bits, heads)
             meta.put(y, fact)
             total = y if total is None else emit(gm.graph, aten.add.Tensor, (total, y), linear, PartitionLinears.name)
     assert total is not None
     if bias is not None:
+        target, args = (ops.add_expert_bias, (view.indices,)) if view.of_experts else (aten.add.Tensor, ())
         with gm.graph.inserting_before(linear):
-            total = emit(gm.graph, aten.add.Tensor, (total, bias), linear, PartitionLinears.name)
+            total = emit(gm.graph, target, (total, bias, *args), linear, PartitionLinears.name)
     replace(linear, total)
     graph_tools.erase_tensor(gm, view.weight)
     return 1
@@ -111,8 +111,8 @@ def input_piece(gm: GraphModule, x: Node, part: ColumnPart, heads: int, whole: b
 
 def take(weight: Tensor, part: ColumnPart, heads: int) -> Tensor:
     """The input columns of a part, of every head."""
-    width = weight.shape[1] // heads
+    width = weight.shape[-1] // heads
     if part.stop - part.start == width:
         return weight
-    grouped = weight.unflatten(1, (heads, width))
-    return grouped[:, :, part.start : part.stop].flatten(1).clone(memory_format=torch.contiguous_format)
+    grouped = weight.unflatten(-1, (heads, width))
+    return grouped[..., part.start : part.stop].flatten(-2).clone(memory_format=torch.contiguous_format)

@@ -24,7 +24,7 @@ from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration.statistics import both, observe
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.args import set_argument, source
-from resq_compiler.ir.graph_tools import aten, emit, is_call
+from resq_compiler.ir.graph_tools import emit, is_call
 from resq_compiler.ir.views import CodedLinear, Linear, Quantize
 from resq_compiler.numerics.clip import ClipSearch
 from resq_compiler.numerics.static_scales import Range, StaticSearch
@@ -34,6 +34,12 @@ from resq_compiler.util import devices
 
 SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip
+
+ON_CODES: dict[object, Callable] = {
+    ops.weight_only_linear: ops.quantized_linear, ops.weight_only_expert_linear: ops.quantized_expert_linear
+}  # fmt: skip
+OPEN = (*Linear.targets, *ON_CODES)
+"""Linears whose activations are float."""
 
 SEARCH_TOKENS = 2048  # shares that are nearly as good are all that more tokens would tell apart
 
@@ -80,7 +86,7 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
         part = meta.get(node, meta.LinearPart)
         if part is None or part.activation_bits == FLOAT_BITS:
             continue
-        if is_call(node, aten.linear.default, ops.weight_only_linear) and not is_call(source(node), ops.dequantize):
+        if is_call(node, *OPEN) and not is_call(source(node), ops.dequantize):
             found.append((node, part))
     return found
 
@@ -97,13 +103,13 @@ def quantize_input(
         fact = meta.QuantizerSite(name_of(part), "activation", part.site.block, part.activation_bits)
         shared[key] = meta.put(new, fact)
     codes = shared[key]
-    if is_call(node, ops.weight_only_linear):
-        node.target = ops.quantized_linear  # a group_size is given by name to both
+    if node.target in ON_CODES:
+        node.target = ON_CODES[node.target]
         set_argument(node, "x", codes)
         return 1
     with gm.graph.inserting_before(node):
         image = emit(gm.graph, ops.dequantize, (codes,), x, QuantizeActivations.name)
-    set_argument(node, "input", image)
+    node.replace_input_with(x, image)
     return 1
 
 
@@ -154,11 +160,11 @@ def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Nod
 
 
 def float_weight(gm: GraphModule, node: Node) -> Tensor:
-    """Weight [N, K] of a linear, the float image of its codes where it has codes."""
+    """Weight [N, K] of a linear, the float image of its codes where it has codes; of experts the rows of all."""
     coded = CodedLinear.of(node)
     if coded is None:
-        return devices.here(Linear.require(node).weight_tensor(gm))
-    return devices.here(coded.image(gm))
+        return devices.here(Linear.require(node).weight_tensor(gm)).flatten(0, -2)
+    return devices.here(coded.image(gm)).flatten(0, -2)
 
 
 def may_clip(part: meta.LinearPart) -> bool:

@@ -12,6 +12,8 @@ Source: GPTQ, arXiv 2210.17323; columns in order, 8-bit columns last, so that th
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,8 +23,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
-from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.analysis.topology import Block, Experts, Topology
 from resq_compiler.calibration import executor, precision, workdir
+from resq_compiler.calibration.expert_moments import ExpertInputs, ExpertMoments, ExpertReport, describe
+from resq_compiler.calibration.experts import check_reached, float_routes, on_every_expert
 from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.args import source
@@ -31,13 +35,15 @@ from resq_compiler.ir.views import Dequantize, Linear
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
+from resq_compiler.numerics.expert_weights import quantize_each, relative_noise
 from resq_compiler.numerics.quantized import Part, QuantizedActivation
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.util import devices, memory
 
-LINEAR = aten.linear.default
+CODED = (ops.weight_only_linear, ops.quantized_linear)
+CODED_EXPERTS = (ops.weight_only_expert_linear, ops.quantized_expert_linear)
 
 
 @dataclass
@@ -63,9 +69,14 @@ class Site:
         stops = list(itertools.accumulate(self.columns))
         return [Part(b, stop - width, stop) for b, stop, width in zip(bits, stops, self.columns, strict=True)]
 
+    @property
+    def indices(self) -> Node | None:
+        """The chosen experts, where it is a linear of experts."""
+        return Linear.require(self.nodes[0]).indices
+
     def weight(self, gm: GraphModule) -> Tensor:
-        """Columns of all parts side by side: [N, K]; on the device that computes."""
-        return torch.cat([devices.here(Linear.require(node).weight_tensor(gm)) for node in self.nodes], 1)
+        """Columns of all parts side by side: [N, K], or [E, N, K] of experts; on the device that computes."""
+        return torch.cat([devices.here(Linear.require(node).weight_tensor(gm)) for node in self.nodes], -1)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,10 @@ class QuantizeWeights(Pass):
     linears (rtn looks at no inputs and takes mse), output that for rtn too. Of gptq only: damping, added to the diagonal of the moment,
     relative to its mean; act_order, columns by descending energy inside each part; token_weighting "residual", errors of layers that
     write into the residual stream count relative to its size at each token.
+
+    Of experts, where inputs are looked at: expert_tokens, how many tokens one needs for a moment of its own, others take that of their
+    layer; all_experts, every token counts for every expert; unreached, whether one without tokens is an error; routing, whose choice of
+    experts counts.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -87,6 +102,10 @@ class QuantizeWeights(Pass):
     damping: float = option(0.01, 0, 1)
     act_order: bool = False
     token_weighting: Literal["none", "residual"] = "none"
+    expert_tokens: int = option(128, 1)
+    all_experts: bool = False
+    unreached: Literal["error", "layer"] = "error"
+    routing: Literal["float", "quantized"] = "float"
 
     @property
     def needs_calibration(self) -> bool:
@@ -125,16 +144,16 @@ def find_sites(gm: GraphModule) -> list[Site]:
     sites: dict[meta.LinearSite, Site] = {}
     for node in gm.graph.nodes:
         part = meta.get(node, meta.LinearPart)
-        if part is not None and is_call(node, LINEAR) and part.weight_bits < FLOAT_BITS:
+        if part is not None and is_call(node, *Linear.targets) and part.weight_bits < FLOAT_BITS:
             sites.setdefault(part.site, Site(part.site, [])).nodes.append(node)
     return list(sites.values())
 
 
 def by_input(sites: list[Site]) -> list[list[Site]]:
-    """Group the sites that read the same values."""
-    groups: dict[tuple[Node, ...], list[Site]] = {}
+    """Group the sites that read the same values, and are all of the same experts or of none."""
+    groups: dict[tuple[Node | None, ...], list[Site]] = {}
     for site in sites:
-        groups.setdefault(source_of(site), []).append(site)
+        groups.setdefault((*source_of(site), site.indices), []).append(site)
     return list(groups.values())
 
 
@@ -150,8 +169,16 @@ def stacked_weight(gm: GraphModule, group: list[Site]) -> Tensor:
 
 def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "max"], group_size: int | None) -> None:
     """Quantize a group of linears without looking at their inputs."""
-    weight, parts = stacked_weight(gm, group), group[0].parts()
-    store(gm, group, weight_core.quantize_weight_rtn(weight, parts, clip=clip, group_size=group_size))
+    parts = group[0].parts()
+
+    def quantize(_: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
+        return weight_core.quantize_weight_rtn(weight, parts, clip=clip, group_size=group_size)
+
+    of_experts = group[0].indices is not None
+    codes = (
+        quantize_each([s.weight(gm) for s in group], quantize) if of_experts else quantize(0, stacked_weight(gm, group))
+    )
+    store(gm, group, codes)
 
 
 def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight]) -> None:
@@ -169,12 +196,17 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
         graph_tools.add_tensor(gm, f"{linear.name}.{label}", value.cpu().contiguous(), QuantizeWeights.name)
         for label, value in (("qdata", piece.qdata), ("scale", piece.scale))
     ]
-    noise = relative_error(devices.here(piece.dequantize()), devices.here(linear.weight_tensor(gm)))
     part = meta.require(node, meta.LinearPart)
-    if image is None:
-        new = rewrite(node, ops.weight_only_linear, (linear.x, *tensors), QuantizeWeights.name)
+    if linear.indices is None:
+        experts: tuple[Node, ...] = ()
+        noise = relative_error(devices.here(piece.dequantize()), devices.here(linear.weight_tensor(gm)))
+        coded = CODED
     else:
-        new = rewrite(node, ops.quantized_linear, (image.codes, *tensors), QuantizeWeights.name)
+        noise, coded, experts = relative_noise(piece, linear.weight_tensor(gm)), CODED_EXPERTS, (linear.indices,)
+    if image is None:
+        new = rewrite(node, coded[0], (linear.x, *tensors, *experts), QuantizeWeights.name)
+    else:
+        new = rewrite(node, coded[1], (image.codes, *tensors, *experts), QuantizeWeights.name)
     if piece.group_size is not None:
         new.update_kwarg("group_size", piece.group_size)
     if image is not None and not image.node.users:
@@ -187,13 +219,19 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
 def run_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], options: QuantizeWeights) -> None:
     """Quantize block by block; the values alive between two stretches are kept for every batch."""
     topology = ctx.facts.get(Topology)
-    runner = Lockstep.begin(gm, executor.batches(ctx.windows), topology.blocks[0].start)
+    batches = executor.batches(ctx.windows)
+    routes = float_routes(gm, batches, topology) if options.routing == "float" else []
+    runner = Lockstep.begin(gm, batches, topology.blocks[0].start)
+    runner.shared = (
+        [{**table, **route} for table, route in zip(runner.shared, routes, strict=True)] if routes else runner.shared
+    )
+    reports: dict[str, ExpertReport] = {}
     for block in topology.blocks:
         ctx.progress("quantize weights", block.index, len(topology.blocks))
         groups = by_input([s for s in sites if s.fact.block == block.index])
         finished = workdir.block_codes(ctx.work, block.index)
         if finished is None:
-            quantize_block(gm, block, groups, runner, ctx, options)
+            reports |= quantize_block(gm, block, groups, runner, ctx, options)
         else:
             codes, notes = finished
             for note in notes:
@@ -202,39 +240,95 @@ def run_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], options: Qu
                 store(gm, group, parts)
         runner.advance(block.end)
         memory.trim()
+    ctx.lines += describe(reports)
     ctx.progress("quantize weights", len(topology.blocks), len(topology.blocks))
 
 
 def quantize_block(
     gm: GraphModule, block: Block, groups: list[list[Site]], runner: Lockstep, ctx: PassContext, options: QuantizeWeights
-) -> None:  # fmt: skip
-    """Codes for the groups of a block, each on inputs that the groups before it, already quantized, make."""
-    before, made = len(ctx.notes), []
+) -> dict[str, ExpertReport]:  # fmt: skip
+    """Codes for the groups of a block, each on inputs that the groups before it, already quantized, make; what was seen of experts."""
+    before, made, reports = len(ctx.notes), [], dict[str, ExpertReport]()
     for group in groups:
         stream = written_stream(group, ctx.facts.get(Topology)) if options.token_weighting == "residual" else None
-        hessian = input_moment(group[0], list(source_of(group[0])), stream, runner, block.end)
-        memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
-        made.append(quantize_group(gm, group, hessian, ctx, options))
+        if group[0].indices is None:
+            hessian = input_moment(group[0], list(source_of(group[0])), stream, runner, block.end)
+            memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
+            made.append(quantize_group(gm, group, hessian, ctx, options))
+        else:
+            codes, reports[group[0].fact.name] = quantize_experts(gm, group, block, stream, runner, ctx, options)
+            made.append(codes)
         store(gm, group, made[-1])
     workdir.keep_block(ctx.work, block.index, made, ctx.notes[before:])
+    return reports
+
+
+def quantize_experts(
+    gm: GraphModule, group: list[Site], block: Block, stream: Node | None, runner: Lockstep, ctx: PassContext, options: QuantizeWeights
+) -> tuple[list[weight_core.QuantizedWeight], ExpertReport]:  # fmt: skip
+    """GPTQ on the stacked weights of each expert, with the second moment of what it reads."""
+    inputs = inputs_of_experts(group[0], block, stream, options.all_experts)
+    moments = ExpertMoments(inputs, runner, block.end, 1 if options.all_experts else options.expert_tokens)
+    check_reached(moments.count(), inputs.experts, options.unreached == "layer")
+    hessians, parts = moments.each(), group[0].parts()
+
+    def quantize(expert: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
+        return quantize_rows(weight, next(hessians), parts, f"expert {expert} of {group[0].fact.name}", ctx, options)
+
+    codes = quantize_each([site.weight(gm) for site in group], quantize)
+    return codes, ExpertReport(moments.counts, moments.own(), options.all_experts)
+
+
+def inputs_of_experts(site: Site, block: Block, stream: Node | None, everywhere: bool) -> ExpertInputs:
+    """What the experts of a site read, as their router sends tokens, or every token."""
+    found_in = (f.experts for f in block.feed_forwards if f.experts is not None)
+    experts = next(e for e in found_in if e.indices is site.indices)
+    nodes, indices = source_of(site), experts.indices
+    if everywhere:
+        copies = [on_every_expert(node, experts) for node in nodes]
+        nodes, indices = tuple(node for node, _ in copies), copies[0][1]
+    alike = everywhere and nodes == source_of(site)
+    found = ExpertInputs(
+        site.fact.name, nodes, sum(site.columns), indices, experts, lambda env, n: _float(env[n]), alike=alike
+    )
+    if stream is None:
+        return found
+    factor = functools.partial(written_share, stream, experts, everywhere)
+    return dataclasses.replace(found, factor=factor, also=(stream, experts.weights))
+
+
+def written_share(stream: Node, experts: Experts, everywhere: bool, env: dict[Node, Any], rows: Tensor) -> Tensor:
+    """What an error of an expert counts at each of its rows: by the size of the stream that it is written into, and its router's weight
+    where every token goes only through the experts that are chosen."""
+    size = env[stream].flatten(0, -2).square().mean(-1)
+    share = size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
+    if everywhere:
+        return share[rows // experts.count]
+    return share[rows // experts.choices] * env[experts.weights].flatten()[rows]
 
 
 def quantize_group(
     gm: GraphModule, group: list[Site], hessian: Tensor, ctx: PassContext, options: QuantizeWeights
 ) -> list[weight_core.QuantizedWeight]:
     """Codes of the stacked weights of a group."""
-    parts, group_size = group[0].parts(), ctx.facts.get(ColumnPlan).weight_group_size
+    where = f"{group[0].fact.name} and linears of the same input"
+    return quantize_rows(stacked_weight(gm, group), hessian, group[0].parts(), where, ctx, options)
+
+
+def quantize_rows(
+    weight: Tensor, hessian: Tensor, parts: list[Part], where: str, ctx: PassContext, options: QuantizeWeights
+) -> list[weight_core.QuantizedWeight]:
+    """Codes of a weight [N, K]."""
+    group_size = ctx.facts.get(ColumnPlan).weight_group_size
     if options.method == "rtn":
         return weight_core.quantize_weight_rtn(
-            stacked_weight(gm, group), parts, clip="mse", column_weight=hessian.diagonal(), group_size=group_size
+            weight, parts, clip="mse", column_weight=hessian.diagonal(), group_size=group_size
         )
     result = gptq_core.gptq(
-        stacked_weight(gm, group), hessian, parts, damping=options.damping, act_order=options.act_order,
-        clip=options.plain_clip, weighted_clip=options.clip in ("hessian", "output"),
-        group_size=group_size,
+        weight, hessian, parts, damping=options.damping, act_order=options.act_order, clip=options.plain_clip,
+        weighted_clip=options.clip in ("hessian", "output"), group_size=group_size,
     )  # fmt: skip
     if result.damping != options.damping:
-        where = f"{group[0].fact.name} and linears of the same input"
         ctx.note(
             f"GPTQ on {where}: damping raised to {result.damping:g}, the calibration moment was not positive definite"
         )
@@ -266,9 +360,9 @@ def written_stream(group: list[Site], topology: Topology) -> Node | None:
     node = group[0].nodes[0]
     while len(group) == 1 and len(node.users) == 1:
         node = next(iter(node.users))
-        if node in stream:
+        if node in stream and not is_call(node, ops.combine_experts):
             return node
-        if not is_call(node, aten.add.Tensor):
+        if not is_call(node, aten.add.Tensor, ops.add_expert_bias, ops.combine_experts):
             return None
     return None
 

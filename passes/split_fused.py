@@ -1,7 +1,7 @@
 """split-fused: one linear per purpose, and one form for splitting and merging heads.
 
     view(linear(x, W)), transpose                      -> split_heads(linear(x, W))
-    chunk / slice / view of a fused linear (qkv, gate_up) -> one linear per piece, with the rows that the piece reads
+    chunk / slice / view of a fused linear (qkv, gate_up) -> one linear per piece, with the rows that the piece reads; of experts too
     transpose, reshape of an attention's output         -> merge_heads(attention)
 
 Which rows a piece reads is found by running the view operators on row numbers, so any layout of fused rows is understood,
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import TopologyError
+from resq_compiler.frontend.experts import is_flattened
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import argument, operands, set_argument, source
 from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call, replace
@@ -47,7 +48,9 @@ class SplitFused(Pass):
         env = dict(zip(graph_tools.placeholders(gm.graph), ctx.example_inputs, strict=True))
         done = 0
         for node in list(gm.graph.nodes):
-            if is_root(node):
+            if is_call(node, ops.expert_linear):
+                done += split_experts(gm, node, env)
+            elif is_root(node):
                 done += split_root(gm, node, env)
             elif is_call(node, ops.attention):
                 done += merge(gm, node, env)
@@ -75,7 +78,7 @@ def frontier(root: Node) -> list[Node]:
             continue
         consumed = False
         for user in node.users:
-            if is_call(user, *VIEW_OPS) and source(user) is node and not _every_other(user):
+            if is_call(user, *VIEW_OPS) and source(user) is node and not _every_other(user) and not is_flattened(user):
                 if user not in seen:
                     seen.add(user)
                     pending.append(user)
@@ -171,16 +174,37 @@ def split_root(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
     return len(pieces)
 
 
+def split_experts(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
+    """Linears of experts for each stretch, or every other one, of the features of a fused one [B, S, k, N]."""
+    pieces = [user for user in root.users if is_call(user, *VIEW_OPS)]
+    pieces = [p for user in pieces for p in (user.users if isinstance(values.value(user), (tuple, list)) else (user,))]
+    numbers, width = numbered(values.shape(root)), values.width(root)
+    for i, piece in enumerate(pieces):
+        value = evaluate(gm, piece, {**env, root: numbers})
+        rows = value[0, 0, 0] % width
+        if value.dim() != 4 or not torch.equal(value, numbers[..., rows]):
+            raise TopologyError(
+                f"node {piece.name} ({graph_tools.module_of(piece)}): expected some features of all experts of {root.name}, got "
+                f"{piece.format_node()}",
+                node=piece.name,
+            )
+        replace(piece, part_linear(gm, root, rows, i))
+    return len(pieces)
+
+
 def part_linear(gm: GraphModule, node: Node, rows: Tensor, index: int) -> Node:
     """A linear with some rows of a fused one."""
     linear, rows = Linear.require(node), rows.to("cpu")
-    name, shape = f"{linear.name}.split{index}", (len(rows), *linear.weight_shape(gm)[1:])
-    weight = graph_tools.derive_tensor(gm, linear.weight, f"{name}.weight", lambda w: w[rows], shape, SplitFused.name)
+    *experts, _, columns = linear.weight_shape(gm)
+    name, shape = f"{linear.name}.split{index}", (*experts, len(rows), columns)
+    weight = graph_tools.derive_tensor(
+        gm, linear.weight, f"{name}.weight", lambda w: w[..., rows, :], shape, SplitFused.name
+    )
     parts = [weight]
     if (bias := linear.bias_tensor(gm)) is not None:
-        parts.append(graph_tools.add_tensor(gm, f"{name}.bias", bias[rows], SplitFused.name))
+        parts.append(graph_tools.add_tensor(gm, f"{name}.bias", bias[..., rows], SplitFused.name))
     with gm.graph.inserting_after(node):
-        return emit(gm.graph, LINEAR, (linear.x, *parts), node, SplitFused.name)
+        return linear.like(gm.graph, linear.x, parts[0], parts[1] if len(parts) > 1 else None, SplitFused.name)
 
 
 def replace_piece(gm: GraphModule, piece: Piece, source: Node) -> None:

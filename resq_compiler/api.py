@@ -162,6 +162,7 @@ def _about(loaded: LoadedModel, calib_data: Any, windows: Tensor | None) -> dict
     config._attn_implementation = (
         "sdpa"  # what the graph has; transformers refuses some others in a class that does not name them
     )
+    config._experts_implementation = "eager"  # the same for experts, which the graph has
     return {
         "config": config,
         "generation_config": copy.deepcopy(loaded.model.generation_config),

@@ -31,11 +31,23 @@ SIZES = {
     256: ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
     8: ("rotary_dim",), 6: ("sliding_window", "window_size"), 131: ("vocab_size",), 0: ("pad_token_id",), 1: ("bos_token_id",),
 }  # fmt: skip
+CHOSEN = {"num_experts_per_tok": 2, "num_local_experts": 4, "moe_intermediate_size": 32}  # two of four experts
+GROUPED = {
+    **CHOSEN,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
 OWN = {  # values that cannot be guessed from the names of fields
+    "mixtral": {**CHOSEN, "sliding_window": None}, "qwen2_moe": {**CHOSEN, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {**CHOSEN, "head_dim": 24, "norm_topk_prob": True}, "olmoe": {**CHOSEN, "intermediate_size": 32},
+    "granitemoe": {**CHOSEN, "intermediate_size": 32}, "glm4_moe": {**GROUPED, "head_dim": 16},
+    "gpt_oss": {**CHOSEN, "head_dim": 16, "intermediate_size": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "helium": {"head_dim": 16}, "hunyuan_v1_dense": {"head_dim": 16},
     "ministral": {"head_dim": 16}, "falcon-alibi": {"alibi": True},
-    "dots1": {"n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
-              "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "dots1": {**GROUPED, "n_group": 1},
     **{name: {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
               "v_head_dim": 16, "head_dim": 8} for name in ("minicpm3", "youtu")},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
@@ -46,6 +58,7 @@ WORK = (
     "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral", "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
     "phi", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
 )  # fmt: skip
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1")
 EIGHT = {
     "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32", "weight_method": "rtn",
     "weight_bits": 8, "activation_bits": 8, "kv_bits": 8,

@@ -51,7 +51,6 @@ REFUSED = {
     "bart": r"pass \d find-topology: node \w+: the residual stream starts here; expected a token embedding",
     "bert": r"not a causal decoder",
     "ctrl": r"node \w+: in the residual stream; expected an add",
-    "dots1": r"node \w+: in the residual stream; expected an add, .*experts",
     "mamba": r"it wrote no keys and values into its cache; expected a decoder with attention in every layer",
     "minicpm3": r"pass \d name-attention: node \w+: attention keys and values should come from append_cache",
     "openai-gpt": r"it wrote no keys and values into its cache",

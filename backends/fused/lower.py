@@ -30,10 +30,10 @@ from resq_compiler.errors import BackendError
 from resq_compiler.frontend.capture import EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST
 from resq_compiler.ir import graph_tools, ops, verify
 from resq_compiler.ir.transforms import TARGETS
-from resq_compiler.ir.views import Hadamard
+from resq_compiler.ir.views import CodedLinear, Hadamard
 
 aten = torch.ops.aten
-QUANTIZED = {ops.quantize, ops.quantized_linear, ops.weight_only_linear, ops.attention}
+QUANTIZED = {ops.quantize, *CodedLinear.targets, ops.attention}
 TORCH_READERS = {aten.embedding.default, aten.linear.default, *TARGETS}
 
 

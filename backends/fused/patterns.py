@@ -51,6 +51,8 @@ def inputs_of(linear: LinearSum) -> Inputs | str:
     for part in map(read_part, linear.parts):
         if not isinstance(part, CodedLinear):
             return "some of its parts have float weights"
+        if part.of_experts:
+            return "a linear of experts: there is no grouped kernel; use the reference backend"
         if not part.on_codes:
             return "16-bit activations: there is no weight-only kernel; compile with activation_bits=4 or 8"
         if part.group_size is not None:

@@ -101,6 +101,12 @@ def make_plan(gm: GraphModule, stack: bool) -> Plan:
 def products(gm: GraphModule, linear: LinearSum) -> Iterator[tuple[Product, tuple[Node, ...]]]:
     """The products of a linear and the nodes inside each: one for all parts, or one for each where some have float weights."""
     coded = [view for view in map(CodedLinear.of, linear.parts) if view is not None]
+    if coded and coded[0].of_experts:
+        raise BackendError(
+            f"onnx: node {linear.root.name} ({linear.site.name}): a linear of experts, which no form of this backend writes; "
+            "use the reference backend",
+            node=linear.root.name,
+        )
     if len(coded) == len(linear.parts):
         bias = None if linear.bias is None else graph_tools.get_tensor(gm, linear.bias)
         yield Product(linear.root, tuple(term_of(gm, view) for view in coded), bias), linear.inner

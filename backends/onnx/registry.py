@@ -9,6 +9,7 @@ from resq_compiler.backends.onnx.values import Emitted
 from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import BackendError
+from resq_compiler.ir.serialize import target_name
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
@@ -36,7 +37,7 @@ def emitter_of(node: Node) -> Emitter:
 
 def unsupported(nodes: list[Node]) -> str:
     """The message for operators that have no ONNX form."""
-    lines = ", ".join(f"{n.name} ({n.target})" for n in nodes[:5])
+    lines = ", ".join(f"{n.name} ({target_name(n.target)})" for n in nodes[:5])
     return (
         f"onnx: no ONNX form for {len(nodes)} node(s): {lines}; expected operators of resq_compiler.ir.ops or one of "
         f"{len(EMITTERS)} known operators; add an emitter with resq_compiler.backends.onnx.registry.emits"

@@ -13,15 +13,23 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.topology import Attention, ReadGroup
+from resq_compiler.ir import values
+from resq_compiler.ir.expert_views import matrices
 from resq_compiler.ir.views import Linear
 from resq_compiler.util import devices
 
 
 def residual_readers(gm: GraphModule, groups: Iterable[ReadGroup]) -> Tensor:
-    """Sum of Wᵀ W over linears that read the residual stream: float64 [d, d]."""
-    linears = (Linear.require(linear) for group in groups for linear in group.linears)
-    weights = (devices.here(linear.weight_tensor(gm)).float() for linear in linears)
-    return torch.stack([(w.mT @ w).double() for w in weights]).sum(0)
+    """Sum of Wᵀ W over linears that read the residual stream: float64 [d, d]. An expert counts by the share of tokens that it would get
+    if all were chosen equally often."""
+    readers = [Linear.require(linear) for group in groups for linear in group.linears]
+    return torch.stack([_reader(gm, linear) for linear in readers]).sum(0)
+
+
+def _reader(gm: GraphModule, linear: Linear) -> Tensor:
+    weights = (devices.here(weight).float() for weight in matrices(gm, linear))
+    found = torch.stack([(w.mT @ w).double() for w in weights])
+    return found[0] if linear.indices is None else found.mean(0) * values.width(linear.indices)
 
 
 def value_readers(gm: GraphModule, attention: Attention) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis.mixtures import find_experts, weighs_tokens
 from resq_compiler.analysis.overrides import (
     BlockOverride,
     FeedForwardOverride,
@@ -15,16 +16,16 @@ from resq_compiler.analysis.overrides import (
     TopologyOverrides,
     switched_off,
 )
-from resq_compiler.analysis.residual import EMBEDDING, LINEAR, find_cuts, find_head, find_residual
+from resq_compiler.analysis.residual import EMBEDDING, LINEARS, find_cuts, find_head, find_residual
 from resq_compiler.analysis.topology import Attention, Block, FeedForward, Residual, Topology
 from resq_compiler.errors import TopologyError
 from resq_compiler.ir import graph_tools, meta, ops, values, views
-from resq_compiler.ir.args import source
+from resq_compiler.ir.args import operands, source
 from resq_compiler.ir.graph_tools import aten, is_call, only_user
 from resq_compiler.ir.views import AppendCache, Linear, MergeHeads, Norm, SplitHeads
 
 ACTIVATIONS = (aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default)
-ELEMENTWISE = (*ACTIVATIONS, aten.mul.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar)
+ELEMENTWISE = (*ACTIVATIONS, aten.mul.Tensor, aten.add.Tensor, aten.pow.Tensor_Scalar, aten.clamp.default)
 
 
 def analyze(gm: GraphModule, overrides: TopologyOverrides | None = None) -> Topology:
@@ -49,7 +50,7 @@ def analyze(gm: GraphModule, overrides: TopologyOverrides | None = None) -> Topo
     hidden = values.width(residual.values[0])
     if overrides.hidden_size not in (None, hidden):
         raise TopologyError(f"topology override, hidden_size: the graph says {hidden}; got {overrides.hidden_size!r}")
-    topology = Topology(residual, blocks, head, hidden, floats)
+    topology = Topology(residual, blocks, head, hidden, floats, [n for block in blocks for n in block.routers])
     label_linears(gm, topology)
     return topology
 
@@ -60,7 +61,7 @@ def trace_back(node: Node, goal: str) -> Node:
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
-        if is_call(current, LINEAR):
+        if is_call(current, *LINEARS):
             linears[current] = None
             continue
         if is_call(current, EMBEDDING, ops.attention):
@@ -155,9 +156,12 @@ def make_blocks(
         stated, attention = overrides.block(block.index), block.attention
         check_reads_stream(attention, readers, stated)
         used = {attention.q, attention.k, attention.v, attention.o}
-        rest = [n for n in _between(order, block) if is_call(n, LINEAR) and n not in used]
+        rest = [n for n in _between(order, block) if is_call(n, *LINEARS) and n not in used]
         block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats)
         known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
+        block.routers = [f.experts.router for f in block.feed_forwards if f.experts is not None]
+        block.routers += [n for n in rest if n not in known and n not in block.routers and weighs_tokens(n, readers)]
+        known.update(block.routers)
         for node in rest:
             if node not in known and node not in floats:
                 raise TopologyError(
@@ -243,7 +247,7 @@ def trace_feed_forward(
         seen.add(node)
         linear = Linear.of(node)
         if linear is not None and (node in readers or linear.name in said):
-            found = gates if any(is_call(u, *ACTIVATIONS) for u in node.users) else ups
+            found = gates if meets_activation(node) else ups
             said.pop(linear.name, found).append(node)
             continue
         if linear is not None and node not in floats:
@@ -256,7 +260,21 @@ def trace_feed_forward(
         raise TopologyError(f"topology override, {where}: {next(iter(said))} does not stand before it")
     why = "operators between up and down mix channels"
     channelwise = switched_off(channelwise, stated.channelwise if stated else None, f"{where} channelwise", why)
-    return FeedForward(gates, ups, down, channelwise)
+    return FeedForward(gates, ups, down, channelwise, find_experts(down, (*gates, *ups), readers))
+
+
+def meets_activation(node: Node) -> bool:
+    """An activation follows, behind clamps and scalings at most."""
+    if any(is_call(user, *ACTIVATIONS) for user in node.users):
+        return True
+    inner = [
+        u for u in node.users if is_call(u, aten.clamp.default) or (is_call(u, aten.mul.Tensor) and _times_number(u))
+    ]
+    return any(map(meets_activation, inner))
+
+
+def _times_number(product: Node) -> bool:
+    return isinstance(operands(product)[1], (int, float))
 
 
 def label_linears(gm: GraphModule, topology: Topology) -> None:
@@ -276,3 +294,5 @@ def label_linears(gm: GraphModule, topology: Topology) -> None:
             for node in feed_forward.ups:
                 label(node, "up", block.index)
             label(feed_forward.down, "down", block.index)
+        for node in block.routers:
+            label(node, "router", block.index)

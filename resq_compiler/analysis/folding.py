@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.topology import ReadGroup
 from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.expert_views import matrices
 from resq_compiler.ir.views import Linear, Norm
 from resq_compiler.util import devices
 
@@ -42,8 +43,8 @@ class FoldingCost:
         if norm is None or norm.gain is None:
             return None
         bias = None if norm.bias is None else devices.here(graph_tools.get_tensor(gm, norm.bias)).double()
-        weights = (devices.here(Linear.require(linear).weight_tensor(gm)) for linear in group.linears)
-        read = [weight.double().square().sum(0) for weight in weights]
+        weights = (w for linear in group.linears for w in matrices(gm, Linear.require(linear)))
+        read = [devices.here(weight).double().square().sum(0) for weight in weights]
         gain = devices.here(graph_tools.get_tensor(gm, norm.gain)).double()
         return cls(gain, bias, norm.subtracts_mean, torch.stack(read).sum(0))
 

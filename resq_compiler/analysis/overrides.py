@@ -12,7 +12,8 @@ The form is that of `resq inspect MODEL --topology --json`, whole or any part of
     float: [model.layers.0.mlp.down_proj]            # linears that stay float, whatever their role, or without one
 
 Roles are given by the names of linears. Properties may be switched off, never on. Everything else (heads, widths) is read from the
-graph and only compared. Exact passes are checked numerically afterwards, so a wrong statement stops a compile and changes no result.
+graph and only compared; experts and routers are always those of the graph. Exact passes are checked numerically afterwards, so a wrong
+statement stops a compile and changes no result.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from resq_compiler.ir.views import Linear
 ROLES = ("q", "k", "v", "o")
 _DERIVED = {"model", "hidden_size", "not_fused"}
 _ATTENTION = {*ROLES, "values_fusable", "heads", "kv_heads", "head_dim", "value_dim", "window"}
-_FEED_FORWARD = {"gate", "up", "down", "channelwise"}
+_FEED_FORWARD = {"gate", "up", "down", "channelwise", "experts"}
 _RESIDUAL = {"fusable", "values", "writers", "gained_writers", "readers"}
 _FORM = "expected the form of `resq inspect MODEL --topology --json`, or a part of it"
 
@@ -99,7 +100,7 @@ def _overrides(values: Any, where: str) -> TopologyOverrides:
     blocks: dict[int, BlockOverride] = {}
     for i, entry in enumerate(_list(values.get("blocks", []), f"{where}, blocks")):
         place = f"{where}, blocks, entry {i}"
-        _check_keys(entry, {"index", "attention", "feed_forward"}, place)
+        _check_keys(entry, {"index", "attention", "feed_forward", "routers"}, place)
         index = entry.get("index")
         if type(index) is not int or index < 0 or index in blocks:
             raise ConfigError(f"{place}: expected `index: ` and the number of a block, each once; got {index!r}")

@@ -13,8 +13,10 @@ from resq_compiler.errors import TopologyError
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import operands, source
 from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.views import Linear
 
 LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
+LINEARS = Linear.targets
 NORMS = (ops.rms_norm, aten.layer_norm.default)
 EMBEDDINGS = "embeddings"  # stands for all of them, before the nodes, where paths are looked for
 
@@ -38,6 +40,17 @@ def _is_scalar(value: object) -> bool:
     return isinstance(value, (int, float))
 
 
+def _scaled(product: Node) -> Node | None:
+    """What a product scales: the factor beside a number, or beside one number for each token. None where it mixes channels."""
+    first, second = operands(product)
+    if _is_scalar(second):
+        return first
+    for x, by in ((first, second), (second, first)):
+        if isinstance(by, Node) and len(values.shape(by)) == 3 and values.width(by) == 1 < values.width(x):
+            return x
+    return None
+
+
 def find_residual(head: Node) -> Residual:
     """Close the set of stream values under add and scaling, backwards from the last norm, then collect readers."""
     x = source(head)
@@ -53,16 +66,18 @@ def find_residual(head: Node) -> Residual:
         found[node] = None
         if is_call(node, aten.add.Tensor):
             pending.extend(a for a in operands(node) if isinstance(a, Node))
-        elif is_call(node, aten.mul.Tensor) and _is_scalar(operands(node)[1]):
+        elif is_call(node, aten.mul.Tensor) and (scaled := _scaled(node)) is not None:
+            pending.append(scaled)
+        elif is_call(node, ops.combine_experts):
             pending.append(source(node))
-        elif is_call(node, LINEAR, EMBEDDING):
+        elif is_call(node, *LINEARS, EMBEDDING):
             writers[node] = None
         elif is_call(node, *NORMS):
             gained[node] = None
         else:
             raise TopologyError(
-                f"node {node.name}: in the residual stream; expected an add, a scaling, a linear, an embedding or a norm "
-                f"(experts and gated streams are not supported); got {node.format_node()}",
+                f"node {node.name}: in the residual stream; expected an add, a scaling, a linear, experts, an embedding or a norm "
+                f"(gated streams are not supported); got {node.format_node()}",
                 node=node.name,
             )
     order = {n: i for i, n in enumerate(head.graph.nodes)}
@@ -81,7 +96,7 @@ def find_readers(stream: list[Node], gained: set[Node]) -> list[ReadGroup]:
         for user in value.users:
             if user in inside and user not in gained:
                 continue
-            if is_call(user, LINEAR):
+            if is_call(user, *LINEARS):
                 direct.append(user)
             elif is_call(user, *NORMS) and user not in gained:
                 groups.append(ReadGroup(user, user, _linear_users(user)))
@@ -96,7 +111,7 @@ def find_readers(stream: list[Node], gained: set[Node]) -> list[ReadGroup]:
 
 
 def _linear_users(norm: Node) -> list[Node]:
-    others = [u for u in norm.users if not is_call(u, LINEAR)]
+    others = [u for u in norm.users if not is_call(u, *LINEARS)]
     if others:
         raise TopologyError(
             f"node {others[0].name}: reads {norm.name}; expected only linears after a norm, got {others[0].format_node()}",

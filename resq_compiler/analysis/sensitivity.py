@@ -42,7 +42,8 @@ class Place:
 
     def rows(self, x: Tensor) -> Tensor:
         """[tokens, groups, width], float64."""
-        return (x.transpose(1, 2) if x.dim() == 4 else x.unflatten(-1, (self.groups, -1))).flatten(0, 1).double()
+        of_heads = x.dim() == 4 and not self.channels
+        return (x.transpose(1, 2) if of_heads else x.unflatten(-1, (self.groups, -1))).flatten(0, -3).double()
 
 
 def places(topology: Topology) -> dict[Site, list[Place]]:
@@ -56,7 +57,7 @@ def places(topology: Topology) -> dict[Site, list[Place]]:
             site = Site("mlp") if shared else Site("mlp", i, j)
             found.setdefault(site, []).append(Place(source((*f.gates, *f.ups)[0])))
         found[Site("o", i)] = [Place(source(a.o), a.num_heads)]
-        found[Site("down", i)] = [Place(source(f.down), channels=True) for f in block.feed_forwards]
+        found[Site("down", i)] = [Place(source(f.down), channels=True) for _, f in block.main_feed_forwards]
         found[Site("key", i)] = [Place(a.new_keys, a.num_kv_heads)]
         found[Site("value", i)] = [Place(a.new_values, a.num_kv_heads)]
     return found

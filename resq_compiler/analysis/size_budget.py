@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,9 +60,9 @@ def fixed_bytes(
     tensors = {str(n.target): graph_tools.held(gm, n) for n in gm.graph.find_nodes(op="get_attr")}
     total = sum(t.numel() * t.element_size() for name, t in tensors.items() if name not in linears)
     scales = 4 + 1  # a float32 scale, and less than a byte that is not full
-    total += sum(budget.parts * shape[0] * scales for shape in linears.values())
+    total += sum(budget.parts * math.prod(shape[:-1]) * scales for shape in linears.values())
     if plan.weight_group_size is not None:
-        total += sum(4 * rows * (width // plan.weight_group_size) for rows, width in linears.values())
+        total += sum(4 * math.prod(rows) * (width // plan.weight_group_size) for *rows, width in linears.values())
     if plan.lm_head_bits is not None:
         head = graph_tools.held(gm, Linear.require(topology.head).weight)
         total += len(head) * 4 - head.numel() * (head.element_size() - 1)

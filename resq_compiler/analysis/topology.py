@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from resq_compiler.ir import views
-from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir import values, views
+from resq_compiler.ir.graph_tools import is_call
 from resq_compiler.ir.views import AppendCache, CausalMask
 
 
@@ -71,13 +71,34 @@ class Attention:
 
 
 @dataclass
+class Experts:
+    """How a mixture chooses: `router`, the linear whose scores say which `choices` of `count` experts a token goes through.
+
+    indices: their numbers, [B·S, k]; weights: what each counts, [B·S, k]; combined: their weighted sum.
+    """
+
+    router: Node
+    indices: Node
+    weights: Node
+    combined: Node
+    count: int
+    choices: int
+
+
+@dataclass
 class FeedForward:
-    """down(f(up linears)): `gates` are the linears that an activation follows, `ups` the others."""
+    """down(f(up linears)): `gates` are the linears that an activation follows, `ups` the others; all of `experts`, or of none."""
 
     gates: list[Node]
     ups: list[Node]
     down: Node
     channelwise: bool  # only elementwise operators between: hidden channels may be permuted freely
+    experts: Experts | None = None
+
+    @property
+    def width(self) -> int:
+        """Input channels of the down projection."""
+        return values.width(views.Linear.require(self.down).x)
 
 
 @dataclass
@@ -89,6 +110,16 @@ class Block:
     end: Node
     attention: Attention
     feed_forwards: list[FeedForward] = field(default_factory=list)
+    routers: list[Node] = field(default_factory=list)  # of experts, and gates that weigh a shared expert
+
+    @property
+    def main_feed_forwards(self) -> list[tuple[int, FeedForward]]:
+        """Those, with their numbers, whose down projections have the width that most weights have: one share of columns suits them all."""
+        weights: dict[int, int] = {}
+        for item in self.feed_forwards:
+            width = item.width
+            weights[width] = weights.get(width, 0) + width * (item.experts.count if item.experts else 1)
+        return [(i, f) for i, f in enumerate(self.feed_forwards) if f.width == max(weights, key=weights.__getitem__)]
 
 
 @dataclass
@@ -100,6 +131,9 @@ class Topology:
     head: Node
     hidden_size: int
     floats: list[Node] = field(default_factory=list)  # linears that the user keeps in float
+    routers: list[Node] = field(
+        default_factory=list
+    )  # linears that choose or weigh experts: rotated, but never quantized
 
     @property
     def readers(self) -> list[ReadGroup]:
@@ -109,5 +143,10 @@ class Topology:
     @property
     def linears(self) -> list[Node]:
         """All linears inside blocks that are to be quantized, in execution order."""
-        left_out = {self.head, *self.floats}
-        return [n for n in self.head.graph.nodes if is_call(n, aten.linear.default) and n not in left_out]
+        left_out = {self.head, *self.floats, *self.routers}
+        return [n for n in self.head.graph.nodes if is_call(n, *views.Linear.targets) and n not in left_out]
+
+    @property
+    def mixtures(self) -> list[tuple[Block, FeedForward, Experts]]:
+        """The feed-forwards that are mixtures of experts, with their blocks."""
+        return [(b, f, f.experts) for b in self.blocks for f in b.feed_forwards if f.experts is not None]

@@ -46,9 +46,12 @@ class Schedule:
                 pending.extend(n for n in node.all_input_nodes if n not in self.given)
         return seen
 
-    def run(self, env: dict[Node, Any], taps: Mapping[Node, Callable[[Any], None]] | None = None) -> None:
-        """Compute the targets into env; taps see values as they are computed."""
-        run_nodes(self.gm, self.order, self.release, env, taps or {})
+    def run(
+        self, env: dict[Node, Any], taps: Mapping[Node, Callable[[Any], None]] | None = None,
+        instead: Mapping[object, Callable] | None = None,
+    ) -> None:  # fmt: skip
+        """Compute the targets into env; taps see values as they are computed. instead: operators to call in the place of others."""
+        run_nodes(self.gm, self.order, self.release, env, taps or {}, instead)
 
 
 class Stretch:
@@ -84,10 +87,10 @@ def last_uses(order: Sequence[Node], keep: set[Node]) -> dict[Node, list[Node]]:
 @torch.no_grad()
 def run_nodes(
     gm: GraphModule, order: Sequence[Node], release: dict[Node, list[Node]], env: dict[Node, Any],
-    taps: Mapping[Node, Callable[[Any], None]],
+    taps: Mapping[Node, Callable[[Any], None]], instead: Mapping[object, Callable] | None = None,
 ) -> None:  # fmt: skip
-    """Run nodes in order on env, dropping released values."""
-    substitutes = precision.substitutes()
+    """Run nodes in order on env, dropping released values. instead: operators to call in the place of others."""
+    substitutes = {**precision.substitutes(), **(instead or {})}
     for node in order:
         if node not in env:
             env[node] = run_node(gm, node, env, substitutes)

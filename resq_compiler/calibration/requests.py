@@ -11,11 +11,13 @@ from torch.fx import Node
 from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.topology import FeedForward, ReadGroup, Topology
 from resq_compiler.calibration import precision
+from resq_compiler.calibration.experts import on_every_expert
 from resq_compiler.calibration.statistics import Request
 from resq_compiler.ir import values
 from resq_compiler.ir.args import source
 from resq_compiler.numerics.basis import SecondMoment
 from resq_compiler.numerics.channels import Energy, LoudTokens, Peak
+from resq_compiler.numerics.expert_channels import ExpertEnergy, ExpertPeak
 
 BLOCK = 64
 """Channels of a down projection's input that share a basis with block PCA: their largest common divisor with the width."""
@@ -73,13 +75,22 @@ def head_moments(topology: Topology) -> list[Request]:
     return found
 
 
-def down_sizes(topology: Topology, by: str) -> list[Request]:
-    """Energy or Peak (by: "energy" or "peak") of the input channels of every down projection: [width]."""
-    kind = Energy if by == "energy" else Peak
-    return [
-        Request(site, kind(f"the input of node {f.down.name}"), (source(f.down),))
-        for site, f in feed_forwards(topology)
-    ]
+def down_sizes(topology: Topology, by: str, all_experts: bool = False) -> list[Request]:
+    """Energy or Peak (by: "energy" or "peak") of the input channels of every down projection: [width].
+
+    Of a mixture ExpertEnergy or ExpertPeak, [E, width]; all_experts: over every token, not only those routed to an expert.
+    """
+    return [down_size(site, f, by, all_experts) for site, f in feed_forwards(topology)]
+
+
+def down_size(site: Site, f: FeedForward, by: str, all_experts: bool) -> Request:
+    """The request of one of them."""
+    name, x = f"the input of node {f.down.name}", source(f.down)
+    if f.experts is None:
+        return Request(site, Energy(name) if by == "energy" else Peak(name), (x,))
+    sizes = ExpertEnergy(name, f.experts.count) if by == "energy" else ExpertPeak(name, f.experts.count)
+    x, indices = on_every_expert(x, f.experts) if all_experts else (x, f.experts.indices)
+    return Request(site, sizes, (x,), routed_by=indices)
 
 
 def down_moments(topology: Topology) -> list[Request]:

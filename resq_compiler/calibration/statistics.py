@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from resq_compiler.calibration import executor
 from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools
+from resq_compiler.numerics.expert_channels import ExpertSizes
 from resq_compiler.util import memory
 
 FILE = "statistics"
@@ -43,12 +44,16 @@ def unchanged(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A statistic, still empty, of the values at some nodes, pooled. rows: from a value to what the statistic takes."""
+    """A statistic, still empty, of the values at some nodes, pooled. rows: from a value to what the statistic takes.
+
+    routed_by: of a statistic of experts (`route`), the node that says which experts the tokens of the values went through.
+    """
 
     site: Site
     statistic: Statistic
     nodes: tuple[Node, ...]
     rows: Callable[[Tensor], Tensor] = unchanged
+    routed_by: Node | None = None
 
     @property
     def key(self) -> tuple[type, Site]:
@@ -59,6 +64,14 @@ class Request:
     def name(self) -> str:
         """In files."""
         return f"{type(self.statistic).__name__}.{self.site}"
+
+    def taps(self) -> Iterator[tuple[Node, Callable[[Tensor], None]]]:
+        """What it wants to see, and who sees it: the experts of tokens come before their values."""
+        if self.routed_by is not None:
+            assert isinstance(self.statistic, ExpertSizes), "only statistics of experts are routed"
+            yield self.routed_by, self.statistic.route
+        for node in self.nodes:
+            yield node, self.see
 
     def see(self, x: Tensor) -> None:
         """Add the tokens of a value at one of the nodes."""
@@ -99,8 +112,8 @@ def take(
     if not restored(requests, work):
         taps: dict[Node, Callable[[Tensor], None]] = {}
         for request in requests:
-            for node in request.nodes:
-                taps[node] = both(taps[node], request.see) if node in taps else request.see
+            for node, see in request.taps():
+                taps[node] = both(taps[node], see) if node in taps else see
         observe(gm, taps, windows, lambda done, total: progress("calibrate", done, total))
         for request in requests:
             request.statistic.restore({name: t.cpu() for name, t in request.statistic.state().items()})

@@ -75,9 +75,9 @@ def average_bits(compiled: CompileResult) -> AverageBits:
             continue
         view = read_part(node)
         coded = isinstance(view, CodedLinear)
-        rows, columns = graph_tools.held(gm, view.qdata if isinstance(view, CodedLinear) else view.weight).shape
+        *rows, columns = graph_tools.held(gm, view.qdata if isinstance(view, CodedLinear) else view.weight).shape
         scales = graph_tools.held(gm, view.scale).numel() if isinstance(view, CodedLinear) else 0
-        weights.add(rows * columns, part.weight_bits if coded else FLOAT_BITS, scales * SCALE_BITS)
+        weights.add(math.prod(rows) * columns, part.weight_bits if coded else FLOAT_BITS, scales * SCALE_BITS)
         if view.x not in inputs:
             inputs.add(view.x)
             quantizer = Quantize.of(view.x)
@@ -155,8 +155,12 @@ def _tensors(gm: GraphModule) -> Iterator[tuple[Node, str, int]]:
     for node, part in _parts(gm):
         head, view = part.site.role == "head", read_part(node)
         if isinstance(view, CodedLinear):
-            rows, columns = view.codes(gm).shape
-            yield view.qdata, "head" if head else "weight_codes", rows * packed_length(columns, part.weight_bits)
+            *rows, columns = view.codes(gm).shape
+            yield (
+                view.qdata,
+                "head" if head else "weight_codes",
+                math.prod(rows) * packed_length(columns, part.weight_bits),
+            )
             yield view.scale, "head" if head else "weight_scales", _bytes(gm, view.scale)
         else:
             yield view.weight, "head" if head else "weight_codes", _bytes(gm, view.weight)

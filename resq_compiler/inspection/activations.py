@@ -170,6 +170,8 @@ def _tap_super_weights(
     for block in topology.blocks:
         for feed_forward in block.feed_forwards:
             down = Linear.require(feed_forward.down)
+            if down.of_experts:
+                continue  # a weight of one expert is not one of the model's few
             add_tap(taps, down.x, partial(inputs.__setitem__, down.node))
             add_tap(taps, down.node, partial(see, down, block.index))
 

@@ -22,7 +22,7 @@ from resq_compiler.errors import PassError
 from resq_compiler.inspection.noise import input_of, quantizer_of
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.args import node_arg
-from resq_compiler.ir.graph_tools import aten
+from resq_compiler.ir.graph_tools import is_call
 from resq_compiler.ir.views import CodedLinear, Dequantize, Linear
 
 LEVELS = ("kind", "block", "linear")
@@ -153,11 +153,15 @@ class SwitchedGraph:
         x, quantizer, coded = env[input_of(node)], quantizer_of(node), CodedLinear.of(node)
         if quantizer is not None and ("activations", part.site.name) in on:
             x = ops.dequantize(quantizer.codes_of(self.gm, x))
-        if coded is None:
-            return F.linear(x, Linear.require(node).weight_tensor(self.gm))
-        if ("weights", part.site.name) in on:
+        weight = (
+            Linear.require(node).weight_tensor(self.gm) if coded is None else self.weights[part.site.name, part.index]
+        )
+        indices = (Linear.require(node) if coded is None else coded).indices
+        if coded is None or ("weights", part.site.name) not in on:
+            return F.linear(x, weight) if indices is None else ops.expert_linear(x, weight, env[indices])
+        if indices is None:
             return ops.weight_only_linear(x, env[coded.qdata], env[coded.scale], coded.group_size)
-        return F.linear(x, self.weights[part.site.name, part.index])
+        return ops.weight_only_expert_linear(x, env[coded.qdata], env[coded.scale], env[indices], coded.group_size)
 
 
 def block_of(node: Node) -> int | None:
@@ -177,9 +181,9 @@ def coded_parts(gm: GraphModule) -> Iterator[tuple[CodedLinear, meta.LinearPart]
 def float_weights(quantized: GraphModule, projected: GraphModule) -> dict[tuple[str, int], Tensor]:
     """Float weights of all parts, by linear and part. Raises PassError unless every quantized part has one of its shape."""
     found: dict[tuple[str, int], Tensor] = {}
-    for node in projected.graph.find_nodes(op="call_function", target=aten.linear.default):
+    for node in projected.graph.nodes:
         part = meta.get(node, meta.LinearPart)
-        if part is not None:
+        if part is not None and is_call(node, *Linear.targets):
             found[part.site.name, part.index] = Linear.require(node).weight_tensor(projected)
     for coded, part in coded_parts(quantized):
         weight, codes = found.get((part.site.name, part.index)), coded.codes(quantized)

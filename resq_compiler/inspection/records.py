@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.views import Dequantize, Quantize, QuantizeDequantize
+from resq_compiler.ir import graph_tools, meta
+from resq_compiler.ir.views import CodedLinear, Dequantize, Quantize, QuantizeDequantize
 
-CODES = ("quantize", "quantized_linear", "weight_only_linear", "quantize_dequantize", "dequantize")
+CODES = ("quantize", "quantized_linear", "weight_only_linear", "quantized_expert_linear", "weight_only_expert_linear",
+         "quantize_dequantize", "dequantize")  # fmt: skip
 
 
 def graph_records(graph: Graph) -> list[dict[str, Any]]:
@@ -88,7 +89,6 @@ def module_name(node: Node) -> str:
 
 def bits_of(node: Node) -> str:
     """Bits of the codes a node makes, holds or multiplies; "" where everything is float."""
-    name = target_name(node)
     if (quantizer := Quantize.of(node)) is not None:
         return str(quantizer.bits)
     if (image := Dequantize.of(node)) is not None:
@@ -96,17 +96,16 @@ def bits_of(node: Node) -> str:
     if (entry := QuantizeDequantize.of(node)) is not None:
         return "|".join(str(bits) for bits, _, _ in entry.parts)
     part = meta.get(node, meta.LinearPart)
-    if part is not None and name == "quantized_linear":
-        return f"W{part.weight_bits}A{part.activation_bits}"
-    if part is not None and name == "weight_only_linear":
-        return f"W{part.weight_bits}"
+    coded = CodedLinear.of(node)
+    if part is not None and coded is not None:
+        return f"W{part.weight_bits}A{part.activation_bits}" if coded.on_codes else f"W{part.weight_bits}"
     if node.op == "get_attr":
         parts = {p.weight_bits for u in node.users if (p := meta.get(u, meta.LinearPart)) and u.target in CODE_LINEARS}
         return str(parts.pop()) if len(parts) == 1 else ""
     return ""
 
 
-CODE_LINEARS = (ops.quantized_linear, ops.weight_only_linear)
+CODE_LINEARS = CodedLinear.targets
 
 
 def precision_of(bits: str) -> str:

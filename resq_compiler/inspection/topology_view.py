@@ -12,7 +12,7 @@ from resq_compiler.numerics.hadamard import hadamard_plan
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from resq_compiler.analysis.topology import Attention, Block, FeedForward, Residual, Topology
+    from resq_compiler.analysis.topology import Attention, Block, Experts, FeedForward, Residual, Topology
 
 
 def topology_dict(topology: Topology) -> dict[str, Any]:
@@ -104,11 +104,19 @@ def _block_dict(block: Block) -> dict[str, Any]:
         "feed_forward": [
             {
                 "gate": [_linear(n) for n in item.gates], "up": [_linear(n) for n in item.ups], "down": _linear(item.down),
-                "channelwise": item.channelwise,
+                "channelwise": item.channelwise, **_experts(item.experts),
             }
             for item in block.feed_forwards
         ],
+        **({"routers": [_linear(n) for n in block.routers]} if block.routers else {}),
     }  # fmt: skip
+
+
+def _experts(experts: Experts | None) -> dict[str, Any]:
+    """How many experts there are, and how many a token goes through; nothing where there is no mixture."""
+    if experts is None:
+        return {}
+    return {"experts": {"count": experts.count, "choices": experts.choices, "router": _linear(experts.router)["name"]}}
 
 
 def _linear(node: Node) -> dict[str, Any]:
@@ -188,9 +196,14 @@ def _block_lines(blocks: list[dict[str, Any]]) -> list[str]:
     ]
     for i, item in enumerate(first["feed_forward"]):
         branch, stem = ("└─", "  ") if i == len(first["feed_forward"]) - 1 else ("├─", "│ ")
+        experts = item.get("experts")
+        kind = (
+            f"{experts['choices']} of {experts['count']} experts, chosen by {experts['router']}"
+            if experts
+            else "feed-forward"
+        )
         lines.append(
-            f"│  {branch} feed-forward: "
-            + ("elementwise between up and down" if item["channelwise"] else "channels mix")
+            f"│  {branch} {kind}: " + ("elementwise between up and down" if item["channelwise"] else "channels mix")
         )
         lines += [f"│  {stem}   {role:<4} {_linear_text(n)}" for role in ("gate", "up") for n in item[role]]
         lines.append(f"│  {stem}   down {_linear_text(item['down'])}")

@@ -102,6 +102,17 @@ def _check_shape(node: Node, value: Tensor, shape: Sequence[int]) -> None:
     assert tuple(value.shape) == tuple(shape), f"tensor {node.target}: {tuple(value.shape)}, announced {tuple(shape)}"
 
 
+def rename_tensor(gm: GraphModule, node: Node, target: str) -> None:
+    """Bind the tensor behind a get_attr node to another name, for all nodes that refer to it."""
+    old, value = str(node.target), held(gm, node)
+    module, name = owner_and_name(gm, old)
+    delattr(module, name)
+    set_tensor(gm, target, value)
+    for other in gm.graph.find_nodes(op="get_attr"):
+        if other.target == old:
+            other.target = target
+
+
 def delete_unused_tensors(gm: GraphModule) -> None:
     """Release tensors that no node refers to."""
     used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from resq_compiler.ir import meta, ops, values
+from resq_compiler.ir import meta, values
 from resq_compiler.ir.args import argument, other_operand
+from resq_compiler.ir.expert_views import ExpertBias
 from resq_compiler.ir.graph_tools import aten, is_call, only_user
 from resq_compiler.ir.views import CodedLinear, Linear
 
-PARTS = (aten.linear.default, ops.quantized_linear, ops.weight_only_linear)
+PARTS = (*Linear.targets, *CodedLinear.targets)
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,11 @@ def _follow_parts(nodes: list[Node]) -> tuple[list[Node], Node, str | None]:
 
 
 def _bias_after(root: Node) -> Node | None:
-    """A vector of the model that the only user adds to a sum."""
+    """A vector of the model that the only user adds to a sum; of experts, one for each."""
     user = only_user(root)
+    of_experts = ExpertBias.of(user)
+    if of_experts is not None:
+        return of_experts.bias
     if user is None or not _is_addition(user):
         return None
     other = other_operand(user, root)

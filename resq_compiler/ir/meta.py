@@ -26,7 +26,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear of the original model. `role` is q, k, v, o, up, gate, down or head; found by dataflow."""
+    """A linear of the original model. `role` is q, k, v, o, up, gate, down, router or head; found by dataflow."""
 
     key: ClassVar[str] = "resq.linear"
     name: str

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from resq_compiler.numerics import quantized
+from resq_compiler.numerics import experts, quantized
 from resq_compiler.numerics.hadamard import hadamard_plan, hadamard_transform
 from resq_compiler.numerics.quantized import QuantizedActivation
 from resq_compiler.numerics.transforms import Kronecker
@@ -222,6 +222,41 @@ def quantized_linear(
 def weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor, group_size: int | None = None) -> Tensor:
     """Float activations [..., K] times the float image of weight codes qdata [N, K] int8, scale [N], or [N, groups]."""
     return F.linear(x, (qdata * quantized.column_scales(scale, qdata.shape[1], group_size)).to(x.dtype))
+
+
+@op
+def expert_linear(x: Tensor, weight: Tensor, indices: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear for each expert: x [B, S, K], or [B, S, k, K] (a value for each choice) -> [B, S, k, N], by weight[i] [N, K] and bias[i] of
+    weight [E, N, K] and bias [E, N], where i are the k experts of a token: indices [B, S, k] or [B·S, k]."""
+    return experts.expert_linear(x, weight, indices, bias)
+
+
+@op
+def quantized_expert_linear(
+    x: QuantizedActivation, qdata: Tensor, scale: Tensor, indices: Tensor, row_sum: Tensor | None = None, group_size: int | None = None
+) -> Tensor:  # fmt: skip
+    """`quantized_linear` for each expert: qdata [E, N, K] int8, scale [E, N] or [E, N, groups], row_sum [E, N]; float32 [B, S, k, N]."""
+    return experts.quantized_expert_linear(x, qdata, scale, indices, row_sum, group_size)
+
+
+@op
+def weight_only_expert_linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, indices: Tensor, group_size: int | None = None
+) -> Tensor:
+    """`weight_only_linear` for each expert: qdata [E, N, K] int8, scale [E, N] or [E, N, groups]; [B, S, k, N]."""
+    return experts.weight_only_expert_linear(x, qdata, scale, indices, group_size)
+
+
+@op
+def add_expert_bias(x: Tensor, bias: Tensor, indices: Tensor) -> Tensor:
+    """x [B, S, k, N] plus the bias [E, N] of each choice's expert."""
+    return experts.add_expert_bias(x, bias, indices)
+
+
+@op
+def combine_experts(y: Tensor, weights: Tensor) -> Tensor:
+    """The sum of a token's choices, weighted by its router: y [B, S, k, N], weights [B, S, k] or [B·S, k] -> [B, S, N]."""
+    return experts.combine_experts(y, weights)
 
 
 @op

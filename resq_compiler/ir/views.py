@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from resq_compiler.errors import TopologyError
 from resq_compiler.ir import graph_tools, ops, values
@@ -80,16 +80,34 @@ class View(ABC):
 
 @dataclass(frozen=True)
 class Linear(View):
-    """x Wᵀ + b with a weight [N, K] and a bias [N] of the model."""
+    """x Wᵀ + b with a weight [N, K] and a bias [N] of the model.
 
-    targets = (aten.linear.default,)
+    For each expert of a mixture where there are `indices`: weight [E, N, K], bias [E, N]. What is done to one is done to all.
+    """
+
+    targets = (aten.linear.default, ops.expert_linear)
     x: Node
     weight: Node
     bias: Node | None
+    indices: Node | None = None
 
     @classmethod
     def read(cls, node: Node) -> Linear:
-        return cls(node, node_arg(node, "input"), tensor_arg(node, "weight"), optional_tensor_arg(node, "bias"))
+        weight, bias = tensor_arg(node, "weight"), optional_tensor_arg(node, "bias")
+        if node.target is ops.expert_linear:
+            return cls(node, node_arg(node, "x"), weight, bias, node_arg(node, "indices"))
+        return cls(node, node_arg(node, "input"), weight, bias)
+
+    @property
+    def of_experts(self) -> bool:
+        """One for each expert of a mixture."""
+        return self.indices is not None
+
+    def like(self, graph: Graph, x: Node, weight: Node, bias: Node | None, made_by: str) -> Node:
+        """A new linear of the same kind at the graph's insertion point, of the same experts."""
+        args: tuple[Node, ...] = (x, weight) if self.indices is None else (x, weight, self.indices)
+        target = ops.expert_linear if self.of_experts else aten.linear.default
+        return graph_tools.emit(graph, target, args if bias is None else (*args, bias), self.node, made_by)
 
     @property
     def name(self) -> str:
@@ -439,25 +457,33 @@ class QuantizeDequantize(View):
 class CodedLinear(View):
     """A linear on weight codes [N, K] and their scales [N], or [N, groups] of `group_size` columns each.
 
-    x: a value where activations are float, and their codes where not.
+    x: a value where activations are float, and their codes where not. For each expert of a mixture where there are `indices`: codes
+    [E, N, K], scales [E, N] or [E, N, groups].
     """
 
-    targets = (ops.quantized_linear, ops.weight_only_linear)
+    targets = (ops.quantized_linear, ops.weight_only_linear, ops.quantized_expert_linear, ops.weight_only_expert_linear)
     x: Node
     qdata: Node
     scale: Node
     group_size: int | None = None
+    indices: Node | None = None
 
     @classmethod
     def read(cls, node: Node) -> CodedLinear:
         return cls(
-            node, node_arg(node, "x"), tensor_arg(node, "qdata"), tensor_arg(node, "scale"), optional_int_arg(node, "group_size")
+            node, node_arg(node, "x"), tensor_arg(node, "qdata"), tensor_arg(node, "scale"), optional_int_arg(node, "group_size"),
+            node_arg(node, "indices") if node.target in cls.targets[2:] else None,
         )  # fmt: skip
+
+    @property
+    def of_experts(self) -> bool:
+        """One for each expert of a mixture."""
+        return self.indices is not None
 
     @property
     def on_codes(self) -> bool:
         """Its activations are codes too."""
-        return self.node.target is ops.quantized_linear
+        return self.node.target in (ops.quantized_linear, ops.quantized_expert_linear)
 
     @property
     def name(self) -> str:
@@ -478,6 +504,6 @@ class CodedLinear(View):
         return graph_tools.get_tensor(gm, self.scale)
 
     def image(self, gm: GraphModule) -> Tensor:
-        """The float image of the codes, [N, K]."""
+        """The float image of the codes, of their shape."""
         codes = self.codes(gm)
-        return codes * column_scales(self.scales(gm), codes.shape[1], self.group_size)
+        return codes * column_scales(self.scales(gm), codes.shape[-1], self.group_size)

@@ -243,12 +243,12 @@ def column_scales(scale: Tensor, width: int, group_size: int | None) -> Tensor:
     Raises: QuantError: the scales are not those of so many groups.
     """
     if group_size is None:
-        return scale[:, None]
-    if scale.dim() != 2 or scale.shape[1] != -(-width // group_size):
+        return scale[..., None]
+    if scale.dim() < 2 or scale.shape[-1] != -(-width // group_size):
         raise QuantError(
             f"weight scales {tuple(scale.shape)}: expected {-(-width // group_size)} groups of {group_size} for {width} columns"
         )
-    return scale.repeat_interleave(group_size, 1)[:, :width]
+    return scale.repeat_interleave(group_size, -1)[..., :width]
 
 
 def integer_linear(

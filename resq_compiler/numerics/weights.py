@@ -21,7 +21,7 @@ class QuantizedWeight:
     """One part of a linear's weight: w[:, part] ~ qdata * scale.
 
     qdata: int8 [N, K_part], in [-2^(bits-1), 2^(bits-1)-1].    scale: float32, positive, [N], or [N, groups] of `group_size` columns each,
-    the last group of a part perhaps of fewer.
+    the last group of a part perhaps of fewer. Of experts, all with one dimension E before.
     """
 
     qdata: Tensor
@@ -30,8 +30,8 @@ class QuantizedWeight:
     group_size: int | None = None
 
     def dequantize(self) -> Tensor:
-        """float32 [N, K_part]."""
-        return self.qdata * column_scales(self.scale, self.qdata.shape[1], self.group_size)
+        """float32, as qdata."""
+        return self.qdata * column_scales(self.scale, self.qdata.shape[-1], self.group_size)
 
 
 def dequantize_weight(parts: Sequence[QuantizedWeight]) -> Tensor:
@@ -44,10 +44,12 @@ def split_rows(parts: Sequence[QuantizedWeight], rows: Sequence[int]) -> list[li
 
     Raises: QuantError: the counts do not add up to N.
     """
-    total = parts[0].qdata.shape[0]
+    total = parts[0].qdata.shape[-2]
     if sum(rows) != total:
         raise QuantError(f"split_rows: row counts {list(rows)} add to {sum(rows)}, the stacked weight has {total} rows")
-    pieces = [zip(p.qdata.split(list(rows)), p.scale.split(list(rows)), strict=True) for p in parts]
+    pieces = [
+        zip(p.qdata.split(list(rows), -2), p.scale.split(list(rows), p.qdata.dim() - 2), strict=True) for p in parts
+    ]
     return [
         [
             QuantizedWeight(q.contiguous(), s.contiguous(), p.bits, p.group_size)

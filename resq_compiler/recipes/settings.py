@@ -15,7 +15,7 @@ PartBits = Literal[2, 3, 4, 5, 6, 7, 8]
 HighBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
 WHOLE_NUMBERS = {
-    "rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "seed": None,
+    "rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "expert_tokens": 1, "seed": None,
 }  # fmt: skip
 """Options without a list of values, and the least that each may be."""
 
@@ -67,6 +67,10 @@ class CompileConfig:
     gptq_act_order: bool = False
     gptq_on_quantized_activations: bool = False
     gptq_token_weighting: Literal["none", "residual"] = "none"
+    expert_tokens: int = 128
+    calibrate_all_experts: bool = False
+    unreached_experts: Literal["error", "layer"] = "error"
+    calibration_routing: Literal["float", "quantized"] = "float"
     activation_clip: float | Literal["input", "output"] = 1.0
     activation_scales: Literal["dynamic", "static"] = "dynamic"
     kv_clip: float = 1.0
@@ -93,7 +97,13 @@ class CompileConfig:
         self._check_range("gptq_damping", 0, 1)
         for name, least in WHOLE_NUMBERS.items():
             self._check_whole(name, least)
-        for name in ("gptq_act_order", "gptq_on_quantized_activations", "scale_search", "spread_outliers"):
+        for name in (
+            "gptq_act_order",
+            "gptq_on_quantized_activations",
+            "scale_search",
+            "spread_outliers",
+            "calibrate_all_experts",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
         self._check_allocation()

@@ -57,7 +57,7 @@ def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
         *([compute_bases(s)] if s.basis != "none" or s.down_proj == "block-pca" else []),
         *([allocate_bits(s)] if s.allocates else []),
         *([RotateBases(s.rotation)] if s.basis == "pca" and s.rotation != "none" else []),
-        *([ReorderChannels(channels)] if channels else []),
+        *([ReorderChannels(channels, *experts(s))] if channels else []),
         *([InsertProjections("none" if s.down_proj in ("none", "outliers") else "hadamard")] if insert else []),
         *([SpreadOutliers()] if s.spread_outliers else []),
         *([FuseProjections()] if insert or s.spread_outliers else []),
@@ -84,6 +84,11 @@ def compute_bases(s: CompileConfig) -> ComputeBases:
     return ComputeBases(random if s.basis == "hadamard" else s.basis, s.basis_weighting, s.key_basis, down)
 
 
+def experts(s: CompileConfig) -> tuple[int, bool, Literal["error", "layer"]]:
+    """What passes that look at single experts ask of their tokens."""
+    return s.expert_tokens, s.calibrate_all_experts, s.unreached_experts
+
+
 def allocate_bits(s: CompileConfig) -> AllocateBits:
     """Where bits are shared out."""
     return AllocateBits(
@@ -92,13 +97,16 @@ def allocate_bits(s: CompileConfig) -> AllocateBits:
         megabytes=s.model_megabytes,
         channels=ORDERS.get(s.down_proj, "none"),
         prefix_tokens=InsertPrefix().most if s.prefix_tokens == "auto" else 0,
+        all_experts=s.calibrate_all_experts,
     )
 
 
 def quantizers(s: CompileConfig) -> tuple[Pass, ...]:
     """Weights, then activations and cache; the other way round where GPTQ is to see quantized activations."""
     method = s.weight_method if s.weight_bits < 16 else "rtn"  # of lm_head, which is all there is then
-    weights = QuantizeWeights(method, s.weight_clip, s.gptq_damping, s.gptq_act_order, s.gptq_token_weighting)
+    weights = QuantizeWeights(
+        method, s.weight_clip, s.gptq_damping, s.gptq_act_order, s.gptq_token_weighting, *experts(s), s.calibration_routing
+    )  # fmt: skip
     narrow = s.activation_bits < 8 or s.low_fraction or s.site_fractions  # parts whose range may be clipped
     clip = s.activation_clip if narrow else 1.0
     activations = (QuantizeActivations(clip, s.o_proj_granularity, s.activation_scales), QuantizeKvCache(s.kv_clip))

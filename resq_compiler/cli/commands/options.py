@@ -48,6 +48,10 @@ HELP: dict[str, str] = {
     "gptq_damping": "added to the diagonal of GPTQ's moment, relative to its mean",
     "gptq_act_order": "GPTQ: columns by descending energy, inside each part",
     "gptq_on_quantized_activations": "GPTQ sees activations as they are at inference, quantized",
+    "expert_tokens": "of a mixture: calibration tokens that an expert needs for statistics of its own; others take those of their layer",
+    "calibrate_all_experts": "of a mixture: every calibration token goes through every expert, for statistics only",
+    "unreached_experts": "layer: experts without a calibration token take the statistics of their layer; error: they stop the compile",
+    "calibration_routing": "of a mixture: whose choice of experts GPTQ follows, that of the float or of the quantized model",
     "gptq_token_weighting": "residual: errors of layers that write into the residual stream count relative to its size at each token",
     "activation_clip": "share of the range of activations that is kept, in parts below 8 bits; searched for each site by the error of the "
     "value (input) or of the linears that read it (output)",

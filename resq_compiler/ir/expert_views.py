@@ -1,0 +1,56 @@
+"""Views of what a mixture of experts has beside its linears (views.Linear, views.CodedLinear)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.args import node_arg, tensor_arg
+from resq_compiler.ir.views import CodedLinear, Linear, View
+from resq_compiler.numerics.quantized import column_scales
+
+
+def matrices(gm: GraphModule, linear: Linear | CodedLinear) -> Iterator[Tensor]:
+    """The weight [N, K] of a linear, or that of each expert; the float image of codes."""
+    if isinstance(linear, Linear):
+        weight = linear.weight_tensor(gm)
+        yield from weight if linear.of_experts else (weight,)
+        return
+    codes, scales = linear.codes(gm), linear.scales(gm)
+    for code, scale in zip(codes, scales, strict=True) if linear.of_experts else ((codes, scales),):
+        yield code * column_scales(scale, code.shape[-1], linear.group_size)
+
+
+@dataclass(frozen=True)
+class CombineExperts(View):
+    """The sum of a token's choices, weighted by its router: y [B, S, k, N]."""
+
+    targets = (ops.combine_experts,)
+    y: Node
+    weights: Node
+
+    @classmethod
+    def read(cls, node: Node) -> CombineExperts:
+        return cls(node, node_arg(node, "y"), node_arg(node, "weights"))
+
+
+@dataclass(frozen=True)
+class ExpertBias(View):
+    """x [B, S, k, N] plus the bias [E, N] of each choice's expert."""
+
+    targets = (ops.add_expert_bias,)
+    x: Node
+    bias: Node
+    indices: Node
+
+    @classmethod
+    def read(cls, node: Node) -> ExpertBias:
+        return cls(node, node_arg(node, "x"), tensor_arg(node, "bias"), node_arg(node, "indices"))
+
+    def bias_tensor(self, gm: GraphModule) -> Tensor:
+        """[E, N]"""
+        return graph_tools.get_tensor(gm, self.bias)
