@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from resq_compiler.result import CompileResult
 
 Runner = Callable[..., tuple[Tensor, ...]]
-"""Runs the graph: (input_ids, attention_mask, position_ids, *past) -> (logits, *present), as in resq_compiler.capture."""
+"""Runs the graph: (input_ids, attention_mask, position_ids, *past) -> (logits, *present), as in resq_compiler.capture.
+
+One with `takes_logits_to_keep` takes that argument too: logits of the last so many tokens are asked for (0: of all)."""
 
 
 class Backend(ABC):

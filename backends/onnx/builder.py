@@ -130,6 +130,14 @@ class GraphBuilder:
         self.inputs.append(helper.make_tensor_value_info(name, element, list(dims)))
         return name
 
+    def default_input(self, name: str, value: np.ndarray) -> str:
+        """Declare a graph input with a default: clients may leave it out. A name given twice is declared once."""
+        if name not in self._named:
+            self._named.add(name)
+            self.initializers.append(numpy_helper.from_array(value, name))
+            self.input(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        return name
+
     def output(self, name: str, element: int, dims: Dims) -> None:
         """Declare a graph output."""
         self.outputs.append(helper.make_tensor_value_info(name, element, list(dims)))

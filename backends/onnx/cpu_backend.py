@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from resq_compiler.backends.base import Backend, Runner
 from resq_compiler.backends.cpu import library
+from resq_compiler.backends.cpu.target import CPU
+from resq_compiler.backends.fused.cache import CacheTensor
 from resq_compiler.backends.fused.runner import prepare
 from resq_compiler.backends.fused.targets import find_target
 from resq_compiler.backends.onnx import export, session
-from resq_compiler.backends.onnx.backend import OnnxRunner
 from resq_compiler.backends.onnx.native import kernels_library
+from resq_compiler.backends.onnx.shared_buffers import ROOM, BoundSession
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
@@ -64,25 +66,36 @@ class CpuBackend(Backend):
             return NativeRunner(session.open_session(Path(directory) / export.MODEL_FILE, library=kernels_library()))
 
 
-class NativeRunner(OnnxRunner):
-    """Runs a session of profile `native`; past and present are uint8 [B, G, T, bytes of a packed row]."""
+class NativeRunner:
+    """Runs a session of profile `native`. past and present are `CacheTensor`s, whose bytes the kernels write in place; an empty ordinary
+    tensor starts a cache."""
+
+    takes_logits_to_keep: ClassVar[bool] = True
 
     def __init__(self, opened: Any):
-        super().__init__(opened)
-        self.rows = [entry.shape[3] for entry in opened.get_inputs()[3:]]
+        self.session, self.bound = opened, BoundSession(opened)
 
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        tokens = [tensor.cpu().long() for tensor in tensors[:3]]
-        past = [self._packed(i, tensor) for i, tensor in enumerate(tensors[3:])]
-        return self.run([*tokens, *past])
+    def __call__(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, *past: Tensor, logits_to_keep: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Logits of the last `logits_to_keep` tokens (0: of all) and the cache with the new tokens."""
+        present = [self._appended(i, tensor, ids.shape[1]) for i, tensor in enumerate(past)]
+        keep = (
+            logits_to_keep if bool(mask[:, -1].all()) else 0
+        )  # else the last token of a row is padding, which is not kept
+        inputs = (tensor.cpu().numpy() for tensor in (ids, mask, positions))
+        logits = self.bound.run(*inputs, [entry.packed for entry in present], keep)
+        return torch.from_numpy(logits[:, -logits_to_keep:]), *present
 
-    def _packed(self, index: int, past: Tensor) -> Tensor:
-        """A packed cache as it is, and an empty one in its shape. Raises BackendError: the cache of another backend."""
-        if past.dtype == torch.uint8 and past.shape[3] == self.rows[index]:
-            return past.cpu()
-        if past.shape[2]:
+    def _appended(self, index: int, past: Tensor, new: int) -> CacheTensor:
+        """Room for new tokens. Raises BackendError: the cache of another backend."""
+        ours = isinstance(past, CacheTensor) and past.packed.dtype == torch.uint8
+        if past.shape[2] and not ours:
             raise BackendError(
                 f"backend cpu: layer {index // 2} got a {past.dtype} cache of {past.shape[2]} tokens; "
                 "continue a cache with the backend that made it, or start from an empty one"
             )
-        return torch.zeros(*past.shape[:3], self.rows[index], dtype=torch.uint8)
+        if isinstance(past, CacheTensor) and ours:
+            return past.appended(new)
+        shape = (*past.shape[:2], 0)
+        return CacheTensor.of(self.bound.buffer(index, len(past), max(ROOM, new)), shape, CPU.cache).appended(new)

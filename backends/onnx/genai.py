@@ -47,6 +47,7 @@ def _native(settings: dict[str, Any], compiled: CompileResult) -> dict[str, Any]
     decoder["head_size"] = cache_rows(compiled.graph_module)[0]
     decoder["session_options"]["custom_ops_library"] = kernels_library().name
     settings["search"]["past_present_share_buffer"] = True
+    del settings["search"]["chunk_size"]  # it refuses batches, and attention of the kernels needs no chunks
     return settings
 
 

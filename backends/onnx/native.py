@@ -20,6 +20,7 @@ from resq_compiler.backends.fused.kernels import ACTIVATIONS, NORMS
 from resq_compiler.backends.fused.lower import Lowered, lower
 from resq_compiler.backends.fused.targets import find_target
 from resq_compiler.backends.onnx.form_integer import IntegerForm
+from resq_compiler.backends.onnx.kept_logits import emit_kept, head_reader
 from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
 from resq_compiler.backends.onnx.registry import check_supported, emits
 from resq_compiler.backends.onnx.values import Pieces, Value
@@ -68,10 +69,21 @@ class NativeLowering(Lowering):
     def __init__(self, lowered: Lowered, options: LoweringOptions):
         self.lowered = lowered
         super().__init__(lowered.graph_module, (), IntegerForm(), options)
+        self.head = head_reader(graph_tools.output_args(lowered.graph_module.graph)[0])
 
     def run(self) -> GraphBuilder:
         self.b.domains[DOMAIN] = 1
         return super().run()
+
+    def emit(self, node: Node) -> None:
+        """As ever; what lm_head is about are the positions that are kept."""
+        if self.head is None or node is not self.head[0]:
+            super().emit(node)
+            return
+        x = self.head[1]
+        whole, self.env[x] = self.value(x), Value(emit_kept(self, self.exact(x)))
+        super().emit(node)
+        self.env[x] = whole
 
     def _inputs(self) -> None:
         ids, mask, positions, _, *caches = graph_tools.placeholders(self.gm.graph)
@@ -87,7 +99,8 @@ class NativeLowering(Lowering):
         logits = self.exact(result)
         self.b.scope("")
         self.b.op("Identity", logits, output="logits")
-        self.b.output("logits", TensorProto.FLOAT, ("batch", "sequence", values.width(result)))
+        positions = "sequence" if self.head is None else 1
+        self.b.output("logits", TensorProto.FLOAT, ("batch", positions, values.width(result)))
         for i in range(len(self.lowered.heads)):
             self._cache(i, "present", "total", self.b.output)
 

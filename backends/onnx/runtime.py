@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from resq_compiler.backends.onnx import session as ort
 from resq_compiler.backends.onnx.export import MODEL_FILE
+from resq_compiler.backends.onnx.kept_logits import KEEP
 from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK
+from resq_compiler.backends.onnx.shared_buffers import BoundSession, GrowingCache
 
 from resq_compiler.errors import BackendError
 
@@ -49,6 +51,7 @@ class OnnxDecoder:
         self.session = ort.open_session(path, threads=threads, extra_options=session_options, profile=profile)
         self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self.settings = self._settings()
+        self._bound = BoundSession(self.session) if ort.is_native(self.session) else None
 
     def _settings(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -88,6 +91,8 @@ class OnnxDecoder:
         import onnxruntime
 
         values = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        if any(i.name == KEEP for i in self.session.get_overridable_initializers()):
+            values[KEEP] = np.zeros(1, np.int64)
         inputs = {
             k: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v, np.int64)) for k, v in values.items()
         }
@@ -106,7 +111,8 @@ class OnnxDecoder:
         ends = self._ends(eos_token_id)
         pad = self._pad(ends)
         choose = Chooser(sampling or Sampling())
-        logits, past = self._prefill(ids, mask)
+        cache = GrowingCache(self._bound, len(ids)) if self._bound is not None else PassedCache(self, len(ids))
+        logits = self._prefill(cache, ids, mask)
         done = np.zeros(len(ids), bool)
         seen = ids
         for _ in range(max_new_tokens):
@@ -118,8 +124,7 @@ class OnnxDecoder:
                 return
             mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], 1)
             positions = mask.sum(1, keepdims=True) - 1
-            value, past = self.forward(tokens[:, None], mask, positions, past)
-            logits = value.numpy()[:, -1]
+            logits = cache.step(tokens[:, None], mask, positions)
 
     def generate(
         self, input_ids: Sequence[Sequence[int]] | np.ndarray, attention_mask: np.ndarray | None = None, *,
@@ -145,13 +150,14 @@ class OnnxDecoder:
             ids = tokenizer(prompt)["input_ids"]
         yield from text_pieces(tokenizer, self.stream([ids], **options))
 
-    def _prefill(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    @staticmethod
+    def _prefill(cache: GrowingCache | PassedCache, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Logits [B, vocabulary] of the last token of a prompt."""
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        past = self.empty_past(len(ids))
         for start in range(0, ids.shape[1], PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, ids.shape[1])
-            value, past = self.forward(ids[:, start:stop], mask[:, :stop], positions[:, start:stop], past)
-        return last_row(value), past
+            logits = cache.step(ids[:, start:stop], mask[:, :stop], positions[:, start:stop])
+        return logits
 
     @staticmethod
     def _checked(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -173,6 +179,18 @@ class OnnxDecoder:
     def _pad(self, ends: np.ndarray) -> int:
         pad = self.settings.get("pad_token_id", -1)
         return int(pad) if pad >= 0 else int(ends[0]) if ends.size else 0
+
+
+class PassedCache:
+    """The cache of one batch while it generates: a step's outputs are the next one's inputs."""
+
+    def __init__(self, decoder: OnnxDecoder, batch: int):
+        self.decoder, self.past = decoder, decoder.empty_past(batch)
+
+    def step(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Append the tokens ids [B, S]; logits of the last one, [B, vocabulary]."""
+        logits, self.past = self.decoder.forward(ids, mask, positions, self.past)
+        return last_row(logits)
 
 
 def text_pieces(tokenizer: Any, steps: Iterable[np.ndarray]) -> Iterator[str]:

@@ -91,6 +91,11 @@ def metadata(source: str | bytes) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+def is_native(session: Any) -> bool:
+    """Whether a session is of profile `native`: its cache can be written in place."""
+    return session.get_modelmeta().custom_metadata_map.get("resq.profile") == "native"
+
+
 def recommended_options(described: dict[str, str]) -> dict[str, str]:
     """The session options in a model's metadata; {} for a model of another origin."""
     return dict(json.loads(described.get("resq.session_options", "{}")))

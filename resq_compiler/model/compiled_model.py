@@ -159,9 +159,10 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
             attention_mask = input_ids.new_ones(batch, length + new)
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, length:]  # padding takes no position
-        logits, *present = self.execution(input_ids, attention_mask.long(), position_ids.expand(batch, new), *past)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep]
+        tokens = (input_ids, attention_mask.long(), position_ids.expand(batch, new))
+        last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        logits, *present = self.execution(*tokens, *past, logits_to_keep=last)
+        logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-last, None)]
         loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         returned = cache_tensors.filled(cache, present) if use_cache is not False else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=returned)

@@ -44,10 +44,11 @@ class Execution(nn.Module):
         """What is called: the quantized graph, or what a backend made of it (triton: a module with the lowered graph_module)."""
         return self._graph if self._lowered is None else self._lowered
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Graph inputs to graph outputs."""
+    def forward(self, *tensors: Tensor, logits_to_keep: int = 0) -> tuple[Tensor, ...]:
+        """Graph inputs to graph outputs. logits_to_keep: the last so many tokens whose logits are asked for, 0 for all; more may come."""
+        kept = {"logits_to_keep": logits_to_keep} if getattr(self.runner, "takes_logits_to_keep", False) else {}
         with without_autocast():
-            outputs: tuple[Tensor, ...] = self.runner(*tensors)
+            outputs: tuple[Tensor, ...] = self.runner(*tensors, **kept)
         return outputs
 
     def move_constructors(self, device: torch.device) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from resq_compiler.backends import backends_for
 from resq_compiler.backends.cpu import library as libraries
+from transformers import DynamicCache
 
 from resq_compiler.errors import BackendError
+from resq_compiler.model.cache import filled
 from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
 
 GREEDY = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
@@ -55,10 +57,29 @@ def test_beams_and_a_cache_that_is_continued_twice(compiled):
     beams = dict(GREEDY, num_beams=3)
     assert torch.equal(ours.generate(ids, **beams), reference.generate(ids, **beams))
     cache = ours(ids).past_key_values
-    assert cache.layers[0].keys.dtype == torch.uint8 and cache.get_seq_length() == 9
-    packed = cache.layers[0].keys.clone()
-    ours(ids[:, :1], past_key_values=cache)
-    assert torch.equal(cache.layers[0].keys[:, :, :9], packed)
+    assert cache.get_seq_length() == 9 and cache.layers[0].keys.packed.dtype == torch.uint8
+    handles = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    first = ours(ids[:, :1], past_key_values=filled(DynamicCache(), handles)).logits
+    ours(ids[:, 1:2], past_key_values=filled(DynamicCache(), handles))
+    assert torch.equal(ours(ids[:, :1], past_key_values=filled(DynamicCache(), handles)).logits, first)
+
+
+def test_logits_that_are_not_asked_for_are_not_computed(compiled):
+    """A prompt's last logits, and all of them where the last token of a row is padding."""
+    _, ours = compiled()
+    runner = ours.use_backend("cpu").runner
+    ids, mask = padded()
+    every = ours(ids, attention_mask=mask).logits
+    assert torch.equal(ours(ids, attention_mask=mask, logits_to_keep=2).logits, every[:, -2:])
+    right = mask.flip(1)
+    assert torch.equal(
+        ours(ids, attention_mask=right, logits_to_keep=2).logits, ours(ids, attention_mask=right).logits[:, -2:]
+    )
+    computed = []
+    run = runner.bound.run
+    runner.bound.run = lambda *given: computed.append(given[-1]) or run(*given)
+    ours.generate(ids, attention_mask=mask, **GREEDY)
+    assert set(computed) == {1}
 
 
 def test_both_engines_compute_the_same(compiled):

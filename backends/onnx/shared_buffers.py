@@ -1,0 +1,95 @@
+"""A session of profile `native` whose cache is written in place: past and present of an entry are one buffer with room to grow.
+
+ONNX Runtime binds the buffers once; a step gives it ids, mask and positions, and nothing of the past is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from resq_compiler.backends.onnx.kept_logits import KEEP
+from torch import Tensor
+
+ROOM = 256  # tokens that a fresh cache has room for
+
+
+class BoundSession:
+    """Runs a session on buffers uint8 [B, G, capacity, bytes of a packed row], keys and values of every layer in order."""
+
+    def __init__(self, session: Any):
+        self.session = session
+        self.entries = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.vocabulary = int(session.get_outputs()[0].shape[2])
+        self.keeps = any(i.name == KEEP for i in session.get_overridable_initializers())
+        self._binding = session.io_binding()
+        self._buffers: list[Tensor] = []
+
+    def run(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, buffers: Sequence[Tensor], keep: int
+    ) -> np.ndarray:
+        """Logits [B, min(keep, S), vocabulary] of the last `keep` tokens (0: all S); buffers have room for all that mask counts."""
+        if len(self._buffers) != len(buffers) or any(a is not b for a, b in zip(self._buffers, buffers, strict=True)):
+            self._bind(buffers)
+        batch, binding = len(ids), self._binding
+        for name, value in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
+            binding.bind_ortvalue_input(name, _value(np.ascontiguousarray(value, np.int64)))
+        if self.keeps:
+            binding.bind_ortvalue_input(KEEP, _value(np.array([keep], np.int64)))
+        if keep != 1 or not self.keeps:
+            binding.bind_output("logits")  # the declared shape has one position, so ONNX Runtime makes the tensor
+            self.session.run_with_iobinding(binding)
+            return binding.get_outputs()[-1].numpy()[:, -keep:]
+        logits = np.empty((batch, 1, self.vocabulary), np.float32)
+        binding.bind_ortvalue_output("logits", _value(logits))
+        self.session.run_with_iobinding(binding)
+        return logits
+
+    def _bind(self, buffers: Sequence[Tensor]) -> None:
+        self._buffers = list(buffers)
+        for entry, buffer in zip(self.entries, buffers, strict=True):
+            value = _value(buffer.numpy())
+            self._binding.bind_ortvalue_input(entry.name, value)
+            self._binding.bind_ortvalue_output(entry.name.replace("past_key_values.", "present."), value)
+
+    def buffer(self, index: int, batch: int, capacity: int) -> Tensor:
+        """The buffer of an entry for a batch that has seen no token."""
+        entry = self.entries[index]
+        return torch.empty(batch, entry.shape[1], capacity, entry.shape[3], dtype=torch.uint8)
+
+    def buffers(self, batch: int, capacity: int) -> list[Tensor]:
+        """The buffers of all entries."""
+        return [self.buffer(i, batch, capacity) for i in range(len(self.entries))]
+
+
+def _value(array: np.ndarray) -> Any:
+    """An OrtValue over the memory of an array, which it keeps alive."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+class GrowingCache:
+    """The cache of one batch while it generates."""
+
+    def __init__(self, bound: BoundSession, batch: int):
+        self.bound = bound
+        self.buffers = bound.buffers(batch, ROOM)
+        self.length = 0
+
+    def step(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Append the tokens ids [B, S]; logits of the last one, [B, vocabulary]."""
+        self._reserve(self.length + ids.shape[1])
+        self.length += ids.shape[1]
+        return self.bound.run(ids, mask, positions, self.buffers, 1)[:, -1]
+
+    def _reserve(self, tokens: int) -> None:
+        capacity = self.buffers[0].shape[2]
+        if tokens <= capacity:
+            return
+        larger = self.bound.buffers(len(self.buffers[0]), max(tokens, 2 * capacity))
+        for new, old in zip(larger, self.buffers, strict=True):
+            new[:, :, : self.length] = old[:, :, : self.length]
+        self.buffers = larger
