@@ -87,11 +87,11 @@ def prepare(gm: GraphModule, target: Target, dtype: torch.dtype, allow_fallback:
     """
     begun = time.perf_counter()
     lowered = lower(graph_tools.snapshot(gm), target, dtype, allow_fallback)
-    stage = _stage(lowered, dtype, index, time.perf_counter() - begun)
+    stage = lowered_stage(lowered, dtype, index, time.perf_counter() - begun)
     return FusedRunner(lowered, QuantizedSource(gm, lowered.places, target.codes), stage)
 
 
-def _stage(lowered: Lowered, dtype: torch.dtype, index: int, seconds: float) -> Stage:
+def lowered_stage(lowered: Lowered, dtype: torch.dtype, index: int, seconds: float) -> Stage:
     """The lowered graph as a stage of a dump; its lines say what was left to PyTorch."""
     graph = graph_tools.copy_graph(lowered.graph_module.graph)
     count = sum(getattr(node.target, "namespace", "") == operators.NAMESPACE for node in graph.nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,17 @@ SMALL_CONSTANT = 1024  # elements up to which equal constants are stored once
 Dims = Sequence[int | str]
 
 
+@dataclass(frozen=True)
+class LargeArray:
+    """An initializer that is copied into the model when the model is made, or not at all."""
+
+    name: str
+    array: np.ndarray
+
+    def proto(self) -> onnx.TensorProto:
+        return numpy_helper.from_array(self.array, self.name)
+
+
 class GraphBuilder:
     """Collects the nodes of one ONNX graph. Values are tensor names; `constant` and `op` return the names they make."""
 
@@ -25,7 +37,7 @@ class GraphBuilder:
         self.opset = opset
         self.domains: dict[str, int] = {"": opset}
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
+        self.initializers: list[onnx.TensorProto | LargeArray] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self._scope = ""
@@ -91,7 +103,7 @@ class GraphBuilder:
             return self._constants[key]
         label = name or self._constant_name(array)
         self._named.add(label)
-        self.initializers.append(numpy_helper.from_array(array, label))
+        self.initializers.append(numpy_helper.from_array(array, label) if small else LargeArray(label, array))
         if key is not None:
             self._constants[key] = label
         return label
@@ -144,9 +156,28 @@ class GraphBuilder:
 
     def model(self, name: str, metadata: dict[str, str], version: str) -> onnx.ModelProto:
         """The finished model with only the nodes that its outputs need."""
+        return self._model(name, metadata, version, set())
+
+    def model_around(
+        self, name: str, metadata: dict[str, str], version: str
+    ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+        """The model with large arrays of custom operators and tables as graph inputs, and these arrays, which are not copied. Other
+        operators keep theirs: ONNX Runtime lays the constants of products out anew."""
+        nodes, used = self._needed()
+        taken = {i for node in nodes if node.domain or node.op_type == "Gather" for i in node.input}
+        arrays = {t.name: t.array for t in self.initializers if isinstance(t, LargeArray) and t.name in taken & used}
+        return self._model(name, metadata, version, set(arrays)), arrays
+
+    def _model(self, name: str, metadata: dict[str, str], version: str, given: set[str]) -> onnx.ModelProto:
         nodes, used = self._needed()
         kept = [t for t in self.initializers if t.name in used]
-        graph = helper.make_graph(nodes, name, self.inputs, self.outputs, kept)
+        arrays = [t for t in kept if isinstance(t, LargeArray) and t.name in given]
+        fed = [
+            helper.make_tensor_value_info(t.name, helper.np_dtype_to_tensor_dtype(t.array.dtype), t.array.shape)
+            for t in arrays
+        ]
+        stored = [t.proto() if isinstance(t, LargeArray) else t for t in kept if t.name not in given]
+        graph = helper.make_graph(nodes, name, self.inputs + fed, self.outputs, stored)
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid(*domain) for domain in self.domains.items()], ir_version=IR_VERSION[self.opset],
             producer_name="resq_compiler", producer_version=version,

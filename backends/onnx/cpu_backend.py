@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+import time
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from resq_compiler.backends.base import Backend, Runner
 from resq_compiler.backends.cpu import library
 from resq_compiler.backends.cpu.target import CPU
 from resq_compiler.backends.fused.cache import CacheTensor
-from resq_compiler.backends.fused.runner import prepare
+from resq_compiler.backends.fused.runner import lowered_stage, prepare
+from resq_compiler.backends.fused.source import QuantizedSource
 from resq_compiler.backends.fused.targets import find_target
 from resq_compiler.backends.onnx import export, session
 from resq_compiler.backends.onnx.native import kernels_library
 from resq_compiler.backends.onnx.shared_buffers import ROOM, BoundSession
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from resq_compiler.errors import BackendError
+from resq_compiler.pipeline.stages import Stage
 
 if TYPE_CHECKING:
     from resq_compiler.result import CompileResult
@@ -29,8 +31,8 @@ ENGINES = ("onnxruntime", "torch")
 class CpuBackend(Backend):
     """Fused mixed-precision kernels for CPUs; integers are those of `reference`, floats to rounding.
 
-    engine: "onnxruntime" (profile `native` in this process) or "torch" (a call from PyTorch for each operator: slower, the lowered
-    graph can be looked at, and the weights are held once).
+    engine: "onnxruntime" (profile `native` in this process) or "torch" (a call from PyTorch for each operator: slower). Both hold the
+    weights once, packed.
     allow_fallback: with "torch", leave quantized nodes no kernel takes to PyTorch instead of raising.
     """
 
@@ -58,24 +60,37 @@ class CpuBackend(Backend):
         if self.engine == "torch":
             target, index = find_target("cpu"), len(result.stages) or 1
             return prepare(result.graph_module, target, torch.float32, self.allow_fallback, index)
-        built = export.build_model(result, "native", embedding="float32")
-        if built.ByteSize() <= export.EXTERNAL_DATA_ABOVE:
-            return NativeRunner(session.open_session(built.SerializeToString(), library=kernels_library()))
-        with tempfile.TemporaryDirectory(prefix="resq-native-", ignore_cleanup_errors=True) as directory:
-            export.save_model(built, Path(directory))
-            return NativeRunner(session.open_session(Path(directory) / export.MODEL_FILE, library=kernels_library()))
+        return native_runner(result)
 
 
-class NativeRunner:
+def native_runner(result: CompileResult) -> NativeRunner:
+    """A session of profile `native` on the packed weights of the lowered graph, which are not copied."""
+    export.require_onnx()
+    begun = time.perf_counter()
+    lowered, builder = export.native_builder(result, "float32")
+    model, weights = builder.model_around("resq_model", export.native_metadata(result, "float32"), export.version())
+    opened = session.open_session(model.SerializeToString(), library=kernels_library())
+    source = QuantizedSource(result.graph_module, lowered.places, CPU.codes)
+    stage = lowered_stage(lowered, torch.float32, len(result.stages) or 1, time.perf_counter() - begun)
+    return NativeRunner(BoundSession(opened, weights), lowered.graph_module, source, stage)
+
+
+class NativeRunner(nn.Module):
     """Runs a session of profile `native`. past and present are `CacheTensor`s, whose bytes the kernels write in place; an empty ordinary
-    tensor starts a cache."""
+    tensor starts a cache. graph_module: the lowered graph, whose tensors the session reads; stages: the same, for dumps."""
 
     takes_logits_to_keep: ClassVar[bool] = True
 
-    def __init__(self, opened: Any):
-        self.session, self.bound = opened, BoundSession(opened)
+    def __init__(self, bound: BoundSession, graph_module: GraphModule, source: QuantizedSource, stage: Stage):
+        super().__init__()
+        self.graph_module, self.source, self.stages = graph_module, source, [stage]
+        self.bound = bound
 
-    def __call__(
+    def quantized_graph(self) -> GraphModule:
+        """The graph this was made from, bit for bit, with codes unpacked from the packed weights for whoever asked."""
+        return self.source.restored(self.graph_module)
+
+    def forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, *past: Tensor, logits_to_keep: int = 0
     ) -> tuple[Tensor, ...]:
         """Logits of the last `logits_to_keep` tokens (0: of all) and the cache with the new tokens."""

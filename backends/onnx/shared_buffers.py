@@ -5,7 +5,7 @@ ONNX Runtime binds the buffers once; a step gives it ids, mask and positions, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,20 @@ ROOM = 256  # tokens that a fresh cache has room for
 
 
 class BoundSession:
-    """Runs a session on buffers uint8 [B, G, capacity, bytes of a packed row], keys and values of every layer in order."""
+    """Runs a session on buffers uint8 [B, G, capacity, bytes of a packed row], keys and values of every layer in order.
 
-    def __init__(self, session: Any):
+    weights: by name, where the model takes them as inputs; read where they lie.
+    """
+
+    def __init__(self, session: Any, weights: Mapping[str, np.ndarray] | None = None):
         self.session = session
         self.entries = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
         self.vocabulary = int(session.get_outputs()[0].shape[2])
         self.keeps = any(i.name == KEEP for i in session.get_overridable_initializers())
         self._binding = session.io_binding()
         self._buffers: list[Tensor] = []
+        for name, array in (weights or {}).items():
+            self._binding.bind_ortvalue_input(name, _value(array))
 
     def run(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, buffers: Sequence[Tensor], keep: int

@@ -173,8 +173,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
 
         "auto" takes the best that runs here and takes the graph: triton for a model on a GPU, else cpu, else reference; `backend`
         then says which. options: of the backend's constructor (triton: dtype, allow_fallback; cpu: engine, allow_fallback).
-        A backend that packs the weights (triton, cpu with engine "torch") is their only holder then; its lowered graph joins
-        `stages`, and so `dump`.
+        A backend that packs the weights (triton, cpu) is their only holder then; its lowered graph joins `stages`, and so `dump`.
         Raises BackendError if there is no such backend or option, it cannot run here, or it cannot take the graph.
         """
         result = self.result

@@ -82,6 +82,25 @@ def test_logits_that_are_not_asked_for_are_not_computed(compiled):
     assert set(computed) == {1}
 
 
+def test_the_weights_are_held_once(compiled):
+    """The session reads the tensors of the lowered graph, which give the quantized graph back bit for bit."""
+    reference, ours = compiled()
+    runner = ours.use_backend("cpu").runner
+    assert ours.execution._graph is None and ours.stages[-1].name == "lower-cpu"
+    again, expected = dict(ours.graph_module.named_buffers()), dict(reference.graph_module.named_buffers())
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in expected)
+    ids, _ = padded()
+    before = ours(ids).logits
+    packed = next(
+        b for name, b in runner.graph_module.named_buffers() if name.endswith(("low", "high")) and b.numel() > 1024
+    )
+    kept = packed.clone()
+    packed.zero_()
+    assert not torch.equal(ours(ids).logits, before)
+    packed.copy_(kept)
+    assert torch.equal(ours(ids).logits, before)
+
+
 def test_both_engines_compute_the_same(compiled):
     """The same kernels on the same operands; what lies between them is ONNX Runtime's and PyTorch's."""
     _, ours = compiled()
