@@ -48,6 +48,10 @@ INSTRUCTION_SETS = {
 """Flags of every instruction set, by machine; others have only the portable one."""
 
 
+PLATFORMS = {"linux-x86_64": "x86_64-linux-gnu.2.17", "linux-aarch64": "aarch64-linux-gnu.2.17"}
+"""What can be compiled for from any machine, and what ziglang calls it: glibc 2.17 is that of manylinux2014 wheels."""
+
+
 def system_compiler() -> list[str] | None:
     """The command of the machine's C compiler: $CC, else cc, gcc or clang; None when there is none."""
     if os.environ.get("CC"):
@@ -65,10 +69,29 @@ def find_compiler() -> list[str]:
     return command
 
 
+def cross_compiler(platform_name: str) -> list[str]:
+    """ziglang's command for one of PLATFORMS. Raises SystemExit: no such platform, or ziglang is not installed."""
+    if platform_name not in PLATFORMS:
+        raise SystemExit(f"error: platform {platform_name!r}: expected one of {', '.join(PLATFORMS)}")
+    if importlib.util.find_spec("ziglang") is None:
+        raise SystemExit(f"error: building for {platform_name} needs ziglang; run: pip install ziglang")
+    return [sys.executable, "-m", "ziglang", "cc", "-target", PLATFORMS[platform_name]]
+
+
+def host_platform() -> str:
+    """This machine as PLATFORMS spells it."""
+    return f"{platform.system().lower()}-{machine_name()}"
+
+
 def machine_name(name: str | None = None) -> str:
     """The architecture as INSTRUCTION_SETS spells it."""
     name = (name or platform.machine()).lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def zig_flags(flags: list[str]) -> list[str]:
+    """The same with processors as ziglang spells them: -march=armv8.2-a+x is -mcpu=generic+v8_2a+x."""
+    return [flag.replace("-march=armv8.2-a", "-mcpu=generic+v8_2a") for flag in flags]
 
 
 def is_gcc(compiler: list[str]) -> bool:
@@ -97,6 +120,7 @@ def build(
 
     def compile_one(i: int) -> None:
         source, _, extra = jobs[i]
+        extra = zig_flags(extra) if "ziglang" in compiler else extra
         run([*compiler, *flags, *extra, "-c", str(SOURCES / source), "-o", str(made[i])])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import platform
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -202,12 +203,19 @@ class Library:
             list(pool.map(lambda i: kernel(arguments, edges[i], edges[i + 1]), range(threads)))
 
 
+MACHINES = {62: "x86_64", 183: "aarch64"}  # of ELF files
+
+
 def _check_whole(path: Path) -> None:
-    """Raise OSError when an ELF file is cut short: loading it would end the process. Its section table comes last."""
+    """Raise OSError when an ELF file is cut short, which would end the process that loads it, or of another machine. Its section
+    table comes last."""
     with path.open("rb") as file:
         header = file.read(64)
         size = file.seek(0, 2)
     if header[:5] == b"\x7fELF\x02":  # 64 bits
+        (kind,), machine = struct.unpack_from("<H", header, 18), platform.machine().lower()
+        if MACHINES.get(kind, machine) != {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine):
+            raise OSError(f"it was built for {MACHINES[kind]}, this machine is {machine}")
         (offset,), (entry, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
         if size < offset + entry * count:
             raise OSError(f"the file is cut short: {size} bytes of {offset + entry * count}")

@@ -6,8 +6,11 @@ import copy
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from resq_compiler.backends.cpu import platforms as other_platforms
 
 from resq_compiler.errors import BackendError
 from resq_compiler.util import placement
@@ -15,6 +18,8 @@ from resq_compiler.util.install import install_command
 
 if TYPE_CHECKING:
     import onnx
+    from resq_compiler.backends.fused.lower import Lowered
+    from resq_compiler.backends.onnx.builder import GraphBuilder
 
     from resq_compiler.result import CompileResult
 
@@ -27,7 +32,7 @@ EMBEDDINGS = ("float16", "float32", "int8")
 
 def export_onnx(
     compiled: CompileResult, directory: str | Path, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float",
-    overwrite: bool = False, tokenizer: Any = None,
+    overwrite: bool = False, tokenizer: Any = None, platforms: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Write `compiled` to a directory.
 
@@ -38,6 +43,7 @@ def export_onnx(
              kv_cache: "float" (clients understand it: float tensors that hold the image of 4/8-bit codes) or "packed" (uint8
              codes and scales, about a fifth of the memory; for this package's runtime). "native" is always packed, for all.
              overwrite: replace what is in the directory. tokenizer: default, the one the model came with.
+             platforms: with "native", whose libraries are put into lib/PLATFORM too: names ("linux-aarch64") or wheels of resq_kernels.
     Returns: the directory, with model.onnx (its tensors in model.onnx.data above 64 MiB), config.json, generation_config.json,
              genai_config.json and the tokenizer's files.
     Raises:  BackendError, before anything is written: an operator without an ONNX form, an unknown choice, onnx missing,
@@ -48,6 +54,7 @@ def export_onnx(
     target = Path(directory).expanduser()
     former = check_target(target, overwrite)
     native = find_profile(profile).native
+    check_platforms(native, platforms)
     model = build_model(compiled, profile, embedding=embedding, kv_cache=kv_cache)
     check_space(target, model.ByteSize())
     try:
@@ -57,6 +64,7 @@ def export_onnx(
                 from resq_compiler.backends.onnx.native import kernels_library
 
                 shutil.copy(kernels_library(), fresh)
+                other_platforms.add(fresh, platforms)
             write_settings(compiled, fresh, profile, kv_cache, tokenizer or compiled.tokenizer)
     except OSError as error:
         raise BackendError(f"export_onnx: writing to {target} failed: {error}; nothing was changed there") from error
@@ -80,7 +88,8 @@ def build_model(
     check_supported(compiled.graph_module)
     form = chosen.form()
     if chosen.native:
-        return _build_native(compiled, embedding)
+        builder = native_builder(compiled, embedding)[1]
+        return builder.model("resq_model", native_metadata(compiled, embedding), version())
     if kv_cache == "packed":
         from resq_compiler.backends.onnx.packed_cache import with_packed_cache
 
@@ -89,14 +98,28 @@ def build_model(
     return lowering.run().model("resq_model", metadata(compiled, profile, embedding, kv_cache), version())
 
 
-def _build_native(compiled: CompileResult, embedding: str) -> onnx.ModelProto:
+def native_builder(compiled: CompileResult, embedding: str) -> tuple[Lowered, GraphBuilder]:
+    """The lowered graph, and its ONNX form. Raises BackendError that names every node no kernel takes."""
+    from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes  # noqa: F401  (each registers its emitters)
     from resq_compiler.backends.onnx.lowering import LoweringOptions
-    from resq_compiler.backends.onnx.native import NativeLowering, kernels_library, lower_native
+    from resq_compiler.backends.onnx.native import NativeLowering, lower_native
 
     lowered = lower_native(compiled.graph_module)
-    builder = NativeLowering(lowered, LoweringOptions(embedding)).run()
-    described = metadata(compiled, "native", embedding, "packed")
-    return builder.model("resq_model", {**described, LIBRARY_KEY: kernels_library().name}, version())
+    return lowered, NativeLowering(lowered, LoweringOptions(embedding)).run()
+
+
+def native_metadata(compiled: CompileResult, embedding: str) -> dict[str, str]:
+    """What a model of profile `native` says of itself."""
+    from resq_compiler.backends.onnx.native import kernels_library
+
+    return {**metadata(compiled, "native", embedding, "packed"), LIBRARY_KEY: kernels_library().name}
+
+
+def check_platforms(native: bool, platforms: Sequence[str]) -> None:
+    """BackendError for platforms of a profile without a library, and for unknown ones."""
+    if platforms and not native:
+        raise BackendError(f"export_onnx: platforms {', '.join(platforms)}: only profile native has a library")
+    other_platforms.check(platforms)
 
 
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:

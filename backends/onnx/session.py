@@ -37,7 +37,7 @@ def open_session(
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if LIBRARY_KEY in described:
         options.register_custom_ops_library(
-            str(library or checked_library(Path(str(source)).parent / described[LIBRARY_KEY]))
+            str(library or checked_library(Path(str(source)).parent, described[LIBRARY_KEY]))
         )
     try:
         opened = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -65,13 +65,21 @@ def session_options(entries: dict[str, str], threads: int | None) -> Any:
     return options
 
 
-def checked_library(path: Path) -> Path:
+def checked_library(directory: Path, name: str) -> Path:
     """The library of operators of a directory. Raises BackendError: it is not there, or cannot be used on this machine."""
     from resq_compiler.backends.cpu.library import Library
+    from resq_compiler.backends.cpu.platforms import library_in, this_platform
 
+    path = library_in(directory, name)
     if not path.is_file():
         raise BackendError(f"{path} does not exist; the model needs it: export again with profile native")
-    return Library(path).path.resolve()
+    try:
+        return Library(path).path.resolve()
+    except BackendError as error:
+        reason = str(error).removeprefix("cpu kernels: ").partition("; install again")[0]
+        raise BackendError(
+            f"{reason}; export again with `--platform {this_platform()}`, or put the library of this package's kernels in its place"
+        ) from error
 
 
 def metadata(source: str | bytes) -> dict[str, str]:

@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache", choices=("float", "packed"), default="float",
         help="float (default): what clients understand; packed: uint8 codes and scales, about a fifth of the memory",
     )  # fmt: skip
+    parser.add_argument(
+        "--platform", nargs="+", default=[], metavar="NAME",
+        help="with native: libraries for other machines too: linux-x86_64, linux-aarch64 (compiled by ziglang), or wheels of resq_kernels",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
 
 
@@ -38,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     output = opened.model.export_onnx(
         arguments.output.expanduser(), arguments.profile, embedding=arguments.embedding, kv_cache=arguments.kv_cache,
-        overwrite=arguments.overwrite, tokenizer=opened.tokenizer,
+        overwrite=arguments.overwrite, tokenizer=opened.tokenizer, platforms=arguments.platform,
     )  # fmt: skip
-    size = sum(p.stat().st_size for p in output.iterdir())
+    size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
     result = {
         "output": str(output),
         "profile": arguments.profile,
