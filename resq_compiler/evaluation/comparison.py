@@ -51,7 +51,7 @@ def measure(
 
     Args:    model: compiled or float. windows: token ids [n, L] int64. reference: the float model, or None.
     Returns: plain values: "model" and "reference" (or None), each an Evaluation; for a compiled model also average_bits,
-             memory_bytes and cache_bytes_per_token; "float32_bytes" of a float model.
+             memory_bytes and cache_bytes_per_token; "float32_bytes" of a float model, "stored_bytes" of an exported one.
     """
     observed = None if reference is None else Observed(reference)
     found = evaluate(model, windows, observed, batch_size=batch_size, progress=progress)
@@ -63,7 +63,9 @@ def measure(
     if compiled := compile_result(model):
         result |= sizes.describe(compiled)
     for name, candidate in (("model", model), ("reference", reference)):
-        if candidate is not None and compile_result(candidate) is None:
+        if hasattr(candidate, "stored_bytes"):
+            result[f"{name}_stored_bytes"] = candidate.stored_bytes
+        elif candidate is not None and compile_result(candidate) is None:
             result[f"{name}_float32_bytes"] = 4 * sum(p.numel() for p in candidate.parameters())
     return result
 
@@ -78,7 +80,11 @@ def measure_table(result: dict[str, Any], names: tuple[str, str] = ("compiled", 
     """The result of `measure` for people: a column for the model, and one for the reference if there is one."""
     model, other = result["model"], result["reference"]
     bits = result.get("average_bits") or {}
-    size = result.get("memory_bytes", {}).get("total") or result.get("model_float32_bytes")
+    size = (
+        result.get("memory_bytes", {}).get("total")
+        or result.get("model_float32_bytes")
+        or result.get("model_stored_bytes")
+    )
     rows = [
         ("perplexity", number(model["perplexity"]), number(other and other["perplexity"])),
         (
@@ -94,7 +100,11 @@ def measure_table(result: dict[str, Any], names: tuple[str, str] = ("compiled", 
         ("  of their scales", number(bits.get("activation_scales"), 2), "-"),
         ("average bits of the KV cache", number(bits.get("kv"), 2), "32"),
         ("  of its scales", number(bits.get("kv_scales"), 2), "-"),
-        ("size in memory", megabytes(size), megabytes(result.get("reference_float32_bytes"))),
+        (
+            "size on disk" if "model_stored_bytes" in result else "size in memory",
+            megabytes(size),
+            megabytes(result.get("reference_float32_bytes")),
+        ),
         ("tokens/s", number(model["tokens_per_second"], 0), number(other and other["tokens_per_second"], 0)),
     ]
     if not bits:

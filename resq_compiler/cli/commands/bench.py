@@ -42,9 +42,7 @@ def _numbers(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    from resq_compiler.cli.commands.generate import is_exported_directory
-
-    if not is_exported_directory(arguments.model):
+    if not common.is_exported_directory(arguments.model):
         raise ConfigError(f"resq bench: {arguments.model} is not an exported model; make one with `resq export`")
     common.quiet_libraries()
     result = _measured(Path(arguments.model).expanduser(), arguments)

@@ -26,12 +26,13 @@ RECORD_FILE = "resq_report.json"
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model to run: compiled or float, its tokenizer, and its name."""
+    """A model to run: compiled, exported or float, its tokenizer, and its name. kind: what it is if it is not compiled, in words."""
 
     model: Any
     tokenizer: Any
     name: str
     compiled: bool
+    kind: str = "float"
 
 
 def model_source(name: str) -> str:
@@ -116,6 +117,30 @@ def open_model(name: str, backend: str = "reference", device: str = "cpu") -> Op
     if backend != "reference":
         raise ConfigError(f"--backend {backend}: {name} is not a compiled model; compile it first")
     return open_float(name, device)
+
+
+def is_exported_directory(name: str) -> bool:
+    """True for a directory that `resq export` wrote."""
+    folder = Path(name).expanduser()
+    return (folder / "model.onnx").is_file() and (folder / "config.json").is_file()
+
+
+def check_exported(name: str, backend: str, device: str) -> None:
+    """Raise ConfigError for a backend or a device that does not run directories of `resq export`."""
+    if device not in ("cpu", "auto"):
+        raise ConfigError(f"--device {device}: {name} is an ONNX export, which runs on the CPU here")
+    if backend not in ("reference", "onnx"):
+        raise ConfigError(f"--backend {backend}: {name} is an ONNX export, which only onnx runs")
+
+
+def open_exported(name: str, backend: str, device: str) -> OpenModel:
+    """Open a directory of `resq export` in ONNX Runtime. Raises ConfigError for another backend or device."""
+    from resq_compiler.backends.onnx.exported import ExportedModel
+
+    check_exported(name, backend, device)
+    quiet_libraries()
+    model = ExportedModel(Path(name).expanduser())
+    return OpenModel(model, model.tokenizer, name, False, f"exported, profile {model.profile}")
 
 
 def open_float(name: str, device: str = "cpu") -> OpenModel:

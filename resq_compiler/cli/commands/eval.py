@@ -14,7 +14,11 @@ NOISE_TOKENS = 4096  # enough for two digits of a ratio of sums over every token
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `resq eval`."""
-    parser.add_argument("model", metavar="MODEL", help=f"a compiled model, or a float one: {common.MODEL_HELP}")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"a compiled model, a directory of `resq export`, or a float one: {common.MODEL_HELP}",
+    )
     common.add_text_arguments(parser)
     parser.add_argument(
         "--reference", metavar="FLOATMODEL", help="the float original: adds KL divergence and agreement"
@@ -38,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
     _check(arguments)
-    opened = common.open_model(arguments.model, arguments.backend, arguments.device)
+    if common.is_exported_directory(arguments.model):
+        opened = common.open_exported(arguments.model, arguments.backend, arguments.device)
+    else:
+        opened = common.open_model(arguments.model, arguments.backend, arguments.device)
     reference = common.open_float(arguments.reference, arguments.device) if arguments.reference else None
     result = evaluate_model(opened, reference, arguments)
     text = [_title(opened, reference, result), result.pop("table")]
@@ -100,7 +107,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _title(opened: common.OpenModel, reference: Any, result: dict[str, Any]) -> str:
-    what = f"{result['recipe']} {result['scheme']}" if opened.compiled else "float"
+    what = f"{result['recipe']} {result['scheme']}" if opened.compiled else opened.kind
     against = f" against {reference.name}" if reference else ""
     count, length = result["windows"]
     return f"{opened.name} ({what}){against}, {count} windows of {length} tokens:"

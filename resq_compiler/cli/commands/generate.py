@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate; with --json nothing is printed before the end."""
     _check(arguments)
-    if is_exported_directory(arguments.model):
+    if common.is_exported_directory(arguments.model):
         text, count, seconds = _generate_exported(arguments)
     else:
         text, count, seconds = _generate_model(arguments)
@@ -52,12 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         sys.stderr.write(f"{count} tokens in {seconds:.1f} s: {count / seconds:.1f} tokens/s, prefill included\n")
     return 0
-
-
-def is_exported_directory(name: str) -> bool:
-    """True for a directory that `resq export` wrote."""
-    folder = Path(name).expanduser()
-    return (folder / "model.onnx").is_file() and (folder / "config.json").is_file()
 
 
 def _generate_model(arguments: argparse.Namespace) -> tuple[str, int, float]:
@@ -75,12 +69,7 @@ def _generate_exported(arguments: argparse.Namespace) -> tuple[str, int, float]:
     """The same by the small ONNX runtime: no PyTorch model is loaded."""
     from resq_compiler.backends.onnx.runtime import OnnxDecoder, Sampling, text_pieces
 
-    if arguments.device not in ("cpu", "auto"):
-        raise ConfigError(
-            f"--device {arguments.device}: {arguments.model} is an ONNX export, which runs on the CPU here"
-        )
-    if arguments.backend not in ("reference", "onnx"):
-        raise ConfigError(f"--backend {arguments.backend}: {arguments.model} is an ONNX export, which only onnx runs")
+    common.check_exported(arguments.model, arguments.backend, arguments.device)
     common.quiet_libraries()
     decoder = OnnxDecoder(Path(arguments.model).expanduser())
     tokenizer = decoder.tokenizer

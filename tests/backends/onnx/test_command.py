@@ -73,3 +73,21 @@ def test_directory_without_tokenizer(saved, tmp_path):
         (tmp_path / name).write_bytes((saved / "onnx" / name).read_bytes())
     with pytest.raises(BackendError, match="no tokenizer can be read"):
         _ = OnnxDecoder(tmp_path, threads=1).tokenizer
+
+
+def test_eval_of_an_exported_directory(saved, capsys):
+    """The numbers of the compiled model, as far as rounding goes; what it is and its size on disk."""
+    arguments = ["--text", "demo", "--windows", "2", "--length", "24", "--no-noise"]
+    found = []
+    for words in (["compiled"], ["onnx"], ["onnx", "--backend", "onnx"]):
+        capsys.readouterr()
+        assert main(["eval", str(saved / words[0]), *words[1:], *arguments, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[1]["model"]["perplexity"] == pytest.approx(found[0]["model"]["perplexity"], rel=2e-2)
+    assert found[2]["model"]["nll"] == found[1]["model"]["nll"]
+    assert found[1]["model_stored_bytes"] == (saved / "onnx" / "model.onnx").stat().st_size
+    assert main(["eval", str(saved / "onnx"), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "(exported, profile ort), 2 windows of 24 tokens" in out and "size on disk" in out
+    assert main(["eval", str(saved / "onnx"), *arguments, "--backend", "triton"]) == 2
+    assert "only onnx runs" in capsys.readouterr().err
