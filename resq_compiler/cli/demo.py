@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resq_compiler.api import compile
 from resq_compiler.calibration.data import DEMO, calibration_windows, demo_text, text_windows
-from resq_compiler.cli import environment
+from resq_compiler.cli import demo_speed, environment
 from resq_compiler.errors import ConfigError
 from resq_compiler.evaluation.comparison import measure
 from resq_compiler.frontend.models import LoadedModel, embedded_model_path, load_model
@@ -161,7 +161,8 @@ def summary(result: dict[str, Any], markdown: bool = False) -> str:
     size = first["memory_bytes"]
     both = megabytes(size["embeddings"] + size["head"])
     note = f"Of each compiled size, {both} are embeddings and lm_head, which stay in float32."
-    return table(header, rows, markdown) + "\n\n" + note
+    name = f"{next(iter(result['recipes']))} {first['scheme']}"
+    return "\n\n".join((table(header, rows, markdown), note, demo_speed.describe(first["speed"], name, markdown)))
 
 
 def texts(result: dict[str, Any]) -> str:
@@ -261,6 +262,8 @@ def _try_recipe(
         progress(f"{recipe}: save", 0, 1)
         compiled.save_pretrained(output / "model")
         entry["directory"] = "model"  # beside the report
+        progress(f"{recipe}: speed", 0, 1)
+        entry["speed"] = demo_speed.compare(loaded.model, compiled)
     return entry
 
 

@@ -38,6 +38,8 @@ def test_demo_writes_model_and_report(model, tmp_path, capsys):
     for name, entry in result["recipes"].items():
         assert entry["model"]["kl"] > 0 and entry["seconds"] > 0 and len(entry["texts"]) == len(demo.OPENINGS)
         assert f"{name} W4A4KV4" in out
+    assert "speed" in result["recipes"]["resq"] and "speed" not in result["recipes"]["rtn"]
+    assert "tokens per second" in out or "Speed was not measured: " in out
     assert result["tokens"] == {"calibration": 128, "evaluation": 128}
     assert "Calibrated on 128 tokens, evaluated on 128 others.\nThat is little" in out
     assert "equal shares" in out and load(tmp_path / "model").options.allocation == "equal"
