@@ -98,8 +98,8 @@ class NativeRunner(nn.Module):
         keep = (
             logits_to_keep if bool(mask[:, -1].all()) else 0
         )  # else the last token of a row is padding, which is not kept
-        inputs = (tensor.cpu().numpy() for tensor in (ids, mask, positions))
-        logits = self.bound.run(*inputs, [entry.packed for entry in present], keep)
+        tokens, seen, places = (tensor.cpu().numpy() for tensor in (ids, mask, positions))
+        logits = self.bound.run(tokens, seen, places, [entry.packed for entry in present], keep)
         return torch.from_numpy(logits[:, -logits_to_keep:]), *present
 
     def _appended(self, index: int, past: Tensor, new: int) -> CacheTensor:
