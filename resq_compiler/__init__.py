@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from resq_compiler.recipes.settings import CompileConfig
 
 __version__ = "0.2.0.dev0"
-__all__ = ["CompileConfig", "CompiledModel", "ResqError", "__version__", "compile", "load"]
+__all__ = ["CompileConfig", "CompiledModel", "ResqError", "__version__", "calibrate", "compile", "load"]
 
 _HOMES = {
-    "compile": "api", "load": "api", "CompiledModel": "model",
+    "calibrate": "api", "compile": "api", "load": "api", "CompiledModel": "model",
     "CompileConfig": "recipes.settings", "ResqError": "errors",
 }  # fmt: skip
 

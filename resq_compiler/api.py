@@ -8,6 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.overrides import TopologyOverrides, read_overrides
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.backends import load_backend
-from resq_compiler.calibration import precision
+from resq_compiler.calibration import precision, shards
 from resq_compiler.calibration.data import calibration_windows, text_start
+from resq_compiler.calibration.shards import SavedStatistics
+from resq_compiler.calibration.statistics import take
 from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
 from resq_compiler.errors import DataError, ModelError
 from resq_compiler.frontend.capture import Captured, capture, runnable_attention
@@ -64,6 +67,7 @@ def compile(
     on_float: Callable[[GraphModule], None] | None = None,
     dump_dir: str | Path | None = None,
     work_dir: str | Path | None = None,
+    statistics: str | Path | Sequence[str | Path] = (),
     accept_unused_weights: bool = False,
     **options: Any,
 ) -> CompiledModel:
@@ -83,20 +87,110 @@ def compile(
              on_float: called with the float graph after the last exact pass: projected, partitioned, nothing quantized.
              dump_dir: write a dump of every pass there (default: the environment variable RESQ_DUMP_DIR, else none).
              work_dir: keep finished work there; after an interruption the same call goes on from it, with bit-identical results.
+             statistics: directories of files that calibrate() wrote, all parts of one run; their sum stands for the calibration run.
              accept_unused_weights: leave out, with a warning, weights that the model's configuration has no place for.
     Returns: CompiledModel, float32 between the integers.
     Raises:  BackendError before any work if the backend cannot run here; ConfigError, ModelError, DataError, CaptureError,
              TopologyError, PassError: each says what to do.
     """
-    chosen = named.choose(recipe, **options)
+    check_backend(backend)
+    dump_dir = target_directory(dump_dir)
+    begun = _begin(
+        model, calib_data, named.choose(recipe, **options), tokenizer, topology, device, progress, work_dir, accept_unused_weights
+    )  # fmt: skip
+    del model  # from here on only the graph holds the weights, so passes release them as they go
+    ctx, about, gm = begun.ctx, begun.about, begun.captured.graph_module
+    if statistics:
+        ctx.saved = SavedStatistics.open([statistics] if isinstance(statistics, (str, Path)) else list(statistics))
+        ctx.saved.check(begun.about_statistics())
+    recorded = recording(dump_dir, str(about["provenance"].model), begun.config.to_dict(), on_stage)
+    with recorded as record, memory.settled(), devices.computing_on(begun.device):
+        pipeline = Pipeline(ctx, record.add)
+        pipeline.start(gm, seconds=begun.seconds)
+        _run_guarded(pipeline, gm, begun.passes, begun.compared, on_float)
+        plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
+        result = CompileResult(
+            gm, named.settled(begun.config, str(plan.sites)), begun.captured.cache, **about, stages=tuple(pipeline.stages),
+            notes=tuple(ctx.notes), topology=ctx.facts.find(Topology),
+            sample_ids=None if ctx.calibration is None else ctx.calibration[:1], passes=to_text(begun.passes),
+        )  # fmt: skip
+        record.complete(result)
+    compiled: Any = CompiledModel(result)  # whose `to` transformers types as a function of the model alone
+    return (compiled.to(begun.device) if backend == "triton" else compiled).use_backend(backend)
+
+
+@torch_state.compiling()
+def calibrate(
+    model: PreTrainedModel | LoadedModel | str | Path,
+    calib_data: Any,
+    directory: str | Path,
+    shard: str = "0/1",
+    *,
+    recipe: str | CompileConfig | named.Chosen | Sequence[Pass] = named.DEFAULT_RECIPE,
+    tokenizer: Any = None,
+    topology: Any = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    accept_unused_weights: bool = False,
+    **options: Any,
+) -> Path:
+    """Take the statistics of one part of the calibration windows; `compile(..., statistics=directory)` adds up those of all parts.
+
+    Args:    directory: where the files of this part go, beside those of other parts or alone. shard: "I/N": every Nth of the windows
+             that statistics are taken of, from I on; I from 0 to N - 1. All others: as for compile(), and the same as there.
+    Returns: the JSON file of the part.
+    Raises:  ConfigError: no pass of the recipe asks for statistics, or no windows for this part. Others: as compile() does.
+    """
+    part = shards.Shard.parse(shard)
+    begun = _begin(
+        model, calib_data, named.choose(recipe, **options), tokenizer, topology, device, progress, None, accept_unused_weights
+    )  # fmt: skip
+    ctx, gm = begun.ctx, begun.captured.graph_module
+    with torch.no_grad(), devices.computing_on(begun.device):
+        pipeline = Pipeline(ctx)
+        pipeline.start(gm, seconds=begun.seconds)
+        requests = pipeline.run_to_statistics(gm, begun.passes)
+        take(gm, requests, part.of(ctx.statistics_windows), None, ctx.progress)
+    return shards.write(Path(directory).expanduser(), part, requests, begun.about_statistics())
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What a compile has before its first pass. about: what a result keeps of the float model. seconds: that the capture took."""
+
+    passes: tuple[Pass, ...]
+    config: CompileConfig
+    device: torch.device
+    ctx: PassContext
+    captured: Captured
+    about: dict[str, Any]
+    compared: Tensor | str
+    seconds: float
+
+    def about_statistics(self) -> dict[str, Any]:
+        """What must be equal for statistics of one compile to be those of another."""
+        exact = itertools.takewhile(lambda item: item.exact, self.passes)
+        source: Provenance = self.about["provenance"]
+        return {
+            "passes": to_text(tuple(exact)),
+            "options": {name: str(value) for name, value in named.run_options(self.config).items()},
+            "versions": versions(),
+            "topology": repr(self.ctx.overrides),
+            "weights": None if source.model is None else source.model.weights,
+            "calibration tokens": None if source.calibration is None else source.calibration.digest,
+        }
+
+
+def _begin(
+    model: PreTrainedModel | LoadedModel | str | Path, calib_data: Any, chosen: named.Chosen, tokenizer: Any, topology: Any,
+    device: str | torch.device, progress: Progress | None, work_dir: str | Path | None, accept_unused_weights: bool,
+) -> _Begun:  # fmt: skip
+    """Load, cut calibration windows, capture."""
     check_order(chosen.passes)
     where = devices.resolve(device)
-    config = dataclasses.replace(
-        chosen.settings, calibration_dtype=precision.resolve(chosen.settings.calibration_dtype, where)
-    )  # fmt: skip
-    check_backend(backend)
+    dtype = precision.resolve(chosen.settings.calibration_dtype, where)
+    config = dataclasses.replace(chosen.settings, calibration_dtype=dtype)
     overrides = read_overrides(topology)
-    dump_dir = target_directory(dump_dir)
     memory.tune_allocator()
     if isinstance(model, CompiledModel):
         raise ModelError(f"model: already compiled ({model.options.scheme}); give the float model it was made from")
@@ -112,32 +206,19 @@ def compile(
     about = _about(loaded, calib_data, windows)
     start = time.perf_counter()
     captured = _capture_float32(loaded.model, not isinstance(model, (PreTrainedModel, LoadedModel)), report)
-    del loaded, model  # from here on only the graph holds the weights, so passes release them as they go
+    del loaded, model
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
     bos = about["config"].get_text_config().bos_token_id
     ctx = PassContext(
-        captured.example_inputs, windows, overrides, work, bos, config.seed, config.calibration_dtype, config.basis_samples,
+        captured.example_inputs, windows, overrides, work, None, bos, config.seed, config.calibration_dtype, config.basis_samples,
         progress=report,
     )  # fmt: skip
     if where.type == "cuda":
-        ctx.note(
-            f"computed on {where} ({torch.cuda.get_device_name(where)}); codes may differ from those of a CPU by rounding"
-        )
+        name = torch.cuda.get_device_name(where)
+        ctx.note(f"computed on {where} ({name}); codes may differ from those of a CPU by rounding")
     _note_calibration(ctx, config.calibration_dtype, start_of_text)
-    recorded = recording(dump_dir, str(about["provenance"].model), config.to_dict(), on_stage)
-    with recorded as record, memory.settled(), devices.computing_on(where):
-        pipeline = Pipeline(ctx, record.add)
-        pipeline.start(captured.graph_module, seconds=time.perf_counter() - start)
-        _run_guarded(pipeline, captured.graph_module, chosen.passes, compared, on_float)
-        plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
-        result = CompileResult(
-            captured.graph_module, named.settled(config, str(plan.sites)), captured.cache, **about, stages=tuple(pipeline.stages),
-            notes=tuple(ctx.notes), topology=ctx.facts.find(Topology), sample_ids=None if windows is None else windows[:1],
-            passes=to_text(chosen.passes),
-        )  # fmt: skip
-        record.complete(result)
-    compiled: Any = CompiledModel(result)  # whose `to` transformers types as a function of the model alone
-    return (compiled.to(where) if backend == "triton" else compiled).use_backend(backend)
+    seconds = time.perf_counter() - start
+    return _Begun(chosen.passes, config, where, ctx, captured, about, compared, seconds)
 
 
 def load(directory: str | Path, device: torch.device | str | None = None) -> CompiledModel:

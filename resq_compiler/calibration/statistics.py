@@ -16,7 +16,7 @@ from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools
 from resq_compiler.numerics.expert_channels import ExpertSizes
-from resq_compiler.util import memory
+from resq_compiler.util import devices, memory
 
 FILE = "statistics"
 
@@ -32,6 +32,9 @@ class Statistic(Protocol):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state` returned."""
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what was seen of other tokens, as its `state` says."""
 
 
 Kind = TypeVar("Kind", bound=Statistic)
@@ -115,7 +118,7 @@ def take(
             for node, see in request.taps():
                 taps[node] = both(taps[node], see) if node in taps else see
         observe(gm, taps, windows, lambda done, total: progress("calibrate", done, total))
-        for request in requests:
+        for request in requests if devices.current() is not None else ():
             request.statistic.restore({name: t.cpu() for name, t in request.statistic.state().items()})
         keep(requests, work)
     return Statistics(requests)
@@ -155,10 +158,7 @@ def restored(requests: Sequence[Request], work: WorkDirectory | None) -> bool:
     saved = None if work is None else work.load(FILE)
     if saved is None:
         return False
-    states: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in saved[0].items():
-        owner, _, part = name.rpartition(".")
-        states.setdefault(owner, {})[part] = tensor
+    states = by_name(saved[0])
     if any(request.name not in states for request in requests):
         return False
     for request in requests:
@@ -169,4 +169,18 @@ def restored(requests: Sequence[Request], work: WorkDirectory | None) -> bool:
 def keep(requests: Sequence[Request], work: WorkDirectory | None) -> None:
     """Write finished statistics into a work directory, if there is one."""
     if work is not None:
-        work.save(FILE, {f"{r.name}.{part}": t for r in requests for part, t in r.statistic.state().items()})
+        work.save(FILE, states_of(requests))
+
+
+def states_of(requests: Iterable[Request]) -> dict[str, Tensor]:
+    """All there is to statistics, for a file."""
+    return {f"{r.name}.{part}": t for r in requests for part, t in r.statistic.state().items()}
+
+
+def by_name(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The state of each statistic, from what `states_of` gave."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, part = name.rpartition(".")
+        states.setdefault(owner, {})[part] = tensor
+    return states

@@ -115,6 +115,12 @@ class SecondMoment:
             )
         self.total, self.tokens = state["total"], int(state["tokens"])
 
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add the sum over other tokens, as its `state` says. Raises QuantError: it is that of another site."""
+        total, tokens = self.total, self.tokens
+        self.restore(state)
+        self.total, self.tokens = total + self.total, tokens + self.tokens
+
     def _require_finite(self, addition: Tensor, rows: Tensor) -> None:
         # A NaN or infinity anywhere in a column reaches that column's square sum: d values to look at, not tokens x d.
         if torch.isfinite(addition.diagonal(dim1=-2, dim2=-1)).all():

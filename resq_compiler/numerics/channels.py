@@ -40,6 +40,10 @@ class Energy:
         """Become what `state` returned."""
         self.total = state["total"]
 
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what was seen of other tokens."""
+        self.total = state["total"] if self.total is None else self.total + state["total"]
+
 
 class Peak:
     """Largest magnitude of every channel over tokens: `largest` [width], None before the first token."""
@@ -68,6 +72,11 @@ class Peak:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state` returned."""
         self.largest = state["largest"]
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what was seen of other tokens."""
+        largest = state["largest"]
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
 
 class LoudTokens:
@@ -102,6 +111,10 @@ class LoudTokens:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state` returned."""
         self.found = state["rows"]
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what was seen of other tokens."""
+        self.update(state["rows"])
 
 
 def seen(value: Tensor | None, what: str) -> Tensor:

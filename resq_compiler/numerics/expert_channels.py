@@ -55,8 +55,17 @@ class ExpertSizes:
         """Become what `state` returned."""
         self.counts = state["counts"]
         self.whole.restore({self.part: state["whole"]})
-        for one, size in zip(self.each, state["each"], strict=True):
-            one.restore({self.part: size})
+        for one, size, count in zip(self.each, state["each"], self.counts.tolist(), strict=True):
+            if count:
+                one.restore({self.part: size})
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what was seen of other tokens."""
+        self.counts = self.counts + state["counts"]
+        self.whole.merge({self.part: state["whole"]})
+        for one, size, count in zip(self.each, state["each"], state["counts"].tolist(), strict=True):
+            if count:
+                one.merge({self.part: size})
 
 
 class ExpertEnergy(ExpertSizes):

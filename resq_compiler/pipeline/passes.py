@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.overrides import TopologyOverrides
+from resq_compiler.calibration.shards import SavedStatistics
 from resq_compiler.calibration.statistics import Request, spread
 from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import DataError
@@ -30,7 +31,8 @@ class PassContext:
     """What all passes of a compile share: its inputs, and the facts that passes found.
 
     example_inputs: of the graph, one tensor for each placeholder. calibration: token ids [n, length] int64, None without. overrides:
-    what the user states about the model. work: where finished work of an interrupted compile is kept. bos_token: what the model's
+    what the user states about the model. work: where finished work of an interrupted compile is kept. saved: statistics that were taken
+    before, for the first pass that asks. bos_token: what the model's
     texts begin with. seed: of all draws. calibration_dtype: of linears in calibration runs. basis_samples: how many of the windows
     statistics are taken of. notes: what a user should know. lines: what the running pass adds to its stage, such as a table.
     """
@@ -39,6 +41,7 @@ class PassContext:
     calibration: Tensor | None = None
     overrides: TopologyOverrides | None = None
     work: WorkDirectory | None = None
+    saved: SavedStatistics | None = None
     bos_token: int | None = None
     seed: int = 0
     calibration_dtype: str = "float32"

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.calibration import precision
-from resq_compiler.calibration.statistics import Statistics, distinct, take
-from resq_compiler.errors import ModelError, PassError, ResqError, VerifyError
+from resq_compiler.calibration.statistics import Request, Statistics, distinct, take
+from resq_compiler.errors import ConfigError, ModelError, PassError, ResqError, VerifyError
 from resq_compiler.ir import graph_tools, verify
 from resq_compiler.pipeline.options import options_text
 from resq_compiler.pipeline.order import check_order
@@ -102,20 +102,44 @@ class Pipeline:
 
     def _observe(self, gm: GraphModule, item: Pass, rest: Sequence[Pass]) -> None:
         """Take the statistics that a pass asks for and, in the same run, those of later passes that see the same graph."""
-        ctx = self.ctx
-        requests = list(item.statistics(gm, ctx))
-        seen = ctx.facts.find(Statistics)
-        if not requests or (seen is not None and seen.covers(requests)):
+        ctx, requests = self.ctx, self._asked(gm, item, rest)
+        if not requests:
             return
-        for last, following in itertools.pairwise((item, *rest)):
-            if last.rewrites:
-                break
-            requests += following.statistics(gm, ctx)
         if ctx.basis_samples < len(ctx.windows):
             ctx.note(
                 f"calibration: bases and channel order from {ctx.basis_samples} of {len(ctx.windows)} windows (basis_samples)"
             )
-        ctx.facts.put(take(gm, distinct(requests), ctx.statistics_windows, ctx.work, ctx.progress))
+        if ctx.saved is not None:
+            ctx.saved.fill(requests)
+            ctx.note(f"calibration: statistics from {len(ctx.saved.files)} files that were taken before")
+            ctx.saved = None
+            ctx.facts.put(Statistics(requests))
+        else:
+            ctx.facts.put(take(gm, requests, ctx.statistics_windows, ctx.work, ctx.progress))
+
+    def _asked(self, gm: GraphModule, item: Pass, rest: Sequence[Pass]) -> list[Request]:
+        """What a pass and, if that was not seen before, later passes that see the same graph ask for."""
+        requests = list(item.statistics(gm, self.ctx))
+        seen = self.ctx.facts.find(Statistics)
+        if not requests or (seen is not None and seen.covers(requests)):
+            return []
+        for last, following in itertools.pairwise((item, *rest)):
+            if last.rewrites:
+                break
+            requests += following.statistics(gm, self.ctx)
+        return distinct(requests)
+
+    def run_to_statistics(self, gm: GraphModule, passes: Sequence[Pass]) -> list[Request]:
+        """Run passes up to the first that asks for statistics; what it and those after it ask for. Raises ConfigError: no pass asks."""
+        check_order(passes, self.ctx.facts.kinds())
+        for i, item in enumerate(passes):
+            self.ctx.progress(item.name, i, len(passes))
+            with precision.linears_in(self.ctx.calibration_dtype):
+                requests = self._asked(gm, item, passes[i + 1 :])
+            if requests:
+                return requests
+            self._run_one(gm, item, passes[i + 1 :])
+        raise ConfigError("no pass of this recipe asks for statistics; there is nothing to take in parts")
 
     def _compare(self, gm: GraphModule, item: Pass) -> float | None:
         if self.reference is None:

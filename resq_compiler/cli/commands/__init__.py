@@ -7,6 +7,7 @@ from __future__ import annotations
 
 COMMANDS: dict[str, str] = {
     "compile": "quantize a model and write it to a directory",
+    "calibrate": "take the statistics of one part of the calibration text, for `resq compile --statistics`",
     "eval": "perplexity, distance from the float model, size and average bits",
     "export": "write a compiled model as an ONNX directory",
     "bench": "speed and memory of a directory of `resq export`",

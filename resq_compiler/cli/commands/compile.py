@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep finished work there: the same command goes on from it after an interruption",
     )
     parser.add_argument(
+        "--statistics", metavar="DIR", type=Path, nargs="+", default=(),
+        help="files that `resq calibrate` wrote with the same model, text and options: all parts of one run",
+    )  # fmt: skip
+    parser.add_argument(
         "--dump", metavar="DIR", type=Path, help="write every pass there, and index.html to browse them"
     )
     parser.add_argument(
@@ -90,6 +94,7 @@ def _compile(arguments: argparse.Namespace, chosen: Any) -> tuple[Any, float]:
             device=arguments.device,
             progress=progress,
             work_dir=arguments.work_dir,
+            statistics=arguments.statistics,
             dump_dir=arguments.dump,
             accept_unused_weights=arguments.accept_unused_weights,
         )
