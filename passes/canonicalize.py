@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from resq_compiler.errors import CaptureError, CheckpointError
 from resq_compiler.frontend.composites import WHOLE, name_composites
 from resq_compiler.frontend.experts import name_experts
-from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir import graph_tools, serialize, values
 from resq_compiler.ir.args import argument, operands, set_argument, source
 from resq_compiler.ir.graph_tools import VIEW_OPS, aten, is_call, only_user, replace, rewrite
 from resq_compiler.ir.views import Embedding, Norm
@@ -50,7 +51,19 @@ class Canonicalize(Pass):
         named, misses = name_composites(gm, self.name)
         ctx.lines += misses
         gm.graph.eliminate_dead_code()
+        check_can_be_kept(gm)
         return done + named + fold_embedding_norms(gm) + merge_equal(gm)
+
+
+def check_can_be_kept(gm: GraphModule) -> None:
+    """Raise CaptureError for an operator that a saved model cannot have, such as one that writes into its arguments."""
+    try:
+        serialize.check_readable(gm.graph)
+    except CheckpointError as error:
+        raise CaptureError(
+            f"{error}; the compiled model could not be saved: expected operators that compute new values from values",
+            node=error.node,
+        ) from error
 
 
 def drop_noise(gm: GraphModule) -> int:

@@ -21,14 +21,16 @@ from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.overrides import TopologyOverrides, read_overrides
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.backends import load_backend
+from resq_compiler.backends.onnx import export_problem
 from resq_compiler.calibration import precision, shards
 from resq_compiler.calibration.data import calibration_windows, text_start
 from resq_compiler.calibration.shards import SavedStatistics
 from resq_compiler.calibration.statistics import take
 from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
-from resq_compiler.errors import DataError, ModelError
+from resq_compiler.errors import BackendError, DataError, ModelError
 from resq_compiler.frontend.capture import Captured, capture, runnable_attention
-from resq_compiler.frontend.models import LoadedModel, load_model
+from resq_compiler.frontend.models import LoadedModel, load_model, open_tokenizer
+from resq_compiler.frontend.positions import longest_text
 from resq_compiler.frontend.source import weights_digest
 from resq_compiler.inspection import guard
 from resq_compiler.inspection.dump import recording, target_directory
@@ -79,7 +81,7 @@ def compile(
              recipe: "resq+" (ResQ and what was found to help), "resq" (as published), "quarot", "quik", "gptq", "rtn", a
              CompileConfig, or a tuple of passes. options: any field of CompileConfig; beside passes, those of recipes.RUN_OPTIONS.
              backend: what computes: "reference" (PyTorch), "onnx" (ONNX Runtime) or "triton".
-             tokenizer: for texts, when `model` does not come with one.
+             tokenizer: for texts, when `model` does not come with one: an object, or the directory or hub id of one.
              topology: statements that override what is found in the graph: a dict, a YAML or a JSON file (topology_overrides.py).
              device: what computes the calibration, bases and codes: "cpu", "cuda", "cuda:1" or "auto", a GPU where there is one. The
              weights stay in the CPU's memory but for those of the block at work, and so do those of the result: .to(device) moves it.
@@ -105,7 +107,7 @@ def compile(
         ctx.saved.check(begun.about_statistics())
     recorded = recording(dump_dir, str(about["provenance"].model), begun.config.to_dict(), on_stage)
     with recorded as record, memory.settled(), devices.computing_on(begun.device):
-        pipeline = Pipeline(ctx, record.add)
+        pipeline = Pipeline(ctx, _checking_export(record.add, ctx, backend))
         pipeline.start(gm, seconds=begun.seconds)
         _run_guarded(pipeline, gm, begun.passes, begun.compared, on_float)
         plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
@@ -195,7 +197,7 @@ def _begin(
     if isinstance(model, CompiledModel):
         raise ModelError(f"model: already compiled ({model.options.scheme}); give the float model it was made from")
     loaded = load_model(model, accept_unused_weights=accept_unused_weights)
-    loaded = dataclasses.replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
+    loaded = dataclasses.replace(loaded, tokenizer=open_tokenizer(tokenizer) or loaded.tokenizer)
     report = progress or (lambda step, done, total: None)
     start_of_text = text_start(loaded.tokenizer, config.bos)
     windows = _calibration(loaded, calib_data, config, chosen.passes, report)
@@ -216,7 +218,7 @@ def _begin(
     if where.type == "cuda":
         name = torch.cuda.get_device_name(where)
         ctx.note(f"computed on {where} ({name}); codes may differ from those of a CPU by rounding")
-    _note_calibration(ctx, config.calibration_dtype, start_of_text)
+    _note_calibration(ctx, config, start_of_text)
     seconds = time.perf_counter() - start
     return _Begun(chosen.passes, config, where, ctx, captured, about, compared, seconds)
 
@@ -261,7 +263,7 @@ def _compared(loaded: LoadedModel, calib_data: Any, windows: Tensor | None, conf
             "nothing was compared with the float model: no pass of this recipe looks at text, and none was given; "
             "calibration data (calib_data=demo, --calibration demo) is enough for that"
         )
-    length = min(config.calibration_length, guard.TOKENS)
+    length = min(config.calibration_length, guard.TOKENS, longest_text(loaded.model) or guard.TOKENS)
     vocab_size = loaded.model.config.get_text_config().vocab_size
     try:
         return calibration_windows(
@@ -276,20 +278,41 @@ def _compared(loaded: LoadedModel, calib_data: Any, windows: Tensor | None, conf
         return f"nothing was compared with the float model, and no pass of this recipe looks at the data given: {error}"
 
 
-def _note_calibration(ctx: PassContext, dtype: str, start_of_text: Tensor) -> None:
+def _note_calibration(ctx: PassContext, config: CompileConfig, start_of_text: Tensor) -> None:
     """Tell how calibration differs from what a user may expect."""
     windows, count = ctx.calibration, len(start_of_text)
     if windows is None:
         return
-    if dtype != "float32":
+    if config.calibration_dtype != "float32":
         ctx.note(
-            f"calibration: linears and second moments computed in {dtype}, sums in float32; "
+            f"calibration: linears and second moments computed in {config.calibration_dtype}, sums in float32; "
             "calibration_dtype=float32 for all of it"
+        )
+    if windows.shape[1] < config.calibration_length:
+        ctx.note(
+            f"calibration: windows of {windows.shape[1]} tokens instead of {config.calibration_length}: there are no more positions"
         )
     if count and bool((windows[:, :count] == start_of_text).all()):
         ctx.note(
             f"calibration: windows begin as the tokenizer begins a text, with {start_of_text.tolist()} (bos=never for none)"
         )
+
+
+def _checking_export(on_stage: Callable[[Stage], None], ctx: PassContext, backend: str) -> Callable[[Stage], None]:
+    """`on_stage`, and, as soon as operators have their final names, whether the model will have an ONNX form: a note if not.
+
+    Raises BackendError, before calibration, where the backend computes by ONNX Runtime.
+    """
+
+    def seen(stage: Stage) -> None:
+        on_stage(stage)
+        problem = export_problem(stage.graph) if stage.name == FindTopology.name else None
+        if problem is not None and backend in ("onnx", "cpu"):
+            raise BackendError(f"backend {backend}: {problem}")
+        if problem is not None:
+            ctx.note(f"export: this model cannot be exported to ONNX: {problem}")
+
+    return seen
 
 
 def _run_guarded(
@@ -348,10 +371,11 @@ def _calibration(
     if not needs_calibration(passes):
         return None
     vocab_size = loaded.model.config.get_text_config().vocab_size
+    length = min(config.calibration_length, longest_text(loaded.model) or config.calibration_length)
     with runnable_attention(loaded.model):
         return calibration_windows(
             calib_data, model=loaded.model, tokenizer=loaded.tokenizer, samples=config.calibration_samples,
-            sequence_length=config.calibration_length, seed=config.seed, bos=config.bos,
+            sequence_length=length, seed=config.seed, bos=config.bos,
             vocab_size=vocab_size, progress=lambda done, total: report("write calibration text", done, total),
         )  # fmt: skip
 

@@ -50,13 +50,15 @@ OWN = {  # values that cannot be guessed from the names of fields
     "dots1": {**GROUPED, "n_group": 1},
     **{name: {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
               "v_head_dim": 16, "head_dim": 8} for name in ("minicpm3", "youtu")},
+    "phi3-longrope": {"original_max_position_embeddings": 10, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
+                      "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i / 4 for i in range(8)]}},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
 }  # fmt: skip
 WORK = (
     "apertus", "arcee", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "codegen", "cohere", "cohere2", "cwm", "ernie4_5",
     "exaone4", "falcon", "falcon-alibi", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "granite", "helium",
     "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral", "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
-    "phi", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
+    "phi", "phi3-longrope", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
 )  # fmt: skip
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1")
 EIGHT = {

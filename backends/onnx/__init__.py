@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from resq_compiler.backends.onnx.export import build_model, export_onnx
+from resq_compiler.backends.onnx.export import build_model, export_onnx, export_problem
 
-__all__ = ["build_model", "export_onnx"]
+__all__ = ["build_model", "export_onnx", "export_problem"]

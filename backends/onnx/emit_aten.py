@@ -196,6 +196,13 @@ def cast(low: Lowering, node: Node) -> Value:
     return Value(operand(low, node_arg(node, "self"), values.dtype(node)))
 
 
+@emits(aten.max.default, aten.min.default)
+def extreme(low: Lowering, node: Node) -> Value:
+    """The largest or smallest of all values, a scalar."""
+    kind = "ReduceMax" if node.target is aten.max.default else "ReduceMin"
+    return Value(low.b.op(kind, low.exact(node_arg(node, "self")), keepdims=0))
+
+
 @emits(*NO_OPERATION)
 def same(low: Lowering, node: Node) -> Emitted:
     return low.value(node_arg(node, "self"))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from resq_compiler.backends.cpu import platforms as other_platforms
 
 from resq_compiler.errors import BackendError
+from resq_compiler.frontend.positions import longest_text_of_graph
 from resq_compiler.util import placement
 from resq_compiler.util.install import install_command
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import onnx
     from resq_compiler.backends.fused.lower import Lowered
     from resq_compiler.backends.onnx.builder import GraphBuilder
+    from torch.fx import Graph
 
     from resq_compiler.result import CompileResult
 
@@ -27,6 +29,7 @@ MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 LAST_FILE = "config.json"  # put in place after all others: without it the directory is no model
 EXTERNAL_DATA_ABOVE = 2**26  # bytes; ONNX Runtime maps data files instead of copying them, and protobuf ends at 2 GiB
 LIBRARY_KEY = "resq.custom_ops_library"  # in the model's metadata: the file of custom operators in its directory
+LONGEST_KEY = "resq.longest_text"  # in the metadata of a model whose table of positions ends: tokens
 EMBEDDINGS = ("float16", "float32", "int8")
 
 
@@ -122,6 +125,20 @@ def check_platforms(native: bool, platforms: Sequence[str]) -> None:
     other_platforms.check(platforms)
 
 
+def export_problem(graph: Graph) -> str | None:
+    """Why a float graph will not have an ONNX form once it is compiled; None where nothing is known against it.
+
+    None also where the onnx package is missing, which `export_onnx` says itself.
+    """
+    try:
+        from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes  # noqa: F401  (each registers its emitters)
+        from resq_compiler.backends.onnx.registry import unsupported, without_form
+    except ImportError:
+        return None
+    missing = without_form(graph)
+    return unsupported(missing) if missing else None
+
+
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise BackendError(f"export_onnx: {option} expected one of {', '.join(allowed)}; got {value!r}")
@@ -215,7 +232,9 @@ def metadata(compiled: CompileResult, profile: str, embedding: str, kv_cache: st
     from resq_compiler.backends.onnx.profiles import PROFILES
 
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx")}
+    longest = longest_text_of_graph(compiled.graph_module.graph, compiled.config)
     return {
+        **({} if longest is None else {LONGEST_KEY: str(longest)}),
         "resq.version": version(), "resq.profile": profile, "resq.recipe": compiled.options.recipe, "resq.scheme": compiled.options.scheme,
         "resq.options": json.dumps(compiled.options.to_dict()), "resq.embedding": embedding, "resq.kv_cache": kv_cache,
         "resq.packages": json.dumps(packages), "resq.source": compiled.source,

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK, PROFILES
 
+from resq_compiler.frontend.long_rope import short_length
+
 if TYPE_CHECKING:
     from resq_compiler.result import CompileResult
 
+log = logging.getLogger("resq_compiler")
+
+RECOMPUTES = ("phi3", 4096)
+"""The model type for which onnxruntime-genai computes a cache again when a text outgrows its short factors, and the length it knows."""
+
 
 def genai_config(compiled: CompileResult, profile: str) -> dict[str, Any]:
-    """Settings for the generic decoder type: the names of inputs and outputs, sizes, token ids, session options."""
+    """Settings: the names of inputs and outputs, sizes, token ids, session options."""
     text = compiled.config.get_text_config()
     spec = compiled.cache_specs[0]
-    context = int(getattr(text, "max_position_embeddings", None) or 2048)
+    kind, context = kind_and_context(compiled)
     model: dict[str, Any] = {
-        "type": "decoder",
+        "type": kind,
         **special_tokens(compiled),
         "vocab_size": int(text.vocab_size),
         "context_length": context,
@@ -39,6 +47,20 @@ def genai_config(compiled: CompileResult, profile: str) -> dict[str, Any]:
     return _native(settings, compiled) if PROFILES[profile].native else settings
 
 
+def kind_and_context(compiled: CompileResult) -> tuple[str, int]:
+    """The model type and the longest text. A LongRoPE model that no type fits ends where its short factors do."""
+    text = compiled.config.get_text_config()
+    context, short = int(getattr(text, "max_position_embeddings", None) or 2048), short_length(text.to_dict())
+    kind, known = RECOMPUTES
+    if short is None or short == known:
+        return ("decoder" if short is None else kind), context
+    log.warning(
+        "genai_config.json: context_length %d instead of %d: onnxruntime-genai does not switch to the long factors of this model's "
+        "rotary embedding; this package's runtime does", short, context,
+    )  # fmt: skip
+    return "decoder", short
+
+
 def _native(settings: dict[str, Any], compiled: CompileResult) -> dict[str, Any]:
     """The library of the kernels, and a packed row of the cache as the head. Past and present are one buffer, written in place."""
     from resq_compiler.backends.onnx.native import cache_rows, kernels_library
@@ -52,10 +74,13 @@ def _native(settings: dict[str, Any], compiled: CompileResult) -> dict[str, Any]
 
 
 def search_options(compiled: CompileResult, context: int) -> dict[str, Any]:
-    """Generation defaults; the cache grows by concatenation, so its buffers are not shared. Prompts run in chunks, as in our runtime."""
+    """Generation defaults; the cache grows by concatenation, so its buffers are not shared. Prompts run in chunks, as in our runtime,
+    but for LongRoPE, where the last position decides for all.
+    """
     generation = compiled.generation_config
     options = {"max_length": context, "past_present_share_buffer": False, "do_sample": bool(generation.do_sample)}
-    options["chunk_size"] = PREFILL_CHUNK
+    if short_length(compiled.config.get_text_config().to_dict()) is None:
+        options["chunk_size"] = PREFILL_CHUNK
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
         if getattr(generation, name, None) is not None:
             options[name] = getattr(generation, name)

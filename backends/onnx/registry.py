@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from resq_compiler.backends.onnx.values import Emitted
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from resq_compiler.errors import BackendError
 from resq_compiler.ir.serialize import target_name
@@ -44,8 +44,13 @@ def unsupported(nodes: list[Node]) -> str:
     )
 
 
+def without_form(graph: Graph) -> list[Node]:
+    """Nodes of operators that no emitter takes."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.target not in EMITTERS]
+
+
 def check_supported(gm: GraphModule) -> None:
     """Raise BackendError, before anything is written, that names every operator without an ONNX form."""
-    missing = [n for n in gm.graph.nodes if n.op == "call_function" and n.target not in EMITTERS]
+    missing = without_form(gm.graph)
     if missing:
         raise BackendError(unsupported(missing))

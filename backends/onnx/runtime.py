@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 from resq_compiler.backends.onnx import session as ort
-from resq_compiler.backends.onnx.export import MODEL_FILE
+from resq_compiler.backends.onnx.export import LONGEST_KEY, MODEL_FILE
 from resq_compiler.backends.onnx.kept_logits import KEEP
 from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK
 from resq_compiler.backends.onnx.shared_buffers import BoundSession, GrowingCache
 
 from resq_compiler.errors import BackendError
+from resq_compiler.frontend.long_rope import short_length
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class OnnxDecoder:
         self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
         self.settings = self._settings()
         self._bound = BoundSession(self.session) if ort.is_native(self.session) else None
+        self.short_length = short_length(self.settings)
+        longest = self.session.get_modelmeta().custom_metadata_map.get(LONGEST_KEY)
+        self.longest_text = None if longest is None else int(longest)
 
     def _settings(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -111,20 +115,24 @@ class OnnxDecoder:
         ends = self._ends(eos_token_id)
         pad = self._pad(ends)
         choose = Chooser(sampling or Sampling())
-        cache = GrowingCache(self._bound, len(ids)) if self._bound is not None else PassedCache(self, len(ids))
+        cache = self._new_cache(len(ids))
         logits = self._prefill(cache, ids, mask)
         done = np.zeros(len(ids), bool)
         seen = ids
-        for _ in range(max_new_tokens):
+        for step in range(1, max_new_tokens + 1):
             tokens = np.where(done, pad, choose(logits, seen))
             yield tokens
             seen = np.concatenate([seen, tokens[:, None]], 1)
             done |= np.isin(tokens, ends)
-            if done.all():
+            if done.all() or step == max_new_tokens:
                 return
             mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], 1)
+            if mask.shape[1] - 1 == self.short_length:
+                cache = self._new_cache(len(ids))  # its keys would be those of the short factors
+                logits = self._prefill(cache, seen, mask)
+                continue
             positions = mask.sum(1, keepdims=True) - 1
-            logits = cache.step(tokens[:, None], mask, positions)
+            logits = self._step(cache, tokens[:, None], mask, positions)
 
     def generate(
         self, input_ids: Sequence[Sequence[int]] | np.ndarray, attention_mask: np.ndarray | None = None, *,
@@ -150,14 +158,30 @@ class OnnxDecoder:
             ids = tokenizer(prompt)["input_ids"]
         yield from text_pieces(tokenizer, self.stream([ids], **options))
 
-    @staticmethod
-    def _prefill(cache: GrowingCache | PassedCache, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def _prefill(self, cache: GrowingCache | PassedCache, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Logits [B, vocabulary] of the last token of a prompt."""
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        for start in range(0, ids.shape[1], PREFILL_CHUNK):
-            stop = min(start + PREFILL_CHUNK, ids.shape[1])
-            logits = cache.step(ids[:, start:stop], mask[:, :stop], positions[:, start:stop])
+        length = ids.shape[1]
+        whole = self.short_length is not None and length > self.short_length  # the last position decides for all
+        chunk = length if whole else PREFILL_CHUNK
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
+            logits = self._step(cache, ids[:, start:stop], mask[:, :stop], positions[:, start:stop])
         return logits
+
+    def _step(
+        self, cache: GrowingCache | PassedCache, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Append the tokens ids [B, S]; logits of the last one, [B, vocabulary]. Raises BackendError: past the learned positions."""
+        if self.longest_text is not None and positions.max() >= self.longest_text:
+            raise BackendError(
+                f"{self.directory}: position {positions.max()}: this model has learned {self.longest_text} positions; prompt and new "
+                "tokens together may be no more"
+            )
+        return cache.step(ids, mask, positions)
+
+    def _new_cache(self, batch: int) -> GrowingCache | PassedCache:
+        return PassedCache(self, batch) if self._bound is None else GrowingCache(self._bound, batch)
 
     @staticmethod
     def _checked(input_ids: Any, attention_mask: Any) -> tuple[np.ndarray, np.ndarray]:

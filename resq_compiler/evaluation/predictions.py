@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resq_compiler.errors import DataError
+from resq_compiler.frontend.positions import longest_text
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits worked on at once; two or three such buffers live at a time
 
@@ -64,13 +65,19 @@ def evaluate(
     Args:    model, reference: called with ids [b, L] int64; return an object with .logits [b, L, V]. windows: [n, L],
              L at least 2. batch_size: windows in one call. progress: called with (windows done, all windows).
     Returns: Evaluation.
-    Raises:  DataError: windows of another shape or dtype, logits of another shape or not finite.
+    Raises:  DataError: windows of another shape or dtype, longer than a model's learned positions, logits of another shape or not finite.
     """
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2 or windows.dtype != torch.long:
         raise DataError(
             f"evaluate: expected windows [n, L] of torch.long, n at least 1 and L at least 2; "
             f"got {list(windows.shape)} of {windows.dtype}"
         )
+    for who, evaluated in (("model", model), ("reference", reference)):
+        limit = longest_text(evaluated)
+        if limit is not None and windows.shape[1] > limit:
+            raise DataError(
+                f"evaluate: windows of {windows.shape[1]} tokens; the {who} has learned {limit} positions: cut windows of at most {limit}"
+            )
     sums = _Sums()
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]

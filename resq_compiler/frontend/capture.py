@@ -8,20 +8,24 @@ Batch B, new tokens S and past length P are dynamic.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from resq_compiler.errors import CaptureError
+from resq_compiler.frontend.dynamic_rope import rope_of_positions
 from resq_compiler.ir import graph_tools
+from resq_compiler.util import torch_state
 
 EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST = 2, 5, 7  # none is 0 or 1: those sizes specialize a dynamic dimension
 
@@ -87,7 +91,7 @@ def capture(model: PreTrainedModel) -> Captured:
     was_training = model.training
     model.eval()
     try:
-        with exportable_attention(model), torch.no_grad():
+        with exportable_attention(model), rope_of_positions(model), torch_state.quiet_export(), torch.no_grad():
             cache = _probe_cache(model)
             example = _example_arguments(model, cache)
             exported = torch.export.export(
@@ -100,7 +104,7 @@ def capture(model: PreTrainedModel) -> Captured:
         raise CaptureError(
             f"capture of {type(model).__name__}: torch.export could not make one graph with dynamic batch, sequence and past length: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
-            "models with Python control flow over token values (routing, early exit) are not supported"
+            f"{_reached(error)}a graph cannot have Python control flow over values (routing, early exit)"
         ) from error
     finally:
         model.train(was_training)
@@ -109,10 +113,18 @@ def capture(model: PreTrainedModel) -> Captured:
     )
 
 
+def _reached(error: BaseException) -> str:
+    """Where in the model's own code the export ended."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
+    last = frames[-1] if frames else None
+    return "" if last is None else f"reached {last.name} in {Path(last.filename).name}, line {last.lineno}; "
+
+
 @contextlib.contextmanager
 def exportable_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model computes attention by one operator of the graph (SDPA), or the eager form where a soft-cap rules SDPA out."""
-    before = model.config._attn_implementation
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]  # each before those inside it
+    before = [(config, config._attn_implementation) for config in configs]
     text = model.config.get_text_config()
     eager = getattr(text, "attn_logit_softcapping", None) is not None or not getattr(
         type(model), "_supports_sdpa", True
@@ -121,7 +133,8 @@ def exportable_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, kind in before:
+            config._attn_implementation = kind  # model.set_attn_implementation refuses what is not installed here
 
 
 @contextlib.contextmanager
@@ -202,6 +215,7 @@ def _clean(traced: GraphModule, layers: int) -> GraphModule:
         tensors[node.target] = _off_the_gpu(value, copies) if isinstance(value, Tensor) else value
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)  # checks devices of the time of export; shapes are checked by verify
+    _read_what_is_written(graph)
     for node in graph.nodes:
         node.kwargs = {k: _real_device(v) for k, v in node.kwargs.items()}
         node.args = tuple(_real_device(a) for a in node.args)
@@ -219,6 +233,40 @@ def _off_the_gpu(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
     if not value.is_cuda:
         return value.detach()
     return copies.setdefault(id(value), value.detach().cpu())
+
+
+def _read_what_is_written(graph: Graph) -> None:
+    """copy_(buffer, value), then reads of the buffer -> reads of the value: a graph keeps nothing from one call to the next.
+
+    Long-context rotary embeddings write the frequencies they choose, short or long, into a buffer and read it again.
+    Raises CaptureError: the buffer is read before it is written, so what is computed depends on the calls before.
+    """
+    written = {buffer for node in graph.nodes if (buffer := _written_buffer(node)) is not None}
+    now: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        buffer = _written_buffer(node)
+        if buffer is not None:
+            now[buffer] = node.all_input_nodes[1]
+            node.replace_all_uses_with(now[buffer])
+            graph.erase_node(node)
+            continue
+        for read in [n for n in node.all_input_nodes if n.op == "get_attr" and n.target in written]:
+            name = str(read.target)
+            if name not in now:
+                raise CaptureError(
+                    f"capture: node {node.name} reads the buffer {name} before it is written, so the model keeps state beside "
+                    "its cache; expected a decoder whose outputs depend on its inputs and its cache alone", node=node.name
+                )  # fmt: skip
+            node.replace_input_with(read, now[name])
+
+
+def _written_buffer(node: Node) -> str | None:
+    """The buffer that copy_(buffer, value), of one shape and type, overwrites."""
+    inputs = node.all_input_nodes
+    if not graph_tools.is_call(node, torch.ops.aten.copy_.default) or len(inputs) != 2 or inputs[0].op != "get_attr":
+        return None
+    before, after = (given.meta["val"] for given in inputs)
+    return str(inputs[0].target) if before.shape == after.shape and before.dtype == after.dtype else None
 
 
 def _real_device(value: Any) -> Any:

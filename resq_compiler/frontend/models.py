@@ -160,6 +160,7 @@ def _load_weights(location: _Location, dtype: torch.dtype, accept_unused: bool) 
     except Exception as error:  # transformers raises what its many readers raise
         raise ModelError(_not_loaded(location, "configuration", error)) from error
     _check_config(config, f"model {location}")
+    config._attn_implementation = None  # one that a file names may not be installed here; transformers takes what is
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.name, **location.arguments, config=config, dtype=dtype, output_loading_info=True
@@ -261,6 +262,24 @@ def _causal_classes() -> set[str]:
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         names.update((value,) if isinstance(value, str) else value)
     return names
+
+
+def open_tokenizer(given: Any) -> Any:
+    """A tokenizer as it is, or the one in a directory or on the hub; None stays None.
+
+    Raises ModelError: nothing that turns texts into token ids, or none there.
+    """
+    if given is None or (callable(given) and not isinstance(given, type)):
+        return given
+    expected = "expected a tokenizer of transformers, or the directory or hub id of one"
+    if not isinstance(given, (str, Path)):
+        raise ModelError(f"tokenizer: {expected}; got {type(given).__name__}")
+    path = Path(given).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(str(path if path.is_dir() else given), trust_remote_code=False)
+    except Exception as error:  # transformers raises what its many readers raise
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"tokenizer {given}: cannot be loaded ({reason}); {expected}") from error
 
 
 def _load_tokenizer(location: _Location) -> PreTrainedTokenizerBase | None:

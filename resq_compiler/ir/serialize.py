@@ -75,6 +75,18 @@ def dict_to_graph(data: Mapping[str, Any]) -> Graph:
     return graph
 
 
+def check_readable(graph: Graph) -> None:
+    """Raise CheckpointError, naming the node, unless `dict_to_graph` can read what `graph_to_dict` makes of a graph."""
+    nodes = {node.name: node for node in graph.nodes}
+    for node in graph.nodes:
+        try:
+            if node.op == "call_function":
+                find_target(target_name(node.target))
+            decode(encode([*node.args, *node.kwargs.values()]), nodes)
+        except CheckpointError as error:
+            raise CheckpointError(f"node {node.name}: {error}", node=node.name) from error
+
+
 def to_text(data: Mapping[str, Any]) -> str:
     """JSON with one line for each node, so that two files can be compared by lines."""
     head = {key: value for key, value in data.items() if key != "nodes"}

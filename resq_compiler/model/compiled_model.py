@@ -16,9 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from resq_compiler.backends.onnx import export_onnx
 from resq_compiler.errors import BackendError
+from resq_compiler.frontend.long_rope import short_length
+from resq_compiler.frontend.positions import longest_text_of_graph
 from resq_compiler.inspection.dump import dump_result
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import cache as cache_tensors
+from resq_compiler.model import inputs
 from resq_compiler.model.execution import Execution
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.result import CompileResult
@@ -43,7 +46,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
     config: the HF configuration. options: the CompileConfig. graph_module: the quantized graph. stages: the graph after every
     pass (empty after `load`). notes: what a user should know. tokenizer: the one the model came with, or None. sample_ids: a
     window of the calibration data [1, length], or None. provenance: the float model and the calibration data. result: all of it
-    as a CompileResult.
+    as a CompileResult. longest_text: tokens, where a table of positions ends; else None.
 
     The cache holds the float image of 4/8-bit codes: values are those of a packed cache, its memory is not (ONNX and Triton
     backends store the codes).
@@ -66,6 +69,8 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self.provenance = result.provenance
         self.sample_ids = result.sample_ids
         self.passes = result.passes
+        self._short_length = short_length(result.config.get_text_config().to_dict())
+        self.longest_text = longest_text_of_graph(result.graph_module.graph, result.config)
         self.eval()
 
     @property
@@ -152,21 +157,58 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         Raises BackendError for inputs a compiled graph cannot take (inputs_embeds, attention outputs, other caches).
         """
         _refuse_inputs(unused)
-        cache, past = cache_tensors.opened(past_key_values, self.cache_specs, input_ids)
-        length = past[0].shape[2] if past else 0
-        batch, new = input_ids.shape
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(batch, length + new)
-        if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, length:]  # padding takes no position
-        tokens = (input_ids, attention_mask.long(), position_ids.expand(batch, new))
+        ids = inputs.checked_ids(input_ids, self.config.get_text_config().vocab_size)
+        caches = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        alone = attention_mask is None and past_key_values is None and not caches
+        texts = inputs.packed_texts(ids, position_ids) if alone and position_ids is not None else None
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        logits, *present = self.execution(*tokens, *past, logits_to_keep=last)
+        if texts is None:
+            logits, cache = self._continued(ids, attention_mask, position_ids, past_key_values, last)
+        else:
+            logits, cache = self._apart(texts), None
         logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-last, None)]
         loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        returned = cache_tensors.filled(cache, present) if use_cache is not False else None
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=returned)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache if use_cache is not False else None
+        )
         return output if return_dict is not False else output.to_tuple()
+
+    def _continued(
+        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Cache | None, last: int
+    ) -> tuple[Tensor, Cache]:  # fmt: skip
+        """Logits of the last of the new tokens (0: of all), and the cache with them."""
+        cache, past = cache_tensors.opened(past_key_values, self.cache_specs, ids)
+        length = past[0].shape[2] if past else 0
+        mask = inputs.checked_mask(attention_mask, ids, length, inputs.has_windows(self.config))
+        positions = inputs.checked_positions(position_ids, mask, ids.shape[1], self.longest_text)
+        logits, *present = self.execution(ids, mask, positions, *past, logits_to_keep=last)
+        return logits, cache_tensors.filled(cache, present)
+
+    def _apart(self, texts: inputs.PackedTexts) -> Tensor:
+        """Logits of texts that are packed into rows: none sees another, as in transformers."""
+        past = cache_tensors.empty(self.cache_specs, texts.ids)
+        logits: Tensor = self.execution(texts.ids, texts.mask, texts.positions, *past)[0]
+        return logits[texts.row, texts.column]
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **unused: Any
+    ) -> Tensor | None:
+        """The mask [B, P + S] as it is: transformers makes one of four dimensions for static caches, and a graph makes its own."""
+        return attention_mask
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, next_sequence_length: int | None = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:  # fmt: skip
+        """As in transformers; a text that outgrows the short factors of a LongRoPE model begins a new cache."""
+        limit = self._short_length
+        if limit is not None and past_key_values and past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
+            past_key_values = next_sequence_length = None
+        transformers: Any = super()
+        prepared: dict[str, Any] = transformers.prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, **kwargs
+        )
+        return prepared
 
     def use_backend(self, name: str, **options: Any) -> CompiledModel:
         """Compute with another backend from now on ("reference", "onnx", "cpu", "triton"); returns the model itself.

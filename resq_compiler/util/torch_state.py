@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -31,3 +34,17 @@ def compiling() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Inside, an export that fails does not print the graph so far on stderr: its exception says what happened."""
+    shapes, held = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    level = shapes.level
+    shapes.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(held):
+            yield
+    finally:
+        shapes.setLevel(level)
+    sys.stderr.write(held.getvalue())

@@ -67,7 +67,21 @@ FORMS = {
 }
 
 
+RAGGED = [IDS[:7].tolist(), IDS[7:30].tolist(), IDS[30:].tolist()]
+FORMS |= {
+    "ragged batch": {"input_ids": RAGGED},
+    "ragged batch of tensors": {"input_ids": [torch.tensor(row) for row in RAGGED]},
+    "ragged and masked": {
+        "input_ids": [[5, *RAGGED[0]], RAGGED[1], [9, 9, *RAGGED[2]]],
+        "attention_mask": [[0, *[1] * 7], [1] * 23, [0, 0, *[1] * 30]],
+    },
+    "ragged lists": RAGGED,
+    "rows of None between": [None, {"input_ids": RAGGED[0]}, {"input_ids": None}, {"input_ids": RAGGED[1] + RAGGED[2]}],
+}
+
+
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:.*holds None")
 def test_token_ids_in_every_form(form):
     result = windows(FORMS[form])
     assert result.dtype == torch.long and result.is_contiguous()
@@ -75,6 +89,66 @@ def test_token_ids_in_every_form(form):
 
 
 TEXTS = ["one text of 21 bytes\n", "", "and another, which has 32 bytes.", "the rest"]
+
+
+class ChatTokenizer(ByteTokenizer):
+    """With a chat template that knows users alone."""
+
+    chat_template = "a template"
+
+    def apply_chat_template(self, messages, tokenize):
+        assert tokenize is False
+        if any(m["role"] != "user" for m in messages):
+            raise ValueError("unknown role")
+        return "".join(f"<{m['content']}>" for m in messages)
+
+
+CHAT = [{"role": "user", "content": "first"}, {"role": "user", "content": "and second"}]
+
+
+@pytest.mark.parametrize("data", [
+    [{"messages": CHAT}, {"messages": CHAT}], [CHAT, CHAT], {"messages": [CHAT, CHAT]},
+    [{"messages": CHAT}, None, {"messages": None}, {"messages": CHAT}],
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*holds None")
+def test_conversations_are_written_by_the_chat_template(data, tmp_path):
+    expected = list(b"<first><and second>" * 2)
+    assert windows(data, 1, 38, ChatTokenizer()).flatten().tolist() == expected
+    if isinstance(data, list) and not isinstance(data[0], list):
+        file = tmp_path / "chat.jsonl"
+        file.write_text("\n".join(map(json.dumps, data)), encoding="utf-8-sig")
+        assert windows(file, 1, 38, ChatTokenizer()).flatten().tolist() == expected
+
+
+def test_one_conversation():
+    assert windows(CHAT, 1, 19, ChatTokenizer()).flatten().tolist() == list(b"<first><and second>")
+
+
+@pytest.mark.parametrize(("data", "tokenizer", "message"), [
+    ([CHAT], ByteTokenizer(), "messages need a tokenizer with a chat template"),
+    (CHAT, None, "messages need a tokenizer with a chat template"),
+    ([[{"role": "robot", "content": "x"}]], ChatTokenizer(), r"does not take these messages \(ValueError: unknown role\)"),
+    ([None, {"text": None}], ByteTokenizer(), r"empty \(0 tokens came\)"),
+    ({"input_ids": RAGGED, "attention_mask": [[1] * 7]}, None, "expected a row of attention_mask for every row"),
+    ({"input_ids": RAGGED, "attention_mask": [[1], [1], [1]]}, None, r"row 0: expected attention_mask \[7\]"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*holds None")
+def test_rows_that_cannot_be_taken(data, tokenizer, message):
+    with pytest.raises(DataError, match=message):
+        windows(data, 1, 16, tokenizer)
+
+
+def test_rows_of_none_are_told():
+    with pytest.warns(UserWarning, match="calibration data, item 0: holds None; such rows are left out"):
+        windows([None, "some text of more than 16 bytes"], 1, 16, ByteTokenizer())
+
+
+def test_texts_from_a_loader_and_a_file_with_a_byte_order_mark(tmp_path):
+    expected = windows(TEXTS, 1, 50, ByteTokenizer())
+    assert torch.equal(windows(DataLoader(TEXTS, batch_size=3), 1, 50, ByteTokenizer()), expected)
+    for name, text in (("a.txt", "".join(TEXTS)), ("a.jsonl", "\n".join(json.dumps({"text": t}) for t in TEXTS))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert torch.equal(windows(tmp_path / name, 1, 50, ByteTokenizer()), expected)
 
 
 def test_texts_in_every_form(tmp_path):
@@ -130,9 +204,9 @@ def test_fewer_windows_than_asked_for_are_announced():
         (torch.ones(20, dtype=torch.bool), "got torch.bool"),
         (IDS.view(3, 4, 5), r"got the shape \[3, 4, 5\]"),
         ({"input_ids": IDS, "attention_mask": torch.ones(59)}, r"expected attention_mask \[60\].*got \[59\]"),
-        ({"input_ids": [[1, 2], [3]]}, "rows of one length; got list of 2, the first a list"),
+        ({"input_ids": [[[1, 2], [3]], [[4]]]}, "rows of one length; got list of 2, the first a list"),
         ({"tokens": IDS}, "got the keys tokens"),
-        ([object()], "item 0: expected a text, token ids or a dict.*got object"),
+        ([object()], "item 0: expected a text, token ids, messages, or a dict.*got object"),
         ([()], "item 0: .*got tuple of 0"),
         (5, "expected a list of texts, a path.*got int"),
         ("some text", r"expected a path to .txt or .jsonl; got 'some text'; put a text into a list"),
@@ -155,7 +229,7 @@ def test_text_needs_a_tokenizer():
     ("line", "message"),
     [
         ("{", "expected an object in JSON"),
-        ('{"content": ""}', 'field "text"; got the fields content'),
+        ('{"content": ""}', 'field "text", or "messages"; got the fields content'),
         ("[1]", "got list"),
     ],
 )

@@ -129,6 +129,54 @@ def test_filled_caches_of_other_kinds_are_refused(exact, tiny):
         exact(IDS, past_key_values=cache)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["static", "by layer type"])
+def test_the_callers_own_cache_is_filled(compiled, tiny, family, kind):
+    """Whatever its class, as transformers does it: the same object is given again and again; reset empties it."""
+    model, eager = compiled(family, **EXACT), tiny(family)
+
+    def made():
+        return (
+            StaticCache(config=eager.config, max_cache_len=32)
+            if kind == "static"
+            else DynamicCache(config=eager.config)
+        )
+
+    ours, theirs = made(), made()
+    for start, stop in ((0, 6), (6, 7), (7, 11)):
+        ids, mask, positions = IDS[:, start:stop], MASK[:, :stop], POSITIONS[:, start:stop]
+        output = model(ids, mask, past_key_values=ours)
+        assert output.past_key_values is ours and ours.get_seq_length() == stop
+        with torch.no_grad():
+            expected = eager(ids, attention_mask=mask, position_ids=positions, past_key_values=theirs).logits
+        assert_close(output.logits, expected, MASK[:, start:stop])
+    ours.reset()
+    assert ours.get_seq_length() == 0
+    assert_close(model(IDS, MASK, past_key_values=ours).logits, model(IDS, MASK).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_generate_with_a_static_cache_and_padding(compiled, tiny, family):
+    arguments = {"attention_mask": MASK, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = tiny(family).generate(IDS, **arguments)
+    for _ in range(2):
+        ours = compiled(family, **EXACT).generate(IDS, cache_implementation="static", **arguments)
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_texts_do_not_see_each_other(compiled, tiny, family):
+    """Positions begin again: as transformers has it, apart without a cache and a mask, in one row otherwise."""
+    model, eager = compiled(family, **EXACT), tiny(family)
+    positions = torch.tensor([[*range(4), *range(7)], [*range(11)], [*range(2), *range(2), *range(50, 57)]])
+    for options in ({"use_cache": False}, {"use_cache": True}):
+        with torch.no_grad():
+            expected = eager(IDS, position_ids=positions, **options).logits
+        assert_close(model(IDS, position_ids=positions, **options).logits, expected, torch.ones_like(MASK))
+    alone = model(IDS[:1, 4:]).logits
+    assert_close(model(IDS, position_ids=positions, use_cache=False).logits[:1, 4:], alone, torch.ones(1, 7))
+
+
 def test_copies_are_models_of_their_own(compiled):
     model = compiled("llama")
     again = copy.deepcopy(model)

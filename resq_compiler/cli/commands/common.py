@@ -56,6 +56,7 @@ def meta_model(name: str) -> Any:
     folder, arguments = (str(path.parent), {"gguf_file": path.name}) if in_file else (source, {})
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **arguments)
+        config._attn_implementation = None  # as load_model
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     except (OSError, ValueError, KeyError) as error:

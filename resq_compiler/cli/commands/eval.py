@@ -9,6 +9,7 @@ from typing import Any
 from resq_compiler.cli.commands import common
 from resq_compiler.errors import ConfigError
 
+LENGTH = 2048  # of a window, as papers measure
 NOISE_TOKENS = 4096  # enough for two digits of a ratio of sums over every token and column
 
 
@@ -23,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", metavar="FLOATMODEL", help="the float original: adds KL divergence and agreement"
     )
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a window (default: 2048)")
+    parser.add_argument(
+        "--length", type=int,
+        help=f"tokens in a window (default: {LENGTH}, or as many positions as the model has learned)",
+    )  # fmt: skip
     parser.add_argument("--windows", type=int, metavar="N", help="at most that many windows (default: the whole text)")
     parser.add_argument("--skip", type=int, default=0, metavar="TOKENS", help="left out at the start of the text")
     parser.add_argument(
@@ -67,8 +71,9 @@ def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse
 
     tokenizer = opened.tokenizer or (reference and reference.tokenizer)
     bos: Bos = "auto" if arguments.bos else "never"
+    length = window_length(arguments.length, opened, reference)
     windows = text_windows(
-        common.evaluation_text(arguments), tokenizer, arguments.length, arguments.windows, skip=arguments.skip,
+        common.evaluation_text(arguments), tokenizer, length, arguments.windows, skip=arguments.skip,
         vocab_size=opened.model.config.get_text_config().vocab_size, bos=bos,
     )  # fmt: skip
     with Progress(arguments.quiet) as progress:
@@ -84,11 +89,31 @@ def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse
                 f"\nevery window begins as the tokenizer begins a text, with {result['begins_with']}; --no-bos for none"
             )
         if opened.compiled and arguments.noise is not False:
-            few = windows[: max(1, NOISE_TOKENS // arguments.length)]
+            few = windows[: max(1, NOISE_TOKENS // length)]
             sites = quantizer_noise(opened.model.graph_module, few, progress.of("noise of quantizers"))
             result["noise"] = [site.to_dict() for site in sites]
             result["noise_table"] = noise_table(sites, arguments.all_sites)
     return result
+
+
+def window_length(asked: int | None, *opened: common.OpenModel | None) -> int:
+    """Tokens of a window: what is asked for, else LENGTH, or less where a model has learned fewer positions, which stderr then says.
+
+    Raises ConfigError: more is asked for than a model can take.
+    """
+    from resq_compiler.frontend.positions import longest_text
+
+    limits = {limit: one.name for one in opened if one is not None and (limit := longest_text(one.model)) is not None}
+    limit = min(limits, default=asked or LENGTH)
+    if asked is not None and asked > limit:
+        raise ConfigError(
+            f"resq eval --length {asked}: {limits[limit]} has learned {limit} positions; give at most {limit}"
+        )
+    if asked is None and limit < LENGTH:
+        sys.stderr.write(
+            f"note: windows of {limit} tokens, not {LENGTH}: {limits[limit]} has learned no more positions\n"
+        )
+    return asked or min(limit, LENGTH)
 
 
 def _check(arguments: argparse.Namespace) -> None:

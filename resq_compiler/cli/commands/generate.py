@@ -56,10 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _generate_model(arguments: argparse.Namespace) -> tuple[str, int, float]:
     """Text, number of new tokens and seconds, by transformers' own search over the model's backend."""
+    from resq_compiler.frontend.positions import longest_text
+
     opened = common.open_model(arguments.model, arguments.backend, arguments.device)
     if opened.tokenizer is None:
         raise DataError(f"{opened.name}: {NO_TOKENIZER}")
     inputs = _inputs(opened.tokenizer, arguments)
+    _check_length(inputs, longest_text(opened.model), arguments)
     ids, seconds = _generate(opened, inputs, arguments)
     new = ids[0, inputs["input_ids"].shape[1] :]
     return opened.tokenizer.decode(new, skip_special_tokens=True), len(new), seconds
@@ -78,6 +81,7 @@ def _generate_exported(arguments: argparse.Namespace) -> tuple[str, int, float]:
         arguments.repetition_penalty,
     )  # fmt: skip
     inputs = _inputs(tokenizer, arguments)
+    _check_length(inputs, decoder.longest_text, arguments)
     began, tokens = time.perf_counter(), []  # type: float, list[int]
     steps = decoder.stream(inputs["input_ids"].numpy(), max_new_tokens=arguments.max_new_tokens, sampling=sampling)
     for piece in text_pieces(tokenizer, _noted(steps, tokens)):
@@ -108,6 +112,16 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             "resq generate: --top-p, --top-k and --seed are about sampling, and temperature 0 takes the likeliest token; "
             "add --temperature, such as 0.8, or leave them out"
+        )
+
+
+def _check_length(inputs: Any, longest: int | None, arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for a text that outgrows the positions a model has learned."""
+    prompt = inputs["input_ids"].shape[1]
+    if longest is not None and prompt + arguments.max_new_tokens > longest:
+        raise ConfigError(
+            f"resq generate: {prompt} tokens of prompt and {arguments.max_new_tokens} new ones, but the model has learned {longest} "
+            f"positions; shorten the prompt, or give --max-new-tokens of at most {max(longest - prompt, 0)}"
         )
 
 

@@ -9,18 +9,24 @@ from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.util.text import megabytes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from resq_compiler.recipes.named import Chosen
 
 FLOAT_BYTES, DOUBLE_BYTES = 4, 8
 
 
 def make_plan(model: str, chosen: Chosen, calibration: str | None) -> dict[str, Any]:
-    """Passes in order, and estimates of sizes in bytes. Raises ModelError when the configuration cannot be read."""
+    """Passes in order, estimates of sizes in bytes, and what stands against an export to ONNX (None: nothing known).
+
+    Raises ModelError when the configuration cannot be read, CaptureError and TopologyError for a model that cannot be compiled.
+    """
     from resq_compiler.api import needs_calibration
     from resq_compiler.recipes.text import to_text
 
     common.quiet_libraries()
-    sizes = _parameter_bytes(model)
+    float_model = common.meta_model(model)
+    sizes = _parameter_bytes(float_model)
     config, passes = chosen.settings, chosen.passes
     windows = needs_calibration(passes)
     return {
@@ -31,14 +37,22 @@ def make_plan(model: str, chosen: Chosen, calibration: str | None) -> dict[str, 
         "passes": [{"name": p.name, "text": str(p), "exact": p.exact} for p in passes],
         "passes_text": to_text(passes),
         "bytes": _estimates(sizes, config, windows),
+        "onnx_problem": _onnx_problem(float_model),
     }
 
 
-def _parameter_bytes(name: str) -> dict[str, int]:
+def _onnx_problem(model: PreTrainedModel) -> str | None:
+    """Captures the model on the meta device, as a compile does first."""
+    from resq_compiler.api import trace
+    from resq_compiler.backends.onnx import export_problem
+
+    return export_problem(trace(model)[0].graph)
+
+
+def _parameter_bytes(model: Any) -> dict[str, int]:
     """Float32 bytes of the model by kind, counted on the meta device."""
     from torch import nn
 
-    model = common.meta_model(name)
     hf_config = model.config
     embedding = model.get_input_embeddings().weight.numel()
     total = sum(p.numel() for p in model.parameters())
@@ -85,6 +99,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"float32 weights: {megabytes(size['float32_weights'])}",
         f"compiled, about: {megabytes(size['compiled'])}",
         f"memory while compiling, estimate of weights and statistics: {megabytes(size['peak'])} (plus some hundred MB for libraries)",
+        f"export to ONNX: {plan['onnx_problem'] or 'every operator has a form'}",
         "nothing was compiled (--dry-run)",
     ]
     return "\n".join(lines)

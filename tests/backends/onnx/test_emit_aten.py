@@ -60,6 +60,12 @@ def test_comparisons(target):
         check_call(target, numbers, numbers[0].float())
 
 
+@pytest.mark.parametrize("target", [aten.max.default, aten.min.default], ids=str)
+def test_extremes(target):
+    check_call(target, IDS)
+    check_call(target, X)
+
+
 @pytest.mark.parametrize("target", emit_aten.LOGICAL, ids=str)
 def test_logic(target):
     check_call(target, MASK, MASK[:1].logical_not())

@@ -1,0 +1,146 @@
+"""What callers give a decoder, as a graph takes it: ids and positions [B, S], a mask [B, P + S], all int64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from resq_compiler.errors import BackendError
+
+_MASKED = -1e4  # additive masks say "not seen" by this and anything below
+
+
+def checked_ids(input_ids: Any, vocab_size: int) -> Tensor:
+    """Token ids [B, S] int64. Raises BackendError: no such thing, or ids that are not in the vocabulary (looked at on the CPU only)."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or 0 in input_ids.shape:
+        got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise BackendError(f"forward: input_ids: expected a tensor [batch, tokens] with at least one token; got {got}")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise BackendError(f"forward: input_ids: expected integers; got {input_ids.dtype}")
+    ids = input_ids.long()
+    if ids.device.type == "cpu":
+        low, high = (int(t) for t in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise BackendError(
+                f"forward: input_ids: expected ids from 0 to below the vocabulary size {vocab_size}; got {low if low < 0 else high}"
+            )
+    return ids
+
+
+def checked_mask(attention_mask: Tensor | None, ids: Tensor, past: int, windowed: bool) -> Tensor:
+    """Which of the cached and new tokens are no padding, [B, P + S] int64; all of them where nothing is said.
+
+    A mask of four dimensions is taken where it says no more than causality and padding do. windowed: some layers see a window only.
+    """
+    batch, new = ids.shape
+    if attention_mask is None:
+        return ids.new_ones(batch, past + new)
+    if not isinstance(attention_mask, Tensor):
+        raise BackendError(f"forward: attention_mask: expected a tensor; got {type(attention_mask).__name__}")
+    if attention_mask.dim() == 4:
+        return _padding(attention_mask, batch, new, past, windowed)
+    if attention_mask.shape != (batch, past + new):
+        raise BackendError(
+            f"forward: attention_mask: expected [{batch}, {past + new}], a column for each of {past} cached and {new} new tokens; "
+            f"got {list(attention_mask.shape)}"
+        )
+    return attention_mask.long()
+
+
+def checked_positions(position_ids: Tensor | None, mask: Tensor, new: int, longest: int | None = None) -> Tensor:
+    """Positions of the new tokens [B, S] int64; padding takes no position where nothing is said.
+
+    longest: text that the model's table of positions has room for. Raises BackendError: past it (looked at on the CPU only).
+    """
+    positions = _positions(position_ids, mask, new)
+    if longest is not None and positions.device.type == "cpu" and int(positions.max()) >= longest:
+        raise BackendError(
+            f"forward: position {int(positions.max())}: this model has learned {longest} positions, give it no longer text"
+        )
+    return positions
+
+
+def _positions(position_ids: Tensor | None, mask: Tensor, new: int) -> Tensor:
+    if position_ids is None:
+        return (mask.cumsum(-1) - 1).clamp_min(0)[:, -new:]
+    shape = (len(mask), new)
+    if (
+        position_ids.dim() not in (1, 2)
+        or position_ids.shape[-1] != new
+        or len(position_ids.view(-1, new)) not in (1, len(mask))
+    ):
+        raise BackendError(f"forward: position_ids: expected {list(shape)}; got {list(position_ids.shape)}")
+    return position_ids.long().expand(shape)
+
+
+def _padding(mask: Tensor, batch: int, new: int, past: int, windowed: bool) -> Tensor:
+    """[B, P + S] of a mask [B, heads, S, at least P + S], boolean or additive."""
+    what = f"forward: attention_mask {list(mask.shape)}"
+    total = past + new
+    if len(mask) not in (1, batch) or mask.shape[2] != new or mask.shape[3] < total:
+        raise BackendError(f"{what}: expected [{batch}, 1, {new}, {total}]")
+    if windowed:
+        raise BackendError(
+            f"{what}: some layers of this model see a window; expected a mask [{batch}, {total}] of padding"
+        )
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    plain = mask.dtype == torch.bool or bool((seen | (mask <= _MASKED)).all())
+    seen = seen.expand(batch, -1, -1, -1)
+    rows, real = seen[:, 0], seen[:, 0, :, past:total].diagonal(dim1=1, dim2=2)
+    cached = (rows[:, :, :past] & real[:, :, None]).any(1)
+    padding = torch.cat((cached, real), 1)
+    causal = torch.ones(new, total, dtype=torch.bool, device=mask.device).tril(past)
+    fits = (rows[:, :, :total] == causal & padding[:, None]).all(-1) & ~rows[:, :, total:].any(-1)
+    if not plain or not bool((seen == seen[:, :1]).all()) or not bool((fits | ~real).all()):
+        raise BackendError(
+            f"{what}: says more than causality and padding do, which a compiled graph cannot take; expected a mask [{batch}, {total}] of "
+            "padding; texts that are packed into one row are told apart by position_ids, without a mask and with use_cache=False"
+        )
+    return padding.long()
+
+
+def has_windows(config: PreTrainedConfig) -> bool:
+    """True for a model some of whose layers see a window of the text."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(text, "sliding_window", None) is not None
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Texts that came packed into rows, now with a row each, padded on the left: ids, mask and positions [texts, longest].
+
+    row, column [B, S]: where each token went.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def packed_texts(ids: Tensor, position_ids: Tensor) -> PackedTexts | None:
+    """The texts of rows whose positions begin again or jump, as transformers tells them apart; None where no row holds several."""
+    positions = checked_positions(position_ids, torch.ones_like(ids), ids.shape[1])
+    number = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
+    if not bool(number.any()):
+        return None
+    rows, width = ids.shape
+    place = torch.arange(rows * width, device=ids.device).view(rows, width)
+    row = torch.unique(number + width * (place // width), return_inverse=True)[1]
+    lengths = torch.bincount(row.flatten())
+    starts = lengths.cumsum(0) - lengths
+    longest = int(lengths.max())
+    column = place - starts[row] + longest - lengths[row]
+    tables = []
+    for content in (ids, torch.ones_like(ids), positions):
+        tables.append(ids.new_zeros(len(lengths), longest))
+        tables[-1][row, column] = content
+    return PackedTexts(tables[0], tables[1], tables[2], row, column)

@@ -1,0 +1,100 @@
+"""What forward takes: checked, with one clear error for what it is not; masks of four dimensions that say padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+from resq_compiler.errors import BackendError
+from resq_compiler.model import inputs
+from resq_compiler.tiny import tiny_tokens
+
+IDS = tiny_tokens(2, 5)
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
+
+
+def four(mask, new: int = 5):
+    """[B, 1, S, T]: causality and padding."""
+    total = mask.shape[1]
+    return (torch.ones(new, total).tril(total - new).bool() & mask.bool()[:, None])[:, None]
+
+
+def additive(seen, low: float = torch.finfo(torch.float32).min):
+    return torch.zeros(seen.shape).masked_fill(~seen, low)
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ([[1, 2]], "got list"), (IDS[0], r"got \[5\]"), (IDS[:, :0], r"got \[2, 0\]"), (IDS.float(), "expected integers; got torch.float32"),
+    (IDS == 3, "expected integers; got torch.bool"), (IDS - 131, "below the vocabulary size 131; got -"), (IDS + 131, "131; got 2"),
+])  # fmt: skip
+def test_ids(bad, message):
+    with pytest.raises(BackendError, match=f"forward: input_ids: .*{message}"):
+        inputs.checked_ids(bad, 131)
+    assert inputs.checked_ids(IDS.to(torch.int32), 131).equal(IDS)
+
+
+@pytest.mark.parametrize("mask", [
+    MASK, MASK.bool(), MASK.float(), four(MASK), four(MASK).expand(2, 3, 5, 5), additive(four(MASK)), additive(four(MASK), -torch.inf),
+    torch.cat((four(MASK), torch.zeros(2, 1, 5, 7, dtype=torch.bool)), 3),
+], ids=str)  # fmt: skip
+def test_masks_that_say_padding(mask):
+    assert inputs.checked_mask(mask, IDS, 0, False).equal(MASK)
+
+
+def test_a_mask_over_a_cache():
+    assert inputs.checked_mask(four(MASK, 2), IDS[:, :2], 3, False).equal(MASK)
+    assert inputs.checked_mask(None, IDS, 3, True).equal(torch.ones(2, 8, dtype=torch.long))
+    assert inputs.checked_mask(four(torch.ones(1, 5)), IDS, 0, False).equal(torch.ones_like(IDS))
+
+
+TWO_TEXTS = CAUSAL & (torch.tensor([0, 0, 1, 1, 1]) == torch.tensor([0, 0, 1, 1, 1])[:, None])
+
+
+@pytest.mark.parametrize(("mask", "windowed", "message"), [
+    (MASK[:, :4], False, r"expected \[2, 5\], a column for each of 0 cached and 5 new tokens; got \[2, 4\]"),
+    (MASK[0], False, r"expected \[2, 5\]"), (MASK.tolist(), False, "expected a tensor; got list"),
+    ({"full_attention": MASK}, False, "expected a tensor; got dict"),
+    (four(MASK)[:, :, :3], False, r"expected \[2, 1, 5, 5\]"), (four(MASK), True, "layers of this model see a window"),
+    (torch.ones(2, 1, 5, 5).bool(), False, "more than causality and padding"), (TWO_TEXTS.expand(2, 1, 5, 5), False, "position_ids"),
+    (additive(four(MASK)) - 0.5, False, "more than causality"),
+    (torch.cat((four(MASK), four(MASK).roll(1, 3)), 1), False, "more than causality"),
+], ids=str)  # fmt: skip
+def test_masks_that_are_refused(mask, windowed, message):
+    with pytest.raises(BackendError, match=message):
+        inputs.checked_mask(mask, IDS, 0, windowed)
+
+
+def test_positions():
+    given = torch.arange(5)
+    for shape in (given, given[None], given.expand(2, 5)):
+        assert inputs.checked_positions(shape, MASK, 5).equal(given.expand(2, 5))
+    assert inputs.checked_positions(None, MASK, 5)[0].tolist() == [0, 0, 0, 1, 2]
+    for bad in (given[:3], given.expand(3, 5), given.expand(1, 2, 5), given[0]):
+        with pytest.raises(BackendError, match=r"forward: position_ids: expected \[2, 5\]"):
+            inputs.checked_positions(bad, MASK, 5)
+
+
+def test_packed_texts():
+    """Rows of 2 + 3 tokens and of 5; a jump begins a text as well."""
+    packed = inputs.packed_texts(IDS, torch.tensor([[0, 1, 0, 1, 2], [3, 4, 5, 6, 7]]))
+    assert packed.mask.tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert packed.positions.tolist() == [[0, 0, 0, 0, 1], [0, 0, 0, 1, 2], [3, 4, 5, 6, 7]]
+    assert packed.ids[packed.row, packed.column].equal(IDS)
+    assert inputs.packed_texts(IDS, torch.arange(5)) is None
+    assert inputs.packed_texts(IDS, torch.tensor([[0, 1, 2, 4, 5]])).mask.shape == (4, 3)
+
+
+def test_caches_of_another_model_or_batch(compiled):
+    model, other = compiled("llama"), compiled("gemma2")
+    cache = model(IDS).past_key_values
+    with pytest.raises(
+        BackendError, match=r"expected 2 layers with 2 heads for a batch of 1; got 2 layers, the first \[2, 2, 5, 16\]"
+    ):
+        model(IDS[:1], past_key_values=cache)
+    with pytest.raises(BackendError, match="it is of another model or batch"):
+        (other if len(other.cache_specs) != 2 else compiled("gemma3"))(IDS, past_key_values=cache)
+    for bad in ((), tuple(IDS), EncoderDecoderCache(DynamicCache(), DynamicCache())):
+        with pytest.raises(BackendError, match="expected a cache of one decoder; got"):
+            model(IDS, past_key_values=bad)
