@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from resq_compiler.backends.cpu import platforms as other_platforms
 
 from resq_compiler.errors import BackendError
+from resq_compiler.frontend.models import open_tokenizer
 from resq_compiler.frontend.positions import longest_text_of_graph
 from resq_compiler.util import placement
 from resq_compiler.util.install import install_command
@@ -57,6 +58,7 @@ def export_onnx(
     target = Path(directory).expanduser()
     former = check_target(target, overwrite)
     native = find_profile(profile).native
+    tokenizer = open_tokenizer(tokenizer) or compiled.tokenizer
     check_platforms(native, platforms)
     model = build_model(compiled, profile, embedding=embedding, kv_cache=kv_cache)
     check_space(target, model.ByteSize())
@@ -68,7 +70,7 @@ def export_onnx(
 
                 shutil.copy(kernels_library(), fresh)
                 other_platforms.add(fresh, platforms)
-            write_settings(compiled, fresh, profile, kv_cache, tokenizer or compiled.tokenizer)
+            write_settings(compiled, fresh, profile, kv_cache, tokenizer)
     except OSError as error:
         raise BackendError(f"export_onnx: writing to {target} failed: {error}; nothing was changed there") from error
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -51,6 +52,7 @@ def calibration_windows(
     Raises:  DataError: unreadable, empty, shorter than one window, out of vocabulary, not integers, or text without a
              tokenizer.
     """
+    tokenizer = _opened(tokenizer)
     if calib_data is None:
         start = text_start(tokenizer, bos)
         return _self_written(model, samples, sequence_length, seed, vocab_size, start, progress)
@@ -83,6 +85,7 @@ def text_windows(
         raise DataError("evaluation data: expected a text, a path or token ids; got None")
     if isinstance(source, str) and not names_a_file(source):
         source = [source]
+    tokenizer = _opened(tokenizer)
     limit = None if max_windows is None else skip + max_windows * length
     ids, text = _join(pieces(source, tokenizer, "evaluation data"), vocab_size, limit)
     start = text_start(tokenizer, bos) if text else NOTHING
@@ -100,6 +103,15 @@ def text_start(tokenizer: PreTrainedTokenizerBase | None, bos: Bos = "auto") -> 
     bare, whole = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (False, True))
     found = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return torch.tensor(whole[:found], dtype=torch.long)
+
+
+def _opened(tokenizer: Any) -> Any:
+    """A tokenizer, also where its directory or hub id is given."""
+    if isinstance(tokenizer, (str, Path)):
+        from resq_compiler.frontend.models import open_tokenizer
+
+        return open_tokenizer(tokenizer)
+    return tokenizer
 
 
 def _self_written(

@@ -18,7 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from resq_compiler.errors import ModelError
 from resq_compiler.frontend.checks import check_model
 from resq_compiler.frontend.source import ModelSource
-from resq_compiler.frontend.source_files import apply_gguf_rope, check_directory, check_fetched, check_no_adapter
+from resq_compiler.frontend.source_files import (
+    apply_gguf_rope,
+    check_directory,
+    check_fetched,
+    check_hub,
+    check_no_adapter,
+)
 from resq_compiler.util.install import install_command
 
 log = logging.getLogger(__name__)
@@ -91,6 +97,8 @@ def load_model(
     if not isinstance(source, (str, Path)):
         raise ModelError(f"load_model: expected {_EXPECTED}; got {type(source).__name__}")
     location = _locate(source)
+    if location.kind == "hub":
+        check_hub(location.name)
     with _read_once(location):
         model = _load_weights(location, dtype, accept_unused_weights)
         if location.gguf_file:

@@ -30,6 +30,18 @@ def check_directory(path: Path) -> None:
             check_fetched(file)
 
 
+def check_hub(name: str) -> None:
+    """Raise ModelError for a repository of the hub with an adapter, before its download. Without a network, what is cached counts."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        found = find_adapter_config_file(name)
+    except (OSError, ValueError):  # no such repository: who loads it says so
+        return
+    if found is not None:
+        raise ModelError(f"model {name}: the repository holds an adapter ({ADAPTER}, such as LoRA); {_MERGE}")
+
+
 def check_fetched(file: Path) -> None:
     """Raise ModelError for a file that stands for one in Git LFS."""
     with file.open("rb") as opened:

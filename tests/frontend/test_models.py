@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaForSequenceClassification
 
+from resq_compiler.calibration import data
 from resq_compiler.errors import ModelError
 from resq_compiler.frontend import models
 from resq_compiler.frontend.checks import check_causal, check_finite
 from resq_compiler.frontend.models import embedded_model_path, load_model
-from resq_compiler.tiny import SLIDING_WINDOW, TINY_FAMILIES, tiny_model, tiny_tokens
+from resq_compiler.tiny import SLIDING_WINDOW, TINY_FAMILIES, tiny_model, tiny_tokenizer, tiny_tokens
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +210,27 @@ def test_embedded_model_loads_as_transformers_loads_it():
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     for (name, ours), other in zip(loaded.model.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(ours, other), name
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_tokenizers_by_path(tmp_path, kind):
+    """At every entry that takes one; an error says what came."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    where = kind(tmp_path)
+    opened = models.open_tokenizer(where)
+    assert opened("a text")["input_ids"] == tiny_tokenizer()("a text")["input_ids"]
+    assert models.open_tokenizer(opened) is opened and models.open_tokenizer(None) is None
+    text = ["some text of more than one window"]
+    expected = data.calibration_windows(text, samples=2, sequence_length=8, vocab_size=131, tokenizer=opened)
+    assert torch.equal(
+        data.calibration_windows(text, samples=2, sequence_length=8, vocab_size=131, tokenizer=where), expected
+    )
+    assert torch.equal(data.text_windows(text, where, 8, 2), expected)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [("./absent", "cannot be loaded"), (5, "got int"), (dict, "got type"), ([], "got list")]
+)
+def test_tokenizers_that_are_none(bad, message):
+    with pytest.raises(ModelError, match=f"tokenizer.*{message}"):
+        models.open_tokenizer(bad)

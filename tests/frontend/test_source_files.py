@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from resq_compiler.cli.commands import common
 from resq_compiler.errors import ModelError
 from resq_compiler.frontend import source_files
 from resq_compiler.frontend.models import load_model
@@ -157,3 +158,29 @@ def test_a_gguf_file_that_was_cut_off(gguf_file):
 
 def test_plain_directories_pass(directory):
     source_files.check_directory(directory)
+
+
+def test_an_adapter_in_a_repository_is_noticed_before_the_download(monkeypatch, tmp_path):
+    """By load_model and by what reads the configuration alone; a repository without one goes on to its configuration."""
+    asked = []
+
+    def find(name):
+        asked.append(name)
+        return str(tmp_path / "adapter_config.json") if name == "someone/adapter" else None
+
+    monkeypatch.setattr("transformers.utils.peft_utils.find_adapter_config_file", find)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **options: pytest.fail("read"))
+    for load in (load_model, common.meta_model):
+        with pytest.raises(
+            ModelError, match="model someone/adapter: the repository holds an adapter .*merge_and_unload"
+        ):
+            load("someone/adapter")
+        with pytest.raises(pytest.fail.Exception):
+            load("someone/model")
+    assert asked == ["someone/adapter", "someone/model"] * 2
+
+
+def test_a_configuration_beside_an_adapter(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter"):
+        common.meta_model(str(directory))

@@ -49,10 +49,16 @@ def meta_model(name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from resq_compiler.frontend.source_files import check_directory, check_hub
+
     quiet_libraries()
     source = model_source(name)
     path = Path(source).expanduser()
     in_file = path.suffix.lower() == ".gguf"
+    if path.is_dir():
+        check_directory(path)
+    elif not in_file:
+        check_hub(source)
     folder, arguments = (str(path.parent), {"gguf_file": path.name}) if in_file else (source, {})
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **arguments)
