@@ -3,6 +3,7 @@
     cat(past, new)                                              -> append_cache(past, new)
     scaled_dot_product_attention(q, repeat(k), repeat(v), mask) -> attention(q, k, v, mask, scale)
     matmul(softmax(cap·tanh(q kᵀ scale / cap) + mask), v)       -> attention(q, k, v, mask, scale, softcap), in any such form
+    the same with a learned score beside those of the keys      -> attention(q, k, v, mask, scale, softcap, sinks)
     the operators that build a mask                             -> causal_mask(attention_mask, input_ids, window)
 
 Repeats of heads and masks are recognized by what they compute, not by how: they are run on index tensors and on padded,
@@ -24,6 +25,7 @@ from resq_compiler.errors import TopologyError
 from resq_compiler.frontend import eager_attention
 from resq_compiler.frontend.capture import concrete_example
 from resq_compiler.frontend.eager_attention import WrittenOut
+from resq_compiler.frontend.sinks import take_sinks
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import argument, node_arg, optional_float_arg, optional_node_arg, set_argument, source
 from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call, replace, rewrite
@@ -44,10 +46,11 @@ class NameAttention(Pass):
         env = dict(zip(graph_tools.placeholders(gm.graph), ctx.example_inputs, strict=True))
         for node in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
             done += replace_core(gm, node, env)
-        for node in list(gm.graph.find_nodes(op="call_function", target=aten.softmax.int)):
+        for softmax in list(gm.graph.find_nodes(op="call_function", target=aten.softmax.int)):
+            node, sinks = take_sinks(gm, softmax, env, self.name)
             found = eager_attention.find(gm, node, lambda n: is_call(n, ops.append_cache), self.name)
             if found is not None:
-                done += replace_written_out(gm, found, env)
+                done += replace_written_out(gm, found, env, sinks)
         gm.graph.eliminate_dead_code()
         return done + name_masks(gm, ctx)
 
@@ -78,7 +81,7 @@ def replace_core(gm: GraphModule, node: Node, env: dict[Node, Tensor]) -> int:
     return 1
 
 
-def replace_written_out(gm: GraphModule, found: WrittenOut, env: dict[Node, Tensor]) -> int:
+def replace_written_out(gm: GraphModule, found: WrittenOut, env: dict[Node, Tensor], sinks: Node | None) -> int:
     """Replace the last product of an attention in single operators by ops.attention; [B·H, S, D] becomes [B, H, S, D] around it."""
     node, q = found.product, found.q
     with gm.graph.inserting_before(node):
@@ -87,7 +90,8 @@ def replace_written_out(gm: GraphModule, found: WrittenOut, env: dict[Node, Tens
         heads = values.shape(q)[1]
         k = unrepeated(gm, found.k, heads, env, lambda t: (t.flatten(0, 1) if is_flat(found.k) else t).mT)
         v = unrepeated(gm, found.v, heads, env, lambda t: t.flatten(0, 1) if is_flat(found.v) else t)
-        args = (q, k, v, found.mask, found.scale, found.softcap)
+        beside = () if sinks is None else (sinks,)
+        args = (q, k, v, found.mask, found.scale, found.softcap, *beside)
         new = emit(gm.graph, ops.attention, args, node, NameAttention.name)
         if is_flat(node):
             new = emit(gm.graph, aten.flatten.using_ints, (new, 0, 1), node, NameAttention.name)
@@ -114,7 +118,8 @@ def unrepeated(
         root = source(root)
     if not is_call(root, ops.append_cache):
         raise TopologyError(
-            f"node {value.name}: attention keys and values should come from append_cache(past, new), got {root.format_node()}",
+            f"node {value.name}: attention keys and values should come from append_cache(past, new), got {root.format_node()} "
+            "(latent attention, which makes them from a compressed cache, is not supported)",
             node=value.name,
         )
     shape = values.shape(root)

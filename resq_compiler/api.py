@@ -32,7 +32,7 @@ from resq_compiler.frontend.capture import Captured, capture, runnable_attention
 from resq_compiler.frontend.models import LoadedModel, load_model, open_tokenizer
 from resq_compiler.frontend.positions import longest_text
 from resq_compiler.frontend.source import weights_digest
-from resq_compiler.inspection import guard
+from resq_compiler.inspection import guard, routing
 from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import CompiledModel
@@ -327,9 +327,10 @@ def _run_guarded(
         return
     if ctx.calibration is None:
         ctx.note("calibration: the data given serves to compare predictions alone, no pass of this recipe looks at it")
-    reference = guard.predictions(gm, compared)
+    reference, choices = guard.predictions(gm, compared), routing.record(gm, compared)
     _run_passes(pipeline, gm, passes, on_float)
-    for note in guard.findings(gm, compared, reference):
+    routed = routing.findings(gm, compared, choices, ctx.facts.find(Topology))
+    for note in (*guard.findings(gm, compared, reference), *routed):
         (log.warning if note.startswith("WARNING") else log.info)(note)
         ctx.notes.append(note)
 

@@ -60,7 +60,7 @@ WORK = (
     "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral", "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
     "phi", "phi3-longrope", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
 )  # fmt: skip
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "gpt_oss")
 EIGHT = {
     "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32", "weight_method": "rtn",
     "weight_bits": 8, "activation_bits": 8, "kv_bits": 8,

@@ -14,7 +14,8 @@ from torch.fx import Node
 from resq_compiler.errors import QuantError
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import is_call
-from resq_compiler.ir.views import Attention, CausalMask, Norm, Project, Rope, SplitHeads
+from resq_compiler.ir.mask_views import CausalMask
+from resq_compiler.ir.views import Attention, Norm, Project, Rope, SplitHeads
 
 aten = torch.ops.aten
 
@@ -43,6 +44,8 @@ def lower_attentions(low: Lowering) -> None:
 
 def _match(low: Lowering, attention: Attention) -> _Match | str:
     """What an operator needs to know, or why none takes this attention."""
+    if attention.sinks is not None:
+        return "it has sinks, which the kernel does not take: use the reference backend"
     if is_call(attention.mask, ops.see_prefix):
         return "it has prefix tokens, which the kernel does not take: compile with prefix_tokens=none"
     mask = CausalMask.of(attention.mask)

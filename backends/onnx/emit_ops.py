@@ -15,10 +15,10 @@ from resq_compiler.errors import BackendError
 from resq_compiler.ir import ops, values
 from resq_compiler.ir.args import argument, int_arg, node_arg
 from resq_compiler.ir.graph_tools import aten, placeholders
+from resq_compiler.ir.mask_views import CausalMask
 from resq_compiler.ir.views import (
     AppendCache,
     Attention,
-    CausalMask,
     Columns,
     Dequantize,
     Hadamard,
@@ -247,7 +247,12 @@ def append_cache(low: Lowering, node: Node) -> Emitted:
 @emits(ops.attention)
 def attention(low: Lowering, node: Node) -> Value:
     """Grouped-query attention; token-major heads out."""
-    return low.form.attention(low, Attention.require(node))
+    view = Attention.require(node)
+    if view.sinks is not None:
+        raise BackendError(
+            f"onnx: node {node.name}: attention with sinks has no ONNX form here; use the reference backend"
+        )
+    return low.form.attention(low, view)
 
 
 @emits(ops.quantize)

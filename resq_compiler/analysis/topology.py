@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from resq_compiler.ir import values, views
 from resq_compiler.ir.graph_tools import is_call
-from resq_compiler.ir.views import AppendCache, CausalMask
+from resq_compiler.ir.mask_views import CausalMask
+from resq_compiler.ir.views import AppendCache
 
 
 @dataclass

@@ -3,6 +3,7 @@
     mul(weight, mul(x, rsqrt(add(mean(pow(x, 2), -1), eps))))  -> rms_norm(x, weight, eps)
     the same on x = y - mean(y, -1)                            -> layer_norm(y, weight)
     add(mul(x, cos), mul(cat(neg(x[h:]), x[:h]), sin))         -> rope(x, cos, sin)
+    cat(a·cos - b·sin, b·cos + a·sin), a and b halves of x     -> rope(x, cat(cos, cos), cat(sin, sin))
     cat(rope(x[:r], cos, sin), x[r:])   (partial rotary)       -> rope(x, cos, sin) with cos narrower than x
 
 A matcher rewrites what it finds at its root and returns None, or it returns why the root is no such thing; "" where it is not even near.
@@ -10,6 +11,7 @@ A matcher rewrites what it finds at its root and returns None, or it returns why
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 
@@ -17,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import argument, operands, other_operand, source
-from resq_compiler.ir.graph_tools import aten, is_call, only_user, rewrite
+from resq_compiler.ir.graph_tools import aten, emit, is_call, only_user, rewrite
 from resq_compiler.ir.views import Rope
 
 WHOLE = sys.maxsize  # the end of a slice that has none
@@ -124,6 +126,32 @@ def last_dim_slice(node: object, x: Node) -> tuple[int, int] | None:
     return argument(node, "start"), argument(node, "end")
 
 
+def match_halves_rope(gm: GraphModule, node: Node, made_by: str) -> str | None:
+    """Root at cat(a·cos - b·sin, b·cos + a·sin), where a and b are the halves of x."""
+    pieces = argument(node, "tensors")
+    if len(pieces) != 2 or not is_call(pieces[0], aten.sub.Tensor) or not is_call(pieces[1], aten.add.Tensor):
+        return ""
+    products = [operands(x) if is_call(x, aten.mul.Tensor) else None for p in pieces for x in operands(p)]
+    if any(product is None for product in products):
+        return ""
+    (a, cos), (b, sin), *second = [product for product in products if product is not None]
+    if second != [(b, cos), (a, sin)] or (x := _of_halves(a, b)) is None:
+        return ""
+    with gm.graph.inserting_before(node):
+        wide = [emit(gm.graph, aten.cat.default, ([t, t], -1), node, made_by) for t in (cos, sin)]
+    rewrite(node, ops.rope, (x, *wide), made_by)
+    return None
+
+
+def _of_halves(a: object, b: object) -> Node | None:
+    """x where a and b are the two chunks of its last dimension."""
+    if not (is_call(a, operator.getitem) and is_call(b, operator.getitem)) or source(a) is not source(b):
+        return None
+    chunk, picked = source(a), (argument(a, "b"), argument(b, "b"))
+    halves = is_call(chunk, aten.chunk.default) and picked == (0, 1) and argument(chunk, "chunks") == 2
+    return source(chunk) if halves and argument(chunk, "dim") in (-1, 3) else None
+
+
 def match_partial_rope(gm: GraphModule, node: Node, made_by: str) -> str | None:
     """Root at cat(rope(x[..., :r]), x[..., r:]); x[..., :r] is x itself where r is the whole width."""
     pieces = argument(node, "tensors")
@@ -142,5 +170,6 @@ def match_partial_rope(gm: GraphModule, node: Node, made_by: str) -> str | None:
 ROOTS: dict[Callable[[GraphModule, Node, str], str | None], Callable] = {
     match_rms_norm: aten.rsqrt.default,
     match_rope: aten.add.Tensor,
+    match_halves_rope: aten.cat.default,
     match_partial_rope: aten.cat.default,
 }

@@ -110,14 +110,15 @@ _causal: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 @op
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """softmax(scale · q kᵀ + mask) v with grouped key/value heads; with softcap c the scores become c·tanh(scores / c).
 
-    q [B, H, S, D]; k, v [B, G, T, D]; mask bool (True = attend) or additive float, [B or 1, 1, S, T].
+    q [B, H, S, D]; k, v [B, G, T, D]; mask bool (True = attend) or additive float, [B or 1, 1, S, T]; sinks [H]: one more score for each
+    head, whose share of the softmax goes to no value.
     """
     grouped = q.shape[1] != k.shape[1]
-    if softcap is None:
+    if softcap is None and sinks is None:
         causal = mask is not None and is_causal(mask, q.shape[2])
         mask = None if causal else mask
         return F.scaled_dot_product_attention(
@@ -125,10 +126,14 @@ def attention(
         )
     if grouped:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
+    scores = q @ k.transpose(-1, -2)
+    scores = scores * scale if softcap is None else torch.tanh(scores * (scale / softcap)) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1) @ v
+    if sinks is None:
+        return torch.softmax(scores, -1) @ v
+    beside = sinks[:, None, None].to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat((scores, beside), -1), -1)[..., :-1] @ v
 
 
 @op

@@ -263,22 +263,6 @@ class AppendCache(View):
 
 
 @dataclass(frozen=True)
-class CausalMask(View):
-    """Which keys a query may see; with a window only the latest."""
-
-    targets = (ops.causal_mask,)
-    attention_mask: Node
-    input_ids: Node
-    window: int | None
-
-    @classmethod
-    def read(cls, node: Node) -> CausalMask:
-        return cls(
-            node, node_arg(node, "attention_mask"), node_arg(node, "input_ids"), optional_int_arg(node, "window")
-        )
-
-
-@dataclass(frozen=True)
 class Attention(View):
     """softmax(scale · q kᵀ + mask) v."""
 
@@ -289,12 +273,13 @@ class Attention(View):
     mask: Node | None
     scale: float
     softcap: float | None
+    sinks: Node | None = None
 
     @classmethod
     def read(cls, node: Node) -> Attention:
         return cls(
             node, node_arg(node, "q"), node_arg(node, "k"), node_arg(node, "v"), optional_node_arg(node, "mask"),
-            float_arg(node, "scale"), optional_float_arg(node, "softcap"),
+            float_arg(node, "scale"), optional_float_arg(node, "softcap"), optional_tensor_arg(node, "sinks"),
         )  # fmt: skip
 
 

@@ -80,7 +80,6 @@ def test_post_norms_write_into_the_stream(build):
 
 
 UNKNOWN = {
-    "gpt_oss": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},  # a softmax with sinks
     "diffllama": COMMON,  # the difference of two attentions
     "bitnet": COMMON,  # a norm between attention and output projection
     "deepseek_v3": {
