@@ -8,6 +8,10 @@ from resq_compiler.passes.fold_norms import FoldNorms
 from resq_compiler.passes.fuse_projections import FuseProjections
 from resq_compiler.passes.insert_prefix import InsertPrefix
 from resq_compiler.passes.insert_projections import InsertProjections
+from resq_compiler.passes.keep_predictions import KeepPredictions
+from resq_compiler.passes.learn_blocks import LearnBlocks
+from resq_compiler.passes.learn_rotations import LearnRotations
+from resq_compiler.passes.learn_scales import LearnScales
 from resq_compiler.passes.name_attention import NameAttention
 from resq_compiler.passes.partition_linears import PartitionLinears
 from resq_compiler.passes.plan_columns import PlanColumns
@@ -31,13 +35,15 @@ PASSES: dict[str, type[Pass]] = {
         Canonicalize, NameAttention, SplitFused, UntieEmbeddings, FindTopology, FoldNorms, PlanColumns, ComputeBases, AllocateBits,
         RotateBases, ReorderChannels, InsertProjections, FuseProjections, PartitionLinears, InsertPrefix, QuantizeWeights,
         QuantizeActivations, QuantizeKvCache, SmoothChannels, SearchScales, ThresholdOutliers, SpreadOutliers,
+        KeepPredictions, LearnRotations, LearnBlocks, LearnScales,
     )
 }  # fmt: skip
 """By name, as the text form of a tuple of passes knows them. A pass of one's own is added here: PASSES[MyPass.name] = MyPass."""
 
 __all__ = [
     "PASSES", "AllocateBits", "Canonicalize", "ComputeBases", "FindTopology", "FoldNorms", "FuseProjections", "InsertPrefix",
-    "InsertProjections", "NameAttention", "PartitionLinears", "PlanColumns", "QuantizeActivations", "QuantizeKvCache", "QuantizeWeights",
+    "InsertProjections", "KeepPredictions", "LearnBlocks", "LearnRotations", "LearnScales",
+    "NameAttention", "PartitionLinears", "PlanColumns", "QuantizeActivations", "QuantizeKvCache", "QuantizeWeights",
     "ReorderChannels", "RotateBases", "SearchScales", "SmoothChannels", "SplitFused", "SpreadOutliers", "ThresholdOutliers",
     "UntieEmbeddings",
 ]  # fmt: skip

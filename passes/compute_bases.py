@@ -1,6 +1,7 @@
 """compute-bases: find the orthogonal bases in which a part of the directions carries most of the energy. Changes nothing.
 
 pca          eigenvectors of second moments of the calibration run, by ascending eigenvalue (ResQ)
+weights      eigenvectors of the second moments of the weights that read the stream, and the values (OSTQuant's start)
 outliers     a permutation that puts the channels with the largest peaks last (QUIK)
 hadamard     a random rotation of the whole width: a randomized Hadamard matrix (QuaRot)
 orthogonal   the same, any random orthogonal matrix
@@ -45,7 +46,7 @@ class ComputeBases(Pass):
     requires: ClassVar[tuple[type, ...]] = (Topology,)
     provides: ClassVar[tuple[type, ...]] = (Bases,)
 
-    basis: Literal["pca", "outliers", "hadamard", "orthogonal", "none"] = "pca"
+    basis: Literal["pca", "weights", "outliers", "hadamard", "orthogonal", "none"] = "pca"
     weighting: Literal["none", "readers"] = "none"
     key_basis: Literal["shared", "head"] = "shared"
     down: Literal["none", "block-pca"] = "none"
@@ -69,6 +70,8 @@ class ComputeBases(Pass):
         down = self._down(topology, seen)
         if self.basis == "pca":
             bases = self._principal(gm, topology, seen, down)
+        elif self.basis == "weights":
+            bases = of_weights(gm, topology, ctx.seed, down)
         elif self.basis == "outliers":
             bases = ordered(topology, seen, self.key_basis == "shared", down)
         elif self.basis == "none":
@@ -142,6 +145,15 @@ def ordered(
     else:
         key = tuple(torch.stack([permutation(size) for size in sizes("key", i)]) for i in blocks)
     stream = stream_bases(topology, lambda site, _: permutation(seen.get(Peak, site).sizes))
+    return Bases(*stream, value, key, down)
+
+
+def of_weights(gm: GraphModule, topology: Topology, seed: int, down: dict[Node, BlockBasis]) -> Bases:
+    """Principal directions of the weights that read the stream, and of those that read values; keys, which no weight reads, at random."""
+    stream = stream_bases(topology, lambda _, groups: principal_basis(residual_readers(gm, groups))[0])
+    attentions = [block.attention for block in topology.blocks]
+    value = tuple(each_basis(value_readers(gm, a)) for a in attentions)
+    key = tuple(random_basis(a.head_dim, "hadamard", seed, "key") for a in attentions)
     return Bases(*stream, value, key, down)
 
 

@@ -30,20 +30,21 @@ PLAIN: dict[str, Any] = {"basis": "none", "down_proj": "none", "high_fraction": 
 
 EIGHT: dict[str, Any] = {"weight_bits": 8, "activation_bits": 8, "kv_bits": 8, "o_proj_granularity": "token"}
 
+PLUS: dict[str, Any] = {
+    "down_proj": "energy-split",
+    "allocation": "sensitivity",
+    "activation_clip": "output",
+    "basis_weighting": "readers",
+    "weight_clip": "hessian",
+    "gptq_act_order": True,
+    "gptq_token_weighting": "residual",
+    "gptq_damping": 0.03,
+}
+"""What resq+ adds to resq."""
+
 RECIPES: dict[str, Recipe] = {
     "resq": Recipe(),
-    "resq+": Recipe(
-        {
-            "down_proj": "energy-split",
-            "allocation": "sensitivity",
-            "activation_clip": "output",
-            "basis_weighting": "readers",
-            "weight_clip": "hessian",
-            "gptq_act_order": True,
-            "gptq_token_weighting": "residual",
-            "gptq_damping": 0.03,
-        }
-    ),
+    "resq+": Recipe(PLUS),
     "quarot": Recipe({"basis": "hadamard", "high_fraction": 0.0}),
     "quik": Recipe({"basis": "outliers", "rotation": "none", "down_proj": "outliers"}),
     "gptq": Recipe(PLAIN),
@@ -82,6 +83,50 @@ RECIPES: dict[str, Recipe] = {
             "activation_clip": 0.9,
             "weight_method": "rtn",
             "o_proj_granularity": "token",
+        }
+    ),
+    "omniquant": Recipe(
+        {
+            **PLAIN,
+            "weight_method": "rtn",
+            "gptq_on_quantized_activations": True,
+            "learn_blocks": True,
+            "o_proj_granularity": "token",
+        }
+    ),
+    "spinquant": Recipe(
+        {
+            "basis": "hadamard",
+            "high_fraction": 0.0,
+            "gptq_on_quantized_activations": True,
+            "learn_rotations": "cross-entropy",
+        }
+    ),
+    "ostquant": Recipe(
+        {
+            "basis": "weights",
+            "high_fraction": 0.0,
+            "gptq_on_quantized_activations": True,
+            "learn_rotations": "divergence",
+            "learn_pairs": True,
+        }
+    ),
+    "resq-trained": Recipe({"gptq_on_quantized_activations": True, "learn_rotations": "cross-entropy"}),
+    "resq++": Recipe(
+        {
+            **PLUS,
+            "gptq_on_quantized_activations": True,
+            "learn_rotations": "divergence",
+            "learn_scales": True,
+        }
+    ),
+    "resq-cpu": Recipe(
+        {
+            **PLUS,
+            "activation_bits": 8,
+            "kv_bits": 8,
+            "gptq_on_quantized_activations": True,
+            "learn_scales": True,
         }
     ),
     "prefixquant": Recipe(

@@ -15,7 +15,8 @@ PartBits = Literal[2, 3, 4, 5, 6, 7, 8]
 HighBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
 WHOLE_NUMBERS = {
-    "rank_multiple": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "expert_tokens": 1, "seed": None,
+    "rank_multiple": 1, "learning_steps": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "expert_tokens": 1,
+    "seed": None,
 }  # fmt: skip
 """Options without a list of values, and the least that each may be."""
 
@@ -24,6 +25,9 @@ RUN_OPTIONS = ("calibration_samples", "calibration_length", "basis_samples", "ca
 
 GIVEN = "passes"
 """The name of the recipe where the passes themselves were given: other options than those of a run mean nothing then."""
+
+LEARNING = ("learn_rotations", "learn_pairs", "learn_blocks", "learn_scales")
+"""Options that learn something."""
 
 REMOVED: dict[str, object] = {
     "gptq_correction": "none", "gptq_correction_alpha": 1.0, "gptq_sweeps": 0, "basis_token_weighting": "none",
@@ -52,7 +56,7 @@ class CompileConfig:
     low_bits: PartBits = 2
     low_fraction: float = 0.0
     rank_multiple: int = 1
-    basis: Literal["pca", "hadamard", "outliers", "none"] = "pca"
+    basis: Literal["pca", "weights", "hadamard", "outliers", "none"] = "pca"
     basis_weighting: Literal["none", "readers"] = "none"
     key_basis: Literal["shared", "head"] = "shared"
     rotation: Literal["hadamard", "orthogonal", "none"] = "hadamard"
@@ -76,6 +80,12 @@ class CompileConfig:
     kv_clip: float = 1.0
     o_proj_granularity: Literal["head", "token"] = "head"
     prefix_tokens: Literal["none", "auto"] = "none"
+    learn_rotations: Literal["none", "divergence", "cross-entropy"] = "none"
+    learn_pairs: bool = False
+    learn_blocks: bool = False
+    learn_scales: bool = False
+    learning_steps: int = 100
+    learning_rate: float | None = None
     weight_group_size: Literal[32, 64, 128] | None = None
     lm_head_bits: Literal[8] | None = None
     calibration_samples: int = 64
@@ -103,6 +113,7 @@ class CompileConfig:
             "scale_search",
             "spread_outliers",
             "calibrate_all_experts",
+            *LEARNING[1:],
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name}: expected true or false; got {getattr(self, name)!r}")
@@ -138,16 +149,24 @@ class CompileConfig:
 
     def _check_combinations(self) -> None:
         """Options that say something only beside certain others."""
-        for name, most in (("smooth_alpha", 1.0), ("outlier_threshold", float("inf"))):
+        for name, most in (("smooth_alpha", 1.0), ("outlier_threshold", float("inf")), ("learning_rate", float("inf"))):
             if getattr(self, name) is not None:
                 self._check_range(name, 0, most)
         scaled, plain = ("none", "outliers"), {"basis": ("none",), "down_proj": ("none",), "high_fraction": (0.0,)}
+        learned: dict[str, tuple[object, ...]] = {
+            "gptq_on_quantized_activations": (True,),
+            "activation_scales": ("dynamic",),
+        }
         rules: tuple[tuple[str, object, dict[str, tuple[object, ...]]], ...] = (
             ("smooth_alpha", None, {"basis": scaled}),
             ("scale_search", False, {"basis": scaled}),
             ("spread_outliers", False, {**plain, "outlier_threshold": (None,)}),
             ("outlier_threshold", None, {"basis": ("outliers",), "allocation": ("equal",), "average_bits": (None,),
                                          "model_megabytes": (None,), "high_fraction": (0.0,)}),
+            ("learn_rotations", "none", {**learned, "basis": ("pca", "weights", "hadamard")}),
+            ("learn_pairs", False, {"learn_rotations": ("divergence", "cross-entropy")}),
+            ("learn_blocks", False, {**learned, "weight_method": ("rtn",), "learn_scales": (False,)}),
+            ("learn_scales", False, learned),
         )  # fmt: skip
         for name, usual, needed in rules:
             for other, allowed in needed.items() if getattr(self, name) != usual else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from resq_compiler.passes import (
@@ -13,6 +14,10 @@ from resq_compiler.passes import (
     FuseProjections,
     InsertPrefix,
     InsertProjections,
+    KeepPredictions,
+    LearnBlocks,
+    LearnRotations,
+    LearnScales,
     NameAttention,
     PartitionLinears,
     PlanColumns,
@@ -39,7 +44,7 @@ SPLIT_DOWN = (*ORDERS, "block-pca")
 
 NAMING = (Canonicalize(), NameAttention(), SplitFused(), UntieEmbeddings(), FindTopology())
 
-ROTATED = ("pca", "hadamard")
+ROTATED = ("pca", "weights", "hadamard")
 """Values of `basis` that no gain of a norm lets pass. A permutation passes, and the gains stay with the values."""
 
 
@@ -56,12 +61,13 @@ def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
         *([ThresholdOutliers(s.outlier_threshold)] if s.outlier_threshold is not None else []),
         *([compute_bases(s)] if s.basis != "none" or s.down_proj == "block-pca" else []),
         *([allocate_bits(s)] if s.allocates else []),
-        *([RotateBases(s.rotation)] if s.basis == "pca" and s.rotation != "none" else []),
+        *([RotateBases(s.rotation)] if s.basis in ("pca", "weights") and s.rotation != "none" else []),
         *([ReorderChannels(channels, *experts(s))] if channels else []),
         *([InsertProjections("none" if s.down_proj in ("none", "outliers") else "hadamard")] if insert else []),
         *([SpreadOutliers()] if s.spread_outliers else []),
         *([FuseProjections()] if insert or s.spread_outliers else []),
         PartitionLinears(),
+        *([KeepPredictions()] if s.learn_rotations == "divergence" or s.learn_scales else []),
         *([InsertPrefix()] if s.prefix_tokens == "auto" else []),
         *quantizers(s),
     )
@@ -112,4 +118,34 @@ def quantizers(s: CompileConfig) -> tuple[Pass, ...]:
     activations = (QuantizeActivations(clip, s.o_proj_granularity, s.activation_scales), QuantizeKvCache(s.kv_clip))
     if s.weight_bits == 16 and s.lm_head_bits is None:
         return activations
-    return (*activations, weights) if s.gptq_on_quantized_activations else (weights, *activations)
+    if not s.gptq_on_quantized_activations:
+        return (weights, *activations)
+    return (*activations, *learned_before(s), weights, *learned_behind(s))
+
+
+def learned_before(s: CompileConfig) -> tuple[Pass, ...]:
+    """What is learned while weights are float."""
+    steps = s.learning_steps
+    found: list[Pass] = []
+    if s.learn_rotations != "none":
+        text = s.learn_rotations == "cross-entropy"
+        usual = LearnRotations(
+            "cross-entropy" if text else "divergence",
+            s.learn_pairs,
+            "sgd" if text else "adam",
+            steps,
+            1.5 if text else 0.003,
+        )
+        found.append(usual if s.learning_rate is None else dataclasses.replace(usual, rate=s.learning_rate))
+    if s.learn_blocks:
+        blocks = LearnBlocks(steps=steps)
+        found.append(blocks if s.learning_rate is None else dataclasses.replace(blocks, rate=s.learning_rate))
+    return tuple(found)
+
+
+def learned_behind(s: CompileConfig) -> tuple[Pass, ...]:
+    """What is learned when weights are codes."""
+    scales = LearnScales(steps=s.learning_steps)
+    if not s.learn_scales:
+        return ()
+    return (scales if s.learning_rate is None else dataclasses.replace(scales, rate=s.learning_rate),)

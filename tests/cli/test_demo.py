@@ -93,7 +93,7 @@ def parsed(*words):
 def test_the_quick_and_the_full_setting():
     quick, full = parsed(), parsed("--all")
     assert quick == demo.DemoOptions(model="some/model") and quick.recipes == ("resq+", "quarot")
-    assert full.recipes == demo.EVERY_RECIPE and set(full.recipes) == set(RECIPES)
+    assert full.recipes == demo.EVERY_RECIPE and set(full.recipes) | set(demo.LEARNED) == set(RECIPES)
     assert (full.calibration_samples, full.windows, full.window_length, full.search_shares) == (32, 6, 1024, True)
     assert parsed("--all", "--recipes", "rtn", "--windows", "3", "--seed", "5") == dataclasses.replace(
         full, recipes=("rtn",), windows=3, seed=5

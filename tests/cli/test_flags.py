@@ -29,6 +29,8 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "o_proj_granularity": ("token", "token"), "prefix_tokens": ("auto", "auto"), "lm_head_bits": ("8", 8),
     "calibration_samples": ("8", 8), "calibration_length": ("64", 64), "basis_samples": ("4", 4),
     "weight_group_size": ("64", 64), "smooth_alpha": ("0.75", 0.75), "scale_search": ("", True), "outlier_threshold": ("5", 5.0),
+    "learn_rotations": ("divergence", "divergence"), "learn_pairs": ("", True), "learn_blocks": ("", True), "learn_scales": ("", True),
+    "learning_steps": ("20", 20), "learning_rate": ("0.01", 0.01),
     "spread_outliers": ("", True), "activation_scales": ("static", "static"),
     "calibration_dtype": ("float32", "float32"), "bos": ("never", "never"), "seed": ("7", 7),
 }  # fmt: skip
@@ -44,15 +46,19 @@ def test_every_option_has_a_sample():
     assert SAMPLES.keys() == {f.name for f in dataclasses.fields(CompileConfig)}
 
 
-BESIDE = {"smooth_alpha": "rtn", "scale_search": "rtn", "spread_outliers": "rtn", "outlier_threshold": "llm-int8"}
-"""Recipes that options go with which want channels as they are."""
+BESIDE = {
+    "smooth_alpha": ["rtn"], "scale_search": ["rtn"], "spread_outliers": ["rtn"], "outlier_threshold": ["llm-int8"],
+    "learn_rotations": ["spinquant"], "learn_pairs": ["spinquant"], "learn_scales": ["resq-trained"],
+    "learn_blocks": ["rtn", "--gptq-on-quantized-activations"],
+}  # fmt: skip
+"""Recipes, and flags, that options go with which do not go with the recipe resq."""
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_an_option_reaches_the_compiler(name):
     text, meant = SAMPLES[name]
     plain = (
-        ["compile", "m"] if name == "recipe" else ["compile", "m", "--recipe", BESIDE.get(name, "resq")]
+        ["compile", "m"] if name == "recipe" else ["compile", "m", "--recipe", *BESIDE.get(name, ["resq"])]
     )  # whose values are the defaults
     default = getattr(options.chosen_passes(parsed(*plain)).settings, name)
     flag = "--" + name.replace("_", "-")

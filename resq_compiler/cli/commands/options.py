@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from resq_compiler.recipes.named import Chosen
 
 HELP: dict[str, str] = {
-    "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn, smoothquant, awq, llm-int8, duquant, prefixquant",
+    "recipe": "named set of options: resq+, resq, quarot, quik, gptq, rtn, smoothquant, awq, llm-int8, duquant, "
+    "prefixquant, omniquant, spinquant, ostquant, resq-trained, resq++, resq-cpu",
     "weight_bits": "bits of weights; 16: stay in float",
     "activation_bits": "bits of the inputs of linears; 16: stay in float",
     "kv_bits": "bits of cached keys and values; 16: stay in float",
@@ -33,8 +34,8 @@ HELP: dict[str, str] = {
     "low_bits": "bits of the low part",
     "low_fraction": "share of columns in a part below the main bits; 0: none",
     "rank_multiple": "columns of the high part are a multiple of this",
-    "basis": "columns are principal directions of activations (pca), random ones (hadamard), channels by their peak "
-    "(outliers), or channels (none)",
+    "basis": "columns are principal directions of activations (pca) or of the weights that read them (weights), random ones "
+    "(hadamard), channels by their peak (outliers), or channels (none)",
     "basis_weighting": "readers: directions also count by how much the weights (for U_C the queries) that read them amplify errors",
     "key_basis": "U_C: one for all heads of a layer (shared), or for each key/value head",
     "rotation": "random rotation inside each part",
@@ -58,6 +59,13 @@ HELP: dict[str, str] = {
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
     "prefix_tokens": "auto: tokens with massive activations are found in calibration, and their keys and values go before every sequence",
+    "learn_rotations": "bases are turned further inside their parts, in steps that lower the divergence from the float model's "
+    "predictions, or the cross entropy of the text",
+    "learn_pairs": "beside these rotations, scales of channels between norms and linears and of hidden channels",
+    "learn_blocks": "scales of weights, of channels and of ranges are learned block by block against the output of the float block",
+    "learn_scales": "with all codes fixed, their scales, gains of norms and ranges are learned against the float model's predictions",
+    "learning_steps": "of each of these, at most",
+    "learning_rate": "of their first step; none: the usual one of each",
     "smooth_alpha": "scales of channels, max|x|^alpha / max|W|^(1 - alpha), by which the output of norms is divided and weights are "
     "multiplied; none: there are none",
     "scale_search": "scales of channels by what rounding the weights behind them does to the output of the block",

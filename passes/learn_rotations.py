@@ -1,0 +1,95 @@
+"""learn-rotations: turn bases further, inside their parts, so that the quantized model predicts what the float model does.
+
+    U_A -> U_A R, U_B -> U_B R        R learned, orthogonal, the identity at first; multiplied into weights, so it costs nothing
+
+Behind quantize-activations and quantize-kv-cache: activations are quantized while learning, weights still float. The loss is the
+divergence from the float model's top predictions (OSTQuant), or the cross entropy of the text (SpinQuant, and ResQ's trained variant).
+`scales` learns scales of channels beside the rotations: between norms and linears, and of the hidden channels of gated feed-forwards.
+
+Source: SpinQuant, arXiv 2405.16406; OSTQuant, arXiv 2501.13987. Differs: rotations are Cayley maps around their start, whose parameters
+are free, in place of steps on the manifold; both have the same gradient there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from resq_compiler.analysis.columns import ColumnPlan
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.learning.end_to_end import EndToEnd, Loss, Model
+from resq_compiler.learning.learned import Learned
+from resq_compiler.learning.loop import Plan, Task, held_back, learn, report
+from resq_compiler.learning.losses import Teacher, cross_entropy, divergence
+from resq_compiler.learning.places import Places
+from resq_compiler.pipeline.options import option
+from resq_compiler.pipeline.passes import Pass, PassContext
+
+
+@dataclass(frozen=True)
+class LearnRotations(Pass):
+    """Learn, and multiply what was learned into the weights; the start stays where nothing better was found.
+
+    loss: what falls; "divergence" needs keep-predictions before. scales: of channels, too. steps: at most. rate: of the first step.
+    batch: windows a step. patience: judgements, one every 10 steps, without a better one that end learning.
+    """
+
+    name: ClassVar[str] = "learn-rotations"
+    exact: ClassVar[bool] = False
+    requires: ClassVar[tuple[type, ...]] = (Topology, ColumnPlan)
+
+    loss: Literal["divergence", "cross-entropy"] = "divergence"
+    scales: bool = False
+    optimizer: Literal["adam", "sgd"] = "adam"
+    steps: int = option(100, 1)
+    rate: float = option(0.003, 0)
+    batch: int = option(4, 1)
+    patience: int = option(5, 1)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        topology = ctx.facts.get(Topology)
+        learned = self._places(Places(gm, topology, ctx.facts.get(ColumnPlan)), ctx)
+        held = held_back(len(ctx.windows), self.name)
+        work = EndToEnd(Model(gm, topology), learned, ctx.windows, held, self._loss_of(ctx))
+        task = Task(self.name, learned, len(ctx.windows) - held, work.step, work.judge)
+        plan = Plan(self.steps, self.rate, self.batch, patience=self.patience, optimizer=self.optimizer)
+        outcome = learn(task, plan, ctx.seed, ctx.work, ctx.progress)
+        report(ctx.lines, ctx.note, self.name, outcome)
+        if outcome.improved:
+            learned.write(gm, self.name)
+        return len(learned.transforms) if outcome.improved else 0
+
+    def _places(self, places: Places, ctx: PassContext) -> Learned:
+        """What is learned."""
+        learned = Learned()
+        reason = places.add_stream(learned)
+        if reason is not None:
+            ctx.note(f"{self.name}: the rotation of the stream is not learned: {reason}")
+        for block in places.topology.blocks:
+            places.add_values(learned, block)
+            if self.scales:
+                places.add_gains(learned, block)
+                places.add_hidden(learned, block)
+        return learned
+
+    def _loss_of(self, ctx: PassContext) -> Loss:
+        windows = ctx.windows
+
+        def text(logits: Tensor, index: int) -> Tensor:
+            return cross_entropy(logits, windows[index])
+
+        if self.loss == "cross-entropy":
+            return text
+        teacher = ctx.facts.get(Teacher)
+
+        def model(logits: Tensor, index: int) -> Tensor:
+            return divergence(logits, teacher.windows[index])
+
+        return model

@@ -1,0 +1,138 @@
+"""Learning against the predictions of the float model, with the memory of one block whatever the model's depth.
+
+Forward, only the stream between blocks is kept; backward, every block runs once more and passes the gradient of its input on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.calibration import executor
+from resq_compiler.ir import graph_tools
+from resq_compiler.learning.learned import Learned
+from resq_compiler.learning.losses import TopPredictions
+from resq_compiler.learning.running import Run, shared_values
+from resq_compiler.util import memory
+
+
+class Loss(Protocol):
+    """From the logits [length, vocabulary] of a window and its number to what is to fall."""
+
+    def __call__(self, logits: Tensor, index: int) -> Tensor: ...
+
+
+@dataclass
+class Model:
+    """A graph cut at its blocks."""
+
+    gm: GraphModule
+    topology: Topology
+    _shared: dict[torch.Size, dict[Node, Any]] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> Node:
+        """The graph's first output."""
+        return graph_tools.output_args(self.gm.graph)[0]
+
+    def shared(self, run: Run, ids: Tensor) -> dict[Node, Any]:
+        """Graph inputs for windows [B, length], and masks and tables, which those of a shape have in common."""
+        if ids.shape not in self._shared:
+            self._shared[ids.shape] = shared_values(run, ids, self.topology.blocks[0].start)
+        return {**self._shared[ids.shape], **executor.first_tokens(self.gm, ids)}
+
+    @torch.no_grad()
+    def stream_start(self, run: Run, ids: Tensor) -> Tensor:
+        """The stream at the start of the first block."""
+        start = self.topology.blocks[0].start
+        found: Tensor = run.to([start], self.shared(run, ids))[start]
+        return found
+
+    @torch.no_grad()
+    def stream(self, run: Run, ids: Tensor) -> list[Tensor]:
+        """The stream at the start of every block, and behind the last one."""
+        blocks, shared = self.topology.blocks, self.shared(run, ids)
+        found = [self.stream_start(run, ids)]
+        for block in blocks:
+            found.append(run.to([block.end], {**shared, block.start: found[-1]})[block.end])
+        return found
+
+    def predictions(self, run: Run, ids: Tensor, last: Tensor) -> Tensor:
+        """Logits [length, vocabulary] of one window [1, length] from the stream behind the last block."""
+        env = {**self.shared(run, ids), self.topology.blocks[-1].end: last}
+        logits: Tensor = run.to([self.logits], env)[self.logits]
+        return logits[0]
+
+    def backward(self, run: Run, ids: Tensor, losses: Sequence[Callable[[Tensor], Tensor]]) -> float:
+        """The mean loss of windows [B, length]; its gradients are added to the leaves that the run reads."""
+        blocks, shared, kept = self.topology.blocks, self.shared(run, ids), self.stream(run, ids)
+        last, total = kept.pop().requires_grad_(), 0.0
+        for i, loss_of in enumerate(losses):  # one at a time: logits are the largest values of all
+            loss = loss_of(self.predictions(run, ids[i : i + 1], last[i : i + 1])) / len(losses)
+            loss.backward()
+            total += float(loss.detach())
+        gradient = last.grad
+        for block, value in zip(reversed(blocks), reversed(kept), strict=True):
+            start = value.detach().requires_grad_()
+            end = run.to([block.end], {**shared, block.start: start})[block.end]
+            end.backward(gradient)
+            gradient = start.grad
+        first = run.to([blocks[0].start], dict(shared))[blocks[0].start]
+        if first.requires_grad:
+            first.backward(gradient)
+        return total
+
+
+@dataclass
+class EndToEnd:
+    """Steps and judgements of what is learned. windows: [n, length], the last `held` of which are for judging alone."""
+
+    model: Model
+    learned: Learned
+    windows: Tensor
+    held: int
+    loss: Loss
+
+    def step(self, picked: list[int]) -> float:
+        """The mean loss of some windows, with gradients in the parameters."""
+        with torch.enable_grad():
+            self.learned.begin()
+            losses = [functools.partial(self.loss, index=i) for i in picked]
+            loss = self.model.backward(self.learned.run(self.model.gm), self.windows[picked], losses)
+            self.learned.end()
+        memory.trim()
+        return loss
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """The mean loss of the windows that are held back."""
+        self.learned.begin()
+        run = self.learned.run(self.model.gm)
+        first = len(self.windows) - self.held
+        losses = []
+        for i in range(first, len(self.windows)):
+            ids = self.windows[i : i + 1]
+            losses.append(float(self.loss(self.model.predictions(run, ids, self.model.stream(run, ids)[-1]), index=i)))
+        memory.trim()
+        return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def teach(
+    gm: GraphModule, topology: Topology, windows: Tensor, k: int, progress: Callable[[int, int], None]
+) -> tuple[TopPredictions, ...]:
+    """The top k predictions of the float graph for windows [n, length]."""
+    model, run, found = Model(gm, topology), Run(gm, quantized=False), []
+    for i, ids in enumerate(windows.split(1)):
+        progress(i, len(windows))
+        found.append(TopPredictions.of(model.predictions(run, ids, model.stream(run, ids)[-1]), k))
+        memory.trim()
+    progress(len(windows), len(windows))
+    return tuple(found)

@@ -1,0 +1,184 @@
+"""What is being learned of a graph, and which tensors of the model it changes.
+
+A learned transform starts as the identity between the weights that write a value and those that read it. While learning, the weights are
+taken through it, differentiably; afterwards it is multiplied into them in float64 and nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from resq_compiler.ir import graph_tools
+from resq_compiler.ir.args import set_argument
+from resq_compiler.ir.views import Embedding, Norm, Quantize, QuantizeDequantize
+from resq_compiler.learning.clipped_weights import ClippedWeights
+from resq_compiler.learning.running import Run
+from resq_compiler.numerics.transforms import HeadRotation, Learnable, Rotation, Scaling, Transform
+
+LEAST_CLIP = 0.3
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a learned transform does to one tensor."""
+
+    learned: str
+    apply: Callable[[Transform, Tensor], Tensor]
+
+
+class Learned(nn.Module):
+    """Learned transforms by name, the tensors that they change, and learned clips of quantizers.
+
+    weights: scales of codes, learned too. norms: whose values transforms scale. embeddings: whose rows they change; these are looked up
+    first while learning, because tables are large.
+
+    One step: `begin`, any number of runs and backward passes, `end`. Between them the transforms are leaves, so that every block may run
+    backward on its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transforms = nn.ModuleDict()
+        self.shares = nn.ParameterDict()
+        self.changes: dict[str, list[Change]] = {}
+        self.norms: dict[Node, str] = {}
+        self.embeddings: dict[Node, str] = {}
+        self.quantizers: dict[Node, str] = {}
+        self.weights: ClippedWeights | None = None
+        self._made: dict[str, Transform] = {}
+        self._leaves: dict[str, Transform] = {}
+
+    def add(self, name: str, learnable: Learnable) -> None:
+        """A transform to learn."""
+        self.transforms[name] = learnable
+
+    def change(self, target: str, learned: str, apply: Callable[[Transform, Tensor], Tensor]) -> None:
+        """Let a tensor of the model go through a transform."""
+        self.changes.setdefault(target, []).append(Change(learned, apply))
+
+    def add_clip(self, node: Node, clip: float) -> None:
+        """Learn the share of its range that a quantizer covers."""
+        name = node.name
+        self.shares[name] = nn.Parameter(torch.tensor(float(clip)))
+        self.quantizers[node] = name
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to learn."""
+        return not any(True for _ in self.parameters())
+
+    def begin(self) -> None:
+        """Take the transforms of the parameters as they are now."""
+        with torch.enable_grad():
+            self._made = {name: transform_of(module) for name, module in self.transforms.items()}
+        self._leaves = {name: leaf_of(transform) for name, transform in self._made.items()}
+
+    def end(self) -> None:
+        """Pass the gradients on to the parameters."""
+        made, gradients = [], []
+        for name, transform in self._made.items():
+            (leaf,) = self._leaves[name].tensors.values()
+            if leaf.grad is not None:
+                made.append(next(iter(transform.tensors.values())))
+                gradients.append(leaf.grad)
+        if made:
+            torch.autograd.backward(made, gradients)
+
+    def run(self, gm: GraphModule) -> Run:
+        """How to run the graph with what was learned so far."""
+        behind = {node: self._behind(name) for node, name in (self.norms | self.embeddings).items()}
+        clips = {node: self.shares[name].clamp(LEAST_CLIP, 1.0) for node, name in self.quantizers.items()}
+        return Run(gm, tensor=self.tensor, behind=behind, clips=clips)
+
+    def _behind(self, name: str) -> Callable[[Tensor], Tensor]:
+        return lambda value: self._leaves[name].forward(value)
+
+    def tensor(self, target: str, value: Tensor) -> Tensor:
+        """A tensor of the model, changed."""
+        for change in self.changes.get(target, ()):
+            value = change.apply(self._leaves[change.learned], value)
+        return value if self.weights is None else self.weights.tensor(target, value)
+
+    @torch.no_grad()
+    def write(self, gm: GraphModule, made_by: str) -> None:
+        """Put what was learned into the graph: weights, gains of norms, clips."""
+        exact = {name: exactly(transform_of(module)) for name, module in self.transforms.items()}
+        nodes = {str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}
+        for target, changes in self.changes.items():
+            graph_tools.change_tensor(gm, nodes[target], functools.partial(changed, changes=changes, exact=exact))
+        for node, name in self.embeddings.items():
+            Embedding.require(node).change_rows(gm, exact[name].forward)
+        for node, name in self.norms.items():
+            write_gain(gm, node, exact[name], made_by)
+        for node, name in self.quantizers.items():
+            set_argument(node, "clip", round(float(self.shares[name].clamp(LEAST_CLIP, 1.0)), 6))
+
+
+def changed(value: Tensor, changes: list[Change], exact: Mapping[str, Transform]) -> Tensor:
+    """A tensor of the model behind all that was learned for it, rounded once."""
+    wide = value.double()
+    for change in changes:
+        wide = change.apply(exact[change.learned], wide)
+    return wide.to(value.dtype).contiguous()
+
+
+def transform_of(module: nn.Module) -> Transform:
+    """The transform that a learnable stands for."""
+    assert isinstance(module, Learnable)
+    return module.transform()
+
+
+def leaf_of(transform: Transform) -> Transform:
+    """The same transform, cut off from how it was made, so that gradients stop and add up there."""
+    (tensor,) = transform.tensors.values()
+    kind: Any = type(transform)
+    return kind(tensor.detach().requires_grad_())
+
+
+def exactly(transform: Transform) -> Transform:
+    """In float64; rotations as orthogonal as float64 is: the nearest ones."""
+    if isinstance(transform, Rotation):
+        return Rotation(nearest_orthogonal(transform.u.detach().double()))
+    if isinstance(transform, HeadRotation):
+        return HeadRotation(torch.stack([nearest_orthogonal(u) for u in transform.u.detach().double()]))
+    assert isinstance(transform, Scaling)
+    return Scaling(transform.s.detach().double())
+
+
+def nearest_orthogonal(u: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to U: the unitary factor of its polar decomposition."""
+    left, _, right = torch.linalg.svd(u)
+    return left @ right
+
+
+def write_gain(gm: GraphModule, node: Node, scaling: Transform, made_by: str) -> None:
+    """Multiply the gain of a norm, or give it one; under a name of its own, because norms may share a tensor."""
+    norm = Norm.require(node)
+    width = scaling.width
+    like = next(iter(gm.buffers()))
+    for argument, tensor in (("weight", norm.gain), ("bias", norm.bias)):
+        if tensor is None and argument == "bias":
+            continue
+        before = torch.ones(width, device=like.device) if tensor is None else graph_tools.get_tensor(gm, tensor)
+        changed = scaling.forward(before.double()).to(before.dtype)
+        name = f"resq.{node.name}.learned_{argument}"
+        if tensor is not None and str(tensor.target) == name:
+            graph_tools.set_tensor(gm, name, changed)
+        else:
+            set_argument(node, argument, graph_tools.add_tensor(gm, name, changed, made_by))
+
+
+def may_learn_clip(node: Node) -> float | None:
+    """The clip of a quantizer below 8 bits of activations with dynamic ranges; None for any other node."""
+    quantizer = Quantize.of(node)
+    if quantizer is not None and quantizer.bits < 8 and quantizer.scale is None and quantizer.groups == 1:
+        return quantizer.clip
+    cache = QuantizeDequantize.of(node)
+    return cache.clip if cache is not None and min(bits for bits, _, _ in cache.parts) < 8 else None

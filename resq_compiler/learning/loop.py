@@ -1,0 +1,200 @@
+"""Steps of an optimizer that cannot end worse than they began: the best state on windows that were not trained on is the one that stays."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from resq_compiler.calibration.workdir import WorkDirectory
+from resq_compiler.errors import DataError
+from resq_compiler.numerics.seeds import generator
+
+RETREATS = 3  # after so many steps that were not finite, learning ends
+
+
+@dataclass(frozen=True)
+class Plan:
+    """steps: at most. rate: of the first step; it falls to zero as a cosine. batch: windows a step. patience: judgements without a
+    better one that end learning. judge_every: steps. optimizer: "adam", or "sgd" with momentum 0.9.
+    """
+
+    steps: int
+    rate: float
+    batch: int = 1
+    judge_every: int = 10
+    patience: int = 5
+    optimizer: Literal["adam", "sgd"] = "adam"
+
+
+@dataclass
+class Outcome:
+    """What learning came to: the judged loss at the start and at the end, the step of the best state, and what a user should know."""
+
+    start: float
+    best: float
+    step: int = 0
+    done: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def improved(self) -> bool:
+        """Whether what was learned is better than the start on windows that were not trained on."""
+        return self.best < self.start
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned. name: of files, draws and messages. module: its parameters. step: from the numbers of windows to the loss, whose
+    gradients are then in the parameters. judge: the loss on windows that are not trained on.
+    """
+
+    name: str
+    module: nn.Module
+    windows: int
+    step: Callable[[list[int]], float]
+    judge: Callable[[], float]
+
+
+def learn(
+    task: Task, plan: Plan, seed: int, work: WorkDirectory | None, progress: Callable[[str, int, int], None]
+) -> Outcome:
+    """Run the steps; the module is left in the best state that was judged, its first one where none is better.
+
+    A step whose loss or gradients are not finite takes the module back to the best state and halves the rate. A work directory keeps
+    the state at every judgement, and learning goes on from it.
+    """
+    state = _State.begin(task, plan)
+    state.resume(work)
+    while state.step < plan.steps and state.stale < plan.patience and state.retreats < RETREATS:
+        progress(task.name, state.step, plan.steps)
+        state.advance(seed)
+        if state.step % plan.judge_every == 0 or state.step == plan.steps:
+            state.judge()
+            state.keep(work)
+    task.module.load_state_dict(state.best)
+    progress(task.name, plan.steps, plan.steps)
+    return state.finish()
+
+
+@dataclass
+class _State:
+    """Where learning is."""
+
+    task: Task
+    plan: Plan
+    optimizer: torch.optim.Optimizer
+    outcome: Outcome
+    best: dict[str, Tensor]
+    step: int = 0
+    stale: int = 0
+    retreats: int = 0
+
+    @classmethod
+    def begin(cls, task: Task, plan: Plan) -> _State:
+        parameters = list(task.module.parameters())
+        if plan.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=plan.rate, momentum=0.9)
+        else:
+            optimizer = torch.optim.Adam(parameters, lr=plan.rate, betas=(0.9, 0.95))
+        loss = task.judge()
+        if not math.isfinite(loss):
+            raise DataError(f"{task.name}: the loss is {loss} before the first step; check the model and the text")
+        return cls(task, plan, optimizer, Outcome(loss, loss), copy.deepcopy(task.module.state_dict()))
+
+    def advance(self, seed: int) -> None:
+        """One step."""
+        rate = self.plan.rate * 0.5**self.retreats * (1 + math.cos(math.pi * self.step / self.plan.steps)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        draw = generator(seed, self.task.name, self.step)
+        picked = torch.randint(self.task.windows, (self.plan.batch,), generator=draw).tolist()
+        loss = self.task.step(picked)
+        self.step += 1
+        gradients = [p.grad for p in self.task.module.parameters() if p.grad is not None]
+        if math.isfinite(loss) and all(bool(g.isfinite().all()) for g in gradients):
+            self.optimizer.step()
+        else:
+            self._retreat(f"step {self.step} of {self.task.name}: loss {loss} or a gradient of it is not finite")
+
+    def judge(self) -> None:
+        """Compare with the best state so far."""
+        loss = self.task.judge()
+        if not math.isfinite(loss):
+            self._retreat(f"step {self.step} of {self.task.name}: the loss on other windows is {loss}")
+        elif loss < self.outcome.best:
+            self.outcome.best, self.outcome.step, self.stale = loss, self.step, 0
+            self.best = copy.deepcopy(self.task.module.state_dict())
+        else:
+            self.stale += 1
+
+    def _retreat(self, why: str) -> None:
+        self.retreats += 1
+        self.outcome.notes.append(f"{why}; back to the state of step {self.outcome.step}, at half the rate")
+        self.task.module.load_state_dict(self.best)
+        self.optimizer.state.clear()
+
+    def finish(self) -> Outcome:
+        """The outcome, with a note where nothing was gained."""
+        self.outcome.done = self.step
+        if not self.outcome.improved:
+            self.outcome.notes.append(
+                f"{self.task.name}: {self.step} steps found nothing better than the start on windows that were not trained on "
+                f"(loss {self.outcome.start:.4g}); the start stays"
+            )
+        return self.outcome
+
+    def keep(self, work: WorkDirectory | None) -> None:
+        """Write everything that the next step depends on, if there is a work directory."""
+        if work is None:
+            return
+        tensors = {f"now.{n}": t for n, t in self.task.module.state_dict().items()}
+        tensors |= {f"best.{n}": t for n, t in self.best.items()}
+        for i, parameter in enumerate(self.task.module.parameters()):
+            values = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(v) for n, v in values.items() if v is not None}
+        numbers = (self.outcome.start, self.outcome.best)
+        counts = (self.outcome.step, self.step, self.stale, self.retreats)
+        tensors |= {"numbers": torch.tensor(numbers, dtype=torch.float64), "counts": torch.tensor(counts)}
+        work.save(self.task.name, tensors, self.outcome.notes)
+
+    def resume(self, work: WorkDirectory | None) -> None:
+        """Go on where a work directory says that learning was."""
+        saved = None if work is None else work.load(self.task.name)
+        if saved is None:
+            return
+        tensors, self.outcome.notes = saved
+        self.task.module.load_state_dict({n[4:]: t for n, t in tensors.items() if n.startswith("now.")})
+        self.best = {n[5:]: t for n, t in tensors.items() if n.startswith("best.")}
+        for i, parameter in enumerate(self.task.module.parameters()):
+            prefix = f"optimizer.{i}."
+            if found := {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}:
+                self.optimizer.state[parameter] = found
+        self.outcome.start, self.outcome.best = tensors["numbers"].tolist()
+        self.outcome.step, self.step, self.stale, self.retreats = (int(n) for n in tensors["counts"])
+
+
+def held_back(windows: int, name: str) -> int:
+    """How many windows are for judging alone: an eighth, at least one. Raises DataError: there would be none to train on."""
+    if windows < 2:
+        raise DataError(
+            f"{name}: {windows} calibration windows are too few to learn from: some are for judging alone; expected at least 2, "
+            "and better 16 or more: give more text, or shorter windows (calibration_length)"
+        )
+    return max(1, windows // 8)
+
+
+def report(lines: list[str], note: Callable[[str], None], name: str, outcome: Outcome) -> None:
+    """Tell in the stage what learning came to, and a user what went wrong."""
+    lines.append(
+        f"{name}: loss on windows not trained on {outcome.start:.5g} at the start, {outcome.best:.5g} at step {outcome.step} of "
+        f"{outcome.done}"
+    )
+    for text in outcome.notes:
+        note(text)

@@ -1,0 +1,50 @@
+"""What learning lowers: how far predictions, or outputs of a block, are from those of the float model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TopPredictions:
+    """The k largest logits of every token of a window, and their ids: [length, k]; float32 and int32."""
+
+    logits: Tensor
+    ids: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int) -> TopPredictions:
+        """Of logits [length, vocabulary]."""
+        values, ids = logits.detach().float().topk(min(k, logits.shape[-1]), dim=-1)
+        return cls(values, ids.int())
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A fact: what the float model predicts for every calibration window."""
+
+    windows: tuple[TopPredictions, ...]
+
+
+def divergence(logits: Tensor, teacher: TopPredictions) -> Tensor:
+    """Mean over tokens of KL(p || q), both distributions over the teacher's top k alone, so that it is never below zero.
+
+    logits: [length, vocabulary]. Source: OSTQuant's KL-Top, arXiv 2501.13987, section 4.3.
+    """
+    student = logits.float().gather(-1, teacher.ids.long())
+    return F.kl_div(student.log_softmax(-1), teacher.logits.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean over tokens of the next token's negative log-likelihood: logits [length, vocabulary], ids [length]."""
+    return F.cross_entropy(logits[:-1].float(), ids[1:])
+
+
+def relative_square(value: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of a block's output from the float one, over the size of the float one: every token counts alike."""
+    size = target.float().square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((value.float() - target.float()).square().mean(-1) / size).mean()

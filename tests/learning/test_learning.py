@@ -1,0 +1,239 @@
+"""Runs, gradients and passes on tiny models: one graph, gradients as without blocks, and pairs that leave the float model as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from resq_compiler.passes import LearnRotations, LearnScales
+
+from resq_compiler.calibration import executor
+from resq_compiler.errors import ConfigError, PassError
+from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.transforms import TARGETS
+from resq_compiler.ir.views import CodedLinear, Quantize
+from resq_compiler.learning.end_to_end import Model, teach
+from resq_compiler.learning.learned import Learned
+from resq_compiler.learning.losses import Teacher, TopPredictions, divergence
+from resq_compiler.learning.places import Places
+from resq_compiler.learning.running import Run
+from resq_compiler.recipes import named
+from resq_compiler.tiny import tiny_tokens
+
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
+
+
+def logits_of(gm, ids, run=None):
+    model = graph_tools.output_args(gm.graph)[0]
+    env = executor.first_tokens(gm, ids)
+    if run is not None:
+        return run.to([model], env)[model]
+    executor.Schedule(gm, [model], env).run(env)
+    return env[model]
+
+
+def all_places(built):
+    """Everything that can be learned of a graph with float weights."""
+    places, learned = Places(built.gm, built.topology, built.plan), Learned()
+    assert places.add_stream(learned) is None
+    for block in built.topology.blocks:
+        places.add_values(learned, block)
+        places.add_gains(learned, block)
+        places.add_hidden(learned, block)
+    return learned
+
+
+def move(learned, size=0.1):
+    """Parameters somewhere else than at their start."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in learned.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=draw)
+
+
+@pytest.mark.parametrize("recipe", ["resq+", "awq", "prefixquant"])
+def test_a_run_is_the_graph(recipe, build):
+    """Weights as codes or float, activations dynamic, static or float."""
+    built = build("llama", recipe=recipe, activation_clip=0.9, allocation="equal", weight_method="rtn")
+    ids = built.ctx.windows[:2]
+    torch.testing.assert_close(logits_of(built.gm, ids, Run(built.gm)), logits_of(built.gm, ids), **ROUNDING)
+
+
+def test_a_run_without_quantizers_is_the_float_graph(build):
+    quantized = build("llama", "quantize-weights", gptq_on_quantized_activations=True)
+    exact = build("llama", "quantize-activations", gptq_on_quantized_activations=True)
+    ids = exact.ctx.windows[:2]
+    float_run = Run(quantized.gm, quantized=False)
+    torch.testing.assert_close(logits_of(quantized.gm, ids, float_run), logits_of(exact.gm, ids), **ROUNDING)
+
+
+@pytest.mark.parametrize("options", [{}, {"recipe": "resq+", "allocation": "equal", "activation_clip": 0.9}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt_neox-sequential"])
+def test_pairs_leave_the_float_model_as_it_is(family, options, build):
+    """Rotations of the stream and of values, scales of norms and hidden channels, in a run and multiplied in, at any parameters."""
+    built = build(family, "quantize-activations", double=True, gptq_on_quantized_activations=True, **options)
+    ids = built.ctx.windows[:2]
+    before = logits_of(built.gm, ids, Run(built.gm, quantized=False))
+    learned = all_places(built)
+    move(learned)
+    learned.begin()
+    run = learned.run(built.gm)
+    moved = Run(built.gm, quantized=False, tensor=run.tensor, behind=run.behind)
+    torch.testing.assert_close(logits_of(built.gm, ids, moved), before, rtol=1e-4, atol=1e-4)  # rotations are float32
+    learned.write(built.gm, "test")
+    after = logits_of(built.gm, ids, Run(built.gm, quantized=False))
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_by_blocks_are_those_of_the_whole(build):
+    built = build("llama", "quantize-weights", gptq_on_quantized_activations=True)
+    ids = built.ctx.windows[:2]
+    learned, model = all_places(built), Model(built.gm, built.topology)
+    Places(built.gm, built.topology, built.plan).add_clips(learned, list(built.gm.graph.nodes))
+    move(learned, 0.02)
+    teacher = [TopPredictions.of(torch.randn(32, 131), 50) for _ in range(2)]
+
+    def gradients(compute):
+        learned.zero_grad()
+        with torch.enable_grad():
+            learned.begin()
+            loss = compute(learned.run(built.gm))
+            learned.end()
+        return loss, {n: p.grad.clone() for n, p in learned.named_parameters()}
+
+    def whole(run):
+        logits = logits_of(built.gm, ids, run)
+        loss = sum(divergence(logits[i], teacher[i]) for i in range(2)) / 2
+        loss.backward()
+        return float(loss.detach())
+
+    losses = [lambda logits, i=i: divergence(logits, teacher[i]) for i in range(2)]
+    expected, wanted = gradients(whole)
+    got, found = gradients(lambda run: model.backward(run, ids, losses))
+    assert got == pytest.approx(expected, rel=1e-5) and wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5 + 1e-3 * float(value.abs().max()), msg=name)
+
+
+def test_the_divergence_over_the_top():
+    """Zero for the teacher itself, never below, and with all tokens the Kullback-Leibler divergence."""
+    p, q = torch.randn(7, 20), torch.randn(7, 20)
+    assert float(divergence(p, TopPredictions.of(p, 5))) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(q, TopPredictions.of(p, 5))) > 0
+    whole = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
+    assert float(divergence(q, TopPredictions.of(p, 1000))) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_the_teacher_is_the_float_model(build):
+    built = build("llama", "quantize-weights", gptq_on_quantized_activations=True)
+    exact = build("llama", "quantize-activations", gptq_on_quantized_activations=True)
+    found = teach(built.gm, built.topology, built.ctx.windows[:2], 3, lambda done, total: None)
+    top = logits_of(exact.gm, exact.ctx.windows[:2]).topk(3)
+    assert all(torch.equal(f.ids.long(), ids) for f, ids in zip(found, top.indices, strict=True))
+
+
+def online(built):
+    return sum(n.target in TARGETS for n in built.gm.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "recipe, base, name",
+    [("spinquant", "quarot", "learn-rotations"), ("ostquant", "quarot", "learn-rotations"), ("resq-trained", "resq", "learn-rotations"),
+     ("resq++", "resq+", "learn-scales"), ("resq-cpu", "resq+", "learn-scales"), ("omniquant", "rtn", "learn-blocks")],
+)  # fmt: skip
+def test_learning_lowers_its_loss_on_other_windows_and_costs_nothing(recipe, base, name, build):
+    """Where nothing better is found, the start stays: the loss is never above it. No operator more than without learning."""
+    built = build("llama", recipe=recipe, learning_steps=4, weight_method="rtn")
+    lines = [s for stage in built.pipeline.stages if stage.name == name for s in stage.lines]
+    found = [re.search(r"trained on (\S+) at the start, (\S+) at step", line) for line in lines]
+    numbers = [(float(match[1]), float(match[2])) for match in found if match]
+    assert numbers and all(best <= start for start, best in numbers), lines
+    assert online(built) == online(build("llama", recipe=base, weight_method="rtn"))
+    assert all(CodedLinear.of(n) is not None for n in built.gm.graph.nodes if meta.get(n, meta.LinearPart) is not None)
+
+
+def with_text(built, exact):
+    """More to learn from, with the float model's predictions for it."""
+    ctx = dataclasses.replace(built.ctx, calibration=tiny_tokens(16, 64, seed=1))
+    quiet = lambda done, total: None  # noqa: E731
+    ctx.facts.put(Teacher(teach(exact.gm, exact.topology, ctx.windows, 1000, quiet)))
+    return ctx
+
+
+def test_rotations_are_found(build):
+    """Principal directions that nothing has turned yet leave much to find: the loss on windows that were not trained on falls."""
+    options = {"recipe": "resq++", "allocation": "equal", "activation_clip": 1.0, "rotation": "none"}
+    built, exact = build("llama", "learn-rotations", **options), build("llama", "quantize-activations", **options)
+    ctx = with_text(built, exact)
+    assert LearnRotations(steps=30, rate=0.02, batch=2).run(built.gm, ctx) == 3, (
+        ctx.lines
+    )  # the stream, and values of two blocks
+    start, best = re.search(r"trained on (\S+) at the start, (\S+) at step", ctx.lines[-1]).groups()
+    assert float(best) < 0.99 * float(start)
+
+
+def test_learned_scales_leave_the_codes_alone(build):
+    options = {
+        "recipe": "resq++",
+        "weight_method": "rtn",
+        "learn_rotations": "none",
+        "allocation": "equal",
+        "activation_clip": 0.9,
+    }
+    built, exact = build("llama", "learn-scales", **options), build("llama", "quantize-activations", **options)
+    ctx = with_text(built, exact)
+    before = {str(n.target): graph_tools.get_tensor(built.gm, n) for n in built.gm.graph.find_nodes(op="get_attr")}
+    clips = {n.name: q.clip for n in built.gm.graph.nodes if (q := Quantize.of(n)) is not None}
+    assert LearnScales(steps=20, rate=0.005, batch=2).run(built.gm, ctx) > 0, ctx.lines
+    after = {str(n.target): graph_tools.get_tensor(built.gm, n) for n in built.gm.graph.find_nodes(op="get_attr")}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith(".scale") for name in changed)
+    made = {name.rpartition(".")[2] for name in after.keys() - before.keys()}
+    assert made == {"learned_weight"}  # gains of norms, which fold-norms took away
+    moved = [n for n in built.gm.graph.nodes if (q := Quantize.of(n)) is not None and q.clip != clips[n.name]]
+    assert moved and all(0.3 <= Quantize.require(n).clip <= 1 for n in moved)
+
+
+def test_a_stream_that_cannot_be_rotated_is_told(build):
+    built = build("gemma2", "learn-rotations", recipe="resq-trained")
+    LearnRotations("cross-entropy", steps=2, optimizer="sgd").run(built.gm, built.ctx)
+    assert [n for n in built.ctx.notes if "the rotation of the stream is not learned: U_A stays online" in n]
+
+
+def test_the_divergence_needs_a_teacher(build):
+    built = build("llama", "learn-rotations", recipe="resq-trained")
+    assert built.ctx.facts.find(Teacher) is None
+    with pytest.raises(PassError, match="Teacher is not known yet"):
+        LearnRotations("divergence", steps=2).run(built.gm, built.ctx)
+
+
+def test_too_few_windows_are_told(build):
+    built = build("llama", "learn-rotations", recipe="resq-trained")
+    ctx = dataclasses.replace(built.ctx, calibration=built.ctx.windows[:1])
+    with pytest.raises(Exception, match="learn-rotations: 1 calibration windows are too few"):
+        LearnRotations("cross-entropy", steps=2).run(built.gm, ctx)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"recipe": "resq", "learn_scales": True}, "learn_scales: expected gptq_on_quantized_activations=True beside it"),
+        ({"recipe": "spinquant", "basis": "none"}, "learn_rotations: expected basis=pca or weights or hadamard beside it; got basis=none"),
+        ({"recipe": "resq", "learn_pairs": True}, "learn_pairs: expected learn_rotations=divergence or cross-entropy beside it"),
+        ({"recipe": "omniquant", "weight_method": "gptq"}, "learn_blocks: expected weight_method=rtn beside it"),
+        ({"recipe": "resq++", "learning_steps": 0}, "learning_steps: expected a whole number of at least 1"),
+        ({"recipe": "resq++", "activation_scales": "static"}, "expected activation_scales=dynamic beside it"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together_are_told(options, message):
+    with pytest.raises(ConfigError, match=message):
+        named.resolve(**options)
+
+
+def test_weights_that_are_learned_block_by_block_have_codes(build):
+    built = build("llama", recipe="omniquant", learning_steps=4, weight_group_size=32)
+    coded = [c for n in built.gm.graph.nodes if (c := CodedLinear.of(n)) is not None]
+    assert len(coded) == 14 and all(c.group_size == 32 and c.on_codes for c in coded)
+    assert not built.gm.graph.find_nodes(op="call_function", target=ops.weight_only_linear)
