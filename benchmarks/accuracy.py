@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,16 @@ def main() -> None:
         if key(job) in known:
             continue
         sys.stderr.write(f"[{i}/{len(jobs)}] {job['recipe']} {job['weight_method']} seed {job['seed']}\n")
-        row = in_own_process(job)
-        known[key(job)] = row
-        with arguments.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        run_one(job, known, arguments.output)
     sys.stdout.write(make_table([known[key(job)] for job in jobs]) + "\n")
+
+
+def run_one(job: dict[str, Any], known: dict[str, dict[str, Any]], output: Path) -> None:
+    """Run a job and keep its row."""
+    row = in_own_process(job)
+    known[key(job)] = row
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -187,6 +193,9 @@ def prefill_speed(model: Any, length: int = 512, rounds: int = 5) -> float:
 def compile_job(job: dict[str, Any], source: str, progress: Any, row: dict[str, Any]) -> Any:
     """Compile, and note seconds by phase and peak memory so far in the row."""
     from resq_compiler.api import compile
+    from resq_compiler.evaluation import sizes
+    from resq_compiler.ir.graph_tools import is_call
+    from resq_compiler.ir.transforms import TARGETS
 
     began = time.perf_counter()
     text = None if job.get("self_written") else Path(job["text"])
@@ -200,6 +209,12 @@ def compile_job(job: dict[str, Any], source: str, progress: Any, row: dict[str, 
     row["basis_seconds"] = sum(seconds.get(name, 0) for name in BASIS_PASSES)
     row["weights_seconds"] = sum(seconds.get(name, 0) for name in WEIGHT_PASSES)
     row["compile_peak_memory_bytes"] = environment.peak_memory()
+    row |= {
+        "average_bits": sizes.average_bits(model.result).to_dict(),
+        "memory_bytes": sizes.memory_bytes(model.result),
+    }
+    row["online"] = Counter(node.target.__name__ for node in model.graph_module.graph.nodes if is_call(node, *TARGETS))
+    row["notes"] = list(model.result.notes)
     return model
 
 

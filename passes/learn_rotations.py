@@ -46,7 +46,7 @@ class LearnRotations(Pass):
     optimizer: Literal["adam", "sgd"] = "adam"
     steps: int = option(100, 1)
     rate: float = option(0.003, 0)
-    batch: int = option(4, 1)
+    batch: int = option(2, 1)
     patience: int = option(5, 1)
 
     @property

@@ -38,7 +38,7 @@ class LearnScales(Pass):
     clips: bool = True
     steps: int = option(100, 1)
     rate: float = option(0.002, 0)
-    batch: int = option(4, 1)
+    batch: int = option(2, 1)
     patience: int = option(5, 1)
 
     @property

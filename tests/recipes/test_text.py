@@ -33,6 +33,8 @@ CHOICES = {name: words(name) for name in CompileConfig.__dataclass_fields__ if w
 def test_settings_are_read_back(values, share, damping, sites):
     """Whatever is set, the passes it stands for have a text that gives equal passes."""
     share = 0.0 if values["high_bits"] == 16 else share
+    learns = values["basis"] in ("pca", "weights", "hadamard") and values["activation_scales"] == "dynamic"
+    values |= {"gptq_on_quantized_activations": True} if learns else {"learn_rotations": "none"}
     values |= {"allocation": "equal", "high_fraction": share, "gptq_damping": damping, "site_fractions": sites}
     passes = passes_for(CompileConfig(**values))
     assert parse(to_text(passes)) == passes
