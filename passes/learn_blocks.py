@@ -61,6 +61,7 @@ class LearnBlocks(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         topology, windows = ctx.facts.get(Topology), ctx.windows[: self.windows]
         held_back(len(windows), self.name)
+        Places(gm, topology, ctx.facts.get(ColumnPlan)).check(self.name, pairs=True)
         model = Model(gm, topology)
         start = [model.stream_start(Run(gm), ids) for ids in windows.split(1)]
         exact, quantized = start, start

@@ -55,7 +55,9 @@ class LearnRotations(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         topology = ctx.facts.get(Topology)
-        learned = self._places(Places(gm, topology, ctx.facts.get(ColumnPlan)), ctx)
+        places = Places(gm, topology, ctx.facts.get(ColumnPlan))
+        places.check(self.name, pairs=True)
+        learned = self._places(places, ctx)
         held = held_back(len(ctx.windows), self.name)
         work = EndToEnd(Model(gm, topology), learned, ctx.windows, held, self._loss_of(ctx))
         task = Task(self.name, learned, len(ctx.windows) - held, work.step, work.judge)

@@ -48,6 +48,7 @@ class LearnScales(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         topology, teacher = ctx.facts.get(Topology), ctx.facts.get(Teacher)
         learned, places = Learned(), Places(gm, topology, ctx.facts.get(ColumnPlan))
+        places.check(self.name, pairs=False)
         places.add_codes(learned)
         if self.gains:
             places.add_free_gains(learned)

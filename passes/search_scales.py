@@ -75,6 +75,9 @@ class SearchScales(Pass):
         for block in topology.blocks:
             ctx.progress("search scales", block.index, len(topology.blocks))
             for where in places(topology, block):
+                if any(len(Linear.require(node).weight_shape(gm)) > 2 for node in where.linears):
+                    ctx.note(f"{where.name}: its weights are those of experts, whose channels are not scaled")
+                    continue
                 power, scale, gain = self._search(gm, where, block, runner, plan)
                 rows.append((where.name, number(power, 2), number(gain, 2)))
                 if power:

@@ -62,5 +62,5 @@ class SmoothChannels(Pass):
 
 def column_peaks(gm: GraphModule, group: ReadGroup) -> torch.Tensor:
     """The largest weight of every input channel, over all linears of a group: [width]."""
-    peaks = [Linear.require(linear).weight_tensor(gm).abs().amax(0) for linear in group.linears]
+    peaks = [Linear.require(linear).weight_tensor(gm).abs().flatten(0, -2).amax(0) for linear in group.linears]
     return torch.stack(peaks).amax(0)

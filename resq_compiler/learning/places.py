@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.errors import PassError
 from resq_compiler.ir import meta, values
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.linears import LinearSum, linear_sums, read_part
@@ -40,6 +41,20 @@ class Places:
     gm: GraphModule
     topology: Topology
     plan: ColumnPlan
+
+    def check(self, name: str, pairs: bool) -> None:
+        """Raise PassError where something cannot be learned. pairs: what one weight gets is undone in others, and all must be known."""
+        if self.topology.mixtures or self.topology.routers:
+            raise PassError(
+                f"{name}: the model has experts, whose quantized operators have no gradients here; compile it without learning "
+                "(learn_rotations=none, learn_blocks=false, learn_scales=false)"
+            )
+        if pairs and self.topology.floats:
+            raise PassError(
+                f"{name}: node {self.topology.floats[0].name} stays in float by the topology's overrides, and transforms are not learned "
+                "around it; leave the override or the learning out",
+                node=self.topology.floats[0].name,
+            )
 
     def sums(self, block: int | None = None, *roles: str) -> Iterator[LinearSum]:
         """The linears of roles with float weights; of a block, or of all where it is None."""

@@ -216,6 +216,21 @@ def test_too_few_windows_are_told(build):
         LearnRotations("cross-entropy", steps=2).run(built.gm, ctx)
 
 
+def test_a_linear_that_stays_float_is_told(build):
+    built = build("llama", "learn-rotations", recipe="resq-trained")
+    topology = dataclasses.replace(built.topology, floats=[built.topology.head])
+    with pytest.raises(
+        PassError, match="stays in float by the topology's overrides, and transforms are not learned around it"
+    ):
+        Places(built.gm, topology, built.plan).check("learn-rotations", pairs=True)
+    Places(built.gm, topology, built.plan).check("learn-scales", pairs=False)
+    topology = dataclasses.replace(built.topology, routers=[built.topology.head])
+    with pytest.raises(
+        PassError, match="learn-scales: the model has experts, whose quantized operators have no gradients here"
+    ):
+        Places(built.gm, topology, built.plan).check("learn-scales", pairs=False)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
