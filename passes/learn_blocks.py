@@ -44,6 +44,7 @@ class LearnBlocks(Pass):
 
     name: ClassVar[str] = "learn-blocks"
     exact: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     requires: ClassVar[tuple[type, ...]] = (Topology, ColumnPlan)
 
     scales: bool = True

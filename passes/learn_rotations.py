@@ -39,6 +39,7 @@ class LearnRotations(Pass):
 
     name: ClassVar[str] = "learn-rotations"
     exact: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     requires: ClassVar[tuple[type, ...]] = (Topology, ColumnPlan)
 
     loss: Literal["divergence", "cross-entropy"] = "divergence"

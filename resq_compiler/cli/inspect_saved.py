@@ -36,6 +36,7 @@ from resq_compiler.inspection.activations import diagnose
 from resq_compiler.inspection.attribution import coded_parts, float_weights
 from resq_compiler.inspection.dump import dump_result
 from resq_compiler.inspection.noise import ratio_db
+from resq_compiler.pipeline.order import check_comparable
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.provenance import CalibrationSource, Provenance, windows_digest
 from resq_compiler.pipeline.run import Pipeline
@@ -63,6 +64,8 @@ def inspect_saved(
     check_reference(compiled, loaded.model, loaded.where)
     windows = measuring_windows(loaded.model, loaded.tokenizer or compiled.tokenizer, request)
     passes = recipes.recorded(compiled.options, compiled.passes)
+    if request.levels:
+        check_comparable(passes)
     data = _calibration(compiled, passes, loaded, calibration(), request) if request.levels else None
     captured = capture(loaded.model)
     gm = captured.graph_module

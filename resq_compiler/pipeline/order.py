@@ -21,6 +21,16 @@ def check_order(passes: Sequence[Pass], known: Collection[type] = ()) -> None:
         provided |= set(item.provides)
 
 
+def check_comparable(passes: Sequence[Pass]) -> None:
+    """Raise ConfigError where codes cannot be compared with the float weights of the last exact pass: they are learned behind it."""
+    for i, item in enumerate(passes):
+        if item.learns:
+            raise ConfigError(
+                f"pass {i} {item.name}: it changes float weights behind the exact passes, so what quantizing costs cannot be attributed to "
+                "linears; compile without it (learn_rotations=none, learn_blocks=false) to see that"
+            )
+
+
 def providers(fact: type) -> set[str]:
     """Names of the passes, of all that were imported, that provide a kind of fact."""
     kinds, found = Pass.__subclasses__(), set()

@@ -75,12 +75,14 @@ class Pass(ABC):
     """One rewrite of the graph. Options are the dataclass fields; the file is the snake_case of `name`.
 
     exact: the same function up to rounding; quantizers are not. rewrites: False where the pass only finds facts, so that statistics
-    taken before it hold after it. requires, provides: types of facts (Facts) that must be there before, and are there after.
+    taken before it hold after it. learns: it changes float weights behind the last exact pass. requires, provides: types of facts
+    (Facts) that must be there before, and are there after.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     rewrites: ClassVar[bool] = True
+    learns: ClassVar[bool] = False
     requires: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
 

@@ -6,7 +6,7 @@ from resq_compiler.passes import ComputeBases, FindTopology, PartitionLinears, P
 import resq_compiler
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.errors import ConfigError
-from resq_compiler.pipeline.order import check_order
+from resq_compiler.pipeline.order import check_comparable, check_order
 from resq_compiler.recipes.named import RECIPES, passes_for, resolve
 
 
@@ -19,7 +19,7 @@ def test_recipes_are_in_order(recipe):
     ("passes", "message"),
     [
         ((PlanColumns(), PartitionLinears()), "pass 1 partition-linears: needs Topology, .*: find-topology$"),
-        ((FindTopology(), QuantizeKvCache()), "pass 1 quantize-kv-cache: needs ColumnPlan, .*: allocate-bits or plan-columns$"),
+        ((FindTopology(), QuantizeKvCache()), "needs ColumnPlan, .*: allocate-bits or plan-columns or threshold-outliers$"),
         ((PlanColumns(), RotateBases()), "pass 1 rotate-bases: needs Bases, .*: compute-bases$"),
         ((ComputeBases(), FindTopology()), "pass 0 compute-bases: needs Topology"),
     ],
@@ -37,3 +37,10 @@ def test_what_is_known_need_not_be_provided():
 def test_a_compile_refuses_before_any_work(tiny):
     with pytest.raises(ConfigError, match="partition-linears: needs Topology"):
         resq_compiler.compile("no such model", recipe=(PlanColumns(), PartitionLinears()))
+
+
+def test_learned_weights_cannot_be_compared_with_those_of_the_exact_passes():
+    """What attribution and on_float would do; learned scales leave float weights alone."""
+    with pytest.raises(ConfigError, match="learn-rotations: it changes float weights behind the exact passes"):
+        check_comparable(passes_for(resolve("resq++")))
+    check_comparable(passes_for(resolve("resq-cpu")))
