@@ -25,6 +25,10 @@ FAMILIES = {
     "opt": {**SIZES, "ffn_dim": 512, "word_embed_proj_dim": 128, "dropout": 0.0},
     "qwen3": {**SIZES, "intermediate_size": 384, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
     "gpt_neox": {**SIZES, "intermediate_size": 512, "rotary_pct": 0.5},
+    "mixtral": {
+        **SIZES, "intermediate_size": 256, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "sliding_window": None, "output_router_logits": True, "router_aux_loss_coef": 0.02,
+    },
 }  # fmt: skip
 
 
@@ -98,6 +102,8 @@ def train(family: str, ids: torch.Tensor, steps: int, seed: int):
         schedule.step()
         if step % 50 == 0:
             sys.stderr.write(f"step {step}/{steps}: loss {loss.item():.3f}\n")
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False  # the loss that spreads tokens over experts is for training alone
     return model.eval()
 
 

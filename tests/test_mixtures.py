@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 import resq_compiler
 from resq_compiler.errors import BackendError, DataError
-from resq_compiler.evaluation.sizes import average_bits, memory_bytes
+from resq_compiler.evaluation.sizes import average_bits, describe, memory_bytes
 from resq_compiler.ir.views import CodedLinear, Linear
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
@@ -75,6 +75,13 @@ def test_sizes_count_every_expert(mixtral):
     assert memory_bytes(mixtral)["weight_codes"] == pytest.approx(weights * average_bits(mixtral).weights / 8, rel=0.02)
 
 
+def test_sizes_say_what_a_token_goes_through(mixtral):
+    found = describe(mixtral)["active"]
+    experts, others = 2 * 4 * 3 * 160 * 64, 2 * (64 * (64 + 2 * 32) + 64 * 64)
+    assert (found["weights"], found["active_weights"]) == (experts + others, experts // 2 + others)
+    assert found["bytes"] / 2 < found["active_bytes"] < found["bytes"]
+
+
 def test_a_token_alone_gets_what_it_gets_among_others(mixtral):
     """Decoding goes through other rows of other experts than prefill, to the same codes."""
     whole = mixtral(IDS).logits
@@ -91,6 +98,17 @@ def test_every_token_through_every_expert(mixtral):
     tokens = [line for line in stage.lines if line.startswith("tokens of the experts of")]
     assert len(tokens) == 4
     assert all(line.endswith(": 512 512 512 512") for line in tokens)
+
+
+def test_tokens_may_go_where_the_quantized_model_sends_them():
+    """Other moments, so other codes; and a recipe that rounds after activations."""
+    options = {**FOUR, "calibration_samples": 8, "gptq_on_quantized_activations": True}
+    float_routed, quantized_routed = (
+        resq_compiler.compile(small("mixtral"), tiny_tokens(8, 32), calibration_routing=routing, **options)(IDS).logits
+        for routing in ("float", "quantized")
+    )
+    assert not torch.equal(float_routed, quantized_routed)
+    assert relative_error(quantized_routed, float_routed) < 1
 
 
 def test_an_expert_without_tokens_is_an_error_unless_allowed():

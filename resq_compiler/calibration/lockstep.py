@@ -93,5 +93,11 @@ def not_cheap(values: set[Node], given: set[Node]) -> set[Node]:
 
 
 def _bytes(values: dict[Node, Any]) -> int:
-    """Memory of tensors and of the codes of quantized activations."""
-    return sum(v.qdata.nbytes if isinstance(v, QuantizedActivation) else v.nbytes for v in values.values())
+    """Memory of tensors, of several of them, and of the codes of quantized activations."""
+    return sum(map(_size, values.values()))
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, (tuple, list)):
+        return sum(map(_size, value))
+    return value.qdata.nbytes if isinstance(value, QuantizedActivation) else value.nbytes

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS
-from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.linears import PARTS, read_part
 from resq_compiler.ir.transforms import TARGETS
@@ -110,6 +110,26 @@ def memory_bytes(compiled: CompileResult) -> dict[str, int]:
     return size
 
 
+def active_part(compiled: CompileResult) -> dict[str, dict[str, int]]:
+    """Of a model with experts, {"active": ...}: how many weights of its blocks a token goes through, of how many, and the bytes of their
+    codes and scales; nothing where a token goes through all of them."""
+    gm, found = compiled.graph_module, dict.fromkeys(("weights", "active_weights", "bytes", "active_bytes"), 0)
+    for node, part in _parts(gm):
+        if part.site.role == "head":
+            continue
+        view = read_part(node)
+        held = graph_tools.held(gm, view.qdata if isinstance(view, CodedLinear) else view.weight)
+        size = held.nbytes
+        if isinstance(view, CodedLinear):
+            codes = math.prod(held.shape[:-1]) * packed_length(held.shape[-1], part.weight_bits)
+            size = codes + graph_tools.held(gm, view.scale).nbytes
+        choices, experts = (1, 1) if view.indices is None else (values.width(view.indices), held.shape[0])
+        for name, total in (("weights", held.numel()), ("bytes", size)):
+            found[name] += total
+            found[f"active_{name}"] += total * choices // experts
+    return {"active": found} if found["active_weights"] < found["weights"] else {}
+
+
 def resident_bytes(module: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers of a model as it lies in memory now; shared storage counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.state_dict().values()}
@@ -139,6 +159,7 @@ def describe(compiled: CompileResult) -> dict[str, Any]:
         "scheme": compiled.options.scheme,
         "average_bits": average_bits(compiled).to_dict(),
         "memory_bytes": memory_bytes(compiled),
+        **active_part(compiled),
         "cache_bytes_per_token": cache_bytes_per_token(compiled),
     }
 
