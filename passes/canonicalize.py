@@ -1,4 +1,5 @@
-"""canonicalize: drop what torch.export leaves behind and name norms and rotary embeddings (frontend/composites.py).
+"""canonicalize: drop what torch.export leaves behind and name norms, rotary embeddings (frontend/composites.py) and mixtures of experts
+(frontend/experts.py).
 
     reshape(index_select(W, 0, reshape(ids)))                            -> embedding(W, ids)
     norm(embedding(W, ids))                                              -> embedding(norm(W), ids)
@@ -38,7 +39,7 @@ OUT_OF_PLACE: dict[object, Callable] = {
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Drop export noise; name rms_norm and rope."""
+    """Drop export noise; name rms_norm, rope and the linears of experts."""
 
     name: ClassVar[str] = "canonicalize"
 

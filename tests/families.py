@@ -170,6 +170,9 @@ Families of transformers beyond those that [models-and-topology.md](models-and-t
 - Triton: `yes` where every operator of a block has a kernel; `partly` where PyTorch runs some, with `allow_fallback=True`.
   That is what the lowering takes; kernels are compared with their definitions elsewhere.
 
+Mixtures of experts, as [models-and-topology.md](models-and-topology.md#mixtures-of-experts) lists them, run in PyTorch alone: the other
+backends refuse them by node.
+
 | family | PyTorch | ONNX `ort` | ONNX `qdq` | Triton |
 |---|---|---|---|---|
 """
