@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors.torch import save_file
 
 from resq_compiler.cli.commands.common import model_source
 from resq_compiler.frontend.models import load_model
@@ -23,7 +27,18 @@ from resq_compiler.frontend.models import load_model
 
 def write_float(source: str, target: Path) -> None:
     loaded = load_model(source, accept_unused_weights=True)
-    loaded.model.float().save_pretrained(target)
+    target.mkdir(parents=True)
+    tensors = {name: tensor.contiguous() for name, tensor in loaded.model.state_dict().items()}
+    if loaded.model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(
+        tensors, target / "model.safetensors", {"format": "pt"}
+    )  # save_pretrained refuses what was read from GGUF
+    config = loaded.model.config.to_dict()
+    config.pop("quantization_config", None)
+    (target / "config.json").write_text(
+        json.dumps({**config, "dtype": "float32", "architectures": [type(loaded.model).__name__]}, indent=1)
+    )
     loaded.tokenizer.save_pretrained(target)
 
 
@@ -96,8 +111,13 @@ def make(package: str, target: Path, work: Callable[[], None]) -> None:
         print(f"{target.name}: left out, {package} is not installed")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    work()
-    print(f"{target}: written", flush=True)
+    try:
+        work()
+    except (ImportError, RuntimeError, subprocess.CalledProcessError) as error:  # one peer less; the others are made
+        shutil.rmtree(target, ignore_errors=True)
+        print(f"{target}: left out: {str(error).splitlines()[0]}", flush=True)
+    else:
+        print(f"{target}: written", flush=True)
 
 
 def main() -> None:

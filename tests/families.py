@@ -121,6 +121,42 @@ def on_onnx(model: CompiledModel, profile: str) -> str:
     return f"differs: median {float(errors.median()):.1e}, largest {float(errors.max()):.1e}"
 
 
+@torch.no_grad()
+def native_errors(model: CompiledModel) -> torch.Tensor:
+    """Relative error of the logits of every visible token on the CPU kernels, in a prefill, a decode of several tokens and of one."""
+    ids, mask = tiny_tokens(2, 13, seed=5), torch.ones(2, 13, dtype=torch.long)
+    mask[0, :3] = 0
+    found = []
+    for name in ("reference", "cpu"):
+        model.use_backend(name)
+        cache, pieces = None, []
+        for start, stop in ((0, 7), (7, 12), (12, 13)):
+            output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+        found.append(torch.cat(pieces, 1)[mask.bool()])
+    return (found[1] - found[0]).norm(dim=-1) / found[0].norm(dim=-1)
+
+
+def on_native(model: CompiledModel) -> str:
+    """`yes` when all visible tokens are the same but for codes at ties, else the reason."""
+    try:
+        errors = native_errors(model)
+    except BackendError as error:
+        return f"no: {reason_of(error)}"
+    finally:
+        model.use_backend("reference")
+    if float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE:
+        return "yes"
+    return f"differs: median {float(errors.median()):.1e}, largest {float(errors.max()):.1e}"
+
+
+def reason_of(error: BackendError) -> str:
+    """What the first node that is refused lacks; the page needs no node names."""
+    listed = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
+    return (listed[0].partition(": ")[2] if listed else str(error)).replace("|", "/")
+
+
 def on_triton(model: CompiledModel) -> str:
     """`yes` when all of the graph is lowered to kernels, `partly` when PyTorch runs some operators, where that is allowed."""
     for allowed, answer in ((False, "yes"), (True, "partly")):
@@ -154,7 +190,7 @@ def check_exact(name: str) -> None:
 def row(name: str) -> str:
     """The line of a family in the page."""
     model = compiled(name)
-    cells = [f"`{name}`", "yes", on_onnx(model, "ort"), on_onnx(model, "qdq"), on_triton(model)]
+    cells = [f"`{name}`", "yes", on_onnx(model, "ort"), on_onnx(model, "qdq"), on_native(model), on_triton(model)]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -167,14 +203,15 @@ Families of transformers beyond those that [models-and-topology.md](models-and-t
 - PyTorch: the exact passes keep the logits of the original within 1e-4, in a prefill and in a decode with a cache, left-padded.
 - ONNX, profiles `ort` and `qdq`: ONNX Runtime gives the logits of the model quantized in PyTorch, at 8 bits, in a prefill and a decode of
   several tokens and of one. A value at a tie may fall to the neighbouring code.
+- native: profile `native`, and `use_backend("cpu")`, give the logits of the model quantized in PyTorch, or say what they cannot take.
 - Triton: `yes` where every operator of a block has a kernel; `partly` where PyTorch runs some, with `allow_fallback=True`.
   That is what the lowering takes; kernels are compared with their definitions elsewhere.
 
 Mixtures of experts, as [models-and-topology.md](models-and-topology.md#mixtures-of-experts) lists them, run in PyTorch alone: the other
 backends refuse them by node.
 
-| family | PyTorch | ONNX `ort` | ONNX `qdq` | Triton |
-|---|---|---|---|---|
+| family | PyTorch | ONNX `ort` | ONNX `qdq` | native | Triton |
+|---|---|---|---|---|---|
 """
 
 

@@ -12,6 +12,7 @@ with the reason, and so is a float node next to one that stays though an operato
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,7 @@ def example_inputs(
 
 def _finish(low: Lowering) -> None:
     """Outputs and inputs of the lowered graph, then dead code; what quantized operators are left gets a reason."""
+    _rewrite_lengths(low)
     _rewrite_ends(low)
     _rewrite_transforms(low)
     low.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
@@ -110,6 +112,17 @@ def _finish(low: Lowering) -> None:
             low.reasons[node.name] = leftover(node)
     low.graph.lint()
     low.gm.recompile()
+
+
+def _rewrite_lengths(low: Lowering) -> None:
+    """Lengths of the past that the graph reads off a cache: a packed one has room for more tokens than it holds."""
+    for node in list(low.graph.find_nodes(op="call_function", target=aten.sym_size.int)):
+        packed = node.args[0] in low.cache_inputs and low.caches[low.cache_inputs.index(node.args[0]) // 2] is not None
+        if packed and node.args[1] == 2:
+            with low.graph.inserting_before(node):
+                total, new = (low.emit(aten.sym_size.int, (source, 1), node) for source in (low.mask, low.ids))
+                length = low.emit(operator.sub, (total, new), node)
+            low.replace(node, length)
 
 
 def _rewrite_ends(low: Lowering) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from onnx import TensorProto
@@ -167,12 +168,15 @@ def permute_channels(low: Lowering, node: Node) -> Value:
 
 @emits(ops.hadamard)
 def hadamard(low: Lowering, node: Node) -> Value:
-    """x H / sqrt(n) as one small product for each factor of H, never a large constant."""
     view = Hadamard.require(node)
-    sizes = view.sizes or (values.width(node),)
-    pieces = low.b.split(low.exact(view.x), sizes)
-    turned = [hadamard_factors(low, p, n, view.transpose) for p, n in zip(pieces, sizes, strict=True)]
-    return Value(low.b.join(turned))
+    return hadamard_of(low, view.x, view.transpose, view.sizes or ())
+
+
+def hadamard_of(low: Lowering, x: Node, transpose: bool, sizes: Sequence[int]) -> Value:
+    """x H / sqrt(n) as one small product for each factor of H, never a large constant. sizes: empty for one transform."""
+    sizes = sizes or (values.width(x),)
+    pieces = low.b.split(low.exact(x), sizes)
+    return Value(low.b.join([hadamard_factors(low, p, n, transpose) for p, n in zip(pieces, sizes, strict=True)]))
 
 
 def hadamard_factors(low: Lowering, x: str, width: int, transpose: bool) -> str:

@@ -19,6 +19,7 @@ from resq_compiler.backends.fused.formats import LOW_BITS, HeadParts, head_parts
 from resq_compiler.backends.fused.kernels import ACTIVATIONS, NORMS
 from resq_compiler.backends.fused.lower import Lowered, lower
 from resq_compiler.backends.fused.targets import find_target
+from resq_compiler.backends.onnx.emit_ops import hadamard_of
 from resq_compiler.backends.onnx.form_integer import IntegerForm
 from resq_compiler.backends.onnx.kept_logits import emit_kept, head_reader
 from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
@@ -220,6 +221,13 @@ def _tiled(pieces: Sequence[Node]) -> Node | None:
         return None
     whole = [one.start for one in columns] == edges[:-1] and edges[-1] == values.width(columns[0].x)
     return columns[0].x if whole else None
+
+
+@emits(operators.hadamard)
+def hadamard(low: Lowering, node: Node) -> Value:
+    """A transform that no kernel takes, in standard operators."""
+    x, transpose, sizes = _arguments(node)
+    return hadamard_of(low, x, transpose, sizes)
 
 
 @emits(operators.rope_cache)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from resq_compiler.errors import BackendError
 from resq_compiler.model.cache import filled
 from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
+from tests.families import compiled as compiled_family
 
 GREEDY = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
 
@@ -48,6 +49,15 @@ def test_every_family_generates_the_same_tokens(family, compiled):
     ids, mask = padded()
     expected = reference.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(ours.use_backend("cpu").generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_positions_behind_the_past(engine):
+    """A model that counts its positions from the length of the cache, which has room for more."""
+    model = compiled_family("blenderbot")
+    ids = tiny_tokens(2, 9)
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.use_backend("cpu", engine=engine).generate(ids, **GREEDY), expected)
 
 
 def test_beams_and_a_cache_that_is_continued_twice(compiled):
