@@ -2,6 +2,7 @@
 # make demo-all   the same with every recipe and more text: a quarter of an hour (results in out/demo-all)
 # make test    environment, then the default tests        make test-slow   the ones on a real model
 # make wheels  the CPU kernels for Linux on x86-64 and Arm, compiled by ziglang (results in dist)
+# make gpu     on a machine with a GPU: its tests, the Triton kernels and a compile timed (results in out/gpu); PYTHON=python3.12
 # make check   ruff (rules and format), mypy, import contracts                make clean       removes what make made
 #
 # A virtual environment is made in .venv with the versions of constraints.txt. PYTHON=python3.12 picks another interpreter;
@@ -16,7 +17,7 @@ DEV_EXTRAS ?= gguf,onnx,triton,eval,dev
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: demo demo-all test test-slow check wheels .mypy_tree env clean
+.PHONY: demo demo-all test test-slow gpu check wheels .mypy_tree env clean
 
 demo: $(VENV)/.installed-kernels
 	$(BIN)/python -m resq_compiler demo --output out/demo $(DEMO_FLAGS)
@@ -29,6 +30,12 @@ test: $(VENV)/.installed-dev $(VENV)/.installed-kernels
 
 test-slow: $(VENV)/.installed-dev $(VENV)/.installed-kernels
 	$(BIN)/python -m pytest -v -m slow $(PYTEST_FLAGS)
+
+# Everything that needs a GPU, in 8 minutes at most, with the packages of $(PYTHON) as they are: nothing is installed. Results in out/gpu.
+gpu:
+	@rm -rf out/gpu/tree && mkdir -p out/gpu/tree
+	@cp -r resq_compiler tests benchmarks pyproject.toml out/gpu/tree/ && cp -r passes backends out/gpu/tree/resq_compiler/
+	cd out/gpu/tree && TRITON_INTERPRET=0 $(PYTHON) benchmarks/gpu.py --output ..
 
 check: $(VENV)/.installed-dev .mypy_tree
 	$(BIN)/python -m ruff check .

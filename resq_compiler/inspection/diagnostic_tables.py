@@ -6,11 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from resq_compiler.inspection import dump_files, page
 from resq_compiler.inspection.activations import Diagnostics
 from resq_compiler.inspection.attribution import Costs
+from resq_compiler.util.text import table as aligned
 
 ACTIVATIONS, ATTRIBUTION, TITLES = "activations.json", "attribution.json", "plots/titles.json"
 SITE_COLUMNS = (
@@ -115,8 +114,8 @@ def table_text(item: Table, limit: int = 40) -> str:
     """A table for the terminal, its first rows."""
     if not item["rows"]:
         return f"{item['title']}: none"
-    cells = [[_cell(row.get(c)) for c in item["columns"]] for row in item["rows"][:limit]]
-    lines = [item["title"], tabulate(cells, item["columns"], tablefmt="simple", disable_numparse=True)]
+    cells = [[_cell(row.get(c)).strip() for c in item["columns"]] for row in item["rows"][:limit]]
+    lines = [item["title"], aligned(item["columns"], cells, left=len(item["columns"]))]
     hidden = len(item["rows"]) - limit
     return "\n".join(lines + ([f"... and {hidden} more"] if hidden > 0 else []))
 

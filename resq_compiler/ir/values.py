@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
 from resq_compiler.errors import VerifyError
@@ -77,5 +77,5 @@ def _find(node: Node) -> Any:
 
 def _mode(graph: Graph) -> contextlib.AbstractContextManager[Any]:
     """The mode that made the values of a graph's inputs."""
-    inputs = [node.meta.get(VALUE) for node in graph_tools.placeholders(graph)]
-    return detect_fake_mode(inputs) or contextlib.nullcontext()
+    inputs = (node.meta.get(VALUE) for node in graph_tools.placeholders(graph))
+    return next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), contextlib.nullcontext())

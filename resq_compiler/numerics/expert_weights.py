@@ -40,7 +40,7 @@ def relative_noise(part: QuantizedWeight, weight: Tensor) -> float:
     """Frobenius norm of what rounding changed, over that of the weight [E, N, K]; no more than one expert at a time in float64."""
     lost = kept = 0.0
     for codes, scale, exact in zip(part.qdata, part.scale, weight, strict=True):
-        wide = exact.double()
+        wide = exact.to(codes.device).double()
         lost += float((codes * column_scales(scale, codes.shape[1], part.group_size) - wide).square().sum())
         kept += float(wide.square().sum())
     return (lost / max(kept, torch.finfo(torch.float64).tiny)) ** 0.5

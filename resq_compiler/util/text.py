@@ -5,15 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tabulate import tabulate
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False, left: int = 1) -> str:
+    """Lines of aligned cells for a terminal, or a table in Markdown: the first `left` columns to the left, the others to the right."""
+    sides = ("l" * left + "r" * len(header))[: len(header)] if rows else "l" * len(header)
+    widths = [max([len(name) + MARGIN, *(len(row[i]) for row in rows)]) for i, name in enumerate(header)]
+    lines = [[_padded(*cell) for cell in zip(line, widths, sides, strict=True)] for line in (header, *rows)]
+    if markdown:
+        rule = [
+            ":" + "-" * (w + 1) if side == "l" else "-" * (w + 1) + ":" for w, side in zip(widths, sides, strict=True)
+        ]
+        return "\n".join([_piped(lines[0]), f"|{'|'.join(rule)}|", *map(_piped, lines[1:])])
+    return "\n".join("  ".join(line).rstrip() for line in (lines[0], ["-" * w for w in widths], *lines[1:]))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """Lines of aligned cells for a terminal, or a table in Markdown: the first column to the left, the others to the right."""
-    return tabulate(
-        rows, header, tablefmt="pipe" if markdown else "simple", disable_numparse=True, preserve_whitespace=True,
-        colalign=("left", *["right"] * (len(header) - 1)) if rows else None,
-    )  # fmt: skip
+MARGIN = 2
+"""A column is wider than its name by this."""
+
+
+def _padded(cell: str, width: int, side: str) -> str:
+    return cell.ljust(width) if side == "l" else cell.rjust(width)
+
+
+def _piped(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def megabytes(count: float | None) -> str:

@@ -1,0 +1,256 @@
+"""What needs a GPU, in one run of at most 8 minutes: tests marked gpu, the Triton kernels, a compile, decoding with a CUDA graph.
+
+    make gpu PYTHON=python3.12                          writes out/gpu/gpu.json and out/gpu/gpu.md
+    python benchmarks/gpu.py --output DIR --only kernels
+
+Every step is a process of its own with a time limit: one that fails, or takes too long, is told in the report, and the others run. Needs no
+network and no packages beside torch with CUDA, triton, transformers and pytest. What this PyTorch or transformers is too old for skips with
+the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"tests": 120, "kernels": 130, "compile": 220}  # seconds; 470 with all
+MARK = "mark.gpu"
+LLAMA_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+}  # fmt: skip
+WINDOWS, LENGTH = 16, 512
+PROMPT, NEW = 128, 64
+
+
+def run_tests() -> dict[str, Any]:
+    """Every test marked gpu: how each ended, and why it was skipped."""
+    files = [str(f.relative_to(ROOT)) for f in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in f.read_text()]
+    report = ROOT / "gpu-tests.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        *files,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if not report.is_file():
+        return {"error": (done.stdout + done.stderr)[-2000:]}
+    return {"tests": read_junit(report)}
+
+
+def read_junit(report: Path) -> dict[str, str]:
+    """How each test ended: "passed", or what pytest says of a failure or a skip."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        ends = [end for end in case if end.tag in ("failure", "error", "skipped")]
+        name = f"{case.get('classname')}::{case.get('name')}"
+        found[name] = f"{ends[0].tag}: {str(ends[0].get('message'))[:300]}" if ends else "passed"
+    return found
+
+
+def measure_kernels() -> dict[str, Any]:
+    """Blocks of Llama-3-8B's and SmolLM2's shapes on the kernels and in float16 PyTorch, in milliseconds."""
+    import triton_kernels
+    from resq_compiler.backends.triton import shapes
+
+    blocks = []
+    for shape in (shapes.LLAMA3_8B, shapes.SMOLLM2_135M):
+        for tokens, total in ((2048, 2048), (1, 2048)):
+            found = triton_kernels.measure(shape, tokens, total, tune=False)
+            blocks.append({"shape": shape.name, "tokens": tokens, "cached": total, **found})
+    return {"blocks": blocks}
+
+
+def measure_compile(
+    config: dict[str, Any] = LLAMA_1B, device: str = "cuda", windows: int = WINDOWS, length: int = LENGTH
+) -> dict[str, Any]:
+    """A random model compiled on the device, then decoding: float16 PyTorch, the Triton backend, the same as a CUDA graph."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import resq_compiler
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.float32).eval()
+    ids = torch.randint(0, config["vocab_size"], (windows, length))
+    prompt = ids[:1, :PROMPT].to(device)
+    result: dict[str, Any] = {"float16_tokens_per_second": float_decoding(model, prompt)}
+    model = model.float().cpu()
+    began = time.perf_counter()
+    compiled = resq_compiler.compile(
+        model,
+        ids,
+        recipe="resq",
+        device=device,
+        calibration_samples=windows,
+        calibration_length=length,
+        basis_samples=windows,
+    )
+    result["compile_seconds"] = time.perf_counter() - began
+    result["stage_seconds"] = {f"{s.index:02d} {s.name}": round(s.seconds, 2) for s in compiled.stages}
+    result["resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        result["device_bytes"] = torch.cuda.max_memory_allocated()
+    del model
+    compiled.to(device).use_backend("triton", dtype=torch.float16 if device == "cuda" else torch.float32)
+    return result | graph_decoding(compiled, prompt)
+
+
+def float_decoding(model: Any, prompt: Any) -> float:
+    """Tokens a second of greedy decoding in float16, as transformers does it."""
+    import torch
+
+    half = model.half() if prompt.is_cuda else model
+    with torch.no_grad():
+        half.generate(prompt, max_new_tokens=4, do_sample=False)
+        return NEW / seconds_of(
+            lambda: half.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False), prompt.is_cuda
+        )
+
+
+def graph_decoding(compiled: Any, prompt: Any) -> dict[str, Any]:
+    """Tokens a second of a StaticDecoder, step by step and, on a GPU, as a CUDA graph; whether both give the same tokens."""
+    from resq_compiler.backends.triton.decode import StaticDecoder
+
+    result: dict[str, Any] = {}
+    tokens = {}
+    for kind in ("steps", "graph") if prompt.is_cuda else ("steps",):
+        decoder = StaticDecoder(compiled, prompt, new_tokens=NEW + 4)
+        if kind == "graph":
+            decoder.capture()
+        first = decoder.generate(4)
+        kept: list[Any] = []
+        result[f"triton_{kind}_tokens_per_second"] = NEW / seconds_of(
+            lambda d=decoder, k=kept: k.append(d.generate(NEW)), prompt.is_cuda
+        )
+        tokens[kind] = first.tolist()[0] + kept[0].tolist()[0]
+    return result | {"same_tokens": len({tuple(t) for t in tokens.values()}) == 1}
+
+
+def seconds_of(call: Callable[[], Any], on_gpu: bool) -> float:
+    """Wall time of a call, the device's work included."""
+    import torch
+
+    if on_gpu:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+STEPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "tests": run_tests, "kernels": measure_kernels, "compile": measure_compile,
+}  # fmt: skip
+
+
+def run_step(name: str, command: list[str], limit: float) -> dict[str, Any]:
+    """The JSON that a step's process ends its output with, or why there is none; its seconds."""
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+        last = done.stdout.strip().rpartition("\n")[2]
+        result = json.loads(last) if done.returncode == 0 else {"error": (done.stderr or done.stdout).strip()[-2000:]}
+    except subprocess.TimeoutExpired:
+        result = {"error": f"took longer than {limit:g} s"}
+    except ValueError as error:
+        result = {"error": f"its output is no JSON: {error}"}
+    return {**result, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def machine() -> dict[str, str]:
+    """What it ran on."""
+    import torch
+    import transformers
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"date": time.strftime("%Y-%m-%d"), "gpu": gpu, "python": platform.python_version(), **versions}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as tables."""
+    where = report["machine"]
+    lines = [
+        f"Measured {where['date']} on {where['gpu']}, "
+        + ", ".join(f"{k} {v}" for k, v in where.items() if k not in ("date", "gpu")),
+        "",
+    ]
+    for name in (name for name in STEPS if "error" in report.get(name, {})):
+        lines += [f"{name}: failed: {report[name]['error'].splitlines()[-1]}", ""]
+    if tests := report.get("tests", {}).get("tests"):
+        lines += ["| test | |", "|---|---|", *(f"| {name} | {end} |" for name, end in tests.items()), ""]
+    if blocks := report.get("kernels", {}).get("blocks"):
+        lines += ["| block | new | cached | us | float16 us | times float16 |", "|---|--:|--:|--:|--:|--:|"]
+        for b in blocks:
+            ours, half = b["block"] * 1e3, b["float16"] * 1e3
+            lines.append(
+                f"| {b['shape']} | {b['tokens']} | {b['cached']} | {ours:.1f} | {half:.1f} | {half / ours:.2f} |"
+            )
+        lines.append("")
+    compiled = {k: v for k, v in report.get("compile", {}).items() if k not in ("error", "seconds", "stage_seconds")}
+    if compiled:
+        lines += ["| compile and decode, Llama-3.2-1B's shape | |", "|---|--:|"]
+        lines += [
+            f"| {k.replace('_', ' ')} | {v:,.1f} |" if isinstance(v, float) else f"| {k.replace('_', ' ')} | {v} |"
+            for k, v in compiled.items()
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; see the module docstring."""
+    parser = argparse.ArgumentParser(description="tests and measurements that need a GPU")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/gpu"), help="where gpu.json and gpu.md go (default: out/gpu)"
+    )
+    parser.add_argument("--only", choices=STEPS, action="append", help="these steps only")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.step:
+        print("\n" + json.dumps(STEPS[options.step]()))
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        print(
+            f"torch {torch.__version__} sees no CUDA or ROCm device here; run this on a machine with a GPU",
+            file=sys.stderr,
+        )
+        return 2
+    os.environ["TRITON_INTERPRET"] = "0"
+    report: dict[str, Any] = {"machine": machine()}
+    for name in options.only or STEPS:
+        print(f"{name} (at most {LIMITS[name]} s) ...", file=sys.stderr, flush=True)
+        report[name] = run_step(name, [sys.executable, __file__, "--step", name], LIMITS[name])
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.output / "gpu.md").write_text(markdown(report))
+    print(markdown(report))
+    failed = [e for e in report.get("tests", {}).get("tests", {}).values() if e.startswith(("failure", "error"))]
+    return 1 if failed or any("error" in report[name] for name in options.only or STEPS) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
