@@ -92,7 +92,8 @@ def pass_norm(gm: GraphModule, node: Node | None, order: Tensor | None) -> None:
             continue
         if order is None:
             raise PassError(
-                f"node {norm.node.name}: a norm with a gain reads the stream; expected fold-norms before this"
+                f"node {norm.node.name}: a norm with a gain reads the stream; expected fold-norms before this",
+                node=norm.node.name,
             )
         value = graph_tools.get_tensor(gm, tensor)[order]
         target = f"resq.{norm.node.name}.{name}"

@@ -98,7 +98,8 @@ def binary(low: Lowering, node: Node) -> Value:
     """Elementwise operators of two tensors, or of a tensor and a number, in the type of the result."""
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
         raise BackendError(
-            f"onnx: node {node.name} ({node.target}): only alpha=1 and true division have an ONNX form, got {node.kwargs}"
+            f"onnx: node {node.name} ({node.target}): only alpha=1 and true division have an ONNX form, got {node.kwargs}",
+            node=node.name,
         )
     dtype = values.dtype(node)
     y = low.b.op(BINARY[node.target], *(operand(low, value, dtype) for value in operands(node)))
@@ -124,7 +125,9 @@ def unequal(low: Lowering, node: Node) -> Value:
 def logical(low: Lowering, node: Node) -> Value:
     """And and or of masks."""
     if values.dtype(node) != torch.bool:
-        raise BackendError(f"onnx: node {node.name} ({node.target}): expected masks, got {values.dtype(node)}")
+        raise BackendError(
+            f"onnx: node {node.name} ({node.target}): expected masks, got {values.dtype(node)}", node=node.name
+        )
     return Value(low.b.op(LOGICAL[node.target], *(operand(low, value, torch.bool) for value in operands(node))))
 
 
@@ -132,7 +135,9 @@ def logical(low: Lowering, node: Node) -> Value:
 def negated(low: Lowering, node: Node) -> Value:
     """Not of a mask."""
     if values.dtype(node) != torch.bool:
-        raise BackendError(f"onnx: node {node.name} ({node.target}): expected a mask, got {values.dtype(node)}")
+        raise BackendError(
+            f"onnx: node {node.name} ({node.target}): expected a mask, got {values.dtype(node)}", node=node.name
+        )
     return Value(low.b.op("Not", operand(low, node_arg(node, "self"), torch.bool)))
 
 

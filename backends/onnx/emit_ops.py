@@ -64,7 +64,9 @@ def layer_norm(low: Lowering, node: Node) -> Value:
     """(x - mean(x)) / sqrt(var(x) + eps) · weight + bias, over columns; heads keep their order."""
     norm, shape = Norm.require(node), argument(node, "normalized_shape")
     if len(shape) != 1:
-        raise BackendError(f"onnx: node {node.name}: expected a norm over the last dimension, got one over {shape}")
+        raise BackendError(
+            f"onnx: node {node.name}: expected a norm over the last dimension, got one over {shape}", node=node.name
+        )
     name, heads = low.columns_last(norm.x)
     bias = [] if norm.bias is None else [low.exact(norm.bias)]
     return like(low.b.op("LayerNormalization", name, gain_of(low, norm), *bias, axis=-1, epsilon=norm.eps), heads)
@@ -130,7 +132,8 @@ def project_blocks(low: Lowering, node: Node) -> Value:
     view = ProjectBlocks.require(node)
     if view.inverse:
         raise BackendError(
-            f"onnx: node {node.name}: an inverse of project_blocks is not emitted; fuse-projections multiplies it into a weight"
+            f"onnx: node {node.name}: an inverse of project_blocks is not emitted; fuse-projections multiplies it into a weight",
+            node=node.name,
         )
     groups, size, _ = values.shape(view.u)
     rows = low.b.op("Reshape", low.exact(view.x), low.b.ints(0, 0, groups, 1, size))
@@ -254,7 +257,8 @@ def attention(low: Lowering, node: Node) -> Value:
     view = Attention.require(node)
     if view.sinks is not None:
         raise BackendError(
-            f"onnx: node {node.name}: attention with sinks has no ONNX form here; use the reference backend"
+            f"onnx: node {node.name}: attention with sinks has no ONNX form here; use the reference backend",
+            node=node.name,
         )
     return low.form.attention(low, view)
 
@@ -281,7 +285,9 @@ def dequantize(low: Lowering, node: Node) -> Value:
     """The float image of codes, [B, S, K]."""
     codes = low.value(Dequantize.require(node).codes)
     if not isinstance(codes, Codes):
-        raise BackendError(f"onnx: node {node.name}: expected codes of quantize, got {node.format_node()}")
+        raise BackendError(
+            f"onnx: node {node.name}: expected codes of quantize, got {node.format_node()}", node=node.name
+        )
     image = low.form.image(low, codes)
     width = codes.groups * codes.width
     return Value(image if codes.groups == 1 else low.b.op("Reshape", image, low.b.ints(0, 0, width)))

@@ -134,7 +134,9 @@ def split(low: Lowering, node: Node) -> Pieces:
     """Pieces of the last axis; the lengths of others may change from call to call."""
     axis = axis_of(node)
     if axis != rank(node_arg(node, "self")) - 1:
-        raise BackendError(f"onnx: node {node.name}: only the last axis can be split; got {node.format_node()}")
+        raise BackendError(
+            f"onnx: node {node.name}: only the last axis can be split; got {node.format_node()}", node=node.name
+        )
     lengths = [int(piece.shape[axis]) for piece in values.value(node)]
     return Pieces(tuple(low.b.split(low.exact(node_arg(node, "self")), lengths, axis)))
 
@@ -144,7 +146,9 @@ def getitem(low: Lowering, node: Node) -> Value:
     source, index = node.args
     pieces = low.value(source) if isinstance(source, Node) else None
     if not isinstance(pieces, Pieces) or not isinstance(index, int):
-        raise BackendError(f"onnx: node {node.name}: expected one of the pieces of a split, got {node.format_node()}")
+        raise BackendError(
+            f"onnx: node {node.name}: expected one of the pieces of a split, got {node.format_node()}", node=node.name
+        )
     return Value(pieces.names[index])
 
 
@@ -206,7 +210,9 @@ def index(low: Lowering, node: Node) -> Value:
         axis, found = given[0]
         return Value(low.b.op("Gather", x, low.exact(found), axis=axis))
     if [axis for axis, _ in given] != list(range(len(given))):
-        raise BackendError(f"onnx: node {node.name}: indices of axes apart have no ONNX form; got {node.format_node()}")
+        raise BackendError(
+            f"onnx: node {node.name}: indices of axes apart have no ONNX form; got {node.format_node()}", node=node.name
+        )
     return Value(low.b.op("GatherND", x, coordinates(low, [low.exact(found) for _, found in given])))
 
 

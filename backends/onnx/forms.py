@@ -45,7 +45,8 @@ class Form(ABC):
         """Codes of x [B, S, K] with a scale and zero point for all tokens. Raises BackendError: this profile makes them for each."""
         raise BackendError(
             f"onnx: node {view.node.name}: static scales of activations are for profile qdq; compile with "
-            "activation_scales=dynamic for this one"
+            "activation_scales=dynamic for this one",
+            node=view.node.name,
         )
 
     @abstractmethod

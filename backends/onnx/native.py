@@ -273,7 +273,9 @@ def attention(low: Lowering, node: Node) -> Value:
     (name,) = native.fused("Attention", inputs, [native.b.fresh("y")], **attributes)
     for user in node.users:
         if not is_call(user, aten.transpose.int) or (int_arg(user, "dim0"), int_arg(user, "dim1")) != (1, 2):
-            raise BackendError(f"onnx: node {user.name} reads attention {node.name} otherwise than by transpose(1, 2)")
+            raise BackendError(
+                f"onnx: node {user.name} reads attention {node.name} otherwise than by transpose(1, 2)", node=user.name
+            )
         native.env[user] = Value(name, attributes["heads"], split=True)
     return Value(name, attributes["heads"])
 

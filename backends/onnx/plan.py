@@ -128,7 +128,8 @@ def check_complete(gm: GraphModule, plan: Plan) -> None:
         if CodedLinear.of(node) is not None and node not in plan.inner and node not in plan.groups:
             raise BackendError(
                 f"onnx: node {node.name}: a linear on codes without the fact of which linear it is a part; "
-                "expected one for every part, as passes and saved models write them"
+                "expected one for every part, as passes and saved models write them",
+                node=node.name,
             )
 
 

@@ -31,7 +31,7 @@ def emits(*targets: Any) -> Callable[[Emitter], Emitter]:
 def emitter_of(node: Node) -> Emitter:
     """The emitter of a node's operator. Raises BackendError: there is none."""
     if node.target not in EMITTERS:
-        raise BackendError(unsupported([node]))
+        raise BackendError(unsupported([node]), node=node.name)
     return EMITTERS[node.target]
 
 
@@ -53,4 +53,4 @@ def check_supported(gm: GraphModule) -> None:
     """Raise BackendError, before anything is written, that names every operator without an ONNX form."""
     missing = without_form(gm.graph)
     if missing:
-        raise BackendError(unsupported(missing))
+        raise BackendError(unsupported(missing), node=missing[0].name)

@@ -62,7 +62,14 @@ class OnnxDecoder:
         for name in ("config.json", "generation_config.json"):
             path = self.directory / name
             if path.is_file():
-                merged.update({k: v for k, v in json.loads(path.read_text()).items() if v is not None})
+                merged.update({k: v for k, v in read_settings(path).items() if v is not None})
+        for name in ("eos_token_id", "pad_token_id"):
+            value = merged.get(name, 0)
+            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            if not all(type(token) is int and abs(token) < 2**31 for token in ids):
+                raise BackendError(
+                    f"{self.directory}: {name}: expected a token id; got {value!r}; export the model again"
+                )
         return merged
 
     @property
@@ -72,7 +79,7 @@ class OnnxDecoder:
 
         try:
             return AutoTokenizer.from_pretrained(self.directory)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # transformers raises what its many readers raise
             raise BackendError(
                 f"{self.directory}: no tokenizer can be read there; export with tokenizer=, or pass token ids"
             ) from error
@@ -215,6 +222,17 @@ class PassedCache:
         """Append the tokens ids [B, S]; logits of the last one, [B, vocabulary]."""
         logits, self.past = self.decoder.forward(ids, mask, positions, self.past)
         return last_row(logits)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object of an exported directory. Raises BackendError: unreadable, or something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BackendError(f"{path}: not readable as JSON ({error}); it is damaged: export the model again") from error
+    if not isinstance(found, dict):
+        raise BackendError(f"{path}: expected a JSON object, got {type(found).__name__}; export the model again")
+    return found
 
 
 def text_pieces(tokenizer: Any, steps: Iterable[np.ndarray]) -> Iterator[str]:

@@ -89,7 +89,7 @@ def _read_file(path: Path) -> Any:
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"topology file {path}: cannot be read as YAML or JSON: {error}; {_FORM}") from error
 
 

@@ -102,7 +102,7 @@ def _json_rows(lines: Iterable[str], where: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{where}, line {number}: expected an object in JSON; got a line where {error}") from error
         if record is not None and not (
             isinstance(record, dict) and ("messages" in record or _is_text(record.get("text", 0)))

@@ -153,7 +153,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         if FILE.fullmatch(file.name) is None or Shard(int(index), int(count)).stem != file.stem:
             raise ValueError(f"it says that it is part {index}/{count}")
         return dict(about)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); write the part again") from error
 
 

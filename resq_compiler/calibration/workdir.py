@@ -53,7 +53,7 @@ class WorkDirectory:
             return None
         try:
             return dict(json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{file}: not readable ({error}); delete the work directory and start again"
             ) from error

@@ -190,6 +190,7 @@ def float_weights(quantized: GraphModule, projected: GraphModule) -> dict[tuple[
         if weight is None or weight.shape != codes.shape:
             raise PassError(
                 f"attribution: node {coded.node.name}: {part.site.name} part {part.index} has codes {list(codes.shape)} and float weight "
-                f"{None if weight is None else list(weight.shape)}; give the graph that compile(on_float=...) reported"
+                f"{None if weight is None else list(weight.shape)}; give the graph that compile(on_float=...) reported",
+                node=coded.node.name,
             )
     return found

@@ -72,6 +72,13 @@ class Difference:
 
 def compare(directory_a: Path | str, directory_b: Path | str) -> Difference:
     """Compare two dumps. Stages meet by the name of their pass. Raises DumpError: not a dump, another version, damaged."""
+    with dump_files.reading(directory_a, directory_b):
+        found = _compared(directory_a, directory_b)
+        difference_text(found)  # values of other types show there
+        return found
+
+
+def _compared(directory_a: Path | str, directory_b: Path | str) -> Difference:
     a, b = dump_files.read_manifest(directory_a), dump_files.read_manifest(directory_b)
     stages_a, stages_b = ({s["name"]: s for s in m["stages"]} for m in (a, b))
     common = [name for name in stages_a if name in stages_b]

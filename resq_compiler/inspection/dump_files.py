@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,22 @@ def read_manifest(directory: Path | str) -> dict[str, Any]:
     return manifest
 
 
+@contextlib.contextmanager
+def reading(*directories: Path | str) -> Iterator[None]:
+    """Inside, contents of dumps that are not as they were written are a DumpError that names the dumps."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        where = " or ".join(str(directory) for directory in directories)
+        reason = f"{type(error).__name__}: {error}"
+        raise DumpError(f"{where}: a file of the dump is not as it was written ({reason}); dump again") from error
+
+
 def read_json(path: Path) -> Any:
     """A JSON file of a dump. Raises DumpError when it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DumpError(f"{path}: cannot be read as JSON ({error}); dump again") from error
 
 

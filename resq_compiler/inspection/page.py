@@ -58,9 +58,10 @@ def tables(directory: Path) -> list[dict[str, Any]]:
 def write_page(directory: Path | str) -> Path:
     """Write index.html of a dump and return its path. Raises DumpError: not a dump, or not writable."""
     directory = Path(directory)
-    data = json.dumps(page_data(directory), ensure_ascii=False, separators=(",", ":")).encode()
+    with dump_files.reading(directory):
+        data = json.dumps(page_data(directory), ensure_ascii=False, separators=(",", ":")).encode()
+        title = dump_files.read_manifest(directory)["model"] or directory.resolve().name
     static = resources.files("resq_compiler.inspection") / "static"
-    title = dump_files.read_manifest(directory)["model"] or directory.resolve().name
     fields = {
         "title": html.escape(f"resq: {title}"),
         "css": (static / "page.css").read_text(encoding="utf-8"),

@@ -23,6 +23,7 @@ from resq_compiler.ir import graph_tools
 from resq_compiler.model import cache as cache_tensors
 from resq_compiler.model import inputs
 from resq_compiler.model.execution import Execution
+from resq_compiler.model.inputs import check_generation
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.result import CompileResult
 from resq_compiler.storage.portable import from_portable, portable
@@ -158,6 +159,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         """
         _refuse_inputs(unused)
         ids = inputs.checked_ids(input_ids, self.config.get_text_config().vocab_size)
+        logits_to_keep = inputs.checked_kept(logits_to_keep, ids.shape[1])
         caches = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
         alone = attention_mask is None and past_key_values is None and not caches
         texts = inputs.packed_texts(ids, position_ids) if alone and position_ids is not None else None
@@ -167,6 +169,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         else:
             logits, cache = self._apart(texts), None
         logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-last, None)]
+        labels = None if labels is None else inputs.checked_labels(labels, logits)
         loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache if use_cache is not False else None
@@ -189,6 +192,14 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         past = cache_tensors.empty(self.cache_specs, texts.ids)
         logits: Tensor = self.execution(texts.ids, texts.mask, texts.positions, *past)[0]
         return logits[texts.row, texts.column]
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises BackendError for a prompt or a mask that is none."""
+        check_generation(
+            kwargs.get("input_ids") if inputs is None else inputs, kwargs, self.config.get_text_config().vocab_size
+        )
+        transformers: Any = super()
+        return transformers.generate(inputs, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,50 @@ def _padding(mask: Tensor, batch: int, new: int, past: int, windowed: bool) -> T
             "padding; texts that are packed into one row are told apart by position_ids, without a mask and with use_cache=False"
         )
     return padding.long()
+
+
+def checked_labels(labels: Any, logits: Tensor) -> Tensor:
+    """Labels [B, S] int64, -100 where there is none. Raises BackendError: of another shape, no integers, or out of the vocabulary."""
+    size = logits.shape[-1]
+    if not isinstance(labels, Tensor) or labels.shape != logits.shape[:2] or labels.is_floating_point():
+        got = f"{list(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise BackendError(
+            f"forward: labels: expected integers {list(logits.shape[:2])}, as the logits that are kept; got {got}"
+        )
+    found = labels.long()
+    if found.device.type == "cpu" and not bool(((found == -100) | ((found >= 0) & (found < size))).all()):
+        raise BackendError(f"forward: labels: expected token ids below {size}, or -100 for none; got others")
+    return found
+
+
+def checked_kept(logits_to_keep: Any, tokens: int) -> int | Tensor:
+    """Which logits are asked for: of the last so many tokens (0: all), or of those at indices. Raises BackendError: no such tokens."""
+    if isinstance(logits_to_keep, Tensor):
+        integers = logits_to_keep.dim() == 1 and logits_to_keep.dtype in (torch.long, torch.int32)
+        fits = integers and (
+            logits_to_keep.numel() == 0 or -tokens <= int(logits_to_keep.min()) <= int(logits_to_keep.max()) < tokens
+        )
+    else:
+        fits = isinstance(logits_to_keep, int) and logits_to_keep >= 0
+    if not fits:
+        raise BackendError(
+            f"forward: logits_to_keep: expected a number of tokens, or indices [n] below {tokens}; got {logits_to_keep!r}"
+        )
+    kept: int | Tensor = logits_to_keep
+    return kept
+
+
+def check_generation(prompt: Any, options: Mapping[str, Any], vocab_size: int) -> None:
+    """Raise BackendError for a prompt, a mask or a number of beams that transformers uses before it looks at them."""
+    if prompt is not None:
+        ids, mask = checked_ids(prompt, vocab_size), options.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise BackendError(f"generate: attention_mask: expected {list(ids.shape)}, as input_ids; got {got}")
+    for name in ("num_beams", "num_return_sequences"):
+        value = options.get(name)
+        if value is not None and value < 1:
+            raise BackendError(f"generate: {name}: expected at least 1; got {value}")
 
 
 def has_windows(config: PreTrainedConfig) -> bool:

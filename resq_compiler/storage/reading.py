@@ -83,5 +83,9 @@ def _source_config(values: dict[str, Any]) -> PreTrainedConfig:
 def _tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
     if not (path / TOKENIZER).is_file():
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=config)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=config)
+    except Exception as error:  # transformers raises what its many readers raise
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the tokenizer cannot be read ({reason}); its files are damaged") from error
     return tokenizer

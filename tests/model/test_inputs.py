@@ -98,3 +98,27 @@ def test_caches_of_another_model_or_batch(compiled):
     for bad in ((), tuple(IDS), EncoderDecoderCache(DynamicCache(), DynamicCache())):
         with pytest.raises(BackendError, match="expected a cache of one decoder; got"):
             model(IDS, past_key_values=bad)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"inputs": IDS[0]}, "input_ids: expected a tensor"), ({"input_ids": IDS.float()}, "input_ids: expected integers"),
+    ({"inputs": IDS, "attention_mask": MASK[0]}, r"generate: attention_mask: expected \[2, 5\], as input_ids; got \[5\]"),
+    ({"inputs": IDS, "attention_mask": {"full_attention": MASK}}, "got dict"),
+    ({"inputs": IDS, "num_beams": 0}, "num_beams: expected at least 1"),
+])  # fmt: skip
+def test_generate_checks_first(compiled, options, message):
+    with pytest.raises(BackendError, match=message):
+        compiled("llama").generate(**options)
+
+
+@pytest.mark.parametrize("labels", ["text", IDS.float(), IDS[:1], IDS + 131])
+def test_labels(compiled, labels):
+    with pytest.raises(BackendError, match="forward: labels: expected"):
+        compiled("llama")(IDS, labels=labels)
+
+
+@pytest.mark.parametrize("kept", [-1, "x", None, torch.tensor([5]), torch.tensor([0.5]), torch.tensor([[0]])], ids=str)
+def test_logits_that_cannot_be_kept(kept):
+    with pytest.raises(BackendError, match="forward: logits_to_keep: expected"):
+        inputs.checked_kept(kept, 5)
+    assert inputs.checked_kept(7, 5) == 7

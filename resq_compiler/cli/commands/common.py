@@ -74,7 +74,7 @@ def is_compiled_directory(name: str) -> bool:
     """True for a directory that save_pretrained of a compiled model wrote, damaged or not."""
     try:
         config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == "resq"

@@ -137,7 +137,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe file {path}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe file {path}: expected lines such as `weight_bits: 4`; got {type(values).__name__}")

@@ -185,6 +185,6 @@ def test_every_emitter_of_this_module_is_tested():
         aten.ne.Scalar, aten.ne.Tensor, aten.logical_not.default, aten.bitwise_not.default, aten.where.self, aten.where.ScalarOther,
         aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.square.default, aten.rsqrt.default,
         aten.silu.default, aten.gelu.default, aten.expm1.default, aten.to.dtype, aten._to_copy.default, aten.to.device,
-        aten.linear.default, aten.embedding.default,
+        aten.linear.default, aten.embedding.default, aten.max.default, aten.min.default,
     }  # fmt: skip
     assert tested == {target for target, emitter in EMITTERS.items() if emitter.__module__ == emit_aten.__name__}
