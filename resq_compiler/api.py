@@ -37,7 +37,7 @@ from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import CompiledModel
 from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
-from resq_compiler.pipeline.order import check_comparable, check_order
+from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.provenance import CalibrationSource, Provenance
 from resq_compiler.pipeline.run import Pipeline
@@ -98,8 +98,6 @@ def compile(
     check_backend(backend)
     dump_dir = target_directory(dump_dir)
     chosen = named.choose(recipe, **options)
-    if on_float is not None:
-        check_comparable(chosen.passes)
     begun = _begin(
         model, calib_data, chosen, tokenizer, topology, device, progress, work_dir, accept_unused_weights
     )  # fmt: skip

@@ -16,6 +16,8 @@ from resq_compiler.errors import DataError
 from resq_compiler.inspection.activations import Diagnostics, diagnose
 from resq_compiler.inspection.attribution import Costs, attribute
 from resq_compiler.inspection.diagnostic_tables import Table, activation_tables, attribution_tables, write_diagnostics
+from resq_compiler.pipeline.order import check_comparable
+from resq_compiler.recipes import named
 from resq_compiler.recipes.named import Chosen
 from resq_compiler.recipes.settings import CompileConfig
 
@@ -76,6 +78,8 @@ def inspect_model(
     from resq_compiler.api import compile, trace
     from resq_compiler.frontend.models import load_model
 
+    if request.levels:
+        check_comparable(named.choose(recipe).passes)
     loaded = load_model(source)
     windows = measuring_windows(loaded.model, loaded.tokenizer, request) if request.measures else None
     held: list[Any] = []

@@ -11,6 +11,8 @@ from torch.fx import Graph
 from resq_compiler.errors import TopologyError
 from resq_compiler.ir import graph_tools, ops, values, views
 from resq_compiler.ir.graph_tools import aten
+from tests.ir.test_transforms import place
+from tests.numerics.test_transforms import KINDS
 
 VIEWS = [v for v in vars(views).values() if inspect.isclass(v) and issubclass(v, views.View) and v is not views.View]
 
@@ -30,6 +32,7 @@ def test_matches_every_call_of_its_operators(view, build, compiled):
     graphs.append(build("llama", "quantize-weights").gm)
     graphs.append(build("llama", recipe="resq", weight_method="rtn").gm)
     graphs.append(build("llama", recipe="gptq", activation_bits=16).gm)
+    graphs += [place(transform)[0] for transform in KINDS]
     seen = set()
     for gm in graphs:
         calls = [n for n in gm.graph.nodes if graph_tools.is_call(n, *view.targets)]
