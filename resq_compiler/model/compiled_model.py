@@ -23,7 +23,7 @@ from resq_compiler.ir import graph_tools
 from resq_compiler.model import cache as cache_tensors
 from resq_compiler.model import inputs
 from resq_compiler.model.execution import Execution
-from resq_compiler.model.inputs import check_generation
+from resq_compiler.model.inputs import checked_prompt
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.result import CompileResult
 from resq_compiler.storage.portable import from_portable, portable
@@ -195,11 +195,10 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Raises BackendError for a prompt or a mask that is none."""
-        check_generation(
-            kwargs.get("input_ids") if inputs is None else inputs, kwargs, self.config.get_text_config().vocab_size
-        )
+        given = kwargs.pop("input_ids", None) if inputs is None else inputs
+        prompt = checked_prompt(given, kwargs, self.config.get_text_config().vocab_size)
         transformers: Any = super()
-        return transformers.generate(inputs, *args, **kwargs)
+        return transformers.generate(prompt, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(

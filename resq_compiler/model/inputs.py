@@ -135,10 +135,14 @@ def checked_kept(logits_to_keep: Any, tokens: int) -> int | Tensor:
     return kept
 
 
-def check_generation(prompt: Any, options: Mapping[str, Any], vocab_size: int) -> None:
-    """Raise BackendError for a prompt, a mask or a number of beams that transformers uses before it looks at them."""
-    if prompt is not None:
-        ids, mask = checked_ids(prompt, vocab_size), options.get("attention_mask")
+def checked_prompt(prompt: Any, options: Mapping[str, Any], vocab_size: int) -> Tensor | None:
+    """The prompt of `generate`, [B, S] int64, None where there is none.
+
+    Raises BackendError for a prompt, a mask or a number of beams that transformers would use before it looks at them.
+    """
+    ids = None if prompt is None else checked_ids(prompt, vocab_size)
+    if ids is not None:
+        mask = options.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise BackendError(f"generate: attention_mask: expected {list(ids.shape)}, as input_ids; got {got}")
@@ -146,6 +150,7 @@ def check_generation(prompt: Any, options: Mapping[str, Any], vocab_size: int) -
         value = options.get(name)
         if value is not None and value < 1:
             raise BackendError(f"generate: {name}: expected at least 1; got {value}")
+    return ids
 
 
 def has_windows(config: PreTrainedConfig) -> bool:

@@ -122,3 +122,12 @@ def test_logits_that_cannot_be_kept(kept):
     with pytest.raises(BackendError, match="forward: logits_to_keep: expected"):
         inputs.checked_kept(kept, 5)
     assert inputs.checked_kept(7, 5) == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_prompts_of_other_integers(compiled, dtype):
+    """Penalties of transformers take int64 alone."""
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "repetition_penalty": 1.2}
+    expected = compiled("llama").generate(IDS, **options)
+    assert torch.equal(compiled("llama").generate(IDS.to(dtype), **options), expected)
+    assert torch.equal(compiled("llama").generate(input_ids=IDS.to(dtype), **options), expected)
