@@ -74,7 +74,7 @@ def write_openvino(float_directory: Path, target: Path) -> None:
     import nncf
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
-    from resq_compiler.backends.onnx import export
+    from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes, export  # noqa: F401  (each registers its emitters)
     from resq_compiler.backends.onnx.form_qdq import QdqForm
     from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
 
