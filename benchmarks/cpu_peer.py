@@ -168,6 +168,7 @@ class OpenVinoPeer:
     def __init__(self, path: Path, threads: int, all_logits: bool):
         import openvino
 
+        self.openvino = openvino
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         compiled = openvino.Core().compile_model(str(path / "openvino_model.xml"), "CPU", options)
         self.request = compiled.create_infer_request()
@@ -175,6 +176,9 @@ class OpenVinoPeer:
 
     def start(self, batch: int) -> dict[str, Any]:
         self.request.reset_state()
+        for variable in self.request.query_state():  # an empty state has no sequences
+            shape = list(variable.state.shape)
+            variable.state = self.openvino.Tensor(np.zeros([batch, shape[1], 0, shape[3]], np.float32))
         return {}
 
     def run(self, ids: np.ndarray, past: int, state: dict[str, Any], keep: int = 1) -> np.ndarray:
