@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from resq_compiler.backends.onnx import build_model, export
+from resq_compiler.backends.onnx import build_model, emit_aten, emit_ops, emit_shapes, export  # noqa: F401  (emitters register)
 from resq_compiler.backends.onnx import session as sessions
 from resq_compiler.backends.onnx.form_integer import IntegerForm
 from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
