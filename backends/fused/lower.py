@@ -30,6 +30,7 @@ from torch.fx import GraphModule
 from resq_compiler.errors import BackendError
 from resq_compiler.frontend.capture import EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST
 from resq_compiler.ir import graph_tools, ops, verify
+from resq_compiler.ir.args import argument, source
 from resq_compiler.ir.transforms import TARGETS
 from resq_compiler.ir.views import CodedLinear, Hadamard
 
@@ -117,10 +118,11 @@ def _finish(low: Lowering) -> None:
 def _rewrite_lengths(low: Lowering) -> None:
     """Lengths of the past that the graph reads off a cache: a packed one has room for more tokens than it holds."""
     for node in list(low.graph.find_nodes(op="call_function", target=aten.sym_size.int)):
-        packed = node.args[0] in low.cache_inputs and low.caches[low.cache_inputs.index(node.args[0]) // 2] is not None
-        if packed and node.args[1] == 2:
+        of = source(node)
+        packed = of in low.cache_inputs and low.caches[low.cache_inputs.index(of) // 2] is not None
+        if packed and argument(node, "dim") == 2:
             with low.graph.inserting_before(node):
-                total, new = (low.emit(aten.sym_size.int, (source, 1), node) for source in (low.mask, low.ids))
+                total, new = (low.emit(aten.sym_size.int, (tokens, 1), node) for tokens in (low.mask, low.ids))
                 length = low.emit(operator.sub, (total, new), node)
             low.replace(node, length)
 

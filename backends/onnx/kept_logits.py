@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from resq_compiler.ir import values
 from resq_compiler.ir.graph_tools import aten
+from resq_compiler.ir.views import Linear
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
@@ -48,21 +49,18 @@ def head_reader(logits: Node) -> tuple[Node, Node] | None:
         (node,) = tensors
     if node.target is operators.mixed_linear:
         return _quantized_head(node)
-    if node.target is not aten.linear.default or not isinstance(node.args[0], Node):
-        return None
-    return (node, node.args[0]) if values.value(node.args[0]).dim() == 3 else None
+    linear = Linear.of(node)
+    return None if linear is None or len(values.shape(linear.x)) != 3 else (node, linear.x)
 
 
 def _quantized_head(linear: Node) -> tuple[Node, Node] | None:
     """The quantizer of an integer lm_head, where nothing else reads its codes."""
-    pieces = [piece for piece in linear.args[:4] if isinstance(piece, Node)]
-    makers = {piece.args[0] for piece in pieces if piece.args}
+    makers = {maker for piece in linear.all_input_nodes for maker in piece.all_input_nodes}
     maker = makers.pop() if len(makers) == 1 else None
-    if not isinstance(maker, Node) or maker.target is not operators.norm_quantize:
+    if maker is None or maker.target is not operators.norm_quantize:
         return None
     only = all(user is linear for piece in maker.users for user in piece.users)
-    x = maker.args[0]
-    return (maker, x) if only and isinstance(x, Node) else None
+    return (maker, maker.all_input_nodes[0]) if only else None
 
 
 def emit_kept(low: Lowering, hidden: str) -> str:

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from resq_compiler.errors import CaptureError
 from resq_compiler.frontend.dynamic_rope import rope_of_positions
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, values
 from resq_compiler.util import torch_state
 
 EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST = 2, 5, 7  # none is 0 or 1: those sizes specialize a dynamic dimension
@@ -147,6 +147,20 @@ def runnable_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _experts_of_fakes(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, experts are computed by products that need no values: grouped ones of float32 refuse tensors without them."""
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    before = [(config, config._experts_implementation) for config in configs]
+    try:
+        for config, kind in before:
+            config._experts_implementation = "batched_mm" if kind == "grouped_mm" else kind
+        yield
+    finally:
+        for config, kind in before:
+            config._experts_implementation = kind
+
+
 def _probe_cache(model: PreTrainedModel) -> tuple[CacheSpec, ...]:
     """Cache shapes, read from what the model itself writes for one token."""
     cache = DynamicCache()
@@ -156,7 +170,8 @@ def _probe_cache(model: PreTrainedModel) -> tuple[CacheSpec, ...]:
     )  # transformers looks into a mask, and a meta tensor has no values
     expected = "expected a decoder with attention in every layer (state-space, linear-attention and recurrent layers are not supported)"
     try:
-        model(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
+        with _experts_of_fakes(model):
+            model(input_ids=ids, attention_mask=mask, position_ids=ids, past_key_values=cache, use_cache=True)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CaptureError(
             f"capture of {type(model).__name__}: it does not run with a plain DynamicCache: {type(error).__name__}: {error}; {expected}"
@@ -247,8 +262,7 @@ def _read_what_is_written(graph: Graph) -> None:
         buffer = _written_buffer(node)
         if buffer is not None:
             now[buffer] = node.all_input_nodes[1]
-            node.replace_all_uses_with(now[buffer])
-            graph.erase_node(node)
+            graph_tools.replace(node, now[buffer])
             continue
         for read in [n for n in node.all_input_nodes if n.op == "get_attr" and n.target in written]:
             name = str(read.target)
@@ -265,7 +279,7 @@ def _written_buffer(node: Node) -> str | None:
     inputs = node.all_input_nodes
     if not graph_tools.is_call(node, torch.ops.aten.copy_.default) or len(inputs) != 2 or inputs[0].op != "get_attr":
         return None
-    before, after = (given.meta["val"] for given in inputs)
+    before, after = map(values.tensor_value, inputs)
     return str(inputs[0].target) if before.shape == after.shape and before.dtype == after.dtype else None
 
 

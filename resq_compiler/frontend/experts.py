@@ -184,14 +184,13 @@ class _Experts:
             return emit(self.gm.graph, target, args, like, self.made_by)
 
     def _linear(self, node: Node) -> Node:
-        x, weight, ends = node.args[:3]
-        assert isinstance(x, Node)
-        if self.sort.node not in graph_tools.ancestors([_as_node(ends)]):
+        x, weight, ends = node.all_input_nodes[:3]
+        if self.sort.node not in graph_tools.ancestors([ends]):
             raise self._not(node, "offsets that come from the same sort")
         given = self.rows.get(x) or self.new.get(x)
         if given is None:
             raise self._not(node, "rows of tokens sorted by expert")
-        return self._emit(node, ops.expert_linear, given, self._weight(_as_node(weight), node), self.sort.indices)
+        return self._emit(node, ops.expert_linear, given, self._weight(weight, node), self.sort.indices)
 
     def _weight(self, weight: Node, node: Node) -> Node:
         """[E, N, K]: grouped products take it transposed."""
@@ -235,7 +234,7 @@ class _Experts:
 
     def _reorders(self, node: Node) -> bool:
         """[inverse of the order], reshape to [T, k, d]"""
-        before = source(node) if node.args and isinstance(node.args[0], Node) else None
+        before = next(iter(node.all_input_nodes), None)
         if before not in self.new or before not in self.weights:
             return False
         shape = values.shape(node)
@@ -284,11 +283,6 @@ class _Experts:
 def _function(node: Node) -> Callable:
     assert callable(node.target)
     return node.target
-
-
-def _as_node(value: Any) -> Node:
-    assert isinstance(value, Node)
-    return value
 
 
 FLATTENED = {

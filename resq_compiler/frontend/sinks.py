@@ -12,7 +12,6 @@ from torch.fx import GraphModule, Node
 from resq_compiler.ir import graph_tools, values
 from resq_compiler.ir.args import argument, operands, source
 from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call, only_user, replace
-from resq_compiler.ir.meta import VALUE
 
 
 def take_sinks(gm: GraphModule, softmax: Node, env: dict[Node, Tensor], made_by: str) -> tuple[Node, Node | None]:
@@ -34,7 +33,7 @@ def take_sinks(gm: GraphModule, softmax: Node, env: dict[Node, Tensor], made_by:
     assert kept is not None
     with gm.graph.inserting_before(kept):
         alone = emit(gm.graph, aten.softmax.int, (scores, -1), softmax, made_by)
-    alone.meta[VALUE] = values.value(kept)
+    values.forget(alone)  # as wide as without sinks
     vector = graph_tools.derive_tensor(
         gm, sinks, f"resq.{softmax.name}.sinks", lambda t: t.flatten(), (values.shape(scores)[1],), made_by
     )

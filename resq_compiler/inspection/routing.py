@@ -31,10 +31,9 @@ def record(gm: GraphModule, ids: Tensor) -> Choices:
 
 
 def _picks_largest(node: Node) -> bool:
-    of = node.args[0] if node.args else None
     return (
-        is_call(of, aten.topk.default)
-        and graph_tools.target_text(node.target) == "getitem"
+        graph_tools.target_text(node.target) == "getitem"
+        and is_call(argument(node, "a"), aten.topk.default)
         and argument(node, "b") == 1
     )
 

@@ -89,11 +89,16 @@ def test_values_and_tensor_facts_are_written(compiled):
 
 @pytest.mark.parametrize("value", [
     None, True, 3, 0.1, math.inf, -math.inf, "tanh", (1, (2, 3)), [1, [2]], slice(1, None, 2), torch.float32, torch.int8,
-    torch.device("cpu"), torch.device("cuda:1"), torch.strided, torch.contiguous_format, torch.channels_last,
+    torch.device("cpu"), torch.strided, torch.contiguous_format, torch.channels_last,
 ])  # fmt: skip
 def test_argument_round_trip(value):
     again = decode(json.loads(json.dumps(encode(value), allow_nan=False)), {})
     assert again == value and type(again) is type(value)
+
+
+def test_a_graph_is_read_on_the_cpu():
+    """Wherever it was compiled: it is moved with its weights."""
+    assert decode(encode(torch.device("cuda:1")), {}) == torch.device("cpu")
 
 
 def test_nan_round_trip():

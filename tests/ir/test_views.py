@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch.fx import Graph
 
+import resq_compiler
 from resq_compiler.errors import TopologyError
 from resq_compiler.ir import graph_tools, ops, values, views
 from resq_compiler.ir.graph_tools import aten
+from resq_compiler.tiny import tiny_tokens
+from tests.families import small
 from tests.ir.test_transforms import place
 from tests.numerics.test_transforms import KINDS
 
@@ -21,8 +24,21 @@ def found(gm, view) -> list:
     return [v for node in gm.graph.nodes if (v := view.of(node)) is not None]
 
 
+@pytest.fixture(scope="module")
+def mixtures():
+    """A mixture of experts in float32, with integer products, and with rounded weights alone."""
+    graphs: list = []
+    options = {"calibration_samples": 4, "calibration_length": 32, "unreached_experts": "layer"}
+    for bits in (4, 16):
+        compiled = resq_compiler.compile(
+            small("mixtral"), tiny_tokens(4, 32), recipe="rtn", activation_bits=bits, on_float=graphs.append, **options
+        )
+        graphs.append(compiled.graph_module)
+    return graphs
+
+
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
-def test_matches_every_call_of_its_operators(view, build, compiled):
+def test_matches_every_call_of_its_operators(view, build, compiled, mixtures):
     """Somewhere between capture and the end of a compile, with arguments that are the node's."""
     graphs = [build("llama", "fold-norms").gm, build("gemma2", "fuse-projections").gm, build("opt", "fold-norms").gm]
     graphs += [
@@ -32,7 +48,7 @@ def test_matches_every_call_of_its_operators(view, build, compiled):
     graphs.append(build("llama", "quantize-weights").gm)
     graphs.append(build("llama", recipe="resq", weight_method="rtn").gm)
     graphs.append(build("llama", recipe="gptq", activation_bits=16).gm)
-    graphs += [place(transform)[0] for transform in KINDS]
+    graphs += [place(transform)[0] for transform in KINDS] + mixtures
     seen = set()
     for gm in graphs:
         calls = [n for n in gm.graph.nodes if graph_tools.is_call(n, *view.targets)]
@@ -95,8 +111,8 @@ def near_miss(make) -> object:
 @pytest.mark.parametrize(
     ("view", "make", "reason"),
     [
-        (views.Linear, lambda g, x, w: x, "node x: expected aten.linear, got"),
-        (views.Linear, lambda g, x, w: 3, "expected aten.linear, got 3"),
+        (views.Linear, lambda g, x, w: x, "node x: expected aten.linear or expert_linear, got"),
+        (views.Linear, lambda g, x, w: 3, "expected aten.linear or expert_linear, got 3"),
         (views.Linear, lambda g, x, w: g.call_function(aten.linear.default, (x, x)), "weight is computed; expected a tensor of the model"),
         (views.Norm, lambda g, x, w: g.call_function(aten.relu.default, (x,)), "expected rms_norm or aten.layer_norm, got"),
         (views.Norm, lambda g, x, w: g.call_function(ops.rms_norm, (x, x, 1e-5)), "weight is computed"),
