@@ -61,9 +61,11 @@ def check_can_be_kept(gm: GraphModule) -> None:
     try:
         serialize.check_readable(gm.graph)
     except CheckpointError as error:
+        (node,) = (n for n in gm.graph.nodes if n.name == error.node)
         raise CaptureError(
-            f"{error}; the compiled model could not be saved: expected operators that compute new values from values",
-            node=error.node,
+            f"node {node.name}: {graph_tools.target_text(node.target)} cannot be saved; expected operators that compute new values from "
+            "values, not ones that write into an argument, as latent attention (DeepSeek V2 and V3, MiniCPM3) does: not supported",
+            node=node.name,
         ) from error
 
 
