@@ -46,6 +46,8 @@ INSTRUCTION_SETS = {
     },
 }
 """Flags of every instruction set, by machine; others have only the portable one."""
+COMMON = ("dispatch", "sizes", "onnx_operators", "onnx_linears", "onnx_attention")
+"""Files that do not depend on the instruction set."""
 
 
 PLATFORMS = {"linux-x86_64": "x86_64-linux-gnu.2.17", "linux-aarch64": "aarch64-linux-gnu.2.17"}
@@ -111,11 +113,7 @@ def build(
     jobs = [
         ("kernels.c", name, [f"-DRK_ISA={name}", f"-DRK_{name.upper()}", *extra]) for name, extra in sets_of(machine)
     ]
-    jobs += [
-        (path.name, path.stem, [])
-        for path in sorted(SOURCES.glob("*.c"))
-        if path.stem in ("dispatch", "sizes", "onnx_operators")
-    ]
+    jobs += [(f"{name}.c", name, []) for name in COMMON]
     made = [objects / f"{name}.o" for _, name, _ in jobs]
 
     def compile_one(i: int) -> None:

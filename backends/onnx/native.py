@@ -1,7 +1,7 @@
 """Profile `native`: the graph lowered to fused operators, as nodes of the domain `resq` that the CPU kernels' library computes.
 
-What each node takes and gives is written in kernels/src/onnx_operators.c. Weights are stored as the kernels read them; the cache is
-uint8 [B, G, P, bytes of a packed row], one tensor for keys and one for values of a layer.
+What each node takes and gives is written in kernels/src/onnx_linears.c and onnx_attention.c. Weights are stored as the kernels read
+them; the cache is uint8 [B, G, P, bytes of a packed row], one tensor for keys and one for values of a layer.
 """
 
 from __future__ import annotations

@@ -8,6 +8,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "resq_kernels.h"
 
 #define RK_NAME_(name, isa) name##_##isa
@@ -40,6 +46,9 @@ RK_INLINE f32v rk_load_some(const float *p, int64_t count) {
     f32v v = {0};
     if (count >= RK_WIDTH)
         return rk_load(p);
+#if defined(__AVX512F__)
+    return (f32v)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#endif
     for (int64_t i = 0; i < count; i++)
         v[i] = p[i];
     return v;
@@ -49,8 +58,12 @@ RK_INLINE void rk_store_some(float *p, f32v v, int64_t count) {
     if (count >= RK_WIDTH)
         rk_store(p, v);
     else
+#if defined(__AVX512F__)
+        _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
         for (int64_t i = 0; i < count; i++)
             p[i] = v[i];
+#endif
 }
 
 RK_INLINE u32v rk_load_u32(const void *p) { u32v v; memcpy(&v, p, sizeof v); return v; }
@@ -61,17 +74,14 @@ RK_INLINE f32v rk_floats(u32v v) { return __builtin_convertvector((i32v)v, f32v)
 RK_INLINE f32v rk_choose(i32v mask, f32v a, f32v b) { return (f32v)((mask & (i32v)a) | (~mask & (i32v)b)); }
 
 #if defined(__AVX512F__)
-#include <immintrin.h>
 RK_INLINE f32v rk_lowest(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
 RK_INLINE f32v rk_highest(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
 RK_INLINE f32v rk_fma(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #elif defined(__AVX2__)
-#include <immintrin.h>
 RK_INLINE f32v rk_lowest(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
 RK_INLINE f32v rk_highest(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
 RK_INLINE f32v rk_fma(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #elif defined(__aarch64__)
-#include <arm_neon.h>
 RK_INLINE f32v rk_lowest(f32v a, f32v b) { return (f32v)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 RK_INLINE f32v rk_highest(f32v a, f32v b) { return (f32v)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
 RK_INLINE f32v rk_fma(f32v a, f32v b, f32v c) { return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
@@ -84,34 +94,6 @@ RK_INLINE f32v rk_fma(f32v a, f32v b, f32v c) { return a * b + c; }
 /* To the nearest integer, halves to even; |x| below 2^22. Adding 1.5 * 2^23 leaves no bits behind the point. */
 RK_INLINE f32v rk_round(f32v x) { return (x + 12582912.0f) - 12582912.0f; }
 RK_INLINE f32v rk_clamp(f32v x, float low, float high) { return rk_lowest(rk_highest(x, rk_splat(low)), rk_splat(high)); }
-
-/* 16 partial sums, whatever the width of a vector. */
-typedef struct { f32v part[16 / RK_WIDTH]; } rk_lanes;
-
-/* The sum of the lanes, always added in the same order. */
-RK_INLINE float rk_total(rk_lanes lanes) {
-    float s[16];
-    memcpy(s, lanes.part, sizeof s);
-    for (int step = 8; step; step /= 2)
-        for (int i = 0; i < step; i++)
-            s[i] += s[i + step];
-    return s[0];
-}
-
-/* Sum of (x - shift), or of its squares. */
-RK_INLINE float rk_sum_of(const float *x, int64_t columns, float shift, const int squares) {
-    rk_lanes sums = {{{0}}};
-    float last[16] = {0};
-    const int64_t whole = columns / 16 * 16;
-    for (int64_t j = 0; j < columns - whole; j++)
-        last[j] = x[whole + j] - shift;
-    for (int64_t i = 0; i <= whole; i += 16)
-        for (int j = 0; j < 16 / RK_WIDTH; j++) {
-            f32v v = i < whole ? rk_load(x + i + RK_WIDTH * j) - shift : rk_load(last + RK_WIDTH * j);
-            sums.part[j] += squares ? v * v : v;
-        }
-    return rk_total(sums);
-}
 
 /* The number of every lane. */
 #if RK_WIDTH == 16
@@ -136,7 +118,44 @@ static const i32v rk_lane = {0, 1, 2, 3};
 #define RK_EXCHANGE(v, h) __builtin_shuffle(v, rk_lane ^ (h)) 
 #endif
 
-/* The lowest or highest element; any order gives the same. */
+/* 16 partial sums, whatever the width of a vector. */
+typedef struct { f32v part[16 / RK_WIDTH]; } rk_lanes;
+
+/* The sum of the lanes, always added in the same order. */
+RK_INLINE float rk_total(rk_lanes lanes) {
+#if RK_WIDTH == 16
+    f32v v = lanes.part[0];
+    v += RK_EXCHANGE(v, 8);
+#elif RK_WIDTH == 8
+    f32v v = lanes.part[0] + lanes.part[1];
+#else
+    f32v v = (lanes.part[0] + lanes.part[2]) + (lanes.part[1] + lanes.part[3]);
+#endif
+#if RK_WIDTH >= 8
+    v += RK_EXCHANGE(v, 4);
+#endif
+    v += RK_EXCHANGE(v, 2);
+    v += RK_EXCHANGE(v, 1);
+    return v[0];
+}
+
+/* Sum of (x - shift), or of its squares. */
+RK_INLINE float rk_sum_of(const float *x, int64_t columns, float shift, const int squares) {
+    rk_lanes sums = {{{0}}};
+    float last[16] = {0};
+    const int64_t whole = columns / 16 * 16;
+    for (int64_t j = 0; j < columns - whole; j++)
+        last[j] = x[whole + j] - shift;
+    for (int64_t i = 0; i <= whole; i += 16)
+        for (int j = 0; j < 16 / RK_WIDTH; j++) {
+            f32v v = i < whole ? rk_load(x + i + RK_WIDTH * j) - shift : rk_load(last + RK_WIDTH * j);
+            sums.part[j] += squares ? v * v : v;
+        }
+    return rk_total(sums);
+}
+
+/* The sum, and the lowest or highest element; any order gives the same. */
+RK_INLINE i32v rk_add(i32v a, i32v b) { return a + b; }
 #if RK_WIDTH == 16
 #define RK_ACROSS(v, f) v = f(v, RK_EXCHANGE(v, 8)); v = f(v, RK_EXCHANGE(v, 4)); v = f(v, RK_EXCHANGE(v, 2)); v = f(v, RK_EXCHANGE(v, 1))
 #elif RK_WIDTH == 8
@@ -144,6 +163,7 @@ static const i32v rk_lane = {0, 1, 2, 3};
 #else
 #define RK_ACROSS(v, f) v = f(v, RK_EXCHANGE(v, 2)); v = f(v, RK_EXCHANGE(v, 1))
 #endif
+RK_INLINE int32_t rk_sum_across(i32v v) { RK_ACROSS(v, rk_add); return v[0]; }
 RK_INLINE float rk_lowest_of(f32v v) { RK_ACROSS(v, rk_lowest); return v[0]; }
 RK_INLINE float rk_highest_of(f32v v) { RK_ACROSS(v, rk_highest); return v[0]; }
 

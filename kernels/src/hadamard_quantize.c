@@ -55,31 +55,44 @@ static void butterflies(float *x, int64_t order, int64_t right) {
             butterfly(x + i, x + i + distance, distance);
 }
 
-/* y[j] = sum_i factor[i][j] x[i] for one vector of columns and ROWS values of j. Products with +1 and -1 are exact, so that a fused
- * multiply-add gives the bits of an addition. */
+/* y[j] = sum_i factor[i][j] x[i] for some vectors of columns, or one of `count`, and DENSE_ROWS values of j at a time. Products with +1
+ * and -1 are exact, so that a fused multiply-add gives the bits of an addition. */
 #define DENSE_ROWS 4
-RK_INLINE void dense_columns(const float *factor, int64_t order, const float *x, int64_t right, int64_t count, float *y) {
+#define DENSE_VECTORS 2
+RK_INLINE void dense_columns(const float *factor, int64_t order, const float *x, int64_t right, const int vectors, int64_t count, float *y) {
     for (int64_t j = 0; j < order; j += DENSE_ROWS) {
-        f32v sums[DENSE_ROWS] = {{0}};
+        f32v sums[DENSE_ROWS][DENSE_VECTORS];
+#pragma GCC unroll 4
+        for (int d = 0; d < DENSE_ROWS; d++)
+#pragma GCC unroll 2
+            for (int c = 0; c < vectors; c++)
+                sums[d][c] = (f32v){0};
         for (int64_t i = 0; i < order; i++) {
-            f32v v = rk_load_some(x + i * right, count);
+            f32v v[DENSE_VECTORS];
+#pragma GCC unroll 2
+            for (int c = 0; c < vectors; c++)
+                v[c] = rk_load_some(x + i * right + c * RK_WIDTH, count);
 #pragma GCC unroll 4
             for (int d = 0; d < DENSE_ROWS; d++)
-                sums[d] = rk_fma(rk_splat(factor[i * order + j + d]), v, sums[d]);
+#pragma GCC unroll 2
+                for (int c = 0; c < vectors; c++)
+                    sums[d][c] = rk_fma(rk_splat(factor[i * order + j + d]), v[c], sums[d][c]);
         }
 #pragma GCC unroll 4
         for (int d = 0; d < DENSE_ROWS; d++)
-            rk_store_some(y + (j + d) * right, sums[d], count);
+#pragma GCC unroll 2
+            for (int c = 0; c < vectors; c++)
+                rk_store_some(y + (j + d) * right + c * RK_WIDTH, sums[d][c], count);
     }
 }
 
 /* A dense factor along the first axis of x [order, right]; orders that are not powers of two are multiples of 4. */
 static void dense(const float *factor, float *x, int64_t order, int64_t right, float *space) {
     int64_t i = 0;
-    for (; i + RK_WIDTH <= right; i += RK_WIDTH)
-        dense_columns(factor, order, x + i, right, RK_WIDTH, space + i);
-    for (; i < right; i++)
-        dense_columns(factor, order, x + i, right, 1, space + i);
+    for (; i + DENSE_VECTORS * RK_WIDTH <= right; i += DENSE_VECTORS * RK_WIDTH)
+        dense_columns(factor, order, x + i, right, DENSE_VECTORS, RK_WIDTH, space + i);
+    for (; i < right; i += RK_WIDTH)
+        dense_columns(factor, order, x + i, right, 1, rk_min(RK_WIDTH, right - i), space + i);
     memcpy(x, space, sizeof(float) * (size_t)(order * right));
 }
 

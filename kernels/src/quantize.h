@@ -4,7 +4,7 @@
 
 #include <float.h>
 
-#include "common.h"
+#include "narrow.h"
 
 typedef struct {
     float scale;
@@ -37,25 +37,22 @@ RK_INLINE i32v codes_of(quantizer q, f32v y) {
 /* Codes of `width` values, zeros up to a multiple of 8; returns their sum. */
 RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int8_t *codes) {
     i32v sums = {0};
-    int32_t sum = 0;
     int64_t i = 0;
     for (; i + RK_WIDTH <= width; i += RK_WIDTH) {
         i32v c = codes_of(q, rk_load(y + i));
-        i8v bytes = __builtin_convertvector(c, i8v);
-        memcpy(codes + i, &bytes, sizeof bytes);
+        rk_store_bytes(codes + i, c);
         sums += c;
     }
     if (i < width) {
         i32v rest = codes_of(q, rk_load_some(y + i, width - i)) & (rk_lane < (int32_t)(width - i));
-        i8v bytes = __builtin_convertvector(rest, i8v);
+        int8_t bytes[RK_WIDTH];
+        rk_store_bytes(bytes, rest);
         memset(codes + i, 0, (size_t)(rk_round_up(width, 8) - i));
-        memcpy(codes + i, &bytes, (size_t)rk_min(RK_WIDTH, rk_round_up(width, 8) - i));
+        memcpy(codes + i, bytes, (size_t)rk_min(RK_WIDTH, rk_round_up(width, 8) - i));
         sums += rest;
     } else
         memset(codes + i, 0, (size_t)(rk_round_up(width, 8) - i));
-    for (int j = 0; j < RK_WIDTH; j++)
-        sum += sums[j];
-    return sum;
+    return rk_sum_across(sums);
 }
 
 /* One run of one row: codes, their sum behind the row's codes, scale and zero point. run: among those of all parts. */

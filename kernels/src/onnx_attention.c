@@ -1,0 +1,113 @@
+/* The operators of attention. mask is bool [B, T], T all tokens, the S new ones included. Where past has fewer than T rows, present is
+ * a copy with S more; where it has room for T, as a buffer that past and present share, rows are written in place. */
+#include "onnx_call.h"
+
+static rk_head key_head(const node *n) {
+    return (rk_head){(int32_t)n->low_width, (int32_t)n->high_width, (int32_t)n->low_bits, (int32_t)n->high_bits};
+}
+
+static rk_head value_head(const node *n) {
+    return (rk_head){(int32_t)n->value_low_width, (int32_t)n->value_high_width, (int32_t)n->value_low_bits, (int32_t)n->value_high_bits};
+}
+
+static void require_cache(call *c, const tensor *t, int64_t batch, const rk_head *head, const char *what) {
+    require(c, t->rank == 4 && t->dims[0] == batch && t->dims[1] == c->n->kv_heads && t->dims[3] == rk_head_bytes(head), what,
+            "[batch, kv_heads, tokens, bytes of a packed row]");
+}
+
+/* The rows of past in a tensor with room for all tokens; past itself where it is the same buffer. */
+static uint8_t *present_of(call *c, size_t output, const tensor *past, int64_t total) {
+    int64_t dims[4];
+    memcpy(dims, past->dims, sizeof dims);
+    dims[2] = past->dims[2] < total ? total : past->dims[2];
+    uint8_t *present = make_output(c, output, dims, 4);
+    if (!present || present == past->data)
+        return present;
+    const size_t before = (size_t)(past->dims[2] * dims[3]), after = (size_t)(dims[2] * dims[3]);
+    for (int64_t i = 0; i < dims[0] * dims[1]; i++)
+        memcpy(present + (size_t)i * after, (const uint8_t *)past->data + (size_t)i * before, before);
+    return present;
+}
+
+/* qkv [B, S, heads side by side], cos, sin [B or 1, S, R], past_key, past_value, mask, basis?, q_norm?, k_norm?
+ * -> q [B, S, H, D], present_key, present_value */
+void op_rope_cache(call *c) {
+    const node *n = c->n;
+    const tensor *qkv = &c->in[0], *cos = &c->in[1], *sin = &c->in[2], *mask = &c->in[5], *basis = &c->in[6];
+    rk_rope_cache_args a = {.heads = n->heads, .kv_heads = n->kv_heads, .key = key_head(n), .value = value_head(n)};
+    const int64_t d = a.key.low + a.key.high, e = a.value.low + a.value.high, columns = n->heads * d + n->kv_heads * (d + e);
+    require(c, qkv->rank == 3 && qkv->dims[2] == columns, "qkv", "[batch, tokens, queries, keys and values of all heads]");
+    require(c, mask->rank == 2 && qkv->rank == 3 && mask->dims[0] == qkv->dims[0] && mask->dims[1] >= qkv->dims[1], "mask",
+            "[batch, all tokens]");
+    require(c, cos->rank == 3 && sin->rank == 3 && !memcmp(cos->dims, sin->dims, sizeof(int64_t) * 3) && cos->dims[2] % 2 == 0 &&
+                   cos->dims[2] <= d && cos->dims[1] == qkv->dims[1] && (cos->dims[0] == 1 || cos->dims[0] == qkv->dims[0]),
+            "cos or sin", "[batch or 1, tokens, rotary columns]");
+    require_cache(c, &c->in[3], qkv->dims[0], &a.key, "past_key");
+    require_cache(c, &c->in[4], qkv->dims[0], &a.value, "past_value");
+    require(c, !basis->data || size_of(basis) == d * d || size_of(basis) == n->kv_heads * d * d, "basis", "[1 or kv_heads, D, D]");
+    require_size(c, &c->in[7], d, "q_norm");
+    require_size(c, &c->in[8], d, "k_norm");
+    if (c->status)
+        return;
+    const int64_t total = mask->dims[1], past = c->in[3].dims[2];
+    a.batch = qkv->dims[0], a.tokens = qkv->dims[1];
+    require(c, c->in[4].dims[2] == past && (past >= total || past + a.tokens == total), "past",
+            "as many rows as the mask has tokens before the new ones, or room for all of them");
+    if (c->status)
+        return;
+    int32_t start[a.batch + 1];
+    for (int64_t b = 0; b < a.batch; b++)
+        start[b] = (int32_t)(total - a.tokens);
+    a.start = start;
+    a.q = qkv->data, a.k = a.q + n->heads * d, a.v = a.k + n->kv_heads * d;
+    a.q_stride = a.k_stride = a.v_stride = columns;
+    a.cos = cos->data, a.sin = sin->data, a.rotary = cos->dims[2];
+    a.rotary_batch_stride = cos->dims[0] == 1 ? 0 : a.tokens * a.rotary;
+    a.basis = basis->data, a.bases = basis->data && size_of(basis) > d * d ? n->kv_heads : 1;
+    a.q_norm = c->in[7].data, a.k_norm = c->in[8].data, a.epsilon = n->epsilon, a.clip = n->low_clip;
+    const int64_t dims[4] = {a.batch, a.tokens, n->heads, d};
+    a.q_out = make_output(c, 0, dims, 4);
+    a.key_cache = present_of(c, 1, &c->in[3], total);
+    a.value_cache = present_of(c, 2, &c->in[4], total);
+    a.capacity = past < total ? total : past;
+    RUN(c, rope_cache, &a, 32);
+}
+
+/* q, present_key, present_value, mask, sinks? -> float [B, S, H * columns], or codes. low_bits, high_bits and the clips are those of
+ * the result: reading a cache needs only the widths. */
+static void attend(call *c, int quantize) {
+    const node *n = c->n;
+    const tensor *q = &c->in[0], *keys = &c->in[1], *values = &c->in[2], *mask = &c->in[3];
+    rk_attention_args a = {.heads = n->heads, .kv_heads = n->kv_heads, .key = key_head(n), .value = value_head(n)};
+    require(c, q->rank == 4 && q->dims[2] == n->heads && q->dims[3] == a.key.low + a.key.high, "q", "[batch, tokens, heads, D]");
+    require(c, mask->rank == 2 && q->rank == 4 && mask->dims[0] == q->dims[0] && mask->dims[1] >= q->dims[1], "mask",
+            "[batch, all tokens]");
+    require_cache(c, keys, q->dims[0], &a.key, "present_key");
+    require_cache(c, values, q->dims[0], &a.value, "present_value");
+    require(c, keys->dims[2] == values->dims[2] && keys->dims[2] >= mask->dims[1], "present", "a row for every token of the mask");
+    require_size(c, &c->in[4], n->heads, "sinks");
+    if (c->status)
+        return;
+    a.batch = q->dims[0], a.tokens = q->dims[1];
+    int32_t start[a.batch + 1];
+    for (int64_t b = 0; b < a.batch; b++)
+        start[b] = (int32_t)(mask->dims[1] - a.tokens);
+    a.start = start;
+    a.q = q->data, a.key_cache = keys->data, a.value_cache = values->data, a.capacity = keys->dims[2];
+    a.mask = mask->data, a.mask_stride = mask->dims[1];
+    a.scale = n->scale, a.softcap = n->softcap, a.window = n->window, a.sinks = c->in[4].data;
+    const int64_t dims[3] = {a.batch, a.tokens, n->heads * (a.value.low + a.value.high)};
+    if (quantize) {
+        node as_parts = *n; /* the output's parts are split as the values are */
+        as_parts.low_width = n->value_low_width, as_parts.high_width = n->value_high_width;
+        const node *kept = c->n;
+        c->n = &as_parts;
+        make_codes(c, dims, 2, n->heads, &a.codes);
+        c->n = kept;
+    } else
+        a.out = make_output(c, 0, dims, 3);
+    RUN(c, attention, &a, 1);
+}
+
+void op_attention(call *c) { attend(c, 0); }
+void op_attention_quantize(call *c) { attend(c, 1); }

@@ -1,0 +1,166 @@
+/* A call of an ONNX Runtime custom operator: attributes, tensors, errors, and the threads that share its units. */
+#ifndef RK_ONNX_CALL_H
+#define RK_ONNX_CALL_H
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "onnxruntime_abi.h"
+#include "resq_kernels.h"
+
+#define MAX_DIMENSIONS 6
+#define MAX_INPUTS 10
+
+typedef struct {
+    void *data; /* NULL: an optional input that is absent */
+    int64_t dims[MAX_DIMENSIONS];
+    size_t rank;
+} tensor;
+
+/* A node's attributes; what an operator does not have is 0. */
+typedef struct {
+    OrtApi api;
+    int64_t threads;
+    int64_t norm, activation, groups, heads, kv_heads, window, stacked;
+    int64_t low_width, high_width, low_bits, high_bits, value_low_width, value_high_width, value_low_bits, value_high_bits;
+    float epsilon, low_clip, high_clip, scale, softcap;
+    rk_transform low_transform, high_transform;
+} node;
+
+typedef struct {
+    const node *n;
+    OrtKernelContext *context;
+    OrtStatus *status;
+    tensor in[MAX_INPUTS];
+} call;
+
+/* Errors: the first one of a call is kept; ONNX Runtime adds the node's name. ----------------------------------------------- */
+
+static inline void fail(call *c, const char *what, const char *expected) {
+    char text[256];
+    if (c->status)
+        return;
+    snprintf(text, sizeof text, "resq: %s does not fit: expected %s", what, expected);
+    c->status = ORT_CREATE_STATUS(c->n->api)(ORT_INVALID_ARGUMENT, text);
+}
+
+static inline void require(call *c, int fits, const char *what, const char *expected) {
+    if (!fits)
+        fail(c, what, expected);
+}
+
+static inline int keep(call *c, OrtStatus *status) {
+    if (status && c->status)
+        ORT_RELEASE_STATUS(c->n->api)(status);
+    else if (status)
+        c->status = status;
+    return c->status == NULL;
+}
+
+/* Tensors ------------------------------------------------------------------------------------------------------------------ */
+
+static inline void read_input(call *c, size_t index, tensor *t) {
+    const OrtApi api = c->n->api;
+    const OrtValue *value = NULL;
+    OrtTensorInfo *info = NULL;
+    memset(t, 0, sizeof *t);
+    if (!keep(c, ORT_INPUT(api)(c->context, index, &value)) || !value || !keep(c, ORT_TENSOR_INFO(api)(value, &info)))
+        return;
+    if (keep(c, ORT_DIMENSIONS_COUNT(api)(info, &t->rank))) {
+        require(c, t->rank <= MAX_DIMENSIONS, "an input", "at most 6 dimensions");
+        if (!c->status)
+            keep(c, ORT_DIMENSIONS(api)(info, t->dims, t->rank));
+    }
+    ORT_RELEASE_TENSOR_INFO(api)(info);
+    keep(c, ORT_DATA(api)((OrtValue *)value, &t->data));
+}
+
+static inline void *make_output(call *c, size_t index, const int64_t *dims, size_t rank) {
+    OrtValue *value = NULL;
+    void *data = NULL;
+    if (!c->status && keep(c, ORT_OUTPUT(c->n->api)(c->context, index, dims, rank, &value)))
+        keep(c, ORT_DATA(c->n->api)(value, &data));
+    return data;
+}
+
+static inline int64_t size_of(const tensor *t) {
+    int64_t size = 1;
+    for (size_t i = 0; i < t->rank; i++)
+        size *= t->dims[i];
+    return size;
+}
+
+static inline int64_t last_of(const tensor *t) { return t->rank ? t->dims[t->rank - 1] : 1; }
+static inline int64_t rows_of(const tensor *t) { return last_of(t) ? size_of(t) / last_of(t) : 0; }
+
+/* An optional operand of so many elements. */
+static inline void require_size(call *c, const tensor *t, int64_t size, const char *what) {
+    require(c, !t->data || size_of(t) == size, what, "as many elements as the other operands ask for");
+}
+
+/* Work --------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    void (*kernel)(const void *, int64_t, int64_t);
+    const void *args;
+    int64_t units, pieces;
+} work;
+
+static inline void run_piece(void *data, size_t piece) {
+    const work *w = data;
+    w->kernel(w->args, w->units * (int64_t)piece / w->pieces, w->units * ((int64_t)piece + 1) / w->pieces);
+}
+
+/* As many equal pieces as threads; grain: units that are worth a thread. */
+static inline void run_units(call *c, void (*kernel)(const void *, int64_t, int64_t), const void *args, int64_t units, int64_t grain) {
+    work w = {kernel, args, units, units / grain < c->n->threads ? units / grain : c->n->threads};
+    if (c->status)
+        return;
+    if (w.pieces <= 1)
+        kernel(args, 0, units);
+    else
+        keep(c, ORT_PARALLEL_FOR(c->n->api)(c->context, run_piece, (size_t)w.pieces, 0, &w));
+}
+
+#define RUN(c, name, args, grain) \
+    run_units(c, (void (*)(const void *, int64_t, int64_t))rk_##name, args, (c)->status ? 0 : rk_##name##_units(args), grain)
+
+/* Parts -------------------------------------------------------------------------------------------------------------------- */
+
+static inline int parts_of(const node *n, int64_t groups, rk_part parts[RK_MAX_PARTS]) {
+    int count = 0;
+    if (n->low_width)
+        parts[count++] = (rk_part){n->low_width, (int32_t)groups, (int32_t)n->low_bits, n->low_clip};
+    if (n->high_width)
+        parts[count++] = (rk_part){n->high_width, (int32_t)groups, (int32_t)n->high_bits, n->high_clip};
+    return count;
+}
+
+/* The four outputs of a quantizing operator: leading dimensions of `like` up to `rank`. */
+static inline void make_codes(call *c, const int64_t *lead, size_t rank, int64_t groups, rk_codes *out) {
+    const node *n = c->n;
+    int64_t dims[MAX_DIMENSIONS];
+    memcpy(dims, lead, sizeof(int64_t) * rank);
+    out->parts = parts_of(n, groups, out->part);
+    for (size_t i = 0, part = 0; i < 2; i++) {
+        const int there = i == 0 ? n->low_width > 0 : n->high_width > 0;
+        dims[rank] = there ? rk_row_bytes(&out->part[part]) : 0;
+        void *data = make_output(c, i, dims, rank + 1);
+        if (there)
+            out->rows[part++] = data;
+    }
+    dims[rank] = out->parts * groups;
+    out->scale = make_output(c, 2, dims, rank + 1);
+    out->zero_point = make_output(c, 3, dims, rank + 1);
+}
+
+/* Computes an operator; what it takes and gives is written there. */
+void op_norm_quantize(call *c);
+void op_mixed_linear(call *c);
+void op_hadamard_quantize(call *c);
+void op_rope_cache(call *c);
+void op_attention(call *c);
+void op_attention_quantize(call *c);
+
+#endif
