@@ -53,5 +53,6 @@ class OnnxRunner:
     def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Outputs for tensors of the types that the session takes."""
         values = {name: session.to_ort(tensor) for name, tensor in zip(self.inputs, tensors, strict=True)}
-        results = self.session.run_with_ort_values(self.outputs, values)
+        with session.denormals_of(self.session):
+            results = self.session.run_with_ort_values(self.outputs, values)
         return tuple(session.to_torch(value) for value in results)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from resq_compiler.backends.onnx.export import LIBRARY_KEY, require_runtime
+from resq_compiler.backends.onnx.profiles import FLUSH_DENORMALS
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
 from resq_compiler.util import memory
+from resq_compiler.util.torch_state import denormals
 
 MINIMUM = "1.20"
 
@@ -40,7 +43,8 @@ def open_session(
             str(library or checked_library(Path(str(source)).parent, described[LIBRARY_KEY]))
         )
     try:
-        opened = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        with denormals():  # the first session of a process sets them for the thread that opens it
+            opened = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackendError(
@@ -130,4 +134,15 @@ def to_torch(value: Any) -> Tensor:
 def run(session: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Outputs by name, as OrtValues, from inputs given as OrtValues."""
     names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run_with_ort_values(names, inputs), strict=True))
+    with denormals_of(session):
+        return dict(zip(names, session.run_with_ort_values(names, inputs), strict=True))
+
+
+def denormals_of(session: Any) -> AbstractContextManager[None]:
+    """Inside, the calling thread, which computes as well, takes denormal numbers as the threads of the session do."""
+    (name,) = FLUSH_DENORMALS
+    try:
+        value = session.get_session_options().get_session_config_entry(name)
+    except RuntimeError:  # not set
+        value = "0"
+    return denormals(value == "1")

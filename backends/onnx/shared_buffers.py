@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from resq_compiler.backends.onnx.kept_logits import KEEP
+from resq_compiler.backends.onnx.session import denormals_of
 from torch import Tensor
 
 ROOM = 256  # tokens that a fresh cache has room for
@@ -45,12 +46,16 @@ class BoundSession:
             binding.bind_ortvalue_input(KEEP, _value(np.array([keep], np.int64)))
         if keep != 1 or not self.keeps:
             binding.bind_output("logits")  # the declared shape has one position, so ONNX Runtime makes the tensor
-            self.session.run_with_iobinding(binding)
+            self._run()
             return binding.get_outputs()[-1].numpy()[:, -keep:]
         logits = np.empty((batch, 1, self.vocabulary), np.float32)
         binding.bind_ortvalue_output("logits", _value(logits))
-        self.session.run_with_iobinding(binding)
+        self._run()
         return logits
+
+    def _run(self) -> None:
+        with denormals_of(self.session):
+            self.session.run_with_iobinding(self._binding)
 
     def _bind(self, buffers: Sequence[Tensor]) -> None:
         self._buffers = list(buffers)

@@ -36,6 +36,23 @@ def compiling() -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
+def flushes_denormals() -> bool:
+    """True where this thread computes with denormal numbers as with zero."""
+    return sys.float_info.min / 2 == 0
+
+
+@contextlib.contextmanager
+def denormals(flushed: bool | None = None) -> Iterator[None]:
+    """Inside, this thread takes denormal numbers as zero, or not (None: as before); afterwards as before, whatever was set inside."""
+    before = flushes_denormals()
+    if flushed is not None:
+        torch.set_flush_denormal(flushed)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
     """Inside, an export that fails does not print the graph so far on stderr: its exception says what happened."""
