@@ -24,6 +24,7 @@ from resq_compiler.model import cache as cache_tensors
 from resq_compiler.model import inputs
 from resq_compiler.model.execution import Execution
 from resq_compiler.model.inputs import checked_prompt
+from resq_compiler.model.masks import checked_mask, windows_of
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.result import CompileResult
 from resq_compiler.storage.portable import from_portable, portable
@@ -72,6 +73,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self.passes = result.passes
         self._short_length = short_length(result.config.get_text_config().to_dict())
         self.longest_text = longest_text_of_graph(result.graph_module.graph, result.config)
+        self._windows = windows_of(result.graph_module.graph, result.config)
         self.eval()
 
     @property
@@ -182,7 +184,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         """Logits of the last of the new tokens (0: of all), and the cache with them."""
         cache, past = cache_tensors.opened(past_key_values, self.cache_specs, ids)
         length = past[0].shape[2] if past else 0
-        mask = inputs.checked_mask(attention_mask, ids, length, inputs.has_windows(self.config))
+        mask = checked_mask(attention_mask, ids, length, self._windows)
         positions = inputs.checked_positions(position_ids, mask, ids.shape[1], self.longest_text)
         logits, *present = self.execution(ids, mask, positions, *past, logits_to_keep=last)
         return logits, cache_tensors.filled(cache, present)

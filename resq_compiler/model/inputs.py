@@ -8,12 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from resq_compiler.errors import BackendError
-
-_MASKED = -1e4  # additive masks say "not seen" by this and anything below
-
 
 def checked_ids(input_ids: Any, vocab_size: int) -> Tensor:
     """Token ids [B, S] int64. Raises BackendError: no such thing, or ids that are not in the vocabulary (looked at on the CPU only)."""
@@ -30,26 +26,6 @@ def checked_ids(input_ids: Any, vocab_size: int) -> Tensor:
                 f"forward: input_ids: expected ids from 0 to below the vocabulary size {vocab_size}; got {low if low < 0 else high}"
             )
     return ids
-
-
-def checked_mask(attention_mask: Tensor | None, ids: Tensor, past: int, windowed: bool) -> Tensor:
-    """Which of the cached and new tokens are no padding, [B, P + S] int64; all of them where nothing is said.
-
-    A mask of four dimensions is taken where it says no more than causality and padding do. windowed: some layers see a window only.
-    """
-    batch, new = ids.shape
-    if attention_mask is None:
-        return ids.new_ones(batch, past + new)
-    if not isinstance(attention_mask, Tensor):
-        raise BackendError(f"forward: attention_mask: expected a tensor; got {type(attention_mask).__name__}")
-    if attention_mask.dim() == 4:
-        return _padding(attention_mask, batch, new, past, windowed)
-    if attention_mask.shape != (batch, past + new):
-        raise BackendError(
-            f"forward: attention_mask: expected [{batch}, {past + new}], a column for each of {past} cached and {new} new tokens; "
-            f"got {list(attention_mask.shape)}"
-        )
-    return attention_mask.long()
 
 
 def checked_positions(position_ids: Tensor | None, mask: Tensor, new: int, longest: int | None = None) -> Tensor:
@@ -76,32 +52,6 @@ def _positions(position_ids: Tensor | None, mask: Tensor, new: int) -> Tensor:
     ):
         raise BackendError(f"forward: position_ids: expected {list(shape)}; got {list(position_ids.shape)}")
     return position_ids.long().expand(shape)
-
-
-def _padding(mask: Tensor, batch: int, new: int, past: int, windowed: bool) -> Tensor:
-    """[B, P + S] of a mask [B, heads, S, at least P + S], boolean or additive."""
-    what = f"forward: attention_mask {list(mask.shape)}"
-    total = past + new
-    if len(mask) not in (1, batch) or mask.shape[2] != new or mask.shape[3] < total:
-        raise BackendError(f"{what}: expected [{batch}, 1, {new}, {total}]")
-    if windowed:
-        raise BackendError(
-            f"{what}: some layers of this model see a window; expected a mask [{batch}, {total}] of padding"
-        )
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    plain = mask.dtype == torch.bool or bool((seen | (mask <= _MASKED)).all())
-    seen = seen.expand(batch, -1, -1, -1)
-    rows, real = seen[:, 0], seen[:, 0, :, past:total].diagonal(dim1=1, dim2=2)
-    cached = (rows[:, :, :past] & real[:, :, None]).any(1)
-    padding = torch.cat((cached, real), 1)
-    causal = torch.ones(new, total, dtype=torch.bool, device=mask.device).tril(past)
-    fits = (rows[:, :, :total] == causal & padding[:, None]).all(-1) & ~rows[:, :, total:].any(-1)
-    if not plain or not bool((seen == seen[:, :1]).all()) or not bool((fits | ~real).all()):
-        raise BackendError(
-            f"{what}: says more than causality and padding do, which a compiled graph cannot take; expected a mask [{batch}, {total}] of "
-            "padding; texts that are packed into one row are told apart by position_ids, without a mask and with use_cache=False"
-        )
-    return padding.long()
 
 
 def checked_labels(labels: Any, logits: Tensor) -> Tensor:
@@ -151,15 +101,6 @@ def checked_prompt(prompt: Any, options: Mapping[str, Any], vocab_size: int) -> 
         if value is not None and value < 1:
             raise BackendError(f"generate: {name}: expected at least 1; got {value}")
     return ids
-
-
-def has_windows(config: PreTrainedConfig) -> bool:
-    """True for a model some of whose layers see a window of the text."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    if kinds:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(text, "sliding_window", None) is not None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def ids(draw, batch=None):
     shape = (
         draw(st.lists(st.integers(0, 3), max_size=3))
         if odd
-        else [batch or draw(st.integers(1, 3)), draw(st.integers(1, 7))]
+        else [batch or draw(st.integers(1, 3)), draw(st.integers(1, 9))]
     )
     low, high = (-2, VOCABULARY + 2) if draw(st.integers(0, 9)) == 0 else (0, VOCABULARY - 1)
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))).to(
@@ -45,7 +45,13 @@ def masks(draw, shape):
         return seen.to(draw(DTYPES))
     if kind == "four":
         square = torch.ones(shape[1], shape[1]).tril().bool() & seen.bool()[:, None]
-        return draw(st.sampled_from([square[:, None], square[:, None].float(), ~square[:, None]]))
+        near = square.triu(-5)[:, None]  # windows of 6, as gemma2's here
+        return draw(
+            st.sampled_from(
+                [square[:, None], square[:, None].float(), ~square[:, None], near]
+                + [{"full_attention": square[:, None], "sliding_attention": own} for own in (near, square[:, None], None)]
+            )
+        )
     return draw(
         st.sampled_from(
             [seen[:, :-1], seen[0], seen.tolist(), {"full_attention": seen}, seen.float() / 0, torch.ones(())]
@@ -55,7 +61,7 @@ def masks(draw, shape):
 
 @st.composite
 def positions(draw, shape):
-    if len(shape) != 2 or draw(st.booleans()):
+    if len(shape) != 2 or 0 in shape or draw(st.booleans()):
         return None
     rows = torch.arange(shape[1]).expand(tuple(shape))
     return draw(

@@ -1,4 +1,4 @@
-"""What forward takes: checked, with one clear error for what it is not; masks of four dimensions that say padding."""
+"""What forward takes: checked, with one clear error for what it is not."""
 
 from __future__ import annotations
 
@@ -12,17 +12,6 @@ from resq_compiler.tiny import tiny_tokens
 
 IDS = tiny_tokens(2, 5)
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
-
-
-def four(mask, new: int = 5):
-    """[B, 1, S, T]: causality and padding."""
-    total = mask.shape[1]
-    return (torch.ones(new, total).tril(total - new).bool() & mask.bool()[:, None])[:, None]
-
-
-def additive(seen, low: float = torch.finfo(torch.float32).min):
-    return torch.zeros(seen.shape).masked_fill(~seen, low)
 
 
 @pytest.mark.parametrize(("bad", "message"), [
@@ -33,37 +22,6 @@ def test_ids(bad, message):
     with pytest.raises(BackendError, match=f"forward: input_ids: .*{message}"):
         inputs.checked_ids(bad, 131)
     assert inputs.checked_ids(IDS.to(torch.int32), 131).equal(IDS)
-
-
-@pytest.mark.parametrize("mask", [
-    MASK, MASK.bool(), MASK.float(), four(MASK), four(MASK).expand(2, 3, 5, 5), additive(four(MASK)), additive(four(MASK), -torch.inf),
-    torch.cat((four(MASK), torch.zeros(2, 1, 5, 7, dtype=torch.bool)), 3),
-], ids=str)  # fmt: skip
-def test_masks_that_say_padding(mask):
-    assert inputs.checked_mask(mask, IDS, 0, False).equal(MASK)
-
-
-def test_a_mask_over_a_cache():
-    assert inputs.checked_mask(four(MASK, 2), IDS[:, :2], 3, False).equal(MASK)
-    assert inputs.checked_mask(None, IDS, 3, True).equal(torch.ones(2, 8, dtype=torch.long))
-    assert inputs.checked_mask(four(torch.ones(1, 5)), IDS, 0, False).equal(torch.ones_like(IDS))
-
-
-TWO_TEXTS = CAUSAL & (torch.tensor([0, 0, 1, 1, 1]) == torch.tensor([0, 0, 1, 1, 1])[:, None])
-
-
-@pytest.mark.parametrize(("mask", "windowed", "message"), [
-    (MASK[:, :4], False, r"expected \[2, 5\], a column for each of 0 cached and 5 new tokens; got \[2, 4\]"),
-    (MASK[0], False, r"expected \[2, 5\]"), (MASK.tolist(), False, "expected a tensor; got list"),
-    ({"full_attention": MASK}, False, "expected a tensor; got dict"),
-    (four(MASK)[:, :, :3], False, r"expected \[2, 1, 5, 5\]"), (four(MASK), True, "layers of this model see a window"),
-    (torch.ones(2, 1, 5, 5).bool(), False, "more than causality and padding"), (TWO_TEXTS.expand(2, 1, 5, 5), False, "position_ids"),
-    (additive(four(MASK)) - 0.5, False, "more than causality"),
-    (torch.cat((four(MASK), four(MASK).roll(1, 3)), 1), False, "more than causality"),
-], ids=str)  # fmt: skip
-def test_masks_that_are_refused(mask, windowed, message):
-    with pytest.raises(BackendError, match=message):
-        inputs.checked_mask(mask, IDS, 0, windowed)
 
 
 def test_positions():
