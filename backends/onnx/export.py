@@ -14,7 +14,7 @@ from resq_compiler.backends.cpu import platforms as other_platforms
 
 from resq_compiler.errors import BackendError
 from resq_compiler.frontend.models import open_tokenizer
-from resq_compiler.frontend.positions import longest_text_of_graph
+from resq_compiler.frontend.positions import longest_row_of_graph, longest_text_of_graph
 from resq_compiler.util import placement
 from resq_compiler.util.install import install_command
 
@@ -31,6 +31,7 @@ LAST_FILE = "config.json"  # put in place after all others: without it the direc
 EXTERNAL_DATA_ABOVE = 2**26  # bytes; ONNX Runtime maps data files instead of copying them, and protobuf ends at 2 GiB
 LIBRARY_KEY = "resq.custom_ops_library"  # in the model's metadata: the file of custom operators in its directory
 LONGEST_KEY = "resq.longest_text"  # in the metadata of a model whose table of positions ends: tokens
+LONGEST_ROW_KEY = "resq.longest_row"  # of one whose table of biases ends: tokens, padding among them
 EMBEDDINGS = ("float16", "float32", "int8")
 
 
@@ -234,9 +235,12 @@ def metadata(compiled: CompileResult, profile: str, embedding: str, kv_cache: st
     from resq_compiler.backends.onnx.profiles import PROFILES
 
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnx")}
-    longest = longest_text_of_graph(compiled.graph_module.graph, compiled.config)
+    lengths = {
+        LONGEST_KEY: longest_text_of_graph(compiled.graph_module.graph, compiled.config),
+        LONGEST_ROW_KEY: longest_row_of_graph(compiled.graph_module.graph, compiled.config),
+    }
     return {
-        **({} if longest is None else {LONGEST_KEY: str(longest)}),
+        **{key: str(longest) for key, longest in lengths.items() if longest is not None},
         "resq.version": version(), "resq.profile": profile, "resq.recipe": compiled.options.recipe, "resq.scheme": compiled.options.scheme,
         "resq.options": json.dumps(compiled.options.to_dict()), "resq.embedding": embedding, "resq.kv_cache": kv_cache,
         "resq.packages": json.dumps(packages), "resq.source": compiled.source,

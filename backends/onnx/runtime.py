@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from resq_compiler.backends.onnx import session as ort
-from resq_compiler.backends.onnx.export import LONGEST_KEY, MODEL_FILE
+from resq_compiler.backends.onnx.export import LONGEST_KEY, LONGEST_ROW_KEY, MODEL_FILE
 from resq_compiler.backends.onnx.kept_logits import KEEP
 from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK
 from resq_compiler.backends.onnx.shared_buffers import BoundSession, GrowingCache
@@ -54,8 +54,10 @@ class OnnxDecoder:
         self.settings = self._settings()
         self._bound = BoundSession(self.session) if ort.is_native(self.session) else None
         self.short_length = short_length(self.settings)
-        longest = self.session.get_modelmeta().custom_metadata_map.get(LONGEST_KEY)
-        self.longest_text = None if longest is None else int(longest)
+        described = self.session.get_modelmeta().custom_metadata_map
+        self.longest_text, self.longest_row = (
+            int(described[key]) if key in described else None for key in (LONGEST_KEY, LONGEST_ROW_KEY)
+        )
 
     def _settings(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}
@@ -184,6 +186,10 @@ class OnnxDecoder:
             raise BackendError(
                 f"{self.directory}: position {positions.max()}: this model has learned {self.longest_text} positions; prompt and new "
                 "tokens together may be no more"
+            )
+        if self.longest_row is not None and mask.shape[1] > self.longest_row:
+            raise BackendError(
+                f"{self.directory}: a row of {mask.shape[1]} tokens, padding among them: this model has biases for {self.longest_row}"
             )
         return cache.step(ids, mask, positions)
 

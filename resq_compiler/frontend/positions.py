@@ -1,14 +1,15 @@
-"""The longest text of a model that has a row of a table for every position: learned embeddings, tables of sines, masks."""
+"""The longest text of a model that has a row of a table for every position: learned embeddings, tables of sines, masks, biases."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir.args import argument, source
 from resq_compiler.ir.graph_tools import aten, is_call
 
 LOOKUPS = (aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor)
@@ -31,14 +32,30 @@ def longest_text(model: Any) -> int | None:
 
 def longest_text_of_graph(graph: Graph, config: PreTrainedConfig) -> int | None:
     """The same of a graph: a table that is read by something else than token ids."""
-    tokens = graph_tools.placeholders(graph)[0]
+    tokens, limit = graph_tools.placeholders(graph)[0], _positions(config)
     for node in graph.nodes:
         if not is_call(node, *LOOKUPS):
             continue
         table, *indices = node.all_input_nodes
         if table.op == "get_attr" and tokens not in graph_tools.ancestors(indices):
-            return _positions(config)
-    return None
+            return limit
+    return longest_row_of_graph(graph, config)
+
+
+def longest_row_of_graph(graph: Graph, config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest row, padding among them, of a graph that cuts its biases out of a table; None for others."""
+    limit = _positions(config)
+    slices = graph.find_nodes(op="call_function", target=aten.slice.Tensor)
+    return limit if limit is not None and any(_cuts_biases(node, limit) for node in slices) else None
+
+
+def _cuts_biases(node: Node, limit: int) -> bool:
+    """Whether a slice begins where the length of a text says, in a table made once for `limit` distances (ALiBi as MPT has it)."""
+    if not isinstance(argument(node, "start"), Node) or values.shape(source(node))[-1] != limit:
+        return False
+    return any(
+        is_call(n, aten.arange.start) and n.args[:2] == (1 - limit, 1) for n in graph_tools.ancestors([source(node)])
+    )
 
 
 def _positions(config: PreTrainedConfig) -> int | None:
@@ -54,4 +71,5 @@ def _has_table(model: PreTrainedModel, limit: int) -> bool:
         b.shape[0] for b in model.buffers() if isinstance(b, Tensor) and b.dim() == 2
     ]
     masks = [b.shape[-1] for b in model.buffers() if b.dim() > 2]
-    return any(limit <= n < limit + PADDING_ROWS for n in rows) or limit in masks
+    biases = [getattr(m, "max_seq_length", None) for m in model.modules()]  # made by MPT's attention at every call
+    return any(limit <= n < limit + PADDING_ROWS for n in rows) or limit in masks or limit in biases

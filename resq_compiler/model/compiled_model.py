@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from resq_compiler.backends.onnx import export_onnx
 from resq_compiler.errors import BackendError
 from resq_compiler.frontend.long_rope import short_length
-from resq_compiler.frontend.positions import longest_text_of_graph
+from resq_compiler.frontend.positions import longest_row_of_graph, longest_text_of_graph
 from resq_compiler.inspection.dump import dump_result
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import cache as cache_tensors
@@ -73,6 +73,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         self.passes = result.passes
         self._short_length = short_length(result.config.get_text_config().to_dict())
         self.longest_text = longest_text_of_graph(result.graph_module.graph, result.config)
+        self._longest_row = longest_row_of_graph(result.graph_module.graph, result.config)
         self._windows = windows_of(result.graph_module.graph, result.config)
         self.eval()
 
@@ -185,7 +186,7 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         cache, past = cache_tensors.opened(past_key_values, self.cache_specs, ids)
         length = past[0].shape[2] if past else 0
         mask = checked_mask(attention_mask, ids, length, self._windows)
-        positions = inputs.checked_positions(position_ids, mask, ids.shape[1], self.longest_text)
+        positions = inputs.checked_positions(position_ids, mask, ids.shape[1], self.longest_text, self._longest_row)
         logits, *present = self.execution(ids, mask, positions, *past, logits_to_keep=last)
         return logits, cache_tensors.filled(cache, present)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resq_compiler.errors import BackendError
 
+
 def checked_ids(input_ids: Any, vocab_size: int) -> Tensor:
     """Token ids [B, S] int64. Raises BackendError: no such thing, or ids that are not in the vocabulary (looked at on the CPU only)."""
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or 0 in input_ids.shape:
@@ -28,15 +29,22 @@ def checked_ids(input_ids: Any, vocab_size: int) -> Tensor:
     return ids
 
 
-def checked_positions(position_ids: Tensor | None, mask: Tensor, new: int, longest: int | None = None) -> Tensor:
+def checked_positions(
+    position_ids: Tensor | None, mask: Tensor, new: int, longest: int | None = None, longest_row: int | None = None
+) -> Tensor:  # fmt: skip
     """Positions of the new tokens [B, S] int64; padding takes no position where nothing is said.
 
-    longest: text that the model's table of positions has room for. Raises BackendError: past it (looked at on the CPU only).
+    longest: text that the model's table of positions has room for; longest_row: the same with padding.
+    Raises BackendError: past them (positions are looked at on the CPU only).
     """
     positions = _positions(position_ids, mask, new)
     if longest is not None and positions.device.type == "cpu" and int(positions.max()) >= longest:
         raise BackendError(
             f"forward: position {int(positions.max())}: this model has learned {longest} positions, give it no longer text"
+        )
+    if longest_row is not None and mask.shape[1] > longest_row:
+        raise BackendError(
+            f"forward: a row of {mask.shape[1]} tokens, padding among them: this model has biases for {longest_row}, give it no longer rows"
         )
     return positions
 

@@ -15,6 +15,7 @@ from resq_compiler.errors import BackendError, ConfigError, DataError
 from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.frontend.positions import longest_text, longest_text_of_graph
 from resq_compiler.tiny import tiny_model, tiny_tokenizer, tiny_tokens
+from tests.families import compiled as compiled_family
 from tests.families import small
 
 LIMIT = 48
@@ -38,7 +39,7 @@ def compiled(float_model):
 
 @pytest.mark.parametrize(("name", "limit"), [
     ("gpt2", 256), ("gpt_neo", 256), ("gpt_bigcode", 256), ("biogpt", 256), ("gptj", 256), ("phi", None), ("falcon-alibi", None),
-    ("bloom", None),
+    ("bloom", None), ("mpt", 256),
 ])  # fmt: skip
 def test_families(name, limit):
     assert longest_text(small(name)) == limit
@@ -93,6 +94,26 @@ def test_an_exported_directory(compiled, tmp_path):
     with pytest.raises(BackendError, match=f"position {LIMIT}: this model has learned {LIMIT} positions"):
         decoder.generate(tiny_tokens(1, LIMIT - 2).numpy(), max_new_tokens=5, eos_token_id=[])
     assert main.main(["generate", str(tmp_path / "onnx"), "--prompt", "a" * 40, "--max-new-tokens", "9"]) == 2
+
+
+def test_biases_of_a_table(tmp_path):
+    """MPT's reach back over `max_seq_len` tokens, padding among them; in transformers longer rows end in shapes that do not fit."""
+    pytest.importorskip("onnxruntime")
+    from resq_compiler.backends.onnx.runtime import OnnxDecoder
+
+    model = compiled_family("mpt")
+    ids, padding = tiny_tokens(2, 257), torch.ones(2, 257, dtype=torch.long)
+    padding[:, :3] = 0
+    assert model.longest_text == 256 and model(ids[:, :256]).logits.isfinite().all()
+    with pytest.raises(BackendError, match="position 256: this model has learned 256 positions"):
+        model(ids)
+    with pytest.raises(BackendError, match="a row of 257 tokens, padding among them: this model has biases for 256"):
+        model(ids, attention_mask=padding)
+    decoder = OnnxDecoder(model.export_onnx(tmp_path / "onnx", "ort"), threads=1)
+    for mask in (None, padding.numpy()):
+        with pytest.raises(BackendError, match="this model has .* 256"):
+            decoder.generate(ids.numpy(), mask, max_new_tokens=1)
+    assert decoder.generate(ids[:, :250].numpy(), max_new_tokens=2, eos_token_id=[]).shape == (2, 252)
 
 
 def test_evaluation(compiled, float_model, capsys):

@@ -49,7 +49,10 @@ def masks(draw, shape):
         return draw(
             st.sampled_from(
                 [square[:, None], square[:, None].float(), ~square[:, None], near]
-                + [{"full_attention": square[:, None], "sliding_attention": own} for own in (near, square[:, None], None)]
+                + [
+                    {"full_attention": square[:, None], "sliding_attention": own}
+                    for own in (near, square[:, None], None)
+                ]
             )
         )
     return draw(

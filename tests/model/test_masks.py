@@ -91,7 +91,9 @@ def test_masks_of_transformers(compiled, tiny, family):
 
 def test_full_masks_where_layers_have_windows(compiled):
     """Transformers would let the layers see all; a graph has its windows."""
-    with pytest.raises(BackendError, match=r"attention_mask \[2, 1, 9, 9\]: says more than causality, the window of 6 tokens"):
+    with pytest.raises(
+        BackendError, match=r"attention_mask \[2, 1, 9, 9\]: says more than causality, the window of 6 tokens"
+    ):
         compiled("mistral", weight_method="rtn")(tiny_tokens(2, 9), attention_mask=four(torch.ones(2, 9), 9))
 
 
