@@ -112,17 +112,16 @@ def _says_no_more(rows: Tensor, real: Tensor, window: int | None) -> bool:
 
 
 def _more(windows: Windows, batch: int, total: int) -> str:
-    sizes = sorted(w for w in windows if w is not None)
+    sizes = ", ".join(str(w) for w in sorted(w for w in windows if w is not None))
+    cannot = "do, which a compiled graph cannot take; expected"
     if sizes and None in windows:
-        layers = (
-            f"causality, the windows of {', '.join(map(str, sizes))} tokens that some layers see, and padding do; give a dict with a mask "
-            f"each for {_FULL} and {_SLIDING}, or"
-        )
+        found = f"causality, the windows of {sizes} tokens that some layers see, and padding do; give a dict with a mask each for "
+        found += f"{_FULL} and {_SLIDING}, or"
     elif sizes:
-        layers = f"causality, the window of {', '.join(map(str, sizes))} tokens and padding do, which a compiled graph cannot take; expected"
+        found = f"causality, the window of {sizes} tokens and padding {cannot}"
     else:
-        layers = "causality and padding do, which a compiled graph cannot take; expected"
+        found = f"causality and padding {cannot}"
     return (
-        f"says more than {layers} a mask [{batch}, {total}] of padding; texts that are packed into one row are told apart by "
+        f"says more than {found} a mask [{batch}, {total}] of padding; texts that are packed into one row are told apart by "
         "position_ids, without a mask and with use_cache=False"
     )

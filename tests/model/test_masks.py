@@ -57,13 +57,17 @@ TWO_TEXTS = four(MASK) & (torch.tensor([0, 0, 1, 1, 1]) == torch.tensor([0, 0, 1
 @pytest.mark.parametrize(("mask", "windows", "message"), [
     (MASK[:, :4], ALL, r"expected \[2, 5\], a column for each of 0 cached and 5 new tokens; got \[2, 4\]"),
     (MASK[0], ALL, r"expected \[2, 5\]"), (MASK.tolist(), ALL, "expected a tensor; got list"),
-    ({"full_attention": MASK}, ALL, r"tensors of four dimensions.*; got \{'full_attention': '\[2, 5\]'\}"), ({}, ALL, "full_attention: no mask"),
+    ({"full_attention": MASK}, ALL, r"tensors of four dimensions.*; got \{'full_attention': '\[2, 5\]'\}"),
+    ({}, ALL, "full_attention: no mask"),
     ({"full_attention": None}, ALL, "'NoneType'"), ({"chunked_attention": four(MASK)}, ALL, "for full_attention and sliding_attention"),
     (four(MASK)[:, :, :3], ALL, r"expected \[2, 1, 5, 5\]"), (four(MASK), frozenset(), "its graph does not name"),
     (torch.ones(2, 1, 5, 5).bool(), ALL, "more than causality and padding"), (TWO_TEXTS, ALL, "position_ids"),
-    (additive(four(MASK)) - 0.5, ALL, "more than causality"), (torch.cat((four(MASK), four(MASK).roll(1, 3)), 1), ALL, "more than causality"),
-    (four(MASK), THREE, "the window of 3 tokens and padding"), (four(MASK), BOTH, "the windows of 3 tokens that some layers see.* give a dict"),
-    (four(MASK, window=3), BOTH, "give a dict"), ({"full_attention": four(MASK)}, BOTH, "sliding_attention: no mask for layers of this type"),
+    (additive(four(MASK)) - 0.5, ALL, "more than causality"),
+    (torch.cat((four(MASK), four(MASK).roll(1, 3)), 1), ALL, "more than causality"),
+    (four(MASK), THREE, "the window of 3 tokens and padding"),
+    (four(MASK), BOTH, "the windows of 3 tokens that some layers see.* give a dict"),
+    (four(MASK, window=3), BOTH, "give a dict"),
+    ({"full_attention": four(MASK)}, BOTH, "sliding_attention: no mask for layers of this type"),
     ({"full_attention": four(MASK), "sliding_attention": four(torch.ones(2, 5), window=3)}, BOTH, "different padding"),
 ], ids=str)  # fmt: skip
 def test_masks_that_are_refused(mask, windows, message):
