@@ -106,7 +106,8 @@ def _cached(rows: Tensor, real: Tensor, windows: Windows) -> Tensor:
 def _says_no_more(rows: Tensor, real: Tensor, window: int | None) -> bool:
     """Whether rows of tokens that are no padding see what causality, a window and padding leave."""
     padding = torch.cat((_cached(rows, real, frozenset({window})), real), 1)
-    shape = _shape(*rows.shape[1:], window, rows.device)
+    new, total = rows.shape[1:]
+    shape = _shape(new, total, window, rows.device)
     fits = (rows == shape & padding[:, None]).all(-1)
     return bool((fits | ~real).all())
 
