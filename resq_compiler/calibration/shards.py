@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resq_compiler.calibration.statistics import Request, by_name, states_of
+from resq_compiler.calibration.workdir import tensors_hash
 from resq_compiler.errors import CheckpointError, ConfigError
 
 FORM = re.compile(r"(\d+)/(\d+)")
@@ -68,7 +69,8 @@ def write(directory: Path, shard: Shard, requests: Iterable[Request], about: Map
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside[0])
-        aside[1].write_text(json.dumps({"shard": [shard.index, shard.count], **about}, indent=1) + "\n")
+        described = {"shard": [shard.index, shard.count], "sha256": tensors_hash(tensors), **about}
+        aside[1].write_text(json.dumps(described, indent=1) + "\n")
         os.replace(aside[0], final.with_suffix(".safetensors"))
         os.replace(aside[1], final)
     except (OSError, SafetensorError) as error:
@@ -81,9 +83,10 @@ def write(directory: Path, shard: Shard, requests: Iterable[Request], about: Map
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """The parts of one calibration run, all of them, in order; about: what they have in common."""
+    """The parts of one calibration run, all of them, in order; hashes: of their tensors; about: what they have in common."""
 
     files: tuple[Path, ...]
+    hashes: tuple[str, ...]
     about: Mapping[str, Any]
 
     @classmethod
@@ -93,9 +96,10 @@ class SavedStatistics:
         Raises CheckpointError: none there, not readable. ConfigError: a part is missing or there twice, or parts are of different runs.
         """
         found: dict[Shard, tuple[Path, dict[str, Any]]] = {}
+        hashes: dict[Path, str] = {}
         for file in (f for d in directories for f in sorted(Path(d).expanduser().glob("statistics-*-of-*.json"))):
             about = _read_json(file)
-            shard = Shard(*about.pop("shard"))
+            shard, hashes[file] = Shard(*about.pop("shard")), about.pop("sha256")
             if shard in found:
                 raise ConfigError(f"statistics: part {shard} is in {found[shard][0]} and in {file}; give one of them")
             found[shard] = file, about
@@ -106,7 +110,8 @@ class SavedStatistics:
         first, about = next(iter(found.values()))
         for file, other in found.values():
             _require_equal(about, other, f"statistics {file} and {first.name} are of different runs")
-        return cls(_in_order(found), about)
+        files = _in_order(found)
+        return cls(files, tuple(hashes[file] for file in files), about)
 
     def check(self, about: Mapping[str, Any]) -> None:
         """Raise ConfigError unless these are statistics for a compile that says this about itself."""
@@ -115,8 +120,8 @@ class SavedStatistics:
     def fill(self, requests: Iterable[Request]) -> None:
         """Let statistics be the sums over all parts. Raises CheckpointError: a file is damaged, or lacks what is asked."""
         requests = list(requests)
-        for i, file in enumerate(self.files):
-            states = by_name(_read_tensors(file.with_suffix(".safetensors")))
+        for i, (file, sha256) in enumerate(zip(self.files, self.hashes, strict=True)):
+            states = by_name(_read_tensors(file.with_suffix(".safetensors"), sha256))
             for request in requests:
                 if request.name not in states:
                     raise CheckpointError(
@@ -152,14 +157,19 @@ def _read_json(file: Path) -> dict[str, Any]:
         index, count = about["shard"]
         if FILE.fullmatch(file.name) is None or Shard(int(index), int(count)).stem != file.stem:
             raise ValueError(f"it says that it is part {index}/{count}")
-        return dict(about)
+        if not isinstance(about["sha256"], str):
+            raise ValueError(f"sha256 is {about['sha256']!r}")
+        return {**about, "shard": [int(index), int(count)]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); write the part again") from error
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        if tensors_hash(tensors) != sha256:
+            raise ValueError("its tensors are not those that were written")
+        return tensors
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{file}: not readable ({error}); write the part again") from error

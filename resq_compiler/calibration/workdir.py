@@ -4,7 +4,7 @@
     statistics.safetensors   what passes asked for of the calibration run, when it has been taken
     block-0000.safetensors   weight codes, when GPTQ has finished the block; its inputs are recomputed from the blocks before
 
-Every file is written aside and then renamed: a name is there whole or not at all.
+Every file is written aside and then renamed: a name is there whole or not at all. It holds the hash of its tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.numerics.weights import QuantizedWeight
 
 FINGERPRINT = "fingerprint.json"
-LAYOUT = 2  # of these files
+LAYOUT = 3  # of these files
 
 
 class WorkDirectory:
@@ -72,7 +72,8 @@ class WorkDirectory:
     def save(self, name: str, tensors: Mapping[str, Tensor], notes: Iterable[str] = ()) -> None:
         """Keep tensors, and what was noted while they were made. Raises CheckpointError: cannot be written."""
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        self._write(f"{name}.safetensors", lambda file: save_file(whole, file, {"notes": json.dumps(list(notes))}))
+        about = {"notes": json.dumps(list(notes)), "sha256": tensors_hash(whole)}
+        self._write(f"{name}.safetensors", lambda file: save_file(whole, file, about))
 
     def load(self, name: str) -> tuple[dict[str, Tensor], list[str]] | None:
         """What `save` kept under a name; None if it never did. Raises CheckpointError: damaged."""
@@ -81,9 +82,12 @@ class WorkDirectory:
             return None
         try:
             with safe_open(file, framework="pt") as opened:
-                notes = json.loads(opened.metadata()["notes"])
-                return {key: opened.get_tensor(key).clone() for key in opened.keys()}, notes  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+                about = opened.metadata()
+            if about["sha256"] != tensors_hash(tensors):
+                raise ValueError("its tensors are not those that were written")
+            return tensors, [str(note) for note in json.loads(about["notes"])]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{file}: not readable ({error}); delete this file, and its work is done again"
             ) from error
@@ -97,12 +101,13 @@ def fingerprint(
         "layout": LAYOUT,
         **settings,
         "topology": repr(overrides or TopologyOverrides()),
-        "weights": _hash(model.state_dict()),
-        "calibration tokens": _hash({} if windows is None else {"windows": windows}),
+        "weights": tensors_hash(model.state_dict()),
+        "calibration tokens": tensors_hash({} if windows is None else {"windows": windows}),
     }
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and values, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

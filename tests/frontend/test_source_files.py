@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from resq_compiler.errors import ModelError
 from resq_compiler.frontend import source_files
 from resq_compiler.frontend.models import load_model
 from resq_compiler.tiny import tiny_model, tiny_tokens
+from tests.gguf_files import small_llama
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
 
@@ -91,33 +93,9 @@ def test_models_that_carry_an_adapter():
 @pytest.fixture
 def gguf_file(tmp_path):
     """(**keys, factors=None) -> a GGUF file of a small llama, with more keys and rope_freqs.weight where asked."""
-    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    generator = torch.Generator().manual_seed(0)
-    sizes = {"token_embd": (16, 16), "output": (16, 16)}
-    sizes |= {"blk.0.ffn_gate": (32, 16), "blk.0.ffn_up": (32, 16), "blk.0.ffn_down": (16, 32)}
-    sizes |= {f"blk.0.attn_{kind}": (16, 16) for kind in ("q", "k", "v", "output")}
-    sizes |= {name: (16,) for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")}
-    tensors = {name: torch.randn(size, generator=generator).numpy() for name, size in sizes.items()}
-
-    def write(factors=None, **keys):
-        path = tmp_path / "model.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_context_length(64), writer.add_embedding_length(16), writer.add_block_count(1)
-        writer.add_feed_forward_length(32), writer.add_head_count(2), writer.add_head_count_kv(2)
-        writer.add_layer_norm_rms_eps(1e-5), writer.add_rope_freq_base(10000.0), writer.add_vocab_size(16)
-        for name, value in keys.items():
-            key = name.replace("__", ".")
-            writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
-        for name, value in tensors.items():
-            writer.add_tensor(f"{name}.weight", value)
-        for name, value in (factors or {}).items():
-            writer.add_tensor(name, torch.tensor(value).numpy())
-        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
-        writer.close()
-        return path
-
-    return write
+    return functools.partial(small_llama, tmp_path / "model.gguf")
 
 
 def frequencies(path):

@@ -261,8 +261,21 @@ def inspect_compiled(arguments: argparse.Namespace) -> tuple[dict[str, Any], str
 
 
 def _recorded(directory: str) -> list[dict[str, Any]]:
+    """What the passes did, as `resq compile` wrote it beside the model; [] where it did not. Raises CheckpointError: damaged."""
+    from resq_compiler.errors import CheckpointError
+
     path = Path(directory).expanduser() / common.RECORD_FILE
-    return json.loads(path.read_text(encoding="utf-8")).get("passes", []) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        passes = list(json.loads(path.read_text(encoding="utf-8"))["passes"])
+        for item in passes:
+            _pass_row(item)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not readable as the record of a compile ({error}); delete it, the model does not need it"
+        ) from error
+    return passes
 
 
 def _pass_row(item: dict[str, Any]) -> tuple[str, ...]:
