@@ -35,6 +35,7 @@ from resq_compiler.numerics.channels import Energy, Peak
 from resq_compiler.numerics.expert_channels import ExpertEnergy, ExpertPeak
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.util import processes
 from resq_compiler.util.text import number, table
 
 Felt = Mapping[Site, Tensor]
@@ -104,7 +105,8 @@ class AllocateBits(Pass):
         self, gm: GraphModule, ctx: PassContext, plan: ColumnPlan
     ) -> tuple[dict[Choice, Split], tuple[float | None, float | None]]:
         """The split of every site, and the average bits of linears and of the cache."""
-        felt = sensitivity.measure(gm, ctx.facts.get(Topology), ctx.windows, ctx.seed, ctx.progress)
+        measured = sensitivity.measure(gm, ctx.facts.get(Topology), ctx.windows, ctx.seed, ctx.progress)
+        felt = {site: processes.current().from_first(moment) for site, moment in measured.items()}
         averages = (self._linear_average(gm, ctx, plan), self.average_bits)
         menu = Menu(
             self.kind == "widths", plan.common.low_bits, plan.rank_multiple, self.steps, self.down_steps

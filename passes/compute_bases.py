@@ -27,7 +27,7 @@ from resq_compiler.calibration.statistics import Request, Statistics
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
 from resq_compiler.numerics.channels import Peak
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.util import devices
+from resq_compiler.util import devices, processes
 
 MEASURED = ("pca", "outliers")
 
@@ -94,7 +94,7 @@ class ComputeBases(Pass):
             moment = devices.here(seen.get(SecondMoment, site).mean())
             if self.weighting == "readers":
                 moment = weigh(moment, residual_readers(gm, groups))
-            return principal_basis(moment)[0].cpu()
+            return agreed(principal_basis(moment)[0].cpu())
 
         heads = [self._head_moments(gm, seen, block) for block in topology.blocks]
         value = tuple(each_basis(values) for values, _ in heads)
@@ -116,7 +116,12 @@ class ComputeBases(Pass):
 
 def each_basis(moments: Tensor) -> Tensor:
     """Eigenvectors of moments [G, D, D], on the CPU."""
-    return torch.stack([principal_basis(moment)[0] for moment in moments]).cpu()
+    return agreed(torch.stack([principal_basis(moment)[0] for moment in moments]).cpu())
+
+
+def agreed(basis: Tensor) -> Tensor:
+    """Of processes that share the work, the basis of the first: where eigenvalues are close, others may find other vectors."""
+    return processes.current().from_first(basis)
 
 
 def stream_bases(
@@ -150,7 +155,7 @@ def ordered(
 
 def of_weights(gm: GraphModule, topology: Topology, seed: int, down: dict[Node, BlockBasis]) -> Bases:
     """Principal directions of the weights that read the stream, and of those that read values; keys, which no weight reads, at random."""
-    stream = stream_bases(topology, lambda _, groups: principal_basis(residual_readers(gm, groups))[0])
+    stream = stream_bases(topology, lambda _, groups: agreed(principal_basis(residual_readers(gm, groups))[0]))
     attentions = [block.attention for block in topology.blocks]
     value = tuple(each_basis(value_readers(gm, a)) for a in attentions)
     key = tuple(random_basis(a.head_dim, "hadamard", seed, "key") for a in attentions)

@@ -31,6 +31,7 @@ from resq_compiler.ir.args import node_arg, set_argument
 from resq_compiler.ir.graph_tools import aten, emit, is_call
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
+from resq_compiler.util import processes
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class InsertPrefix(Pass):
         topology = ctx.facts.get(Topology)
         require_causal_masks(topology)
         before = find_massive(gm, topology, ctx.statistics_windows, self.massive)
-        tokens = choose(before, ctx.bos_token, self.most)
+        tokens = processes.current().agreed(choose(before, ctx.bos_token, self.most))
         if not tokens:
             ctx.note(
                 f"prefix_tokens: no token of the calibration text is {self.massive:g} times the median size; none were inserted"

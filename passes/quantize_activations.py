@@ -30,7 +30,7 @@ from resq_compiler.numerics.clip import ClipSearch
 from resq_compiler.numerics.static_scales import Range, StaticSearch
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.util import devices
+from resq_compiler.util import devices, processes
 
 SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip
@@ -124,6 +124,7 @@ def give_static_scales(gm: GraphModule, ctx: PassContext, quantizers: list[Node]
     for quantizer, search in zip(found, searches, strict=True):
         name = meta.require(quantizer.node, meta.QuantizerSite).name
         for label, value in zip(("scale", "zero_point"), search.best(), strict=True):
+            value = processes.current().from_first(value)
             tensor = graph_tools.add_tensor(gm, f"resq.static.{name}.{label}", value, QuantizeActivations.name)
             set_argument(quantizer.node, label, tensor)
 
@@ -155,8 +156,9 @@ def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Nod
     windows = ctx.windows[: max(1, SEARCH_TOKENS // ctx.windows.shape[1])]
     taps = {x: search.update for x, search in searches.items()}
     observe(gm, taps, windows, lambda done, total: ctx.progress("search clips", done, total))
-    ctx.lines += [f"clip of {name_of(sites[x])}: {search.best():g}" for x, search in searches.items()]
-    return {x: search.best() for x, search in searches.items()}
+    found = processes.current().agreed([search.best() for search in searches.values()])
+    ctx.lines += [f"clip of {name_of(part)}: {share:g}" for part, share in zip(sites.values(), found, strict=True)]
+    return dict(zip(sites, found, strict=True))
 
 
 def float_weight(gm: GraphModule, node: Node) -> Tensor:

@@ -28,6 +28,7 @@ from resq_compiler.calibration import executor, precision, workdir
 from resq_compiler.calibration.expert_moments import ExpertInputs, ExpertMoments, ExpertReport, describe
 from resq_compiler.calibration.experts import check_reached, float_routes, on_every_expert
 from resq_compiler.calibration.lockstep import Lockstep
+from resq_compiler.calibration.statistics import pool
 from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.args import source
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
@@ -37,6 +38,7 @@ from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
 from resq_compiler.numerics.expert_weights import quantize_each, relative_noise
 from resq_compiler.numerics.quantized import Part, QuantizedActivation
+from resq_compiler.numerics.shared_weights import quantize_shared
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.run import relative_error
@@ -171,8 +173,11 @@ def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "m
     """Quantize a group of linears without looking at their inputs."""
     parts = group[0].parts()
 
-    def quantize(_: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
+    def rows(weight: Tensor) -> list[weight_core.QuantizedWeight]:
         return weight_core.quantize_weight_rtn(weight, parts, clip=clip, group_size=group_size)
+
+    def quantize(_: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
+        return quantize_shared(weight, parts, group_size, rows)
 
     of_experts = group[0].indices is not None
     codes = (
@@ -219,7 +224,7 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
 def run_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], options: QuantizeWeights) -> None:
     """Quantize block by block; the values alive between two stretches are kept for every batch."""
     topology = ctx.facts.get(Topology)
-    batches = executor.batches(ctx.windows)
+    batches = executor.batches(ctx.own_windows)
     routes = float_routes(gm, batches, topology) if options.routing == "float" else []
     runner = Lockstep.begin(gm, batches, topology.blocks[0].start)
     runner.shared = (
@@ -318,21 +323,25 @@ def quantize_group(
 def quantize_rows(
     weight: Tensor, hessian: Tensor, parts: list[Part], where: str, ctx: PassContext, options: QuantizeWeights
 ) -> list[weight_core.QuantizedWeight]:
-    """Codes of a weight [N, K]."""
+    """Codes of a weight [N, K]; processes that share the work take as many of its rows each."""
     group_size = ctx.facts.get(ColumnPlan).weight_group_size
-    if options.method == "rtn":
-        return weight_core.quantize_weight_rtn(
-            weight, parts, clip="mse", column_weight=hessian.diagonal(), group_size=group_size
-        )
-    result = gptq_core.gptq(
-        weight, hessian, parts, damping=options.damping, act_order=options.act_order, clip=options.plain_clip,
-        weighted_clip=options.clip in ("hessian", "output"), group_size=group_size,
-    )  # fmt: skip
-    if result.damping != options.damping:
-        ctx.note(
-            f"GPTQ on {where}: damping raised to {result.damping:g}, the calibration moment was not positive definite"
-        )
-    return result.parts
+
+    def quantize(rows: Tensor) -> list[weight_core.QuantizedWeight]:
+        if options.method == "rtn":
+            return weight_core.quantize_weight_rtn(
+                rows, parts, clip="mse", column_weight=hessian.diagonal(), group_size=group_size
+            )
+        result = gptq_core.gptq(
+            rows, hessian, parts, damping=options.damping, act_order=options.act_order, clip=options.plain_clip,
+            weighted_clip=options.clip in ("hessian", "output"), group_size=group_size,
+        )  # fmt: skip
+        if result.damping != options.damping:
+            ctx.note(
+                f"GPTQ on {where}: damping raised to {result.damping:g}, the calibration moment was not positive definite"
+            )
+        return result.parts
+
+    return quantize_shared(weight, parts, group_size, quantize)
 
 
 def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lockstep, goal: Node) -> Tensor:
@@ -351,6 +360,7 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
         moment.update(x)
 
     runner.run(inputs if stream is None else [*inputs, stream], goal, see)
+    pool(moment)
     return moment.mean()
 
 

@@ -35,6 +35,7 @@ from resq_compiler.numerics.weights import dequantize_weight, quantize_weight_rt
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.placing import place
+from resq_compiler.util import processes
 from resq_compiler.util.text import number, table
 
 HEADER = ("place", "power", "error of the block, dB against none")
@@ -100,6 +101,7 @@ class SearchScales(Pass):
             errors.append(rounding_error(gm, where, block, batches, scales[-1], plan))
         best = min(range(self.steps), key=errors.__getitem__)
         tiny = torch.finfo(torch.float64).tiny
+        best = processes.current().agreed(best)
         gain = 10 * float(torch.tensor((errors[0] + tiny) / (errors[best] + tiny)).log10())
         return best / self.steps, scales[best], gain
 

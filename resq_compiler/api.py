@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
@@ -47,7 +48,7 @@ from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.recipes.text import to_text
 from resq_compiler.result import CompileResult
 from resq_compiler.storage.quantization_config import versions
-from resq_compiler.util import devices, memory, torch_state
+from resq_compiler.util import devices, memory, processes, torch_state
 
 log = logging.getLogger("resq_compiler")
 
@@ -55,6 +56,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @torch_state.compiling()
+@processes.shared_with_group
 def compile(
     model: PreTrainedModel | LoadedModel | str | Path,
     calib_data: Any = None,
@@ -71,6 +73,7 @@ def compile(
     work_dir: str | Path | None = None,
     statistics: str | Path | Sequence[str | Path] = (),
     accept_unused_weights: bool = False,
+    process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> CompiledModel:
     """Quantize a decoder.
@@ -91,13 +94,17 @@ def compile(
              work_dir: keep finished work there; after an interruption the same call goes on from it, with bit-identical results.
              statistics: directories of files that calibrate() wrote, all parts of one run; their sum stands for the calibration run.
              accept_unused_weights: leave out, with a warning, weights that the model's configuration has no place for.
+             process_group: of torch.distributed, whose processes all make this call and share the work: each runs a part of
+             the calibration windows and quantizes a part of the rows of every linear. Only the first keeps a work directory and a dump.
     Returns: CompiledModel, float32 between the integers.
     Raises:  BackendError before any work if the backend cannot run here; ConfigError, ModelError, DataError, CaptureError,
-             TopologyError, PassError: each says what to do.
+             TopologyError, PassError, ProcessError: each says what to do.
     """
     check_backend(backend)
-    dump_dir = target_directory(dump_dir)
     chosen = named.choose(recipe, **options)
+    if not processes.current().is_first:
+        work_dir = None
+    dump_dir = target_directory(dump_dir) if processes.current().is_first else None
     begun = _begin(
         model, calib_data, chosen, tokenizer, topology, device, progress, work_dir, accept_unused_weights
     )  # fmt: skip
@@ -107,10 +114,12 @@ def compile(
         ctx.saved = SavedStatistics.open([statistics] if isinstance(statistics, (str, Path)) else list(statistics))
         ctx.saved.check(begun.about_statistics())
     recorded = recording(dump_dir, str(about["provenance"].model), begun.config.to_dict(), on_stage)
+    processes.require_equal(processes.current(), begun.about_statistics())
     with recorded as record, memory.settled(), devices.computing_on(begun.device):
         pipeline = Pipeline(ctx, _checking_export(record.add, ctx, backend))
         pipeline.start(gm, seconds=begun.seconds)
         _run_guarded(pipeline, gm, begun.passes, begun.compared, on_float)
+        ctx.note_processes()
         plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
         result = CompileResult(
             gm, named.settled(begun.config, str(plan.sites)), begun.captured.cache, **about, stages=tuple(pipeline.stages),
@@ -216,6 +225,8 @@ def _begin(
         captured.example_inputs, windows, overrides, work, None, bos, config.seed, config.calibration_dtype, config.basis_samples,
         progress=report,
     )  # fmt: skip
+    if windows is not None:
+        processes.current().part(ctx.statistics_windows)  # too few are an error before any work
     if where.type == "cuda":
         name = torch.cuda.get_device_name(where)
         ctx.note(f"computed on {where} ({name}); codes may differ from those of a CPU by rounding")
@@ -372,6 +383,15 @@ def _calibration(
 ) -> Tensor | None:  # fmt: skip
     if not needs_calibration(passes):
         return None
+    shared = processes.current()
+    if calib_data is not None:
+        return _cut_windows(loaded, calib_data, config, report)
+    written = {"windows": _cut_windows(loaded, None, config, report)} if shared.is_first else None
+    windows = shared.tensors_of_first(written)  # the first process writes for all
+    return None if windows is None else windows["windows"]
+
+
+def _cut_windows(loaded: LoadedModel, calib_data: Any, config: CompileConfig, report: Progress) -> Tensor:
     vocab_size = loaded.model.config.get_text_config().vocab_size
     length = min(config.calibration_length, longest_text(loaded.model) or config.calibration_length)
     with runnable_attention(loaded.model):

@@ -48,6 +48,10 @@ class CheckpointError(ResqError):
     """A compiled-model directory is damaged, foreign, or from a newer format."""
 
 
+class ProcessError(ResqError):
+    """Another of the processes that share a compile ended, or does not answer."""
+
+
 class BackendError(ResqError):
     """A backend cannot lower or run the graph."""
 

@@ -17,8 +17,10 @@ from torch.fx import Node
 from resq_compiler.analysis.topology import Experts
 from resq_compiler.calibration import precision
 from resq_compiler.calibration.lockstep import Lockstep
+from resq_compiler.calibration.statistics import pool
 from resq_compiler.numerics.basis import SecondMoment
 from resq_compiler.numerics.experts import Groups, groups, row_numbers
+from resq_compiler.util import processes
 from resq_compiler.util.text import table
 
 ROOM = 2**29
@@ -95,7 +97,7 @@ class ExpertMoments:
             total.add_(torch.tensor(self._groups(env).counts))
 
         self.runner.run([self.inputs.indices], self.goal, see)
-        self.counts = total.tolist()
+        self.counts = processes.current().sum(total).tolist()
         return self.counts
 
     def own(self) -> list[bool]:
@@ -137,6 +139,8 @@ class ExpertMoments:
 
         if wanted or whole:
             self.runner.run([*self.inputs.nodes, self.inputs.indices, *self.inputs.also], self.goal, see)
+        for moment in (*found.values(), *([total] if whole else [])):
+            pool(moment)
         return found, total.mean() if whole else None
 
     def _groups(self, env: dict[Node, Any]) -> Groups:

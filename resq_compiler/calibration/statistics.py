@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.sites import Site
-from resq_compiler.calibration import executor
+from resq_compiler.calibration import executor, workdir
 from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools
+from resq_compiler.numerics.basis import SecondMoment
 from resq_compiler.numerics.expert_channels import ExpertSizes
-from resq_compiler.util import devices, memory
+from resq_compiler.util import devices, memory, processes
 
 FILE = "statistics"
 
@@ -111,17 +112,37 @@ def take(
     gm: GraphModule, requests: Sequence[Request], windows: Tensor, work: WorkDirectory | None,
     progress: Callable[[str, int, int], None],
 ) -> Statistics:  # fmt: skip
-    """Run windows of token ids [n, length] through the graph for what is asked; a work directory keeps it, and gives it back."""
+    """Run windows of token ids [n, length] through the graph for what is asked; a work directory keeps it, and gives it back.
+
+    Processes that share the work run a part of the windows each, and all have the sums over all of them.
+    """
     if not restored(requests, work):
         taps: dict[Node, Callable[[Tensor], None]] = {}
         for request in requests:
             for node, see in request.taps():
                 taps[node] = both(taps[node], see) if node in taps else see
-        observe(gm, taps, windows, lambda done, total: progress("calibrate", done, total))
+        observe(gm, taps, processes.current().part(windows), lambda done, total: progress("calibrate", done, total))
+        for request in requests:
+            pool(request.statistic)
         for request in requests if devices.current() is not None else ():
             request.statistic.restore({name: t.cpu() for name, t in request.statistic.state().items()})
         keep(requests, work)
     return Statistics(requests)
+
+
+def pool(statistic: Statistic) -> None:
+    """Let a statistic be that over the tokens of all processes that share the work. Second moments are added in float64."""
+    shared = processes.current()
+    if shared.size == 1:
+        return
+    state = statistic.state()
+    if isinstance(statistic, SecondMoment):
+        statistic.restore({name: shared.sum(part) for name, part in state.items()})
+        return
+    first, *others = shared.every({name: part.cpu() for name, part in state.items()})
+    statistic.restore({name: devices.here(part) for name, part in first.items()})
+    for other in others:
+        statistic.merge({name: devices.here(part) for name, part in other.items()})
 
 
 def both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
@@ -155,7 +176,7 @@ def spread(windows: Tensor, count: int) -> Tensor:
 
 def restored(requests: Sequence[Request], work: WorkDirectory | None) -> bool:
     """Fill in what a work directory has; False where it lacks any of it."""
-    saved = None if work is None else work.load(FILE)
+    saved = workdir.shared_load(work, FILE)
     if saved is None:
         return False
     states = by_name(saved[0])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from resq_compiler.analysis.overrides import TopologyOverrides
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.numerics.weights import QuantizedWeight
+from resq_compiler.util import processes
 
 FINGERPRINT = "fingerprint.json"
 LAYOUT = 3  # of these files
@@ -115,9 +116,17 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def shared_load(work: WorkDirectory | None, name: str) -> tuple[dict[str, Tensor], list[str]] | None:
+    """What the first of the processes that share the work kept under a name: it alone has the work directory."""
+    shared = processes.current()
+    saved = None if work is None else work.load(name)
+    tensors = shared.tensors_of_first(None if saved is None else saved[0])
+    return None if tensors is None else (tensors, shared.agreed([] if saved is None else saved[1]))
+
+
 def block_codes(work: WorkDirectory | None, block: int) -> tuple[list[list[QuantizedWeight]], list[str]] | None:
     """The codes of a finished block, for each group of linears its parts, and what was noted. None where it is still to do."""
-    saved = None if work is None else work.load(f"block-{block:04d}")
+    saved = shared_load(work, f"block-{block:04d}")
     if saved is None:
         return None
     tensors, notes = saved

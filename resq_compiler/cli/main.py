@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from resq_compiler import __version__
 from resq_compiler.cli.commands import COMMANDS
+from resq_compiler.cli.launched import AlreadyTold
 from resq_compiler.errors import ResqError
 
 EXIT_DONE, EXIT_BUG, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -108,7 +109,8 @@ def run(module: ModuleType, arguments: argparse.Namespace) -> int:
         return EXIT_DONE
     except (ResqError, OSError) as error:
         _log_traceback(traceback_wanted)
-        say("error", _one_line(error))
+        if not isinstance(error, AlreadyTold):
+            say("error", _one_line(error))
         return EXIT_WRONG_INPUT
     except Exception as error:
         _log_traceback(traceback_wanted)

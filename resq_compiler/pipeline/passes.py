@@ -18,6 +18,8 @@ from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import DataError
 from resq_compiler.pipeline.facts import Facts
 from resq_compiler.pipeline.options import check_options, options_text
+from resq_compiler.util import processes
+from resq_compiler.util.text import megabytes
 
 log = logging.getLogger("resq_compiler")
 
@@ -68,6 +70,20 @@ class PassContext:
     def statistics_windows(self) -> Tensor:
         """Those of the calibration windows that statistics are taken of."""
         return spread(self.windows, self.basis_samples)
+
+    def note_processes(self) -> None:
+        """Tell how many processes shared the work, if there were several."""
+        shared = processes.current()
+        if shared.size > 1:
+            self.note(
+                f"computed by {shared.size} processes, which sent {megabytes(shared.traffic.moved)} to each other; codes may differ from "
+                "those of another number of processes by rounding"
+            )
+
+    @property
+    def own_windows(self) -> Tensor:
+        """Those of the calibration windows that this process runs, of those that share the work."""
+        return processes.current().part(self.windows)
 
 
 @dataclass(frozen=True)

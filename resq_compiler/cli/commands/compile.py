@@ -9,6 +9,7 @@ from typing import Any
 
 from resq_compiler.cli.commands import common
 from resq_compiler.cli.commands.options import add_option_flags, chosen_passes
+from resq_compiler.cli.launched import joined
 from resq_compiler.errors import ConfigError
 
 TOPOLOGY_FILE = "resq_topology.yaml"  # the user's own statements, kept beside the model
@@ -58,12 +59,23 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.output is None:
         raise ConfigError("resq compile: --output DIR is missing; name the directory the compiled model goes to")
+    with joined(arguments) as group:
+        return _compile_and_write(arguments, chosen, group)
+
+
+def _compile_and_write(arguments: argparse.Namespace, chosen: Any, group: Any) -> int:
+    """Of the processes of a group the first writes, and says what was done."""
     from resq_compiler.storage.saving import check_target
+    from resq_compiler.util.processes import Processes
 
     output = arguments.output.expanduser()
-    common.check_output(output, arguments.overwrite)
-    check_target(output)
-    compiled, seconds = _compile(arguments, chosen)
+    is_first = Processes.of(group).is_first
+    if is_first:
+        common.check_output(output, arguments.overwrite)
+        check_target(output)
+    compiled, seconds = _compile(arguments, chosen, group)
+    if not is_first:
+        return 0
     compiled.save_pretrained(output)
     record = common.run_record(compiled, seconds)
     common.write_text(output / common.RECORD_FILE, common.to_json(record) + "\n")
@@ -79,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compile(arguments: argparse.Namespace, chosen: Any) -> tuple[Any, float]:
+def _compile(arguments: argparse.Namespace, chosen: Any, group: Any) -> tuple[Any, float]:
     from resq_compiler.api import compile
     from resq_compiler.util.progress import Progress
 
@@ -97,6 +109,7 @@ def _compile(arguments: argparse.Namespace, chosen: Any) -> tuple[Any, float]:
             statistics=arguments.statistics,
             dump_dir=arguments.dump,
             accept_unused_weights=arguments.accept_unused_weights,
+            process_group=group,
         )
     return compiled, time.perf_counter() - began
 
