@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from resq_compiler.errors import ConfigError, ProcessError
 from resq_compiler.util import devices
@@ -207,7 +208,7 @@ class Launched:
     def __init__(self, cuda: bool) -> None:
         """cuda: whether tensors of GPUs go from one to another. Raises ProcessError: they do not find each other."""
         try:
-            self.store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+            self.store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
             kinds = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(kinds, store=self.store, rank=rank, world_size=size, timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
