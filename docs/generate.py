@@ -26,7 +26,7 @@ GROUPS = {
         "high_fraction", "high_bits", "low_fraction", "low_bits", "site_fractions", "allocation", "average_bits",
         "model_megabytes", "rank_multiple",
     ),
-    "Changes of basis": ("basis", "basis_weighting", "key_basis", "rotation", "down_proj"),
+    "Changes of basis": ("basis", "basis_weighting", "key_basis", "online_basis", "rotation", "down_proj"),
     "Weights": (
         "weight_method", "weight_clip", "gptq_damping", "gptq_act_order", "gptq_on_quantized_activations", "gptq_token_weighting",
     ),

@@ -149,12 +149,15 @@ class AllocateBits(Pass):
     def _stream_energies(self, ctx: PassContext, felt: Felt, name: str) -> Tensor:
         """Weighted energies [d] of what attention or feed-forward of all blocks read, along the directions of their bases."""
         topology, bases = ctx.facts.get(Topology), ctx.facts.get(Bases)
-        if bases.residual is not None:
-            return along(bases.residual[None], felt[Site(name)])
-        if not bases.reading:
+        if bases.residual is None and not bases.reading:
             raise PassError("columns are shared out along a basis of the residual stream; give compute-bases a basis")
         sites = {site: found[0].node for site, found in sensitivity.places(topology).items() if site.name == name}
-        return torch.stack([along(bases.reading[node][None], felt[site]) for site, node in sites.items()]).sum(0)
+        energies = []
+        for site, node in sites.items():
+            basis = bases.reading.get(node, bases.residual)
+            assert basis is not None
+            energies.append(along(basis[None], felt[site]))
+        return torch.stack(energies).sum(0)
 
     def _down_energies(self, ctx: PassContext, block: Block, weighted: Tensor) -> Tensor:
         """Weighted energies [width] of the inputs of a block's down projections, in the order in which they get high bits.

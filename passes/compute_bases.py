@@ -22,7 +22,14 @@ from resq_compiler.analysis.amplification import residual_readers, value_readers
 from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.topology import Block, ReadGroup, Topology
 from resq_compiler.calibration import requests
-from resq_compiler.calibration.bases import Bases, BlockBasis, block_basis, permutation, random_basis
+from resq_compiler.calibration.bases import (
+    Bases,
+    BlockBasis,
+    block_basis,
+    online_matrices,
+    permutation,
+    random_basis,
+)
 from resq_compiler.calibration.statistics import Request, Statistics
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
 from resq_compiler.numerics.channels import Peak
@@ -38,7 +45,8 @@ class ComputeBases(Pass):
 
     weighting "readers": directions also count by how much the weights (for U_C the queries) that read them amplify errors.
     key_basis: U_C, one for all heads of a layer, or one for each key/value head. down "block-pca": principal directions of blocks of 64
-    channels at the inputs of down projections.
+    channels at the inputs of down projections. online: where U_A stays an operator, every input of linears has its own, or one serves all:
+    own ones cost an eigenproblem and a matrix of hidden size squared each.
     """
 
     name: ClassVar[str] = "compute-bases"
@@ -50,6 +58,7 @@ class ComputeBases(Pass):
     weighting: Literal["none", "readers"] = "none"
     key_basis: Literal["shared", "head"] = "shared"
     down: Literal["none", "block-pca"] = "none"
+    online: Literal["own", "shared"] = "own"
 
     @property
     def needs_calibration(self) -> bool:
@@ -60,7 +69,7 @@ class ComputeBases(Pass):
         found: list[Request] = []
         if self.basis in MEASURED:
             at_residual = requests.residual_moments if self.basis == "pca" else requests.residual_peaks
-            found += [*at_residual(topology), *requests.head_moments(topology)]
+            found += [*at_residual(topology, self.online == "own"), *requests.head_moments(topology)]
         if self.down == "block-pca":
             found += requests.down_moments(topology)
         return found
@@ -73,11 +82,13 @@ class ComputeBases(Pass):
         elif self.basis == "weights":
             bases = of_weights(gm, topology, ctx.seed, down)
         elif self.basis == "outliers":
-            bases = ordered(topology, seen, self.key_basis == "shared", down)
+            bases = ordered(topology, seen, self.key_basis == "shared", self.online == "own", down)
         elif self.basis == "none":
             bases = Bases(down=down)
         else:
             bases = drawn(topology, self.basis, ctx.seed, down)
+        if bases.reading:
+            ctx.lines.append(online_line(topology, bases))
         ctx.facts.put(bases)
         return 0
 
@@ -101,7 +112,7 @@ class ComputeBases(Pass):
         key = tuple(each_basis(keys) for _, keys in heads)
         if self.key_basis == "shared":
             key = tuple(u[0] for u in key)
-        return Bases(*stream_bases(topology, of_stream), value, key, down)
+        return Bases(*stream_bases(topology, of_stream, self.online == "own"), value, key, down)
 
     def _head_moments(self, gm: GraphModule, seen: Statistics, block: Block) -> tuple[Tensor, Tensor]:
         """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
@@ -125,18 +136,26 @@ def agreed(basis: Tensor) -> Tensor:
 
 
 def stream_bases(
-    topology: Topology, basis_of: Callable[[Site, list[ReadGroup]], Tensor]
+    topology: Topology, basis_of: Callable[[Site, list[ReadGroup]], Tensor], own: bool
 ) -> tuple[Tensor | None, dict[Node, Tensor]]:
-    """U_A of the whole stream; or none, and one of each value that linears read, where it stays online: every value may have its own."""
-    groups = requests.residual_groups(topology)
+    """U_A of the whole stream, if it fuses; and one of each value that linears read where it stays online: its own, or one for all."""
+    groups = requests.residual_groups(topology, own)
     found = {site: basis_of(site, sharing) for site, sharing in groups.items()}
-    if topology.residual.fusable:
-        return found[requests.RESIDUAL], {}
-    return None, {group.value: found[site] for site, sharing in groups.items() for group in sharing}
+    residual = found.pop(requests.RESIDUAL, None)
+    return residual, {group.value: basis for site, basis in found.items() for group in groups[site]}
+
+
+def online_line(topology: Topology, bases: Bases) -> str:
+    """What U_A costs where it stays an operator."""
+    different, each = online_matrices(bases), topology.hidden_size**2
+    return (
+        f"U_A online before {len(bases.reading)} inputs of linears: {different} matrices of {topology.hidden_size}², "
+        f"{4 * different * each / 1e6:.1f} MB in float32, {len(bases.reading) * each:,} multiplications a token"
+    )
 
 
 def ordered(
-    topology: Topology, seen: Statistics, shared: bool, down: dict[Node, BlockBasis]
+    topology: Topology, seen: Statistics, shared: bool, own: bool, down: dict[Node, BlockBasis]
 ) -> Bases:  # fmt: skip
     """Permutations of channels by their size; of keys one for all heads of a block (shared) or one for each."""
 
@@ -149,7 +168,7 @@ def ordered(
         key = tuple(permutation(sizes("key", i).mean(0)) for i in blocks)
     else:
         key = tuple(torch.stack([permutation(size) for size in sizes("key", i)]) for i in blocks)
-    stream = stream_bases(topology, lambda site, _: permutation(seen.get(Peak, site).sizes))
+    stream = stream_bases(topology, lambda site, _: permutation(seen.get(Peak, site).sizes), own)
     return Bases(*stream, value, key, down)
 
 
@@ -170,4 +189,4 @@ def drawn(topology: Topology, kind: str, seed: int, down: dict[Node, BlockBasis]
         torch.stack([random_basis(a.value_dim, kind, seed, "head")] * a.num_kv_heads) for a in heads
     )  # fmt: skip
     key = tuple(random_basis(a.head_dim, kind, seed, "key") for a in heads)
-    return Bases(*stream_bases(topology, lambda *_: residual), value, key, down)
+    return Bases(*stream_bases(topology, lambda *_: residual, False), value, key, down)

@@ -8,17 +8,17 @@ Where every norm on the stream is a LayerNorm, its mean subtraction moves into t
 lose their mean over the hidden dimension, after which LayerNorm and RMSNorm agree (SliceGPT, arXiv 2401.15024, section 3.2).
 Models with RMSNorm are not centred: that would change them. Arithmetic in float64, rounded once.
 
-Where folding would cost more than `most_lost` dB of what 8-bit activations keep (analysis/folding.py; mean over the reading linears, on a
-calibration window), U_A of the whole stream stays online, as the override `residual: {fusable: false}` says.
+A gain often puts down a channel that is far larger than all others, and quantized before it the others would be lost. What that costs is
+estimated for every norm on a calibration window (analysis/folding.py). Above `most_lost` dB the norm keeps its gain, and the linears get
+a basis of their own behind it, whose product stays an operator: one matrix of hidden size squared. Where that is so at all norms, or
+where U_A stays online anyway (post-norm models), nothing is folded.
 
-Where U_A stays online (post-norm models) nothing is folded: it is multiplied in behind the gain, and what is quantized is the value with
-its gain. A gain often puts down a channel that is far larger than all others, and quantized before it the others would be lost.
+U_B and U_D ask no such question: they are orthogonal, no gain moves with them, and values are quantized in the basis that they make.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -31,6 +31,7 @@ from resq_compiler.analysis.folding import FoldingCost
 from resq_compiler.analysis.topology import ReadGroup, Topology
 from resq_compiler.calibration.statistics import both, observe
 from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir.args import set_argument
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
 from resq_compiler.ir.views import Embedding, Linear, Norm
 from resq_compiler.pipeline.options import option
@@ -40,36 +41,33 @@ from resq_compiler.util.text import number, table
 
 LAYER_NORM = aten.layer_norm.default
 TOKENS = 256  # enough: what matters is in every token
-HEADER = ("norm", "8 bits before the gain, dB", "behind it, dB", "lost, dB")
+HEADER = ("norm", "folding costs, dB", "gain")
 
 
 @dataclass(frozen=True)
 class FoldNorms(Pass):
-    """Fold gains, biases and means of the norms that read the residual stream."""
+    """Fold gains, biases and means of the norms that read the residual stream.
+
+    most_lost: dB that folding may cost the values that linears read. high_fraction: of columns that will have 8 bits, for the estimate.
+    """
 
     name: ClassVar[str] = "fold-norms"
     requires: ClassVar[tuple[type, ...]] = (Topology,)
 
-    most_lost: float = option(12.0, 0)
+    most_lost: float = option(8.0, 0)
+    high_fraction: float = option(1 / 8, 0, 0.5)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         topology = ctx.facts.get(Topology)
         residual = topology.residual
         if residual.fusable and ctx.calibration is not None:
-            costs = measure_costs(gm, topology, ctx)
-            ctx.lines += lines_of(costs)
-            lost = statistics.fmean(cost.lost for _, cost in costs) if costs else 0.0
-            if lost > self.most_lost:
-                residual.fusable = False
-                ctx.note(
-                    f"U_A stays online before attention and feed-forward: folding the gains of norms would cost 8-bit activations "
-                    f"{lost:.0f} dB, more than {self.most_lost:g} (fold-norms, most-lost); it is two matrices for each block"
-                )
+            self._choose(gm, topology, ctx)
         if not residual.fusable:
             return 0
         done = 0
         for group in residual.readers:
-            if group.norm is not None and fold_gain(gm, group.norm, group.linears):
+            fold = fold_bias if group.online else fold_gain
+            if group.norm is not None and fold(gm, group.norm, group.linears):
                 done += 1
                 memory.trim()  # the weights before
         norms = [group for group in residual.readers if is_call(group.norm, LAYER_NORM)]
@@ -82,10 +80,29 @@ class FoldNorms(Pass):
         graph_tools.delete_unused_tensors(gm)
         return done
 
+    def _choose(self, gm: GraphModule, topology: Topology, ctx: PassContext) -> None:
+        """Say which norms keep their gains."""
+        costs = measure_costs(gm, topology, self.high_fraction, ctx)
+        for group, cost in costs:
+            group.online = cost.lost > self.most_lost
+        ctx.lines += lines_of(costs)
+        kept = [group for group, _ in costs if group.online]
+        if not kept:
+            return
+        topology.residual.fusable = len(kept) < len(topology.readers)
+        worst = max(cost.lost for _, cost in costs)
+        ctx.note(
+            f"U_A stays online before {len(kept)} of {len(topology.readers)} inputs of attention and feed-forward "
+            f"({graph_tools.module_of(kept[0].value)}, ...): folding the gains of their norms would cost up to {worst:.0f} dB, more than "
+            f"{self.most_lost:g} (fold-norms, most-lost); a matrix of {topology.hidden_size}² each"
+        )
 
-def measure_costs(gm: GraphModule, topology: Topology, ctx: PassContext) -> list[tuple[ReadGroup, FoldingCost]]:
+
+def measure_costs(
+    gm: GraphModule, topology: Topology, high: float, ctx: PassContext
+) -> list[tuple[ReadGroup, FoldingCost]]:
     """What folding costs every group of linears, on the beginning of a calibration window."""
-    costs = [(group, cost) for group in topology.readers if (cost := FoldingCost.of(gm, group)) is not None]
+    costs = [(group, cost) for group in topology.readers if (cost := FoldingCost.of(gm, group, high)) is not None]
     taps: dict[Node, Callable[[Tensor], None]] = {}
     for group, cost in costs:
         x = Norm.require(group.norm).x
@@ -98,9 +115,9 @@ def measure_costs(gm: GraphModule, topology: Topology, ctx: PassContext) -> list
 def lines_of(costs: list[tuple[ReadGroup, FoldingCost]]) -> list[str]:
     """The table of this stage."""
     rows = [
-        (graph_tools.module_of(group.value), *(number(v / cost.tokens, 1) for v in (cost.before, cost.behind)), number(cost.lost, 1))
+        (graph_tools.module_of(group.value), number(cost.lost, 1), "kept, U_A online" if group.online else "folded")
         for group, cost in costs
-    ]  # fmt: skip
+    ]
     return table(HEADER, rows).splitlines() if rows else []
 
 
@@ -119,6 +136,18 @@ def fold_gain(gm: GraphModule, node: Node, linears: list[Node]) -> bool:
     return True
 
 
+def fold_bias(gm: GraphModule, node: Node, linears: list[Node]) -> bool:
+    """Move the bias of a norm into the linears; the gain stays. False if it has none."""
+    norm = Norm.require(node)
+    if norm.bias is None:
+        return False
+    bias = graph_tools.get_tensor(gm, norm.bias).double()
+    for linear in map(Linear.require, linears):
+        add_to_bias(gm, linear, linear.weight_tensor(gm).double() @ bias)
+    set_argument(node, "bias", None)
+    return True
+
+
 def center(gm: GraphModule, writer: Node) -> None:
     """Remove the mean over the hidden dimension from what a linear or embedding writes."""
     embedding = Embedding.of(writer)
@@ -133,9 +162,9 @@ def center(gm: GraphModule, writer: Node) -> None:
 
 
 def to_rms_norm(node: Node) -> Node:
-    """Replace a bare LayerNorm of a centred stream by RMSNorm."""
+    """Replace a LayerNorm without bias, of a centred stream, by RMSNorm."""
     norm = Norm.require(node)
-    return rewrite(node, ops.rms_norm, (norm.x, None, norm.eps), FoldNorms.name)
+    return rewrite(node, ops.rms_norm, (norm.x, norm.gain, norm.eps), FoldNorms.name)
 
 
 def add_to_bias(gm: GraphModule, linear: Linear, value: Tensor) -> None:

@@ -3,7 +3,9 @@
     U_A  residual stream:  project after every writer, inverse before every reader.  A permutation passes the gain of the reading norm,
          which is permuted with it; any other basis needs a norm without one (fold-norms).  Where norms with a gain write into the
          stream (post-norm models) U_A cannot pass them: project and inverse then stand together before the reading linears,
-         behind the gain, and the projection stays an operator of its own; every value that linears read has its own basis.
+         behind the gain, and the projection stays an operator of its own; every value that linears read has its own basis.  So do
+         linears whose norm keeps its gain (fold-norms) in a stream that changes basis: out of U, the gain, and into their basis are
+         one matrix.
     U_B  values: project_heads before the cache, inverse after attention.
     U_C  queries and keys, after RoPE: project both; the product q kᵀ does not change.
     U_D  input of down projections: Hadamard transform and its inverse; inside each part where channels are split by energy. Before it,
@@ -14,7 +16,6 @@ Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,11 +23,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
-from resq_compiler.analysis.topology import Attention, Topology
+from resq_compiler.analysis.topology import Attention, ReadGroup, Topology
 from resq_compiler.calibration.bases import Bases, BlockBasis, order_of
 from resq_compiler.errors import PassError
-from resq_compiler.ir import graph_tools, meta, values
+from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.args import set_argument, source
+from resq_compiler.ir.graph_tools import emit
 from resq_compiler.ir.transforms import Placing, factors_of
 from resq_compiler.ir.views import Norm
 from resq_compiler.numerics.hadamard import hadamard_plan
@@ -58,7 +60,7 @@ class InsertProjections(Pass):
         if bases.residual is not None:
             done += insert_residual(gm, topology, bases.residual, ctx)
         if bases.reading:
-            done += insert_reading(gm, topology, bases.reading, ctx)
+            done += insert_reading(gm, topology, bases, ctx)
         for block in topology.blocks:
             if bases.value:
                 done += insert_value(gm, block.attention, bases.value[block.index], block.index, ctx)
@@ -76,10 +78,11 @@ def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor, ctx: Pas
     residual = topology.residual
     for writer in residual.writers:
         u.forward(writer, writer.users, meta.Projection("U_A"))
-    for group in residual.readers:
+    fused = [group for group in residual.readers if not group.online]
+    for group in fused:
         pass_norm(gm, group.norm, order_of(basis))
         u.inverse(group.value, group.linears, meta.Projection("U_A", inverse=True))
-    return len(residual.writers) + len(residual.readers)
+    return len(residual.writers) + len(fused)
 
 
 def pass_norm(gm: GraphModule, node: Node | None, order: Tensor | None) -> None:
@@ -100,8 +103,8 @@ def pass_norm(gm: GraphModule, node: Node | None, order: Tensor | None) -> None:
         set_argument(norm.node, name, graph_tools.add_tensor(gm, target, value, InsertProjections.name))
 
 
-def insert_reading(gm: GraphModule, topology: Topology, bases: Mapping[Node, Tensor], ctx: PassContext) -> int:
-    """U_A before the linears that read a value, where the stream itself cannot change basis. Equal bases are one tensor."""
+def insert_reading(gm: GraphModule, topology: Topology, bases: Bases, ctx: PassContext) -> int:
+    """U_A before the linears where it stays online. Equal bases of a stream that keeps its own are one tensor."""
     residual = topology.residual
     names = ", ".join(sorted({graph_tools.module_of(n) for n in residual.gained_writers})[:2])
     if names:
@@ -110,14 +113,33 @@ def insert_reading(gm: GraphModule, topology: Topology, bases: Mapping[Node, Ten
     elif ctx.overrides is not None and ctx.overrides.fusable is False:
         ctx.note("U_A stays online before attention and feed-forward: the topology override says so")
     made: dict[int, Placing] = {}
-    for group in topology.readers:
-        basis = bases[group.value]
+    name = "U_A" if bases.residual is None else "U_A_own"  # U_A itself is a tensor of the stream
+    for i, group in enumerate(topology.online):
+        basis = bases.reading[group.value]
         if id(basis) not in made:
-            made[id(basis)] = place(gm, ctx, Rotation(basis), f"U_A.{len(made)}", topology.head, InsertProjections)
-        u = made[id(basis)]
-        projected = u.forward(group.value, group.linears, meta.Projection("U_A", online=True))
+            made[id(basis)] = place(gm, ctx, Rotation(basis), f"{name}.{len(made)}", topology.head, InsertProjections)
+        u, online = made[id(basis)], meta.Projection("U_A", online=True)
+        if bases.residual is None:
+            projected = u.forward(group.value, group.linears, online)
+        else:
+            projected = insert_change(gm, group, bases.residual, basis, f"resq.U_A_change.{i}", u.like)
         u.inverse(projected, group.linears, meta.Projection("U_A", inverse=True))
-    return 2 * len(topology.readers)
+    return 2 * len(topology.online)
+
+
+def insert_change(gm: GraphModule, group: ReadGroup, stream: Tensor, basis: Tensor, name: str, like: Tensor) -> Node:
+    """Of a norm of the stream x U, without gain: n U -> n diag(g) U', with one matrix Uᵀ diag(g) U'."""
+    norm = Norm.of(group.norm)
+    matrix = stream.mT @ basis
+    if norm is not None and norm.gain is not None:
+        matrix = stream.mT @ (graph_tools.get_tensor(gm, norm.gain).double()[:, None] * basis)
+        norm.drop_affine()
+    tensor = graph_tools.add_tensor(gm, name, matrix.to(like.device, like.dtype), InsertProjections.name)
+    with gm.graph.inserting_after(group.value):
+        projected = emit(gm.graph, ops.project, (group.value, tensor), group.value, InsertProjections.name)
+    for linear in group.linears:
+        linear.replace_input_with(group.value, projected)
+    return meta.put(projected, meta.Projection("U_A", online=True))
 
 
 def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int, ctx: PassContext) -> int:

@@ -47,15 +47,16 @@ class Place:
 
 
 def places(topology: Topology) -> dict[Site, list[Place]]:
-    """Where the values of each site are. Attention inputs of all blocks are one site where they share U_A, and feed-forward inputs too."""
+    """Where the values of each site are. Attention inputs that share U_A are one site, and feed-forward inputs too."""
     found: dict[Site, list[Place]] = {}
-    shared = topology.residual.fusable
+    alone = {group.value for group in topology.online}
     for block in topology.blocks:
         a, i = block.attention, block.index
-        found.setdefault(Site("attention", None if shared else i), []).append(Place(source(a.q)))
+        x = source(a.q)
+        found.setdefault(Site("attention", i if x in alone else None), []).append(Place(x))
         for j, f in enumerate(block.feed_forwards):
-            site = Site("mlp") if shared else Site("mlp", i, j)
-            found.setdefault(site, []).append(Place(source((*f.gates, *f.ups)[0])))
+            x = source((*f.gates, *f.ups)[0])
+            found.setdefault(Site("mlp", i, j) if x in alone else Site("mlp"), []).append(Place(x))
         found[Site("o", i)] = [Place(source(a.o), a.num_heads)]
         found[Site("down", i)] = [Place(source(f.down), channels=True) for _, f in block.main_feed_forwards]
         found[Site("key", i)] = [Place(a.new_keys, a.num_kv_heads)]

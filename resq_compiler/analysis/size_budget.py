@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.calibration.bases import Bases
+from resq_compiler.calibration.bases import Bases, online_matrices
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools
 from resq_compiler.ir.views import Linear
@@ -77,7 +77,7 @@ def prefix_bytes(topology: Topology, tokens: int) -> int:
 
 def projection_bytes(topology: Topology, plan: ColumnPlan, bases: Bases) -> int:
     """Bases that stay online: U_C, U_A where norms write into the stream, U_B where values are no plain linear, blocks of U_D; float32."""
-    values = sum(u.numel() for u in {id(u): u for u in bases.reading.values()}.values())
+    values = online_matrices(bases) * topology.hidden_size**2
     for block in topology.blocks:
         a = block.attention
         if plan.kv_bits < FLOAT_BITS:

@@ -14,11 +14,15 @@ from resq_compiler.ir.views import AppendCache
 
 @dataclass
 class ReadGroup:
-    """Linears that read the residual stream through the same value. `norm` is None where they read it directly."""
+    """Linears that read the residual stream through the same value. `norm` is None where they read it directly.
+
+    online: U_A is multiplied in before them at run time, behind the norm's gain, though it fuses elsewhere.
+    """
 
     value: Node
     norm: Node | None
     linears: list[Node]
+    online: bool = False
 
 
 @dataclass
@@ -140,6 +144,11 @@ class Topology:
     def readers(self) -> list[ReadGroup]:
         """The groups of linears inside blocks that read the residual stream."""
         return [group for group in self.residual.readers if self.head not in group.linears]
+
+    @property
+    def online(self) -> list[ReadGroup]:
+        """Those of them before which U_A is an operator of its own: all where it cannot be multiplied into the writers of the stream."""
+        return [group for group in self.readers if group.online or not self.residual.fusable]
 
     @property
     def linears(self) -> list[Node]:

@@ -32,7 +32,7 @@ class BlockBasis:
 class Bases:
     """A fact: orthogonal bases in float64, columns [low | high]; None, or empty, where a recipe has none.
 
-    residual U_A [d, d] of the whole stream; reading: in its place, where U_A stays online, U_A [d, d] of every value that linears read;
+    residual U_A [d, d] of the whole stream; reading: where U_A stays online, U_A [d, d] of every value that linears read;
     value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; down: what stands before U_D's Hadamard transform, by down
     projection.
     """
@@ -42,6 +42,11 @@ class Bases:
     value: tuple[Tensor, ...] = ()
     key: tuple[Tensor, ...] = ()
     down: Mapping[Node, BlockBasis] = field(default_factory=dict)
+
+
+def online_matrices(bases: Bases) -> int:
+    """Matrices [d, d] that U_A has in the graph where it stays online: in a stream that changes basis each holds a norm's gain too."""
+    return len(bases.reading) if bases.residual is not None else len({id(u) for u in bases.reading.values()})
 
 
 def block_basis(moment: Tensor) -> BlockBasis:
@@ -77,9 +82,9 @@ def rotated(bases: Bases, plan: ColumnPlan, kind: str, seed: int) -> Bases:
         return (devices.here(basis) @ devices.here(rotation)).cpu()
 
     residual = None if bases.residual is None else turn(bases.residual, "residual", "attention", "mlp")
-    reading = {
-        node: turn(u, f"residual.{i}", "attention", "mlp") for i, (node, u) in enumerate(bases.reading.items())
-    }  # fmt: skip
+    different = {id(u): u for u in bases.reading.values()}
+    turned = {key: turn(u, f"residual.{i}", "attention", "mlp") for i, (key, u) in enumerate(different.items())}
+    reading = {node: turned[id(u)] for node, u in bases.reading.items()}
     value = [
         torch.stack([turn(u, f"value.{i}.{g}", "value", "o", block=i) for g, u in enumerate(heads)])
         for i, heads in enumerate(bases.value)

@@ -23,28 +23,36 @@ BLOCK = 64
 """Channels of a down projection's input that share a basis with block PCA: their largest common divisor with the width."""
 
 RESIDUAL = Site("residual")
+READER = "reader"
+"""Name of the sites of values before which U_A stays online."""
 
 
-def residual_moments(topology: Topology) -> list[Request]:
+def residual_moments(topology: Topology, own: bool = True) -> list[Request]:
     """SecondMoment of the inputs of attention and feed-forward, for each basis that they have: [d, d]."""
     return [
         Request(site, SecondMoment(stream_name(site), topology.hidden_size, dtype=precision.dtype()), values_of(groups))
-        for site, groups in residual_groups(topology).items()
+        for site, groups in residual_groups(topology, own).items()
     ]
 
 
-def residual_peaks(topology: Topology) -> list[Request]:
+def residual_peaks(topology: Topology, own: bool = True) -> list[Request]:
     """Peak of the channels of the same values: [d]."""
     return [
-        Request(site, Peak(stream_name(site)), values_of(groups)) for site, groups in residual_groups(topology).items()
+        Request(site, Peak(stream_name(site)), values_of(groups))
+        for site, groups in residual_groups(topology, own).items()
     ]  # fmt: skip
 
 
-def residual_groups(topology: Topology) -> dict[Site, list[ReadGroup]]:
-    """The readers of the residual stream that share a basis: all of them, or each alone where U_A stays online."""
-    if topology.residual.fusable:
-        return {RESIDUAL: topology.readers}
-    return {Site(RESIDUAL.name, index=i): [group] for i, group in enumerate(topology.readers)}
+def residual_groups(topology: Topology, own: bool = True) -> dict[Site, list[ReadGroup]]:
+    """The readers of the residual stream that share a basis: all that U_A fuses into; where it stays online each alone, or all of
+    these (own False).
+    """
+    online = topology.online
+    fused = [group for group in topology.readers if group not in online]
+    alone = {Site(READER, index=i): [group] for i, group in enumerate(topology.readers) if group in online}
+    if online and not own:
+        alone = {Site(READER): online}
+    return {RESIDUAL: fused, **alone} if fused else alone
 
 
 def values_of(groups: list[ReadGroup]) -> tuple[Node, ...]:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from resq_compiler.ir import graph_tools, meta, values
 from resq_compiler.ir.views import AppendCache, Embedding, Linear, SplitHeads
 from resq_compiler.numerics.hadamard import hadamard_plan
+from resq_compiler.numerics.transforms import HadamardRotation
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
-    from resq_compiler.analysis.topology import Attention, Block, Experts, FeedForward, Residual, Topology
+    from resq_compiler.analysis.topology import Attention, Block, Experts, FeedForward, Topology
 
 
 def topology_dict(topology: Topology) -> dict[str, Any]:
@@ -32,9 +33,9 @@ def topology_dict(topology: Topology) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def not_fused(topology: Topology) -> list[dict[str, str]]:
-    """What the default recipe cannot fuse: basis, where, and why."""
-    rows = [*_stream_rows(topology.residual)]
+def not_fused(topology: Topology) -> list[dict[str, Any]]:
+    """What the default recipe cannot fuse: basis, where, why, and what it costs: multiplications a token, and bytes of float32 bases."""
+    rows = [*_stream_rows(topology)]
     for block in topology.blocks:
         rows += _attention_rows(block.attention, f"block {block.index}")
         for feed_forward in block.feed_forwards:
@@ -42,27 +43,34 @@ def not_fused(topology: Topology) -> list[dict[str, str]]:
     return rows
 
 
-def _stream_rows(stream: Residual) -> list[dict[str, str]]:
-    if stream.fusable:
+def _row(basis: str, where: str, why: str, products: int = 0, values: int = 0) -> dict[str, Any]:
+    """values: in the bases."""
+    return {"basis": basis, "where": where, "why": why, "multiplications": products, "bytes": 4 * values}
+
+
+def _stream_rows(topology: Topology) -> list[dict[str, Any]]:
+    stream, groups = topology.residual, topology.online
+    if not groups:
         return []
-    if not stream.gained_writers:
-        return [{"basis": "U_A", "where": "residual stream", "why": "the topology override says so"}]
-    first = graph_tools.module_of(stream.gained_writers[0]) or stream.gained_writers[0].name
-    why = (
-        f"{len(stream.gained_writers)} norms with a gain write into the stream ({first}, ...); a rotation does not commute with a "
-        "gain, so U_A is multiplied in before each group of reading linears at run time, each with a basis of its own"
-    )
-    return [{"basis": "U_A", "where": "residual stream", "why": why}]
+    if stream.gained_writers:
+        first = graph_tools.module_of(stream.gained_writers[0]) or stream.gained_writers[0].name
+        why = (
+            f"{len(stream.gained_writers)} norms with a gain write into the stream ({first}, ...); a rotation does not commute with "
+            "a gain, so U_A is multiplied in before each group of reading linears at run time, each with a basis of its own"
+        )
+    elif any(group.online for group in groups):
+        first = graph_tools.module_of(groups[0].value) or groups[0].value.name
+        why = f"{len(groups)} norms ({first}, ...) keep their gains, which would cost too much in the weights (fold-norms)"
+    else:
+        why = "the topology override says so"
+    values = len(groups) * topology.hidden_size**2
+    return [_row("U_A", "residual stream", why, values, values)]
 
 
-def _attention_rows(attention: Attention, where: str) -> list[dict[str, str]]:
-    rows = [
-        {
-            "basis": "U_C",
-            "where": where,
-            "why": "position embedding stands between the q and k projections and the cache",
-        }
-    ]
+def _attention_rows(attention: Attention, where: str) -> list[dict[str, Any]]:
+    why = "position embedding stands between the q and k projections and the cache"
+    square = attention.head_dim**2
+    rows = [_row("U_C", where, why, (attention.num_heads + attention.num_kv_heads) * square, square)]
     if not attention.value_is_linear:
         node = AppendCache.require(attention.value_cache).new
         split = SplitHeads.of(node)
@@ -70,20 +78,21 @@ def _attention_rows(attention: Attention, where: str) -> list[dict[str, str]]:
         why = (
             "the topology override says so" if direct else f"{node.name} stands between the v projection and the cache"
         )
-        rows.append({"basis": "U_B", "where": where, "why": why})
+        values = attention.num_kv_heads * attention.value_dim**2
+        rows.append(_row("U_B", where, why, values, values))
     return rows
 
 
-def _feed_forward_rows(feed_forward: FeedForward, where: str) -> list[dict[str, str]]:
+def _feed_forward_rows(feed_forward: FeedForward, where: str) -> list[dict[str, Any]]:
     width = values.width(Linear.require(feed_forward.down).x)
     plan = hadamard_plan(width)
     why = "the activation function stands before down; its inverse is fused"
     if not plan.full_width:
         why += f"; a block transform of width {plan.block} on {width} channels: {plan.reason}"
-    rows = [{"basis": "U_D", "where": where, "why": why}]
+    rows = [_row("U_D", where, why, HadamardRotation((width,)).products)]
     if not feed_forward.channelwise:
         mixes = "operators before down mix channels, so down_proj=energy-split and outliers are not possible"
-        rows.append({"basis": "channel order", "where": where, "why": mixes})
+        rows.append(_row("channel order", where, mixes))
     return rows
 
 
@@ -129,6 +138,8 @@ def topology_text(name: str, found: dict[str, Any]) -> str:
     """A tree; neighbouring blocks of one shape are shown once."""
     stream, embedding = found["residual"], found["residual"]["writers"][0]
     fused = "U_A fuses into every writer and reader" if stream["fusable"] else "U_A stays online, see below"
+    if stream["fusable"] and any(row["basis"] == "U_A" for row in found["not_fused"]):
+        fused = "U_A fuses into every writer and all readers but some, see below"
     lines = [
         f"{name}",
         f"├─ residual stream: {found['hidden_size']} channels, starts at {embedding}; {fused}",
@@ -144,20 +155,24 @@ def topology_text(name: str, found: dict[str, Any]) -> str:
     return "\n".join(lines + _reason_lines(found["not_fused"]))
 
 
-def _reason_lines(rows: list[dict[str, str]]) -> list[str]:
-    """Equal reasons of several blocks in one line."""
-    places: dict[tuple[str, str], list[str]] = {}
+def _reason_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Equal reasons of several blocks in one line, with what they cost together."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        places.setdefault((row["basis"], row["why"]), []).append(row["where"])
+        alike.setdefault((row["basis"], row["why"]), []).append(row)
     lines = []
-    for (basis, why), where in places.items():
-        span = (
-            where[0]
-            if len(where) == 1
-            else f"{where[0].replace('block', 'blocks')} to {where[-1].removeprefix('block ')}"
-        )
-        lines.append(f"     {basis} ({span}): {why}")
+    for (basis, why), members in alike.items():
+        first, last = members[0]["where"], members[-1]["where"]
+        span = first if len(members) == 1 else f"{first.replace('block', 'blocks')} to {last.removeprefix('block ')}"
+        lines.append(f"     {basis} ({span}{_cost_text(members)}): {why}")
     return lines
+
+
+def _cost_text(rows: list[dict[str, Any]]) -> str:
+    products, size = (sum(row[name] for row in rows) for name in ("multiplications", "bytes"))
+    if not products:
+        return ""
+    return f"; {products:,} multiplications a token" + (f", {size / 1e3:,.1f} kB" if size else "")
 
 
 def _runs(blocks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

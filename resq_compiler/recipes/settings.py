@@ -59,6 +59,7 @@ class CompileConfig:
     basis: Literal["pca", "weights", "hadamard", "outliers", "none"] = "pca"
     basis_weighting: Literal["none", "readers"] = "none"
     key_basis: Literal["shared", "head"] = "shared"
+    online_basis: Literal["own", "shared"] = "own"
     rotation: Literal["hadamard", "orthogonal", "none"] = "hadamard"
     down_proj: Literal["hadamard", "energy-split", "block-pca", "outliers", "none"] = "hadamard"
     weight_method: Literal["rtn", "gptq"] = "gptq"

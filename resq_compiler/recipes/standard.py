@@ -54,7 +54,7 @@ def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
     channels = ORDERS.get(s.down_proj)
     return (
         *NAMING,
-        *([FoldNorms()] if s.basis in ROTATED else []),
+        *([fold_norms(s)] if s.basis in ROTATED else []),
         *([SmoothChannels(s.smooth_alpha), FuseProjections("refused")] if s.smooth_alpha is not None else []),
         plan_columns(s),
         *([SearchScales(), FuseProjections("refused")] if s.scale_search else []),
@@ -73,6 +73,12 @@ def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
     )
 
 
+def fold_norms(s: CompileConfig) -> FoldNorms:
+    """The share of high columns is that of all sites, none where the main bits reach their bits."""
+    parts = min(s.weight_bits, s.activation_bits) < s.high_bits
+    return FoldNorms(high_fraction=s.high_fraction if parts else 0.0)
+
+
 def plan_columns(s: CompileConfig) -> PlanColumns:
     """Bits of every column."""
     return PlanColumns(
@@ -87,7 +93,9 @@ def compute_bases(s: CompileConfig) -> ComputeBases:
     """Where the order of columns comes from. Without an order, a random rotation of the whole width."""
     down: Literal["block-pca", "none"] = "block-pca" if s.down_proj == "block-pca" else "none"
     random: Literal["orthogonal", "hadamard"] = "orthogonal" if s.rotation == "orthogonal" else "hadamard"
-    return ComputeBases(random if s.basis == "hadamard" else s.basis, s.basis_weighting, s.key_basis, down)
+    return ComputeBases(
+        random if s.basis == "hadamard" else s.basis, s.basis_weighting, s.key_basis, down, s.online_basis
+    )
 
 
 def experts(s: CompileConfig) -> tuple[int, bool, Literal["error", "layer"]]:

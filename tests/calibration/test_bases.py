@@ -10,7 +10,7 @@ from resq_compiler.calibration import requests
 from resq_compiler.calibration.bases import Bases, permutation
 from resq_compiler.calibration.statistics import Request, Statistics, spread, take
 from resq_compiler.errors import DataError
-from resq_compiler.ir import ops
+from resq_compiler.ir import meta, ops
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
 from resq_compiler.numerics.channels import Energy, Peak
 from resq_compiler.tiny import tiny_tokens
@@ -162,11 +162,31 @@ def test_where_u_a_stays_online_every_value_has_the_basis_of_its_own_moments(bui
         torch.testing.assert_close(high @ high.T, top @ top.T, rtol=0, atol=1e-3)  # float32 activations
 
 
+def test_where_u_a_stays_online_one_basis_may_serve_all(build):
+    """Of the pooled moments of what linears read, and one matrix in the graph; the stage says what both cost."""
+    own, shared = (build("gemma2", "partition-linears", online_basis=online) for online in ("own", "shared"))
+    bases = list(shared.bases.reading.values())
+    assert len(bases) == 4 and all(u is bases[0] for u in bases)
+    before = [build("gemma2", "rotate-bases", online_basis=online).seen for online in ("own", "shared")]
+    moments = [before[0].get(SecondMoment, Site("reader", index=i)).mean() for i in range(4)]
+    pooled = before[1].get(SecondMoment, Site("reader")).mean()
+    torch.testing.assert_close(pooled, torch.stack(moments).mean(0), rtol=1e-5, atol=1e-6)
+    counts = []
+    for built in (own, shared):
+        nodes = [n for n in built.gm.graph.nodes if (f := meta.get(n, meta.Projection)) and f.basis == "U_A"]
+        counts.append((len(nodes), len({n.args[1] for n in nodes})))
+        (line,) = [line for stage in built.pipeline.stages for line in stage.lines if line.startswith("U_A online")]
+        assert (
+            f"before 4 inputs of linears: {counts[-1][1]} matrices of 64²" in line and "16,384 multiplications" in line
+        )
+    assert counts == [(4, 4), (4, 1)]
+
+
 def test_u_a_online_sees_values_with_their_gains(build, tiny):
     """gemma2: moments are those of the norm's output as the linears of the model read it."""
     built, seen = build("gemma2", "rotate-bases"), hooked(tiny("gemma2"), tiny_tokens(4, 32))
     x = seen["model.layers.1.mlp.up_proj"]
-    moment = built.seen.get(SecondMoment, Site("residual", index=3)).mean()
+    moment = built.seen.get(SecondMoment, Site("reader", index=3)).mean()
     torch.testing.assert_close(moment, x.T @ x / 128, rtol=1e-4, atol=1e-5)
 
 

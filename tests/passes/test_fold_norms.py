@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from resq_compiler.passes import FoldNorms
 from resq_compiler.passes.fold_norms import measure_costs
 
-from resq_compiler.ir import graph_tools, ops
+from resq_compiler.analysis.folding import FoldingCost
+from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import aten
 from resq_compiler.ir.views import Embedding, Norm
+from resq_compiler.numerics import seeds
+from resq_compiler.numerics.rotation import part_rotation
 
 LAYER_NORM = aten.layer_norm.default
 FP64 = 1e-9  # relative; float64 rounding of a two-layer model is near 1e-14
@@ -46,28 +51,87 @@ def test_leaves_alone_models_whose_stream_cannot_change_basis(family, build):
     assert all(gain is not None for gain in norm_gains(built))
 
 
-def test_where_folding_costs_too_much_nothing_is_folded(build):
-    """A channel 1,000 times the others, put down by the gains: U_A of the stream stays online, with a note and a table that say why."""
-    built = build("llama", "fold-norms")
+def with_an_enormous_channel(built):
+    """A channel 1,000 times the others from the embedding on, put down by the gains."""
     embedding = next(n for n in built.topology.residual.writers if Embedding.of(n))
     table = Embedding.require(embedding).table_tensor(built.gm).clone()
     table[:, 3] = 250.0
     graph_tools.set_tensor(built.gm, str(Embedding.require(embedding).table.target), table)
     for group in built.topology.readers:
-        gain = torch.full((64,), 100.0).index_fill(0, torch.tensor([3]), 1e-3)
+        gain = torch.full((64,), 4.0).index_fill(0, torch.tensor([3]), 1e-3)
         graph_tools.set_tensor(built.gm, str(Norm.require(group.norm).gain.target), gain)
+    return built
+
+
+def test_where_folding_costs_too_much_everywhere_nothing_is_folded(build):
+    """U_A of the stream stays online, with a note and a table that say why."""
+    built = with_an_enormous_channel(build("llama", "fold-norms"))
     assert FoldNorms().run(built.gm, built.ctx) == 0
     assert not built.topology.residual.fusable and all(gain is not None for gain in norm_gains(built))
-    assert [note for note in built.ctx.notes if "U_A stays online" in note and "folding the gains" in note]
-    assert len(built.ctx.lines) == 2 + 4
+    assert built.topology.online == built.topology.readers
+    (note,) = [note for note in built.ctx.notes if "U_A stays online before 4 of 4 inputs" in note]
+    assert "more than 8 (fold-norms, most-lost); a matrix of 64" in note
+    assert [line.split()[-1] for line in built.ctx.lines[2:]] == ["online"] * 4
+
+
+def test_where_folding_costs_too_much_at_some_norms_these_keep_their_gains(build):
+    built = with_an_enormous_channel(build("llama", "fold-norms"))
+    lost = [cost.lost for _, cost in measure_costs(built.gm, built.topology, 1 / 8, built.ctx)]
+    border = sorted(lost)[1]
+    assert FoldNorms(most_lost=border).run(built.gm, built.ctx) == 3  # two and the head's
+    assert built.topology.residual.fusable
+    kept = [value > border for value in lost]
+    assert [group.online for group in built.topology.readers] == kept and sum(kept) == 2
+    assert [gain is not None for gain in norm_gains(built)] == [*kept, False]
+    assert [line.split()[-1] for line in built.ctx.lines[2:]] == ["online" if keep else "folded" for keep in kept]
+
+
+def test_what_folding_costs_is_what_quantizing_in_a_rotated_basis_shows():
+    """8 bits for the strongest eighth of channels, 4 for the others, each part turned at random: the same difference, to a dB."""
+    generator = seeds.generator(0, "folding")
+    gain = 10 ** torch.randn(64, generator=generator, dtype=torch.float64).mul(0.3)
+    weight = torch.randn(96, 64, generator=generator, dtype=torch.float64)
+    x = torch.randn(500, 64, generator=generator, dtype=torch.float64) / gain
+    x[:, 3] *= 100
+    x /= x.square().mean(-1, keepdim=True).sqrt()
+    cost = FoldingCost(gain, None, False, weight.square().sum(0), 1 / 8)
+    cost.see(x)
+
+    def error(value, reader):
+        order = value.square().sum(0).argsort()
+        u = torch.eye(64, dtype=torch.float64)[:, order] @ part_rotation([56, 8], "orthogonal", generator)
+        noise = ops.quantize_dequantize((value @ u).float(), ((4, 0, 56), (8, 56, 64))).double() - value @ u
+        return 10 * (noise @ (reader @ u).T).square().sum(-1).log10()
+
+    expected = float((error(x, weight * gain) - error(x * gain, weight)).mean())
+    assert expected > 3 and abs(cost.lost - expected) < 1
 
 
 def test_folding_costs_nothing_where_gains_are_alike(build):
     built = build("llama", "fold-norms")
-    (_, *costs) = [cost for _, cost in measure_costs(built.gm, built.topology, built.ctx)]
-    assert all(abs(cost.lost) < 1 for cost in costs)  # dB; gains of 1, give or take 0.2
+    costs = [cost for _, cost in measure_costs(built.gm, built.topology, 1 / 8, built.ctx)]
+    assert len(costs) == 4 and all(abs(cost.lost) < 1 for cost in costs)  # dB; gains of 1, give or take 0.2
     built.ctx.calibration = None  # nothing to measure with: folded
     assert FoldNorms(most_lost=0.0).run(built.gm, built.ctx) == 5
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+def test_a_norm_that_keeps_its_gain_in_a_stream_that_changes_basis(family, build):
+    """The passes up to the quantizers are exact, and one matrix brings what a norm reads to its linears' own basis, gain and all."""
+    built = build(family, "fold-norms", double=True)
+    chosen = [built.topology.readers[i] for i in (0, 3)]
+    for group in chosen:
+        group.online = True
+    windows, built.ctx.calibration = built.ctx.calibration, None  # nothing to choose by
+    exact = list(itertools.takewhile(lambda item: item.exact, built.rest))
+    built.pipeline.run(built.gm, exact[:1])
+    built.ctx.calibration = windows
+    built.pipeline.run(built.gm, exact[1:])
+    assert all(stage.max_error <= FP64 for stage in built.pipeline.stages[-len(exact) :])
+    assert len(built.bases.reading) == 2 and built.bases.residual is not None
+    online = [n for n in built.gm.graph.nodes if (f := meta.get(n, meta.Projection)) and f.basis == "U_A"]
+    assert [n.args[0] for n in online] == [group.value for group in chosen]
+    assert all(Norm.require(group.norm).gain is None for group in built.topology.residual.readers)
 
 
 @pytest.mark.parametrize("recipe", ["rtn", "gptq", "quik"])

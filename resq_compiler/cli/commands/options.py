@@ -37,6 +37,7 @@ HELP: dict[str, str] = {
     "basis": "columns are principal directions of activations (pca) or of the weights that read them (weights), random ones "
     "(hadamard), channels by their peak (outliers), or channels (none)",
     "basis_weighting": "readers: directions also count by how much the weights (for U_C the queries) that read them amplify errors",
+    "online_basis": "where U_A is a product at run time (Gemma, OLMo2): one for each input of linears (own), or one for all of them",
     "key_basis": "U_C: one for all heads of a layer (shared), or for each key/value head",
     "rotation": "random rotation inside each part",
     "down_proj": "input of down projections: Hadamard transform online (hadamard), the same in two parts with the strongest "

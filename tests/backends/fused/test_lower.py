@@ -14,9 +14,10 @@ from resq_compiler.backends.fused.runner import FusedRunner, prepare
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, meta
+from resq_compiler.ir.views import Norm
 from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
-from tests.conftest import with_layer_norms
+from tests.conftest import with_layer_norms, with_online_bases
 
 BLOCK = dict(norm_quantize=2, mixed_linear=4, rope_cache=1, attention_quantize=1, hadamard_quantize=1)
 LAYERS = {"gemma3": 3}
@@ -101,6 +102,16 @@ def test_layer_norms_are_fused(reference):
     normed = [n for n in quantizing if n.args[3] == "layer"]
     assert len(normed) == 4 and all(n.args[1] is not None and n.args[2] is not None for n in normed)
     assert len(runner.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default)) == 1
+    assert_same_bits(gm, runner)
+
+
+def test_norms_that_keep_their_gains_in_a_stream_that_changes_basis(reference):
+    """A product with one matrix stands behind the norm; all else is as ever."""
+    gm = reference("llama", recipe=with_online_bases(weight_method="rtn"))
+    online = [n for n in gm.graph.nodes if (f := meta.get(n, meta.Projection)) and f.basis == "U_A"]
+    assert 0 < len(online) < 4 and all(Norm.require(n.args[0]).gain is None for n in online)
+    runner = prepare(gm, TORCH, torch.float32, False, 1)
+    assert calls(runner) == {name: 2 * count for name, count in BLOCK.items()} and not runner.reasons
     assert_same_bits(gm, runner)
 
 
