@@ -10,8 +10,9 @@ Models with RMSNorm are not centred: that would change them. Arithmetic in float
 
 A gain often puts down a channel that is far larger than all others, and quantized before it the others would be lost. What that costs is
 estimated for every norm on a calibration window (analysis/folding.py). Above `most_lost` dB the norm keeps its gain, and the linears get
-a basis of their own behind it, whose product stays an operator: one matrix of hidden size squared. Where that is so at all norms, or
-where U_A stays online anyway (post-norm models), nothing is folded.
+a basis of their own behind it, whose product stays an operator: one matrix of hidden size squared. Where the mean over all norms is above
+`most_lost`, every norm keeps its gain: the norms below it would still lose much. Where that is so, or where U_A stays online anyway
+(post-norm models), nothing is folded.
 
 U_B and U_D ask no such question: they are orthogonal, no gain moves with them, and values are quantized in the basis that they make.
 """
@@ -19,6 +20,7 @@ U_B and U_D ask no such question: they are orthogonal, no gain moves with them, 
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -83,17 +85,19 @@ class FoldNorms(Pass):
     def _choose(self, gm: GraphModule, topology: Topology, ctx: PassContext) -> None:
         """Say which norms keep their gains."""
         costs = measure_costs(gm, topology, self.high_fraction, ctx)
+        lost = [cost.lost for _, cost in costs]
+        everywhere = bool(lost) and statistics.fmean(lost) > self.most_lost
         for group, cost in costs:
-            group.online = cost.lost > self.most_lost
+            group.online = everywhere or cost.lost > self.most_lost
         ctx.lines += lines_of(costs)
         kept = [group for group, _ in costs if group.online]
         if not kept:
             return
         topology.residual.fusable = len(kept) < len(topology.readers)
-        worst = max(cost.lost for _, cost in costs)
+        cost_text = f"{statistics.fmean(lost):.0f} dB in the mean" if everywhere else f"up to {max(lost):.0f} dB"
         ctx.note(
             f"U_A stays online before {len(kept)} of {len(topology.readers)} inputs of attention and feed-forward "
-            f"({graph_tools.module_of(kept[0].value)}, ...): folding the gains of their norms would cost up to {worst:.0f} dB, more than "
+            f"({graph_tools.module_of(kept[0].value)}, ...): folding the gains of their norms would cost {cost_text}, more than "
             f"{self.most_lost:g} (fold-norms, most-lost); a matrix of {topology.hidden_size}² each"
         )
 

@@ -51,14 +51,15 @@ def test_leaves_alone_models_whose_stream_cannot_change_basis(family, build):
     assert all(gain is not None for gain in norm_gains(built))
 
 
-def with_an_enormous_channel(built):
-    """A channel 1,000 times the others from the embedding on, put down by the gains."""
+def with_an_enormous_channel(built, put_down=(0, 1, 2, 3)):
+    """A channel 1,000 times the others from the embedding on, put down by the gains of these readers."""
     embedding = next(n for n in built.topology.residual.writers if Embedding.of(n))
     table = Embedding.require(embedding).table_tensor(built.gm).clone()
     table[:, 3] = 250.0
     graph_tools.set_tensor(built.gm, str(Embedding.require(embedding).table.target), table)
-    for group in built.topology.readers:
-        gain = torch.full((64,), 4.0).index_fill(0, torch.tensor([3]), 1e-3)
+    for i, group in enumerate(built.topology.readers):
+        small = torch.full((64,), 4.0).index_fill(0, torch.tensor([3]), 1e-3)
+        gain = small if i in put_down else torch.ones(64)
         graph_tools.set_tensor(built.gm, str(Norm.require(group.norm).gain.target), gain)
     return built
 
@@ -75,15 +76,23 @@ def test_where_folding_costs_too_much_everywhere_nothing_is_folded(build):
 
 
 def test_where_folding_costs_too_much_at_some_norms_these_keep_their_gains(build):
-    built = with_an_enormous_channel(build("llama", "fold-norms"))
-    lost = [cost.lost for _, cost in measure_costs(built.gm, built.topology, 1 / 8, built.ctx)]
-    border = sorted(lost)[1]
-    assert FoldNorms(most_lost=border).run(built.gm, built.ctx) == 3  # two and the head's
+    built = with_an_enormous_channel(build("llama", "fold-norms"), (0, 1))
+    assert FoldNorms(most_lost=12.0).run(built.gm, built.ctx) == 3  # two and the head's
     assert built.topology.residual.fusable
-    kept = [value > border for value in lost]
-    assert [group.online for group in built.topology.readers] == kept and sum(kept) == 2
+    kept = [True, True, False, False]
+    assert [group.online for group in built.topology.readers] == kept
     assert [gain is not None for gain in norm_gains(built)] == [*kept, False]
     assert [line.split()[-1] for line in built.ctx.lines[2:]] == ["online" if keep else "folded" for keep in kept]
+    (note,) = built.ctx.notes
+    assert "before 2 of 4 inputs" in note and "would cost up to 19 dB, more than 12" in note
+
+
+def test_where_the_mean_cost_is_too_much_the_other_norms_keep_their_gains_too(build):
+    built = with_an_enormous_channel(build("llama", "fold-norms"), (0, 1))
+    assert FoldNorms(most_lost=8.0).run(built.gm, built.ctx) == 0
+    assert not built.topology.residual.fusable and all(gain is not None for gain in norm_gains(built))
+    (note,) = built.ctx.notes
+    assert "before 4 of 4 inputs" in note and "would cost 9 dB in the mean, more than 8" in note
 
 
 def test_what_folding_costs_is_what_quantizing_in_a_rotated_basis_shows():
