@@ -80,7 +80,7 @@ class ComputeBases(Pass):
         if self.basis == "pca":
             bases = self._principal(gm, topology, seen, down)
         elif self.basis == "weights":
-            bases = of_weights(gm, topology, ctx.seed, down)
+            bases = of_weights(gm, topology, ctx.seed, self.online == "own", down)
         elif self.basis == "outliers":
             bases = ordered(topology, seen, self.key_basis == "shared", self.online == "own", down)
         elif self.basis == "none":
@@ -172,9 +172,9 @@ def ordered(
     return Bases(*stream, value, key, down)
 
 
-def of_weights(gm: GraphModule, topology: Topology, seed: int, down: dict[Node, BlockBasis]) -> Bases:
+def of_weights(gm: GraphModule, topology: Topology, seed: int, own: bool, down: dict[Node, BlockBasis]) -> Bases:
     """Principal directions of the weights that read the stream, and of those that read values; keys, which no weight reads, at random."""
-    stream = stream_bases(topology, lambda _, groups: agreed(principal_basis(residual_readers(gm, groups))[0]))
+    stream = stream_bases(topology, lambda _, groups: agreed(principal_basis(residual_readers(gm, groups))[0]), own)
     attentions = [block.attention for block in topology.blocks]
     value = tuple(each_basis(value_readers(gm, a)) for a in attentions)
     key = tuple(random_basis(a.head_dim, "hadamard", seed, "key") for a in attentions)

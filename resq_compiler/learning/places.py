@@ -68,6 +68,8 @@ class Places:
         topology = self.topology
         if not topology.residual.fusable:
             return "U_A stays online in this model"
+        if topology.online:
+            return f"U_A stays online before {len(topology.online)} inputs of linears, in bases that lead out of the stream's own"
         gains = [g for g in topology.residual.readers if (n := Norm.of(g.norm)) is not None and n.gain is not None]
         if gains:
             return f"node {gains[0].value.name} has a gain; a recipe with fold-norms has none"

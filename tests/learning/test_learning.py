@@ -202,6 +202,14 @@ def test_a_stream_that_cannot_be_rotated_is_told(build):
     assert [n for n in built.ctx.notes if "the rotation of the stream is not learned: U_A stays online" in n]
 
 
+def test_a_stream_that_some_norms_leave_is_not_rotated(build):
+    """The matrix of a norm that keeps its gain leads out of the stream's basis, which must stay what it is."""
+    built = build("llama", "learn-rotations", recipe="resq-trained")
+    built.topology.readers[0].online = True
+    reason = Places(built.gm, built.topology, built.plan).add_stream(Learned())
+    assert reason is not None and reason.startswith("U_A stays online before 1 inputs")
+
+
 def test_the_divergence_needs_a_teacher(build):
     built = build("llama", "learn-rotations", recipe="resq-trained")
     assert built.ctx.facts.find(Teacher) is None
