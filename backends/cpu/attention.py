@@ -142,12 +142,16 @@ def attention(
     sinks: Tensor | None = None,
     parts: Sequence[CodePart] | None = None,
     threads: int = 1,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor | RowParts:
     """Attention of S new tokens, which `rope_cache` has appended behind cache.start (formula in resq_kernels.h).
 
     Args:    q: float32 [B, S, H, D].    mask: bool or uint8 [B, slots], 0 = padding; slots at least start + S.
              window: 0 = all.    softcap: 0 = none.    sinks: float32 [H].    parts: None, or what every head's result becomes:
              parts split as the values are, a run for each of the H heads.
+             prefix: keys [G, P, D] and values [G, P, value columns], float32, that every query sees besides.
+             slopes: float32 [H]; slopes[h] * (slot of the key - slot of the query) is added to scores.
     Returns: float32 [B, S, H, value columns], or codes of B * S rows.
     Raises:  BackendError: operands that do not fit each other.
     """
@@ -155,13 +159,15 @@ def attention(
     cache.check("attention", batch, new)
     check_operand("attention", "q", q, torch.float32, (batch, new, heads, cache.key_head.columns))
     check_operand("attention", "sinks", sinks, torch.float32, (heads,))
+    check_operand("attention", "slopes", slopes, torch.float32, (heads,))
     seen = None if mask is None else mask.to(torch.uint8).contiguous()
     if seen is not None and (seen.dim() != 2 or seen.shape[0] != batch or seen.shape[1] < int(cache.start.max()) + new):
         raise BackendError(
             f"attention: mask {tuple(seen.shape)}; expected [{batch}, at least {int(cache.start.max()) + new}]"
         )
-    if heads % cache.keys.shape[1]:
-        raise BackendError(f"attention: {heads} query heads for {cache.keys.shape[1]} key heads; expected a multiple")
+    g = cache.keys.shape[1]
+    if heads % g:
+        raise BackendError(f"attention: {heads} query heads for {g} key heads; expected a multiple")
     result: Tensor | RowParts
     if parts is None:
         result, codes = torch.empty(batch, new, heads, cache.value_head.columns), CodesOut(0)
@@ -169,12 +175,25 @@ def attention(
         _check_parts(parts, heads, cache.value_head)
         result, codes = codes_out("attention", library, batch * new, parts)
     arguments = AttentionArgs(
-        batch, new, heads, cache.keys.shape[1], address(q), _head(cache.key_head), _head(cache.value_head), address(cache.keys),
+        batch, new, heads, g, address(q), _head(cache.key_head), _head(cache.value_head), address(cache.keys),
         address(cache.values), cache.capacity, address(cache.start), address(seen), 0 if seen is None else seen.shape[1], scale,
-        softcap, window, address(sinks), address(result) if isinstance(result, Tensor) else None, codes,
+        softcap, window, address(sinks), address(slopes), *_prefix(prefix, cache), None,
+        address(result) if isinstance(result, Tensor) else None, codes,
     )  # fmt: skip
+    scratch = torch.zeros(library.attention_scratch(arguments), dtype=torch.uint8)
+    arguments.scratch = address(scratch) if scratch.numel() else None
     library.run("attention", arguments, threads)
     return result
+
+
+def _prefix(prefix: tuple[Tensor, Tensor] | None, cache: LayerCache) -> tuple[int, int | None, int | None]:
+    """Number of prefix tokens, and addresses of their keys and values."""
+    if prefix is None:
+        return 0, None, None
+    g, count = cache.keys.shape[1], prefix[0].shape[1]
+    for name, tensor, head in (("keys", prefix[0], cache.key_head), ("values", prefix[1], cache.value_head)):
+        check_operand("attention", f"prefix {name}", tensor, torch.float32, (g, count, head.columns))
+    return count, address(prefix[0]), address(prefix[1])
 
 
 def _check_parts(parts: Sequence[CodePart], heads: int, values: CachedHead) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resq_compiler.errors import BackendError
 
-VERSION = 1
+VERSION = 2
 MAX_PARTS = 4
 MAX_FACTORS = 6
 MAX_HEAD = 256
@@ -105,8 +105,9 @@ class AttentionArgs(ctypes.Structure):
     _fields_ = [
         ("batch", INT64), ("tokens", INT64), ("heads", INT64), ("kv_heads", INT64), ("q", POINTER), ("key", Head), ("value", Head),
         ("key_cache", POINTER), ("value_cache", POINTER), ("capacity", INT64), ("start", POINTER), ("mask", POINTER),
-        ("mask_stride", INT64), ("scale", FLOAT), ("softcap", FLOAT), ("window", INT64), ("sinks", POINTER), ("out", POINTER),
-        ("codes", CodesOut),
+        ("mask_stride", INT64), ("scale", FLOAT), ("softcap", FLOAT), ("window", INT64), ("sinks", POINTER),
+        ("slopes", POINTER), ("prefix", INT64), ("prefix_keys", POINTER), ("prefix_values", POINTER), ("scratch", POINTER),
+        ("out", POINTER), ("codes", CodesOut),
     ]  # fmt: skip
 
 
@@ -153,6 +154,8 @@ class Library:
         functions.rk_row_bytes.restype = functions.rk_tile_bytes.restype = INT64
         functions.rk_row_bytes.argtypes = [ctypes.POINTER(Part)]
         functions.rk_tile_bytes.argtypes = [ctypes.POINTER(Part), INT32]
+        scratch = functions.rk_attention_scratch
+        scratch.argtypes, scratch.restype = [ctypes.POINTER(AttentionArgs)], INT64
         for name, arguments in KERNELS.items():
             units, kernel = (getattr(functions, f"rk_{name}{end}") for end in ("_units", ""))
             units.argtypes, units.restype = [ctypes.POINTER(arguments)], INT64
@@ -189,6 +192,10 @@ class Library:
     def tile_bytes(self, width: int, groups: int, weight_bits: int) -> int:
         """Bytes of 64 output channels of a part's weights."""
         return self._functions.rk_tile_bytes(Part(width, groups, 8, 1.0), weight_bits)
+
+    def attention_scratch(self, arguments: AttentionArgs) -> int:
+        """Bytes of scratch with which attention can be shared among more threads."""
+        return self._functions.rk_attention_scratch(arguments)
 
     def run(self, name: str, arguments: ctypes.Structure, threads: int = 1) -> None:
         """Compute all units of a kernel, in as many equal pieces as threads; the result does not depend on their number."""

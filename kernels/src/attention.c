@@ -1,340 +1,208 @@
 /* Attention over the packed cache, with a running softmax over tiles of keys: formula and operands in resq_kernels.h.
  *
- * The rows of a unit are queries of the heads that share a key head, token by token. Keys and values are made floats a tile at a
- * time. Many rows lie in the lanes of vectors, [column][row], and an element of a key or value is broadcast, so that nothing is
- * summed across lanes. Few rows, as in decoding, would leave lanes empty: there the columns lie in the lanes. */
-#include "activations.h"
-#include "cache_rows.h"
+ * The rows of a unit are queries of the heads that share a key head, token by token. Where few queries see many keys, as in decoding,
+ * the keys are cut into chunks, each a unit; whoever finishes a head's last chunk puts its results together, in the same order always. */
+#include "attention_rows.h"
 
-#define LANES 64     /* rows of a unit */
-#define FEW 8        /* up to so many rows, columns lie in the lanes */
-#define TILE_KEYS 32
-#define TOKENS_SPACE (TILE_KEYS * RK_MAX_HEAD + RK_WIDTH)
-#define VALUE_VECTORS 4 /* of columns, summed together */
-#define UNSEEN (-1e30f) /* a score that is not there */
+static int64_t key_chunks(const rk_attention_args *a) { return a->scratch ? chunks_of_keys(a) : 1; }
 
-#if RK_WIDTH == 8 /* 16 registers */
-#define PRODUCT_ROWS 4
-#else
-#define PRODUCT_ROWS 8
-#endif
-#define PRODUCT_LANES (2 * RK_WIDTH)
+static int64_t attention_units(const rk_attention_args *a) { return a->batch * a->kv_heads * row_tiles(a) * key_chunks(a); }
 
-typedef struct {
-    const rk_attention_args *args;
-    int64_t batch, kv_head, group; /* group: query heads of a key head */
-    int64_t first_row, rows;       /* row: token * group + head within the group */
-    int64_t first_key, last_key;   /* slots that any row sees: [first_key, last_key) */
-} query_tile;
-
-static int64_t rows_of(const rk_attention_args *a) { return a->tokens * (a->heads / a->kv_heads); }
-static int64_t row_tiles(const rk_attention_args *a) { return (rows_of(a) + LANES - 1) / LANES; }
-
-static int64_t attention_units(const rk_attention_args *a) { return a->batch * a->kv_heads * row_tiles(a); }
-
-static int64_t token_of(const query_tile *t, int64_t row) { return (t->first_row + row) / t->group; }
-static int64_t head_of(const query_tile *t, int64_t row) { return t->kv_head * t->group + (t->first_row + row) % t->group; }
-static int64_t slot_of_row(const query_tile *t, int64_t row) { return t->args->start[t->batch] + token_of(t, row); }
+static int64_t columns_of_head(const rk_head *h) { return h->low + h->high; }
 
 static const float *query_of(const query_tile *t, int64_t row) {
     const rk_attention_args *a = t->args;
-    return a->q + ((t->batch * a->tokens + token_of(t, row)) * a->heads + head_of(t, row)) * (a->key.low + a->key.high);
+    return a->q + ((t->batch * a->tokens + token_of(t, row)) * a->heads + head_of(t, row)) * columns_of_head(&a->key);
 }
 
-/* Float images of `count` tokens from slot `first` on. */
-static void read_tokens(const query_tile *t, const rk_head *h, const uint8_t *cache, int64_t first, int64_t count, float *x) {
-    const rk_attention_args *a = t->args;
-    const int64_t bytes = rk_head_bytes(h), d = h->low + h->high;
-    const uint8_t *row = cache + ((t->batch * a->kv_heads + t->kv_head) * a->capacity + first) * bytes;
-    for (int64_t i = 0; i < count; i++)
-        read_row(h, row + i * bytes, x + i * d);
+/* Rows -------------------------------------------------------------------------------------------------------------------- */
+
+/* values = values * shrink + weight * v */
+RK_INLINE void add_value(const float *v, float weight, float shrink, int64_t columns, float *values) {
+    for (int64_t i = 0; i < columns; i += RK_WIDTH) {
+        const int64_t count = rk_min(RK_WIDTH, columns - i);
+        rk_store_some(values + i, rk_load_some(values + i, count) * shrink + weight * rk_load_some(v + i, count), count);
+    }
 }
 
-static int is_padding(const query_tile *t, int64_t slot) {
-    const rk_attention_args *a = t->args;
-    return a->mask && !a->mask[t->batch * a->mask_stride + slot];
+static float dot_of(const float *a, const float *b, int64_t columns) {
+    float products[RK_MAX_HEAD];
+    for (int64_t i = 0; i < columns; i++)
+        products[i] = a[i] * b[i];
+    return rk_sum_of(products, columns, 0, 0);
 }
 
-/* c tanh(s / c) with tanh z = 1 - 2 / (e^2z + 1) */
-RK_INLINE f32v capped(f32v s, float softcap) { return softcap * (1.0f - 2.0f / (rk_exp(s * (2.0f / softcap)) + 1.0f)); }
-
-/* e^x for x <= 0; what is below e^-80 of the largest is nothing. */
-RK_INLINE f32v weight_of(f32v x) { return rk_choose(x > -80.0f, rk_exp(x), rk_splat(0)); }
-
-/* The result of one row, y [columns], to where it belongs. */
-static void store_row(const query_tile *t, int64_t row, const float *y) {
+/* What a row begins with: in the first chunk the sink and the prefix, in others nothing. */
+static row_state begin_values(const query_tile *t, int64_t row, float *values) {
     const rk_attention_args *a = t->args;
-    const int64_t token = t->batch * a->tokens + token_of(t, row), head = head_of(t, row), e = a->value.low + a->value.high;
+    const int64_t d = columns_of_head(&a->key), e = columns_of_head(&a->value);
+    row_state s = {LOWEST, 0};
+    memset(values, 0, sizeof(float) * (size_t)e);
+    if (t->chunk)
+        return s;
+    if (a->sinks)
+        s = (row_state){a->sinks[head_of(t, row)] * LOG2_E, 1};
+    for (int64_t p = 0; p < a->prefix; p++) {
+        const int64_t at = t->kv_head * a->prefix + p;
+        const float product = dot_of(query_of(t, row), a->prefix_keys + at * d, d) * score_factor(a);
+        const float score = a->softcap > 0 ? capped(rk_splat(product), a->softcap)[0] : product;
+        const float now = score > s.highest ? score : s.highest;
+        const float shrink = weight_of_one(s.highest - now), weight = weight_of_one(score - now);
+        add_value(a->prefix_values + at * e, weight, shrink, e, values);
+        s = (row_state){now, s.total * shrink + weight};
+    }
+    return s;
+}
+
+static void begin_row(const query_tile *t, attention_space *w, int64_t row) {
+    const float *q = query_of(t, row), factor = score_factor(t->args);
+    float values[RK_MAX_HEAD], *sums = w->sums + row * COLUMN_SPACE;
+    w->state[row] = begin_values(t, row, values);
+    memcpy(sums, values, sizeof(float) * (size_t)w->value.width[0]);
+    memcpy(sums + w->value.column_at[1], values + w->value.width[0], sizeof(float) * (size_t)w->value.width[1]);
+    int8_t *limbs = w->queries + row * LIMBS * QUERY_SPACE;
+    w->codes[row][0] = code_low(q, w->key.width[0], w->key.quads[0], limbs);
+    w->codes[row][1] = code_high(q + w->key.width[0], w->key.width[1], w->key.quads[1], limbs + 8 * w->key.quads[0]);
+    w->codes[row][0].scale *= factor, w->codes[row][1].scale *= factor;
+    w->slope[row] = t->args->slopes ? t->args->slopes[head_of(t, row)] * LOG2_E : 0;
+}
+
+/* What a chunk leaves for the last one to put together: for every row its state and values. */
+static float *chunk_row(const query_tile *t, int64_t chunk, int64_t row) {
+    const rk_attention_args *a = t->args;
+    const int64_t heads = a->batch * a->kv_heads, head = t->batch * a->kv_heads + t->kv_head;
+    float *results = (float *)((int32_t *)a->scratch + heads);
+    return results + ((head * t->chunks + chunk) * t->rows + row) * (columns_of_head(&a->value) + 2);
+}
+
+/* The result of one row to where it belongs. */
+static void store_row(const query_tile *t, int64_t row, row_state s, const float *values) {
+    const rk_attention_args *a = t->args;
+    const int64_t token = t->batch * a->tokens + token_of(t, row), head = head_of(t, row), e = columns_of_head(&a->value);
+    const float factor = s.total > 0 ? 1.0f / s.total : 0.0f;
+    float space[RK_MAX_HEAD], *y = space;
+    for (int64_t i = 0; i < e; i += RK_WIDTH)
+        rk_store_some(y + i, rk_load_some(values + i, e - i) * factor, e - i);
     if (a->out)
         memcpy(a->out + (token * a->heads + head) * e, y, sizeof(float) * (size_t)e);
     for (int i = 0; i < a->codes.parts; y += a->codes.part[i++].width)
         quantize_run(&a->codes, i, (int)head, token, i * a->heads + head, a->codes.parts * a->heads, y);
 }
 
-/* Many rows --------------------------------------------------------------------------------------------------------------- */
-
-/* c[i][m] (+)= sum_k a[i * row + k * step] b[k][m] for ROWS values of i and PRODUCT_LANES lanes. */
-RK_INLINE void product_block(const float *a, int64_t row, int64_t step, const float *b, int64_t k, const int rows, const int add,
-                             float *c) {
-    f32v sums[PRODUCT_ROWS][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++) {
-        sums[i][0] = add ? rk_load(c + LANES * i) : rk_splat(0);
-        sums[i][1] = add ? rk_load(c + LANES * i + RK_WIDTH) : rk_splat(0);
+static void end_row(const query_tile *t, const attention_space *w, int64_t row) {
+    const float *sums = w->sums + row * COLUMN_SPACE;
+    float values[RK_MAX_HEAD + 2];
+    memcpy(values, sums, sizeof(float) * (size_t)w->value.width[0]);
+    memcpy(values + w->value.width[0], sums + w->value.column_at[1], sizeof(float) * (size_t)w->value.width[1]);
+    if (t->chunks == 1) {
+        store_row(t, row, w->state[row], values);
+        return;
     }
-    for (int64_t j = 0; j < k; j++, a += step, b += LANES) {
-        const f32v b0 = rk_load(b), b1 = rk_load(b + RK_WIDTH);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-            const f32v v = rk_splat(a[i * row]);
-            sums[i][0] = rk_fma(v, b0, sums[i][0]);
-            sums[i][1] = rk_fma(v, b1, sums[i][1]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; i++) {
-        rk_store(c + LANES * i, sums[i][0]);
-        rk_store(c + LANES * i + RK_WIDTH, sums[i][1]);
-    }
+    float *at = chunk_row(t, t->chunk, row);
+    at[0] = w->state[row].highest, at[1] = w->state[row].total;
+    memcpy(at + 2, values, sizeof(float) * (size_t)(w->value.width[0] + w->value.width[1]));
 }
 
-RK_INLINE void product(const float *a, int64_t row, int64_t step, const float *b, int64_t k, int64_t rows, int64_t lanes,
-                       const int add, float *c) {
-    for (int64_t m = 0; m < lanes; m += PRODUCT_LANES) {
-        int64_t i = 0;
-        for (; i + PRODUCT_ROWS <= rows; i += PRODUCT_ROWS)
-            product_block(a + i * row, row, step, b + m, k, PRODUCT_ROWS, add, c + LANES * i + m);
-        for (; i < rows; i++)
-            product_block(a + i * row, row, step, b + m, k, 1, add, c + LANES * i + m);
+/* The results of all chunks of one row. */
+static void combine_row(const query_tile *t, int64_t row) {
+    const int64_t e = columns_of_head(&t->args->value);
+    float values[RK_MAX_HEAD] = {0};
+    row_state s = {LOWEST, 0};
+    for (int64_t c = 0; c < t->chunks; c++) {
+        const float highest = chunk_row(t, c, row)[0];
+        s.highest = highest > s.highest ? highest : s.highest;
     }
+    for (int64_t c = 0; c < t->chunks; c++) {
+        const float *from = chunk_row(t, c, row), weight = weight_of_one(from[0] - s.highest);
+        s.total += from[1] * weight;
+        add_value(from + 2, weight, 1.0f, e, values);
+    }
+    store_row(t, row, s, values);
 }
 
-/* Scores s [keys][LANES] of one vector of lanes: capped, and unseen ones marked. */
-static void mask_lanes(const query_tile *t, int64_t first, int64_t keys, i32v slots, float *s) {
+/* Tiles ------------------------------------------------------------------------------------------------------------------- */
+
+static cache_reader open_cache(const query_tile *t, const rk_head *h, const uint8_t *cache, int64_t slot) {
     const rk_attention_args *a = t->args;
-    for (int64_t j = 0; j < keys; j++, s += LANES) {
-        const int32_t key = (int32_t)(first + j);
-        f32v score = a->softcap > 0 ? capped(rk_load(s), a->softcap) : rk_load(s);
-        i32v seen = slots >= key;
-        if (a->window)
-            seen &= slots - key < (int32_t)a->window;
-        if (is_padding(t, key))
-            seen = (i32v){0};
-        rk_store(s, rk_choose(seen, score, rk_splat(UNSEEN)));
-    }
+    const int64_t index = (t->batch * a->kv_heads + t->kv_head) * a->capacity + slot, bytes = rk_head_bytes(h);
+    return (cache_reader){cache + index * bytes, bytes, (a->batch * a->kv_heads * a->capacity - index) * bytes};
 }
 
-/* Scores to weights of one vector of lanes; highest and total are brought up to date. Returns what earlier sums shrink by. */
-static f32v soften_lanes(int64_t keys, float *s, float *highest, float *total) {
-    const f32v before = rk_load(highest);
-    f32v now = before, sum = {0};
-    for (int64_t j = 0; j < keys; j++)
-        now = rk_highest(now, rk_load(s + j * LANES));
-    for (int64_t j = 0; j < keys; j++) {
-        const f32v score = rk_load(s + j * LANES), p = rk_choose(score > UNSEEN, weight_of(score - now), rk_splat(0));
-        sum += p;
-        rk_store(s + j * LANES, p);
-    }
-    const f32v shrink = weight_of(before - now);
-    rk_store(total, rk_load(total) * shrink + sum);
-    rk_store(highest, now);
-    return shrink;
-}
-
-typedef struct {
-    int32_t slots[LANES];
-    float highest[LANES], total[LANES];
-    float queries[RK_MAX_HEAD * LANES], sums[RK_MAX_HEAD * LANES]; /* [column][row] */
-    float tokens[TOKENS_SPACE], scores[TILE_KEYS * LANES];
-} many_rows;
-
-static void start_many(const query_tile *t, many_rows *w) {
+static const uint8_t *mask_at(const query_tile *t, int64_t slot) {
     const rk_attention_args *a = t->args;
-    const int64_t d = a->key.low + a->key.high, e = a->value.low + a->value.high;
-    for (int64_t m = 0; m < LANES; m++) {
-        const int there = m < t->rows;
-        const float *q = query_of(t, there ? m : 0);
-        w->slots[m] = there ? (int32_t)slot_of_row(t, m) : -1;
-        w->highest[m] = there && a->sinks ? a->sinks[head_of(t, m)] : UNSEEN;
-        w->total[m] = there && a->sinks ? 1.0f : 0.0f;
-        const float factor = there ? a->scale : 0.0f;
-        for (int64_t i = 0; i < d; i++)
-            w->queries[i * LANES + m] = q[i] * factor;
-    }
-    memset(w->sums, 0, sizeof(float) * (size_t)(e * LANES));
+    return a->mask ? a->mask + t->batch * a->mask_stride + slot : NULL;
 }
 
-static void one_tile_many(const query_tile *t, many_rows *w, int64_t first, int64_t keys, int64_t lanes) {
-    const rk_attention_args *a = t->args;
-    const int64_t d = a->key.low + a->key.high, e = a->value.low + a->value.high;
-    read_tokens(t, &a->key, a->key_cache, first, keys, w->tokens);
-    product(w->tokens, d, 1, w->queries, d, keys, lanes, 0, w->scores);
-    for (int64_t m = 0; m < lanes; m += RK_WIDTH) {
-        i32v slots;
-        memcpy(&slots, w->slots + m, sizeof slots);
-        mask_lanes(t, first, keys, slots, w->scores + m);
-        const f32v shrink = soften_lanes(keys, w->scores + m, w->highest + m, w->total + m);
-        for (int64_t i = 0; i < e; i++)
-            rk_store(w->sums + i * LANES + m, rk_load(w->sums + i * LANES + m) * shrink);
-    }
-    read_tokens(t, &a->value, a->value_cache, first, keys, w->tokens);
-    product(w->tokens, 1, e, w->scores, keys, e, lanes, 1, w->sums);
-}
-
-static void attend_many(const query_tile *t) {
-    const int64_t e = t->args->value.low + t->args->value.high, lanes = rk_round_up(t->rows, PRODUCT_LANES);
-    many_rows w;
-    start_many(t, &w);
-    for (int64_t key = t->first_key; key < t->last_key; key += TILE_KEYS)
-        one_tile_many(t, &w, key, rk_min(TILE_KEYS, t->last_key - key), lanes);
-    for (int64_t m = 0; m < t->rows; m++) {
-        float y[RK_MAX_HEAD];
-        const float factor = w.total[m] > 0 ? 1.0f / w.total[m] : 0.0f;
-        for (int64_t i = 0; i < e; i++)
-            y[i] = w.sums[i * LANES + m] * factor;
-        store_row(t, m, y);
-    }
-}
-
-/* Few rows ---------------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    int64_t slots[FEW];
-    float highest[FEW], total[FEW];
-    float queries[FEW * RK_MAX_HEAD], sums[FEW * RK_MAX_HEAD]; /* [row][column] */
-    float keys[TOKENS_SPACE], values[TOKENS_SPACE];
-} few_rows;
-
-RK_INLINE float sum_across(f32v v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    float sum = 0;
-    for (int i = 0; i < RK_WIDTH; i++)
-        sum += v[i];
-    return sum;
-#endif
-}
-
-RK_INLINE float dot_floats(const float *a, const float *b, int64_t d) {
-    f32v sum = {0};
-    int64_t i = 0;
-    for (; i + RK_WIDTH <= d; i += RK_WIDTH)
-        sum = rk_fma(rk_load(a + i), rk_load(b + i), sum);
-    if (i < d)
-        sum = rk_fma(rk_load_some(a + i, d - i), rk_load_some(b + i, d - i), sum);
-    return sum_across(sum);
-}
-
-/* y = y * shrink + sum_j p[j] v[j], for some vectors of columns, or for one of `count` values. */
-RK_INLINE void add_value_block(const float *p, const float *v, int64_t keys, int64_t e, float shrink, const int vectors,
-                               int64_t count, float *y) {
-    f32v sums[VALUE_VECTORS];
-#pragma GCC unroll 4
-    for (int i = 0; i < vectors; i++)
-        sums[i] = rk_load_some(y + i * RK_WIDTH, count) * shrink;
-    for (int64_t j = 0; j < keys; j++, v += e)
-#pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++)
-            sums[i] = rk_fma(rk_splat(p[j]), rk_load_some(v + i * RK_WIDTH, count), sums[i]);
-#pragma GCC unroll 4
-    for (int i = 0; i < vectors; i++)
-        rk_store_some(y + i * RK_WIDTH, sums[i], count);
-}
-
-static void add_values(const float *p, const float *v, int64_t keys, int64_t e, float shrink, float *y) {
-    int64_t i = 0;
-    for (; i + VALUE_VECTORS * RK_WIDTH <= e; i += VALUE_VECTORS * RK_WIDTH)
-        add_value_block(p, v + i, keys, e, shrink, VALUE_VECTORS, RK_WIDTH, y + i);
-    for (; i < e; i += RK_WIDTH)
-        add_value_block(p, v + i, keys, e, shrink, 1, rk_min(RK_WIDTH, e - i), y + i);
-}
-
-/* Marks the scores of keys that a row in this slot does not see. */
-static void mask_row(const query_tile *t, int64_t slot, int64_t first, int64_t keys, float scores[TILE_KEYS]) {
+/* Whether all rows see all of these keys. */
+static int all_seen(const query_tile *t, int64_t first, int64_t keys) {
+    const uint8_t *mask = mask_at(t, first);
     const int64_t window = t->args->window;
-    for (int64_t j = 0; j < TILE_KEYS; j++) {
-        const int64_t key = first + j;
-        if (j >= keys || key > slot || (window && slot - key >= window) || is_padding(t, key))
-            scores[j] = UNSEEN;
-    }
+    if (first + keys - 1 > slot_of_row(t, 0) || (window && slot_of_row(t, t->rows - 1) - first >= window) || keys % 16)
+        return 0;
+    return !mask || !memchr(mask, 0, (size_t)keys);
 }
 
-/* One row and a tile of keys. */
-static void one_tile_few(const query_tile *t, few_rows *w, int64_t row, int64_t first, int64_t keys) {
+static void attend_tile(const query_tile *t, attention_space *w, int64_t first, int64_t keys) {
     const rk_attention_args *a = t->args;
-    const int64_t d = a->key.low + a->key.high, e = a->value.low + a->value.high;
-    float scores[TILE_KEYS];
-    for (int64_t j = 0; j < TILE_KEYS; j++)
-        scores[j] = j < keys ? dot_floats(w->keys + j * d, w->queries + row * d, d) : 0.0f;
-    f32v highest = rk_splat(w->highest[row]), sum = {0};
-    for (int64_t j = 0; a->softcap > 0 && j < TILE_KEYS; j += RK_WIDTH)
-        rk_store(scores + j, capped(rk_load(scores + j), a->softcap));
-    mask_row(t, w->slots[row], first, keys, scores);
-    for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH)
-        highest = rk_highest(highest, rk_load(scores + j));
-    const float now = rk_highest_of(highest);
-    for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
-        const f32v score = rk_load(scores + j), p = rk_choose(score > UNSEEN, weight_of(score - now), rk_splat(0));
-        sum += p;
-        rk_store(scores + j, p);
-    }
-    const float shrink = weight_of(rk_splat(w->highest[row] - now))[0];
-    w->total[row] = w->total[row] * shrink + sum_across(sum);
-    w->highest[row] = now;
-    add_values(scores, w->values, keys, e, shrink, w->sums + row * e);
+    const int seen = all_seen(t, first, keys);
+    read_keys(w->key, open_cache(t, &a->key, a->key_cache, first), keys, w->keys, &w->key_scales);
+    read_values(w->value, open_cache(t, &a->value, a->value_cache, first), keys, w->values, &w->value_scales);
+    if (a->mask && !seen)
+        memcpy(w->mask, mask_at(t, first), (size_t)keys);
+    for (int64_t row = 0; row < t->rows; row += BLOCK_ROWS)
+        switch (t->rows - row) {
+        case 1: attend_block(t, w, row, first, keys, seen, 1); break;
+        case 2: attend_block(t, w, row, first, keys, seen, 2); break;
+        case 3: attend_block(t, w, row, first, keys, seen, 3); break;
+        default: attend_block(t, w, row, first, keys, seen, 4); break;
+        }
 }
 
-static void start_few(const query_tile *t, few_rows *w) {
-    const rk_attention_args *a = t->args;
-    const int64_t d = a->key.low + a->key.high, e = a->value.low + a->value.high;
-    for (int64_t row = 0; row < t->rows; row++) {
-        w->slots[row] = slot_of_row(t, row);
-        w->highest[row] = a->sinks ? a->sinks[head_of(t, row)] : UNSEEN;
-        w->total[row] = a->sinks ? 1.0f : 0.0f;
-        for (int64_t i = 0; i < d; i++)
-            w->queries[row * d + i] = query_of(t, row)[i] * a->scale;
-    }
-    memset(w->sums, 0, sizeof(float) * (size_t)(t->rows * e));
+static void attend(const query_tile *t) {
+    attention_space w;
+    w.key = layout_of(&t->args->key), w.value = layout_of(&t->args->value);
+    for (int64_t row = 0; row < t->rows; row++)
+        begin_row(t, &w, row);
+    for (int64_t key = t->first_key; key < t->last_key; key += TILE_KEYS)
+        attend_tile(t, &w, key, rk_min(TILE_KEYS, t->last_key - key));
+    for (int64_t row = 0; row < t->rows; row++)
+        end_row(t, &w, row);
 }
 
-static void attend_few(const query_tile *t) {
-    const rk_attention_args *a = t->args;
-    const int64_t e = a->value.low + a->value.high;
-    few_rows w;
-    start_few(t, &w);
-    for (int64_t key = t->first_key; key < t->last_key; key += TILE_KEYS) {
-        const int64_t keys = rk_min(TILE_KEYS, t->last_key - key);
-        read_tokens(t, &a->key, a->key_cache, key, keys, w.keys);
-        read_tokens(t, &a->value, a->value_cache, key, keys, w.values);
-        for (int64_t row = 0; row < t->rows; row++)
-            one_tile_few(t, &w, row, key, keys);
-    }
-    for (int64_t row = 0; row < t->rows; row++) {
-        const float factor = w.total[row] > 0 ? 1.0f / w.total[row] : 0.0f;
-        for (int64_t i = 0; i < e; i++)
-            w.sums[row * e + i] *= factor;
-        store_row(t, row, w.sums + row * e);
-    }
-}
+/* Units ------------------------------------------------------------------------------------------------------------------- */
 
 /* Later rows see more keys: tiles alternate between the first and the last ones, so that equal shares of units are equal work. */
 static int64_t tile_at(int64_t place, int64_t tiles) { return place % 2 ? tiles - 1 - place / 2 : place / 2; }
 
+static query_tile tile_of(const rk_attention_args *a, int64_t unit) {
+    const int64_t chunks = key_chunks(a), heads = a->batch * a->kv_heads;
+    const int64_t head = chunks > 1 ? unit / chunks : unit % heads, place = chunks > 1 ? 0 : unit / heads;
+    const int64_t first_row = tile_at(place, row_tiles(a)) * LANES;
+    query_tile t = {a, head / a->kv_heads, head % a->kv_heads, a->heads / a->kv_heads, first_row, 0, 0, 0, 0, chunks};
+    t.rows = rk_min(LANES, rows_of(a) - first_row);
+    const int64_t first = first_key_of(a, slot_of_row(&t, 0)), last = slot_of_row(&t, t.rows - 1) + 1;
+    const int64_t each = rk_round_up((last - first + chunks - 1) / chunks, 16);
+    t.chunk = chunks > 1 ? unit % chunks : 0;
+    t.first_key = rk_min(first + t.chunk * each, last);
+    t.last_key = chunks > 1 ? rk_min(t.first_key + each, last) : last;
+    return t;
+}
+
+static void finish_chunk(const query_tile *t) {
+    int32_t *done = (int32_t *)t->args->scratch + t->batch * t->args->kv_heads + t->kv_head;
+    if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) < t->chunks)
+        return;
+    for (int64_t row = 0; row < t->rows; row++)
+        combine_row(t, row);
+}
+
 static void attention(const rk_attention_args *a, int64_t begin, int64_t end) {
     const uint64_t mode = rk_enter();
-    const int64_t tiles = row_tiles(a), heads = a->batch * a->kv_heads;
     for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t first = tile_at(unit / heads, tiles) * LANES, head = unit % heads;
-        query_tile t = {a, head / a->kv_heads, head % a->kv_heads, a->heads / a->kv_heads, first, 0, 0, 0};
-        t.rows = rk_min(LANES, rows_of(a) - first);
-        t.last_key = slot_of_row(&t, t.rows - 1) + 1;
-        if (a->window && slot_of_row(&t, 0) >= a->window)
-            t.first_key = slot_of_row(&t, 0) - a->window + 1;
-        if (t.rows <= FEW)
-            attend_few(&t);
-        else
-            attend_many(&t);
+        const query_tile t = tile_of(a, unit);
+        attend(&t);
+        if (t.chunks > 1)
+            finish_chunk(&t);
     }
     rk_leave(mode);
 }

@@ -1,4 +1,4 @@
-/* Writing and reading one token of a cached head: the layout is in resq_kernels.h. */
+/* Writing one token of a cached head: the layout is in resq_kernels.h. */
 #ifndef RK_CACHE_ROWS_H
 #define RK_CACHE_ROWS_H
 
@@ -48,51 +48,6 @@ static inline void write_row(const rk_head *h, const float *x, float clip, uint8
         scales[parts++] = q.scale;
     }
     memcpy(zero_points + parts, scales, sizeof(float) * (size_t)parts);
-}
-
-RK_INLINE f32v byte_floats(u8v bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, i32v), f32v); }
-
-/* At most RK_WIDTH bytes; those that are not there are zero. */
-RK_INLINE u8v load_bytes(const uint8_t *p, int64_t count) {
-    u8v v = {0};
-    if (count >= RK_WIDTH)
-        memcpy(&v, p, sizeof v);
-#if RK_WIDTH > 8
-    else if (count == 8)
-        memcpy(&v, p, 8);
-#endif
-    else
-        for (int64_t i = 0; i < count; i++)
-            v[i] = p[i];
-    return v;
-}
-
-/* x[i] = ((bytes[i] >> shift & mask) - zero_point) * scale; whole vectors of x are written. */
-RK_INLINE void read_codes(const uint8_t *bytes, int64_t count, const int shift, const int mask, float zero_point, float scale,
-                          float *x) {
-    for (int64_t i = 0; i < count; i += RK_WIDTH) {
-        i = count > RK_WIDTH ? rk_min(i, count - RK_WIDTH) : i; /* the last vector overlaps the one before */
-        const u8v v = load_bytes(bytes + i, count - i);
-        rk_store(x + i, (byte_floats(v >> shift & (uint8_t)mask) - zero_point) * scale);
-    }
-}
-
-/* The float image of a row of the cache; up to RK_WIDTH values behind it are written too. */
-RK_INLINE void read_row(const rk_head *h, const uint8_t *row, float *x) {
-    const int64_t half = h->low / 2, low_bytes = (h->low + 1) / 2;
-    const uint8_t *zero_points = row + low_bytes + h->high, *scales = zero_points + (h->low > 0) + (h->high > 0);
-    float scale;
-    memcpy(&scale, scales, 4);
-    if (h->low) {
-        const float zero_point = zero_points[0];
-        read_codes(row, half, 0, 15, zero_point, scale, x);
-        read_codes(row, half, 4, 15, zero_point, scale, x + half);
-        if (h->low % 2)
-            x[h->low - 1] = ((float)row[half] - zero_point) * scale;
-        memcpy(&scale, scales + 4 * (h->high > 0), 4);
-    }
-    if (h->high)
-        read_codes(row + low_bytes, h->high, 0, 255, zero_points[h->low > 0], scale, x + h->low);
 }
 
 #endif

@@ -73,8 +73,31 @@ void op_rope_cache(call *c) {
     RUN(c, rope_cache, &a, 32);
 }
 
-/* q, present_key, present_value, mask, sinks? -> float [B, S, H * columns], or codes. low_bits, high_bits and the clips are those of
- * the result: reading a cache needs only the widths. */
+/* Room for results of chunks of keys, or NULL: then a key head is one unit. */
+static void *make_scratch(call *c, const rk_attention_args *a) {
+    const int64_t bytes = c->status ? 0 : rk_attention_scratch(a);
+    void *scratch = bytes ? malloc((size_t)bytes) : NULL;
+    require(c, !bytes || scratch, "scratch", "enough memory");
+    if (scratch)
+        memset(scratch, 0, (size_t)(a->batch * a->kv_heads) * 4);
+    return scratch;
+}
+
+/* prefix_key, prefix_value [1, G, P, columns]: tokens that every query sees. */
+static void read_prefix(call *c, const tensor *keys, const tensor *values, rk_attention_args *a) {
+    const int64_t d = a->key.low + a->key.high, e = a->value.low + a->value.high;
+    if (!keys->data || !values->data) {
+        require(c, !keys->data && !values->data, "prefix", "keys and values, or neither");
+        return;
+    }
+    a->prefix = keys->rank == 4 ? keys->dims[2] : 0;
+    a->prefix_keys = keys->data, a->prefix_values = values->data;
+    require(c, a->prefix > 0 && size_of(keys) == a->kv_heads * a->prefix * d, "prefix_key", "[1, kv_heads, tokens, D]");
+    require(c, size_of(values) == a->kv_heads * a->prefix * e, "prefix_value", "[1, kv_heads, tokens, columns of values]");
+}
+
+/* q, present_key, present_value, mask, sinks?, prefix_key?, prefix_value?, slopes? -> float [B, S, H * columns], or codes. low_bits,
+ * high_bits and the clips are those of the result: reading a cache needs only the widths. */
 static void attend(call *c, int quantize) {
     const node *n = c->n;
     const tensor *q = &c->in[0], *keys = &c->in[1], *values = &c->in[2], *mask = &c->in[3];
@@ -86,6 +109,8 @@ static void attend(call *c, int quantize) {
     require_cache(c, values, q->dims[0], &a.value, "present_value");
     require(c, keys->dims[2] == values->dims[2] && keys->dims[2] >= mask->dims[1], "present", "a row for every token of the mask");
     require_size(c, &c->in[4], n->heads, "sinks");
+    require_size(c, &c->in[7], n->heads, "slopes");
+    read_prefix(c, &c->in[5], &c->in[6], &a);
     if (c->status)
         return;
     a.batch = q->dims[0], a.tokens = q->dims[1];
@@ -95,7 +120,7 @@ static void attend(call *c, int quantize) {
     a.start = start;
     a.q = q->data, a.key_cache = keys->data, a.value_cache = values->data, a.capacity = keys->dims[2];
     a.mask = mask->data, a.mask_stride = mask->dims[1];
-    a.scale = n->scale, a.softcap = n->softcap, a.window = n->window, a.sinks = c->in[4].data;
+    a.scale = n->scale, a.softcap = n->softcap, a.window = n->window, a.sinks = c->in[4].data, a.slopes = c->in[7].data;
     const int64_t dims[3] = {a.batch, a.tokens, n->heads * (a.value.low + a.value.high)};
     if (quantize) {
         node as_parts = *n; /* the output's parts are split as the values are */
@@ -106,7 +131,9 @@ static void attend(call *c, int quantize) {
         c->n = kept;
     } else
         a.out = make_output(c, 0, dims, 3);
+    a.scratch = make_scratch(c, &a);
     RUN(c, attention, &a, 1);
+    free(a.scratch);
 }
 
 void op_attention(call *c) { attend(c, 0); }

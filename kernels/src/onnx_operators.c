@@ -147,8 +147,8 @@ static const description operators[] = {
     OPERATOR("MixedLinear", op_mixed_linear, "bbfiuufiFF", "f"),
     OPERATOR("HadamardQuantize", op_hadamard_quantize, "fFF", "bbfi"),
     OPERATOR("RopeCache", op_rope_cache, "fffuumFFF", "fuu"),
-    OPERATOR("Attention", op_attention, "fuumF", "f"),
-    OPERATOR("AttentionQuantize", op_attention_quantize, "fuumF", "bbfi"),
+    OPERATOR("Attention", op_attention, "fuumFFFF", "f"),
+    OPERATOR("AttentionQuantize", op_attention_quantize, "fuumFFFF", "bbfi"),
 };
 
 RK_PUBLIC OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {

@@ -23,7 +23,7 @@
 
 #include <stdint.h>
 
-#define RK_VERSION 1
+#define RK_VERSION 2
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
 #define RK_MAX_FACTORS 6
@@ -144,10 +144,12 @@ typedef struct {
 
 /* softmax(scale q k^T) v over the cache, into which the new tokens have been written. Query i of a batch, in slot start + i, sees
  * the slots t with slot - window < t <= slot (window 0: all t <= slot) and mask[t] != 0. softcap c > 0: scores are c tanh(score / c).
- * sinks: a further score of every head that has no value. A query that sees nothing gives 0.
+ * slopes: slopes[head] * (t - slot) is added to scores. sinks: a further score of every head that has no value. prefix: tokens that every
+ * query sees besides, in float. A query that sees nothing gives 0.
  * The result goes to out, or if codes.parts is not 0 to codes, a run for each head: its parts are split as the values are.
- * A unit is a few queries of the heads that share a key head. Sums use fused multiply-add where the processor has it: instruction
- * sets differ in the last bits. */
+ * A unit is a few queries of the heads that share a key head. Where few queries see many keys, these are cut into chunks, which are
+ * units, if there is scratch: rk_attention_scratch bytes, aligned to 4, the first batch * kv_heads * 4 of them zero. Products with
+ * codes of the cache are exact, of 23-bit codes: of each query's part, and of each tile's weights times their value's scale. */
 typedef struct {
     int64_t batch, tokens, heads, kv_heads;
     const float *q;                        /* [batch, tokens, heads, D] */
@@ -159,7 +161,10 @@ typedef struct {
     int64_t mask_stride;
     float scale, softcap;
     int64_t window;
-    const float *sinks;                    /* [heads] or NULL */
+    const float *sinks, *slopes;           /* [heads] or NULL */
+    int64_t prefix;
+    const float *prefix_keys, *prefix_values; /* [kv_heads, prefix, columns] */
+    void *scratch;                         /* or NULL */
     float *out;                            /* [batch, tokens, heads, value columns] or NULL */
     rk_codes codes;
 } rk_attention_args;
@@ -181,6 +186,8 @@ RK_API int64_t rk_tile_bytes(const rk_part *part, int32_t weight_bits);
 
 /* Bytes of one token of a cached head. */
 RK_API int64_t rk_head_bytes(const rk_head *head);
+/* Bytes of scratch that attention can use; 0: none. */
+RK_API int64_t rk_attention_scratch(const rk_attention_args *args);
 
 RK_API int64_t rk_mixed_linear_units(const rk_mixed_linear_args *args);
 RK_API void rk_mixed_linear(const rk_mixed_linear_args *args, int64_t begin, int64_t end);

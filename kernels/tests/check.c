@@ -1,6 +1,6 @@
 /* Runs every kernel on random operands of odd sizes, with every instruction set that the processor has, and compares: integer
- * results with plain loops written from resq_kernels.h, all results among instruction sets, bit for bit (attention: to rounding). Buffers are exactly as
- * large as they must be, so that a sanitizer sees any access beyond them. Prints what differs; exits with 1 then. */
+ * results with plain loops written from resq_kernels.h, all results among instruction sets, bit for bit. Buffers are exactly as large
+ * as they must be, so that a sanitizer sees any access beyond them. Prints what differs; exits with 1 then. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,19 +33,7 @@ static float *floats(int64_t count, float low, float high) {
 /* Runs a kernel in two pieces under each instruction set; the first result is what `fill` left in `expected`, if it is not NULL. */
 typedef void (*run_function)(const void *args);
 
-static int differ(const void *a, const void *b, int64_t bytes, float tolerance) {
-    if (tolerance == 0)
-        return memcmp(a, b, (size_t)bytes);
-    const float *x = a, *y = b;
-    for (int64_t i = 0; i < bytes / 4; i++)
-        if (!(x[i] - y[i] <= tolerance && y[i] - x[i] <= tolerance))
-            return 1;
-    return 0;
-}
-
-/* tolerance 0: bit for bit, else floats. */
-static int compare_within(const char *what, run_function run, const void *args, void *result, int64_t bytes, const void *expected,
-                          float tolerance) {
+static int compare(const char *what, run_function run, const void *args, void *result, int64_t bytes, const void *expected) {
     void *first = expected ? memcpy(array(bytes, 1), expected, (size_t)bytes) : NULL;
     int wrong = 0;
     for (int32_t i = 0; rk_instruction_set(i); i++) {
@@ -55,17 +43,13 @@ static int compare_within(const char *what, run_function run, const void *args, 
         run(args);
         if (!first)
             first = memcpy(array(bytes, 1), result, (size_t)bytes);
-        if (differ(first, result, bytes, tolerance)) {
+        if (memcmp(first, result, (size_t)bytes)) {
             printf("%s: %s differs\n", what, rk_instruction_set(i));
             wrong = 1;
         }
     }
     free(first);
     return wrong;
-}
-
-static int compare(const char *what, run_function run, const void *args, void *result, int64_t bytes, const void *expected) {
-    return compare_within(what, run, args, result, bytes, expected, 0);
 }
 
 #define RUNNER(name) \
@@ -276,7 +260,16 @@ static int check_hadamard_quantize(void) {
 /* The cache: rope_cache writes one, attention reads it. */
 
 RUNNER(rope_cache)
-RUNNER(attention)
+
+/* With what is in front of scratch set to 0 before, and the units in two pieces, backwards. */
+static void run_attention(const void *args) {
+    const rk_attention_args *a = args;
+    if (a->scratch)
+        memset(a->scratch, 0, (size_t)(a->batch * a->kv_heads) * 4);
+    int64_t units = rk_attention_units(a), middle = units / 2;
+    rk_attention(a, middle, units);
+    rk_attention(a, 0, middle);
+}
 
 static rk_head random_head(void) {
     rk_head h = {(int32_t)between(0, 45), (int32_t)between(0, 40), (int32_t)between(2, 4), (int32_t)between(5, 8)};
@@ -291,15 +284,21 @@ static int check_attention(const rk_rope_cache_args *r) {
                            r->capacity, r->start, .scale = 0.2f, .window = between(0, 1) * between(1, 9)};
     a.mask_stride = r->capacity;
     a.softcap = random_bits() & 1 ? 3.0f : 0.0f;
-    a.sinks = random_bits() & 1 ? floats(a.heads, -1, 1) : NULL;
+    a.sinks = random_bits() & 1 ? floats(a.heads, -1, 1) : NULL, a.slopes = random_bits() & 1 ? floats(a.heads, 0, 0.5f) : NULL;
     uint8_t *mask = random_bits() & 1 ? array(a.batch * a.capacity, 1) : NULL;
     for (int64_t i = 0; mask && i < a.batch * a.capacity; i++)
         mask[i] = random_bits() % 4 > 0;
     a.mask = mask;
     int64_t bytes = a.batch * a.tokens * a.heads * columns_of(a.value) * 4;
     a.out = array(bytes, 1);
-    int wrong = compare_within("attention", run_attention, &a, a.out, bytes, NULL, 1e-4f);
-    free(mask), free((void *)a.sinks), free(a.out);
+    a.prefix = between(0, 1) * between(1, 3);
+    const int64_t prefix = a.kv_heads * a.prefix;
+    a.prefix_keys = floats(prefix * columns_of(a.key), -2, 2), a.prefix_values = floats(prefix * columns_of(a.value), -2, 2);
+    int wrong = compare("attention", run_attention, &a, a.out, bytes, NULL);
+    a.scratch = rk_attention_scratch(&a) ? array(rk_attention_scratch(&a), 1) : NULL;
+    wrong |= compare("attention in chunks", run_attention, &a, a.out, bytes, NULL);
+    free(mask), free((void *)a.sinks), free(a.out), free(a.scratch), free((void *)a.prefix_keys), free((void *)a.prefix_values);
+    free((void *)a.slopes);
     return wrong;
 }
 
@@ -307,7 +306,8 @@ static int check_rope_cache_and_attention(void) {
     rk_rope_cache_args a = {.batch = between(1, 2), .tokens = between(1, 40), .kv_heads = between(1, 3), .epsilon = 1e-5f, .clip = 1};
     a.heads = a.kv_heads * between(1, 4);
     a.key = random_head(), a.value = random_head();
-    a.capacity = a.tokens + 50;
+    const int64_t past = random_bits() % 4 ? 50 : 600; /* the longer one is cut into chunks */
+    a.capacity = a.tokens + past;
     const int64_t d = columns_of(a.key), e = columns_of(a.value), rows = a.batch * a.tokens, slots = a.batch * a.kv_heads * a.capacity;
     a.q_stride = a.heads * d, a.k_stride = a.kv_heads * d, a.v_stride = a.kv_heads * e;
     a.q = floats(rows * a.q_stride, -2, 2), a.k = floats(rows * a.k_stride, -2, 2), a.v = floats(rows * a.v_stride, -2, 2);
@@ -319,7 +319,7 @@ static int check_rope_cache_and_attention(void) {
     a.k_norm = a.q_norm;
     int32_t *start = array(a.batch, 4);
     for (int64_t b = 0; b < a.batch; b++)
-        start[b] = (int32_t)between(0, 50);
+        start[b] = (int32_t)between(0, past);
     a.start = start;
     const int64_t key_bytes = slots * rk_head_bytes(&a.key), value_bytes = slots * rk_head_bytes(&a.value);
     int64_t bytes = rows * a.q_stride * 4 + key_bytes + value_bytes;

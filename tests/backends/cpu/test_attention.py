@@ -15,6 +15,7 @@ from resq_compiler.backends.cpu.kernels import CodePart, norm_quantize
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import ops
 
+CLOSE = dict(rtol=1e-4, atol=2e-6)  # float sums in another order
 HEADS = {
     "both": CachedHead(56, 8),
     "odd": CachedHead(13, 3),
@@ -91,24 +92,33 @@ def test_queries_are_normed_rotated_and_turned(library, isa, bases, rotary, norm
     assert (steps.abs() > 1e-4).float().mean() < 0.01  # a key that rounding put on the other side of a step
 
 
-def reference(q, cache, scale, mask, window, softcap, sinks, total):
+def reference(q, cache, scale, mask, window, softcap, sinks, total, prefix=None, slopes=None):
     """Float attention over the images, rows that see nothing are 0."""
-    heads = q.shape[2]
+    batch, heads = q.shape[0], q.shape[2]
+    group = heads // cache.keys.shape[1]
     k, v = (
-        formats.unpack_cache(x[:, :, :total], h).repeat_interleave(heads // x.shape[1], 1)
+        formats.unpack_cache(x[:, :, :total], h).repeat_interleave(group, 1)
         for x, h in ((cache.keys, cache.key_head), (cache.values, cache.value_head))
     )
     scores = torch.einsum("bshd,bhtd->bhst", q, k) * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     slots = cache.start[:, None] + torch.arange(q.shape[1])
     keys = torch.arange(total)
+    if slopes is not None:
+        scores = scores + slopes[:, None, None] * (keys - slots[..., None])[:, None]
     seen = keys <= slots[..., None]
     seen = seen & (slots[..., None] - keys < window) if window else seen
     seen = seen if mask is None else seen & mask[:, None, :total]
+    if prefix is not None:
+        first = [x.repeat_interleave(group, 0).expand(batch, -1, -1, -1) for x in prefix]
+        before = torch.einsum("bshd,bhtd->bhst", q, first[0]) * scale
+        before = softcap * torch.tanh(before / softcap) if softcap else before
+        scores, v = torch.cat((before, scores), -1), torch.cat((first[1], v), 2)
+        seen = torch.cat((seen.new_ones(*seen.shape[:2], before.shape[-1]), seen), -1)
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)), -1)
-    p = torch.softmax(scores, -1).nan_to_num(0.0)[..., :total]
+    p = torch.softmax(scores, -1).nan_to_num(0.0)[..., : v.shape[2]]
     return torch.einsum("bhst,bhtd->bshd", p, v)
 
 
@@ -147,7 +157,71 @@ def case(name, head=HEADS["both"], value_head=None):
 def test_attention(library, isa, name):
     q, cache, options, total = case(name)
     got = attention(library, q, cache, *options)
-    torch.testing.assert_close(got, reference(q, cache, *options, total), rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(got, reference(q, cache, *options, total), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "window", "softcap", "padding", "sinks", "sinks_decode"])
+def test_prefix(library, isa, name):
+    """Tokens in front that every query sees, padding and windows or not."""
+    q, cache, options, total = case(name)
+    g = cache.keys.shape[1]
+    prefix = random(g, 3, 64, seed=4), random(g, 3, 64, seed=5)
+    got = attention(library, q, cache, *options, prefix=prefix)
+    torch.testing.assert_close(got, reference(q, cache, *options, total, prefix), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "window", "softcap", "padding", "sinks"])
+def test_slopes(library, isa, name):
+    """A multiple of the distance, of each head, is added to its scores."""
+    q, cache, options, total = case(name)
+    slopes = random(q.shape[2], seed=6).abs()
+    got = attention(library, q, cache, *options, slopes=slopes)
+    torch.testing.assert_close(got, reference(q, cache, *options, total, None, slopes), **CLOSE)
+
+
+@pytest.mark.parametrize("window", [0, 700])
+@pytest.mark.parametrize("heads", [2, 6, 40])  # of two key heads: 20 queries a key head and token are a unit like 3
+def test_long_contexts_are_shared_in_chunks(library, isa, heads, window):
+    """Two sequences of different length, one with padding; the same bytes for any number of threads."""
+    start, slots = (1500, 70), 1502
+    cache = filled(2, 2, slots, HEADS["both"])
+    cache.start.copy_(torch.tensor(start))
+    mask = torch.ones(2, slots, dtype=torch.bool)
+    mask[1, :5] = False
+    q, sinks, prefix = (
+        random(2, 2, heads, 64, seed=3),
+        random(heads, seed=9),
+        (random(2, 1, 64), random(2, 1, 64, seed=1)),
+    )
+    options = (0.125, mask, window, 0.0, sinks)
+    got = [attention(library, q, cache, *options, threads=threads, prefix=prefix) for threads in (1, 2, 5)]
+    torch.testing.assert_close(got[0], reference(q, cache, *options, slots, prefix), **CLOSE)
+    assert all(torch.equal(got[0], other) for other in got)
+
+
+def test_all_instruction_sets_agree(library):
+    for name in CASES:
+        q, cache, options, _ = case(name, HEADS["3+6"], HEADS["odd"])
+        results = []
+        for isa in (isa for isa, able in library.instruction_sets().items() if able):
+            with library.using(isa):
+                results.append(attention(library, q, cache, *options))
+        assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_a_token_that_outweighs_all_others(library, isa):
+    """Its weight must not take the bits of the others': each row and tile of keys has a scale of its own."""
+    head, slots = HEADS["both"], 400
+    k, v = random(1, 1, slots, 64, seed=1), random(1, 1, slots, 64, seed=2)
+    k[:, :, 0] *= 12
+    v[:, :, 0] *= 1e-3
+    cache = empty_cache(1, 1, slots, head, head)
+    cache.keys.copy_(formats.pack_cache(k, head))
+    cache.values.copy_(formats.pack_cache(v, head))
+    cache.start.fill_(slots - 1)
+    q = formats.unpack_cache(cache.keys, head)[:, :, :1] * 0.1
+    got, expected = attention(library, q, cache, 0.125), reference(q, cache, 0.125, None, 0, 0.0, None, slots)
+    assert ((got - expected).norm() / expected.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["decode", "chunk"])
@@ -155,7 +229,7 @@ def test_attention(library, isa, name):
 def test_heads_of_other_shapes(library, isa, name, head):
     q, cache, options, total = case(name, head, CachedHead(21, 11))
     got = attention(library, q, cache, *options)
-    torch.testing.assert_close(got, reference(q, cache, *options, total), rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(got, reference(q, cache, *options, total), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["decode", "prefill"])
@@ -186,7 +260,7 @@ def test_any_sizes_and_threads(library, new, start, group, g, low, high, window,
     for name in (name for name, able in library.instruction_sets().items() if able):
         with library.using(name):
             got = [attention(library, q, cache, 0.3, None, window, threads=threads) for threads in (1, 2, 3, 4)]
-        torch.testing.assert_close(got[0], expected, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(got[0], expected, **CLOSE)
         assert all(torch.equal(got[0], other) for other in got)
 
 
@@ -201,14 +275,14 @@ def test_a_sequence_in_pieces_is_the_sequence_at_once(library):
         outputs.append(attention(library, rope_cache(library, *step, None, pieces), pieces, 0.125))
         pieces.start.add_(1)
     assert torch.equal(pieces.keys, whole.keys) and torch.equal(pieces.values, whole.values)
-    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected, **CLOSE)
 
 
 def test_heads_of_torch_attention(library):
     q, cache, _, total = case("prefill")
     k, v = (formats.unpack_cache(x[:, :, :total], cache.key_head) for x in (cache.keys, cache.values))
     expected = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(attention(library, q, cache, 0.125).transpose(1, 2), expected, rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(attention(library, q, cache, 0.125).transpose(1, 2), expected, **CLOSE)
 
 
 def test_operands_that_do_not_fit(library):
@@ -219,6 +293,8 @@ def test_operands_that_do_not_fit(library):
         attention(library, q, cache, 1.0, torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(BackendError, match="output parts .* the values are split as"):
         attention(library, q, cache, 1.0, parts=[CodePart(4, 64, 6)])
+    with pytest.raises(BackendError, match=r"prefix values is .*expected contiguous torch.float32 \(2, 1, 64\)"):
+        attention(library, q, cache, 1.0, prefix=(random(2, 1, 64), random(2, 2, 64)))
     with pytest.raises(BackendError, match="5 query heads for 2 key heads"):
         attention(library, random(2, 1, 5, 64), cache, 1.0)
     with pytest.raises(BackendError, match="tokens evenly spaced"):

@@ -147,6 +147,21 @@ def test_rope_cache_and_attention(library, past, room):
     assert_codes(got, attention(library, q, cache, 0.125, mask, 5, 3.0, None, parts), (batch, new))
 
 
+@pytest.mark.parametrize("past", [4, 700])
+def test_attention_with_a_prefix(library, past):
+    q, cache = random(2, 1, 4, 64), empty_cache(2, 2, past + 1, HEAD, HEAD)
+    cache.keys.copy_(formats.pack_cache(random(2, 2, past + 1, 64, seed=1), HEAD))
+    cache.values.copy_(formats.pack_cache(random(2, 2, past + 1, 64, seed=2), HEAD))
+    cache.start.fill_(past)
+    sinks, prefix = random(4, seed=3), (random(2, 3, 64, seed=4), random(2, 3, 64, seed=5))
+    mask = torch.ones(2, past + 1, dtype=torch.bool)
+    inputs = [q, cache.keys, cache.values, mask, sinks, *(x[None] for x in prefix)]
+    (y,) = Node(library, "Attention", inputs, 1, scale=0.125, **HEAD_ATTRIBUTES).run()
+    assert torch.equal(
+        y.unflatten(-1, (4, 64)), attention(library, q, cache, 0.125, mask, 0, 0.0, sinks, prefix=prefix)
+    )
+
+
 def test_errors_name_the_node(library):
     def fails(message, *arguments, **attributes):
         with pytest.raises(Exception, match=f"(?s){message}") as caught:
@@ -173,6 +188,17 @@ def test_errors_name_the_node(library):
         1,
         **HEAD_ATTRIBUTES,
     )
+    four = torch.ones(1, 4, dtype=torch.bool)
+    operands = [q, cache, cache, four, None]
+    fails(
+        "prefix does not fit: expected keys and values",
+        "Attention",
+        [*operands, random(1, 2, 1, 64)],
+        1,
+        **HEAD_ATTRIBUTES,
+    )
+    wrong = [*operands, random(1, 2, 1, 64), random(1, 2, 2, 64)]
+    fails("prefix_value does not fit", "Attention", wrong, 1, **HEAD_ATTRIBUTES)
     fails("q does not fit", "Attention", [q[..., :32].contiguous(), cache, cache, mask], 1, **HEAD_ATTRIBUTES)
     fails(
         "attributes of a Attention node", "Attention", [q, cache, cache, mask], 1, **(HEAD_ATTRIBUTES | {"kv_heads": 3})
