@@ -29,7 +29,7 @@ from resq_compiler.calibration.expert_moments import ExpertInputs, ExpertMoments
 from resq_compiler.calibration.experts import check_reached, float_routes, on_every_expert
 from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.calibration.statistics import pool
-from resq_compiler.ir import graph_tools, meta, ops, values
+from resq_compiler.ir import graph_tools, meta, ops, promises, values
 from resq_compiler.ir.args import source
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
 from resq_compiler.ir.views import Dequantize, Linear
@@ -259,11 +259,13 @@ def quantize_block(
         if group[0].indices is None:
             hessian = input_moment(group[0], list(source_of(group[0])), stream, runner, block.end)
             memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
-            made.append(quantize_group(gm, group, hessian, ctx, options))
+            with promises.keeping(until_end=True):
+                made.append(quantize_group(gm, group, hessian, ctx, options))
+                store(gm, group, made[-1])
         else:
             codes, reports[group[0].fact.name] = quantize_experts(gm, group, block, stream, runner, ctx, options)
             made.append(codes)
-        store(gm, group, made[-1])
+            store(gm, group, made[-1])
     workdir.keep_block(ctx.work, block.index, made, ctx.notes[before:])
     return reports
 

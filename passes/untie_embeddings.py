@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.ir import graph_tools
@@ -31,7 +30,7 @@ class UntieEmbeddings(Pass):
             if not any(is_call(user, aten.embedding.default) for n in shared for user in n.users):
                 continue
             name = f"{graph_tools.module_of(linear.node) or 'lm_head'}.untied.weight"
-            own = graph_tools.derive_tensor(gm, linear.weight, name, Tensor.clone, linear.weight_shape(gm), self.name)
+            own = graph_tools.add_tensor(gm, name, graph_tools.held(gm, linear.weight), self.name)
             set_argument(linear.node, "weight", own)
             done += 1
         return done

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,18 @@ from resq_compiler.analysis.topology import Topology
 from resq_compiler.backends import load_backend
 from resq_compiler.backends.onnx import export_problem
 from resq_compiler.calibration import precision, shards
+from resq_compiler.calibration.causality import check_causal_graph
 from resq_compiler.calibration.data import calibration_windows, text_start
 from resq_compiler.calibration.shards import SavedStatistics
 from resq_compiler.calibration.statistics import take
 from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
 from resq_compiler.errors import BackendError, DataError, ModelError
-from resq_compiler.frontend.capture import Captured, capture, runnable_attention
-from resq_compiler.frontend.models import LoadedModel, load_model, open_tokenizer
+from resq_compiler.frontend.capture import Captured, capture, capture_promised, runnable_attention
+from resq_compiler.frontend.checks import check_finite_tensor
+from resq_compiler.frontend.models import LoadedModel, open_model, open_tokenizer
+from resq_compiler.frontend.opened import OpenedModel
 from resq_compiler.frontend.positions import longest_text
-from resq_compiler.frontend.source import weights_digest
+from resq_compiler.frontend.source import digest_of
 from resq_compiler.inspection import guard, routing
 from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
@@ -206,18 +209,23 @@ def _begin(
     memory.tune_allocator()
     if isinstance(model, CompiledModel):
         raise ModelError(f"model: already compiled ({model.options.scheme}); give the float model it was made from")
-    loaded = load_model(model, accept_unused_weights=accept_unused_weights)
+    loaded = open_model(model, accept_unused_weights=accept_unused_weights)
     loaded = dataclasses.replace(loaded, tokenizer=open_tokenizer(tokenizer) or loaded.tokenizer)
     report = progress or (lambda step, done, total: None)
     start_of_text = text_start(loaded.tokenizer, config.bos)
     windows = _calibration(loaded, calib_data, config, chosen.passes, report)
     compared = _compared(loaded, calib_data, windows, config)
+    digest = _digest(loaded)
     work = None
     if work_dir is not None:
-        work = _work_directory(work_dir, chosen.passes, config, loaded.model, windows, overrides)
-    about = _about(loaded, calib_data, windows)
+        work = _work_directory(work_dir, chosen.passes, config, digest, windows, overrides)
+    about = _about(loaded, digest, calib_data, windows)
     start = time.perf_counter()
-    captured = _capture_float32(loaded.model, not isinstance(model, (PreTrainedModel, LoadedModel)), report)
+    report("capture", 0, 1)
+    captured = capture_promised(loaded.skeleton, loaded.weights)
+    report("capture", 1, 1)
+    if isinstance(model, (str, Path)):
+        check_causal_graph(captured.graph_module, loaded.where)
     del loaded, model
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
     bos = about["config"].get_text_config().bos_token_id
@@ -246,27 +254,38 @@ def load(directory: str | Path, device: torch.device | str | None = None) -> Com
     return CompiledModel.from_pretrained(directory, device_map=device)
 
 
-def _provenance(loaded: LoadedModel, calib_data: Any, windows: Tensor | None) -> Provenance:
-    source = dataclasses.replace(loaded.source, weights=weights_digest(loaded.model))
+def _digest(loaded: OpenedModel) -> str:
+    """The digest of the weights, read one by one. Raises ModelError: one is not finite, or its file is cut off."""
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        for name, value in loaded.values():
+            check_finite_tensor(name, value)
+            yield name, value
+
+    return digest_of(values())
+
+
+def _provenance(loaded: OpenedModel, digest: str, calib_data: Any, windows: Tensor | None) -> Provenance:
+    source = dataclasses.replace(loaded.source, weights=digest)
     return Provenance(source, None if windows is None else CalibrationSource.of(calib_data, windows), known=True)
 
 
-def _about(loaded: LoadedModel, calib_data: Any, windows: Tensor | None) -> dict[str, Any]:
+def _about(loaded: OpenedModel, digest: str, calib_data: Any, windows: Tensor | None) -> dict[str, Any]:
     """What a result keeps of the float model beside its graph."""
-    config = copy.deepcopy(loaded.model.config)
+    config = copy.deepcopy(loaded.skeleton.config)
     config._attn_implementation = (
         "sdpa"  # what the graph has; transformers refuses some others in a class that does not name them
     )
     config._experts_implementation = "eager"  # the same for experts, which the graph has
     return {
         "config": config,
-        "generation_config": copy.deepcopy(loaded.model.generation_config),
+        "generation_config": copy.deepcopy(loaded.skeleton.generation_config),
         "tokenizer": loaded.tokenizer,
-        "provenance": _provenance(loaded, calib_data, windows),
+        "provenance": _provenance(loaded, digest, calib_data, windows),
     }
 
 
-def _compared(loaded: LoadedModel, calib_data: Any, windows: Tensor | None, config: CompileConfig) -> Tensor | str:
+def _compared(loaded: OpenedModel, calib_data: Any, windows: Tensor | None, config: CompileConfig) -> Tensor | str:
     """The tokens [1, n] that the compiled graph is compared with the float one on, or why there are none, as a note."""
     if windows is not None:
         return windows[:1, : guard.TOKENS]
@@ -275,8 +294,8 @@ def _compared(loaded: LoadedModel, calib_data: Any, windows: Tensor | None, conf
             "nothing was compared with the float model: no pass of this recipe looks at text, and none was given; "
             "calibration data (calib_data=demo, --calibration demo) is enough for that"
         )
-    length = min(config.calibration_length, guard.TOKENS, longest_text(loaded.model) or guard.TOKENS)
-    vocab_size = loaded.model.config.get_text_config().vocab_size
+    length = min(config.calibration_length, guard.TOKENS, longest_text(loaded.skeleton) or guard.TOKENS)
+    vocab_size = loaded.skeleton.config.get_text_config().vocab_size
     try:
         return calibration_windows(
             calib_data,
@@ -334,6 +353,7 @@ def _run_guarded(
     ctx = pipeline.ctx
     if isinstance(compared, str) or any(t.is_meta for t in gm.state_dict().values()):
         _run_passes(pipeline, gm, passes, on_float)
+        graph_tools.settle(gm)
         if isinstance(compared, str):
             ctx.note(compared)
         return
@@ -341,6 +361,7 @@ def _run_guarded(
         ctx.note("calibration: the data given serves to compare predictions alone, no pass of this recipe looks at it")
     reference, choices = guard.predictions(gm, compared), routing.record(gm, compared)
     _run_passes(pipeline, gm, passes, on_float)
+    graph_tools.settle(gm)
     routed = routing.findings(gm, compared, choices, ctx.facts.find(Topology))
     for note in (*guard.findings(gm, compared, reference), *routed):
         (log.warning if note.startswith("WARNING") else log.info)(note)
@@ -371,15 +392,15 @@ def needs_calibration(passes: Sequence[Pass]) -> bool:
 
 
 def _work_directory(
-    path: str | Path, passes: Sequence[Pass], config: CompileConfig, model: PreTrainedModel, windows: Tensor | None,
+    path: str | Path, passes: Sequence[Pass], config: CompileConfig, weights: str, windows: Tensor | None,
     overrides: TopologyOverrides,
 ) -> WorkDirectory:  # fmt: skip
     settings = {"passes": to_text(passes), "options": named.run_options(config), "versions": versions()}
-    return WorkDirectory(path, fingerprint(settings, model, windows, overrides))
+    return WorkDirectory(path, fingerprint(settings, weights, windows, overrides))
 
 
 def _calibration(
-    loaded: LoadedModel, calib_data: Any, config: CompileConfig, passes: Sequence[Pass], report: Progress
+    loaded: OpenedModel, calib_data: Any, config: CompileConfig, passes: Sequence[Pass], report: Progress
 ) -> Tensor | None:  # fmt: skip
     if not needs_calibration(passes):
         return None
@@ -391,28 +412,16 @@ def _calibration(
     return None if windows is None else windows["windows"]
 
 
-def _cut_windows(loaded: LoadedModel, calib_data: Any, config: CompileConfig, report: Progress) -> Tensor:
-    vocab_size = loaded.model.config.get_text_config().vocab_size
-    length = min(config.calibration_length, longest_text(loaded.model) or config.calibration_length)
-    with runnable_attention(loaded.model):
+def _cut_windows(loaded: OpenedModel, calib_data: Any, config: CompileConfig, report: Progress) -> Tensor:
+    vocab_size = loaded.skeleton.config.get_text_config().vocab_size
+    length = min(config.calibration_length, longest_text(loaded.skeleton) or config.calibration_length)
+    model = loaded.whole() if calib_data is None else loaded.skeleton
+    with runnable_attention(model):
         return calibration_windows(
-            calib_data, model=loaded.model, tokenizer=loaded.tokenizer, samples=config.calibration_samples,
+            calib_data, model=model, tokenizer=loaded.tokenizer, samples=config.calibration_samples,
             sequence_length=length, seed=config.seed, bos=config.bos,
             vocab_size=vocab_size, progress=lambda done, total: report("write calibration text", done, total),
         )  # fmt: skip
-
-
-def _capture_float32(model: PreTrainedModel, own: bool, report: Progress) -> Captured:
-    """Capture in float32; a model of another dtype is converted (a copy of it, if it is the user's)."""
-    report("capture", 0, 1)
-    if any(p.is_inference() for p in model.parameters()):
-        model = copy.deepcopy(model)  # tensors made in inference mode can be read, but not traced
-    if model.dtype != torch.float32:
-        log.info("the model is %s; it is compiled in float32", model.dtype)
-        model = (model if own else copy.deepcopy(model)).float()
-    captured = capture(model)
-    report("capture", 1, 1)
-    return captured
 
 
 def trace(model: PreTrainedModel, topology: Any = None) -> tuple[GraphModule, PassContext]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration import precision
-from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.util import devices
 
 TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed, small against the weights
@@ -33,7 +33,7 @@ class Schedule:
         self.targets = list(targets)
         self.given = set(given)
         needed = self._needed()
-        self.order = [n for n in gm.graph.nodes if n in needed]
+        self.order = with_tensors(n for n in gm.graph.nodes if n in needed)
         self.release = last_uses(self.order, keep=set(self.targets if keep is None else keep))
 
     def _needed(self) -> set[Node]:
@@ -54,6 +54,17 @@ class Schedule:
         run_nodes(self.gm, self.order, self.release, env, taps or {}, instead)
 
 
+def with_tensors(nodes: Iterable[Node]) -> list[Node]:
+    """Nodes in their order, tensors of the model right before what reads them first: they are made there."""
+    order: dict[Node, None] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            continue
+        order |= {source: None for source in node.all_input_nodes if source.op == "get_attr"}
+        order[node] = None
+    return list(order)
+
+
 class Stretch:
     """A schedule on the way to `goal`: computes `targets` and knows which values (`alive`) the rest of the way needs."""
 
@@ -63,12 +74,18 @@ class Stretch:
         done = set(now.order)
         self.gm, self.order = gm, now.order
         self.alive = {source for node in whole.order if node not in done for source in node.all_input_nodes}
-        self.alive |= {goal} & (done | set(given))
+        self.alive = {node for node in self.alive if node.op != "get_attr"} | {goal} & (done | set(given))
         self.release = last_uses(now.order, keep=set(now.targets) | self.alive)
 
     def run(self, env: dict[Node, Any]) -> None:
         """Compute the targets into env, keeping what is still needed."""
         run_nodes(self.gm, self.order, self.release, env, {})
+
+
+def weights_of(gm: GraphModule, order: Iterable[Node]) -> dict[Node, Tensor]:
+    """The tensors of the model among some nodes, made and on the device that computes now."""
+    with promises.keeping():
+        return {node: run_node(gm, node, {}) for node in order if node.op == "get_attr"}
 
 
 def last_uses(order: Sequence[Node], keep: set[Node]) -> dict[Node, list[Node]]:

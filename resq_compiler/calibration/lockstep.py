@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.calibration.executor import Schedule, Stretch, first_tokens, shared_values
+from resq_compiler.calibration.executor import Schedule, Stretch, first_tokens, shared_values, weights_of
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.numerics.quantized import QuantizedActivation
@@ -38,11 +38,16 @@ class Lockstep:
     def begin(cls, gm: GraphModule, batches: Sequence[Tensor], start: Node) -> Lockstep:
         """All batches of token ids [b, length], run to the value `start`."""
         tables = {shape: shared_values(gm, ids, start) for shape, ids in {b.shape: b for b in batches}.items()}
-        states = []
+        states: list[dict[Node, Any]] = []
+        weights: dict[Node, Tensor] = {}
         for ids in batches:
-            env = dict(first_tokens(gm, ids))
-            Schedule(gm, [start], env).run(env)
+            given = first_tokens(gm, ids)
+            schedule = Schedule(gm, [start], given)
+            weights = weights or weights_of(gm, schedule.order)
+            env = {**given, **weights}
+            schedule.run(env)
             states.append({start: env[start]})
+        del weights, env
         room = sum(t.nbytes for t in gm.state_dict().values()) * ROOM
         return cls(gm, states, [tables[b.shape] for b in batches], room)
 
@@ -54,12 +59,15 @@ class Lockstep:
         """Compute targets on the way to goal; `see` gets the number of every batch and its values."""
         targets, spent = list(targets), 0
         plans: dict[frozenset[Node], Stretch] = {}
+        weights: dict[Node, Tensor] = {}
         for i, (state, shared) in enumerate(zip(self.states, self.shared, strict=True)):
             env = {**shared, **state}
             known = frozenset(env)
             if known not in plans:
                 plans[known] = Stretch(self.gm, targets, known, goal)
+                weights |= weights_of(self.gm, [n for n in plans[known].order if n not in weights])
             plan = plans[known]
+            env.update((node, weights[node]) for node in plan.order if node.op == "get_attr")
             plan.run(env)
             see(i, env)
             kept = plan.alive if goal in plan.alive else not_cheap(plan.alive, set(shared))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.sites import Site
+from resq_compiler.analysis.topology import Block
 from resq_compiler.calibration import executor, workdir
+from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools
@@ -110,18 +112,23 @@ def distinct(requests: Iterable[Request]) -> list[Request]:
 
 def take(
     gm: GraphModule, requests: Sequence[Request], windows: Tensor, work: WorkDirectory | None,
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[str, int, int], None], blocks: Sequence[Block] = (),
 ) -> Statistics:  # fmt: skip
     """Run windows of token ids [n, length] through the graph for what is asked; a work directory keeps it, and gives it back.
 
     Processes that share the work run a part of the windows each, and all have the sums over all of them.
+    blocks: of the model; all windows go through one after the other, and only its weights are made. Without, the graph is one block.
     """
     if not restored(requests, work):
         taps: dict[Node, Callable[[Tensor], None]] = {}
         for request in requests:
             for node, see in request.taps():
                 taps[node] = both(taps[node], see) if node in taps else see
-        observe(gm, taps, processes.current().part(windows), lambda done, total: progress("calibrate", done, total))
+        part = processes.current().part(windows)
+        if blocks:
+            observe_blocks(gm, taps, part, blocks, lambda done, total: progress("calibrate", done, total))
+        else:
+            observe(gm, taps, part, lambda done, total: progress("calibrate", done, total))
         for request in requests:
             pool(request.statistic)
         for request in requests if devices.current() is not None else ():
@@ -166,6 +173,35 @@ def observe(
         schedule.run(executor.first_tokens(gm, ids), taps)
         memory.trim()
     progress(len(batches), len(batches))
+
+
+def observe_blocks(
+    gm: GraphModule, taps: Mapping[Node, Callable[[Tensor], None]], windows: Tensor, blocks: Sequence[Block],
+    progress: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Run windows of token ids [n, length] through the graph, block by block; taps see the values at their nodes, in graph order."""
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+    left = sorted(taps, key=place.__getitem__)
+    runner = Lockstep.begin(gm, executor.batches(windows), blocks[0].start)
+
+    def see_all(nodes: list[Node], goal: Node) -> None:
+        def see(batch: int, env: dict[Node, Any]) -> None:
+            for node in nodes:
+                taps[node](env[node])
+
+        runner.run([*nodes, goal], goal, see)
+        memory.trim()
+
+    for i, block in enumerate(blocks):
+        progress(i, len(blocks))
+        here = [node for node in left if place[node] <= place[block.end]]
+        left = left[len(here) :]
+        if not here and not left:
+            break
+        see_all(here, block.end)
+    if left:
+        see_all(left, left[-1])
+    progress(len(blocks), len(blocks))
 
 
 def spread(windows: Tensor, count: int) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from resq_compiler.analysis.overrides import TopologyOverrides
 from resq_compiler.errors import CheckpointError, ConfigError
@@ -95,14 +95,14 @@ class WorkDirectory:
 
 
 def fingerprint(
-    settings: Mapping[str, Any], model: nn.Module, windows: Tensor | None, overrides: TopologyOverrides | None = None
+    settings: Mapping[str, Any], weights: str, windows: Tensor | None, overrides: TopologyOverrides | None = None
 ) -> dict[str, Any]:
-    """What must be equal for two compiles to share work; settings: passes, seed and versions, as plain values."""
+    """What must be equal for two compiles to share work; settings: passes, seed and versions, as plain values; weights: their digest."""
     return {
         "layout": LAYOUT,
         **settings,
         "topology": repr(overrides or TopologyOverrides()),
-        "weights": tensors_hash(model.state_dict()),
+        "weights": weights,
         "calibration tokens": tensors_hash({} if windows is None else {"windows": windows}),
     }
 

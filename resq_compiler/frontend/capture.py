@@ -8,14 +8,17 @@ Batch B, new tokens S and past length P are dynamic.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
@@ -25,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from resq_compiler.errors import CaptureError
 from resq_compiler.frontend.dynamic_rope import rope_of_positions
 from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir.promises import Promise, Promised
 from resq_compiler.util import torch_state
 
 EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST = 2, 5, 7  # none is 0 or 1: those sizes specialize a dynamic dimension
@@ -118,6 +122,41 @@ def _reached(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename.replace("\\", "/")]
     last = frames[-1] if frames else None
     return "" if last is None else f"reached {last.name} in {Path(last.filename).name}, line {last.lineno}; "
+
+
+def capture_promised(skeleton: PreTrainedModel, weights: Mapping[str, Promise]) -> Captured:
+    """Capture a model without its weights; the graph holds promises of them, and the values of vectors and constants.
+
+    skeleton: parameters on the meta device, buffers with values. Raises CaptureError, as `capture`.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False) for p in skeleton.parameters()
+        }
+        memo |= {id(b): mode.from_tensor(b) for b in skeleton.buffers()}
+        captured = capture(copy.deepcopy(skeleton, memo))
+    buffers = dict(skeleton.named_buffers(remove_duplicate=False))
+    gm = captured.graph_module
+    for target in sorted({str(node.target) for node in gm.graph.find_nodes(op="get_attr")}):
+        held = getattr(*graph_tools.owner_and_name(gm, target))
+        if isinstance(held, Tensor):
+            graph_tools.set_tensor(gm, target, _value_of(target, held, weights, buffers))
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    return dataclasses.replace(captured, example_inputs=concrete_example(vocabulary, captured.cache))
+
+
+def _value_of(name: str, fake: Tensor, weights: Mapping[str, Promise], buffers: Mapping[str, Tensor]) -> Tensor:
+    """The promise of a weight, the value of a vector or constant."""
+    if name in weights:
+        promise = weights[name]
+        return Promised(promise) if len(promise.shape) > 1 else promise.whole().clone()
+    value = buffers.get(name, getattr(fake, "constant", None))
+    if value is None:
+        raise CaptureError(
+            f"capture: {name} {tuple(fake.shape)} is neither a weight nor a buffer of the model, and has no value"
+        )
+    return value.clone()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from resq_compiler.errors import ModelError
@@ -20,15 +20,22 @@ def check_model(model: PreTrainedModel) -> None:
 def check_finite(model: nn.Module) -> None:
     """Raise ModelError naming the first parameter or buffer with a NaN or an infinity; skips meta tensors."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        smallest, largest = torch.aminmax(tensor)  # allocates nothing; a NaN anywhere comes through
-        if not (smallest.isfinite() and largest.isfinite()):
-            bad = int((~tensor.isfinite()).sum())
-            raise ModelError(
-                f"model weights: {name} {list(tensor.shape)} has {bad} values that are NaN or infinite; "
-                "the checkpoint is damaged or overflowed its dtype: load it again, or in float32 or bfloat16"
-            )
+        if not tensor.is_meta:
+            check_finite_tensor(name, tensor)
+
+
+@torch.no_grad()
+def check_finite_tensor(name: str, tensor: Tensor) -> None:
+    """Raise ModelError if a weight holds a NaN or an infinity."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    smallest, largest = torch.aminmax(tensor)  # allocates nothing; a NaN anywhere comes through
+    if not (smallest.isfinite() and largest.isfinite()):
+        bad = int((~tensor.isfinite()).sum())
+        raise ModelError(
+            f"model weights: {name} {list(tensor.shape)} has {bad} values that are NaN or infinite; "
+            "the checkpoint is damaged or overflowed its dtype: load it again, or in float32 or bfloat16"
+        )
 
 
 @torch.no_grad()
@@ -52,9 +59,14 @@ def check_causal(model: PreTrainedModel) -> None:
         ) from error
     finally:
         model.train(was_training)
-    tolerance = 1e-4 if model.dtype.itemsize >= 4 else 0.03  # rounding is near 1e-6, and 4e-3 a step in bfloat16
-    if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
+    require_causal(logits, type(model).__name__, 1e-4 if model.dtype.itemsize >= 4 else 0.03)  # bfloat16: 4e-3 a step
+
+
+def require_causal(logits: Tensor, where: str, tolerance: float = 1e-4) -> None:
+    """Raise ModelError unless two sequences that differ in the third token have equal logits [2, tokens, V] before it, but for rounding."""
+    before = logits[:, :2].float()
+    if (before[0] - before[1]).abs().max() > tolerance * before.abs().max():
         raise ModelError(
-            f"model {type(model).__name__}: the third token changes the logits of the first two, so this is not a "
+            f"model {where}: the third token changes the logits of the first two, so this is not a "
             "causal decoder; expected a decoder-only language model (an encoder such as BERT cannot be compiled)"
         )

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from resq_compiler.errors import ModelError
+from resq_compiler.frontend import opened
 from resq_compiler.frontend.checks import check_model
+from resq_compiler.frontend.opened import OpenedModel
 from resq_compiler.frontend.source import ModelSource
 from resq_compiler.frontend.source_files import (
     apply_gguf_rope,
@@ -25,6 +27,7 @@ from resq_compiler.frontend.source_files import (
     check_hub,
     check_no_adapter,
 )
+from resq_compiler.ir.promises import Promise
 from resq_compiler.util.install import install_command
 
 log = logging.getLogger(__name__)
@@ -99,6 +102,45 @@ def load_model(
     location = _locate(source)
     if location.kind == "hub":
         check_hub(location.name)
+    return _read(location, dtype, accept_unused_weights)
+
+
+def open_model(source: PreTrainedModel | LoadedModel | str | Path, accept_unused_weights: bool = False) -> OpenedModel:
+    """As `load_model`, without reading weights that can be read later, in float32; whether they are finite is seen then."""
+    if not isinstance(source, (str, Path)):
+        loaded = load_model(source)
+        return opened.of_instance(loaded.model, loaded.tokenizer, loaded.where, loaded.source)
+    check_no_adapter(source)
+    location = _locate(source)
+    if location.kind == "hub":
+        check_hub(location.name)
+    with _read_once(location):
+        skeleton, weights = _open_weights(location)
+        if weights is not None:
+            tokenizer = _load_tokenizer(location)
+            where, about = f"{location} ({type(skeleton).__name__})", _source(location, skeleton)
+            whole = functools.partial(_load_weights, location, torch.float32, accept_unused_weights)
+            return OpenedModel(skeleton, weights, tokenizer, where, about, whole)
+    loaded = _read(location, torch.float32, accept_unused_weights)
+    log.info("%s is read whole: its tensors are merged, renamed or turned on the way in", location)
+    return opened.of_instance(loaded.model, loaded.tokenizer, loaded.where, loaded.source)
+
+
+def _open_weights(location: _Location) -> tuple[PreTrainedModel, dict[str, Promise] | None]:
+    if location.gguf_file:
+        _require_gguf_packages(location)
+    config = _read_config(location)
+    skeleton = opened.skeleton_of(config)
+    if location.gguf_file:
+        file = Path(location.name) / location.gguf_file
+        weights = opened.gguf_weights(file, skeleton)
+        apply_gguf_rope(skeleton, file)
+        return skeleton, weights
+    directory = Path(location.name)
+    return skeleton, opened.safetensors_weights(directory, skeleton) if directory.is_dir() else None
+
+
+def _read(location: _Location, dtype: torch.dtype, accept_unused_weights: bool) -> LoadedModel:
     with _read_once(location):
         model = _load_weights(location, dtype, accept_unused_weights)
         if location.gguf_file:
@@ -163,12 +205,7 @@ def _locate_in_directory(path: Path) -> _Location:
 def _load_weights(location: _Location, dtype: torch.dtype, accept_unused: bool) -> PreTrainedModel:
     if location.gguf_file:
         _require_gguf_packages(location)
-    try:
-        config = AutoConfig.from_pretrained(location.name, **location.arguments)
-    except Exception as error:  # transformers raises what its many readers raise
-        raise ModelError(_not_loaded(location, "configuration", error)) from error
-    _check_config(config, f"model {location}")
-    config._attn_implementation = None  # one that a file names may not be installed here; transformers takes what is
+    config = _read_config(location)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.name, **location.arguments, config=config, dtype=dtype, output_loading_info=True
@@ -191,6 +228,16 @@ def _load_weights(location: _Location, dtype: torch.dtype, accept_unused: bool) 
             )
         log.warning("%s; they are left out", what)
     return model.eval()
+
+
+def _read_config(location: _Location) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(location.name, **location.arguments)
+    except Exception as error:  # transformers raises what its many readers raise
+        raise ModelError(_not_loaded(location, "configuration", error)) from error
+    _check_config(config, f"model {location}")
+    config._attn_implementation = None  # one that a file names may not be installed here; transformers takes what is
+    return config
 
 
 @contextlib.contextmanager

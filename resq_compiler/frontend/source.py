@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 NOT_RECORDED = "a model that is not recorded"
 
@@ -34,14 +35,19 @@ class ModelSource:
         return f"{self.name} ({self.architecture})" if self.architecture else self.name
 
 
-@torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
-    """sha256 of names, shapes and values of all parameters and buffers.
+    """The digest of all parameters and buffers of a model."""
+    return digest_of(sorted(model.state_dict().items()))
+
+
+@torch.no_grad()
+def digest_of(values: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 of names, shapes and values of tensors, in the order of their names.
 
     Values are taken in float32, so that a checkpoint has one digest, whatever float type it is read in.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in values:
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from resq_compiler.ir import meta
+from resq_compiler.ir.promises import Changed, ChangedRows, Promised, written
 from resq_compiler.numerics.float64 import by_row_chunks
 
 aten = torch.ops.aten
@@ -30,8 +32,9 @@ def is_call(node: object, *targets: Any) -> TypeGuard[Node]:
 
 
 def get_tensor(gm: GraphModule, node: Node) -> Tensor:
-    """The values behind a get_attr node. For shape and dtype alone, ask `held`."""
-    return held(gm, node)
+    """The values behind a get_attr node, made if they are promised. For shape and dtype alone, ask `held`."""
+    value = held(gm, node)
+    return value.make() if isinstance(value, Promised) else value
 
 
 def held(gm: GraphModule, node: Node) -> Tensor:
@@ -66,14 +69,16 @@ def change_tensor(
     gm: GraphModule, node: Node, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None
 ) -> None:
     """Bind what `change` makes of a get_attr node's tensor under the same name. shape: of the result, where it is another one."""
-    value = change(get_tensor(gm, node))
-    _check_shape(node, value, held(gm, node).shape if shape is None else shape)
-    set_tensor(gm, str(node.target), value)
+    set_tensor(gm, str(node.target), _changed(held(gm, node), change, shape))
 
 
 def change_rows(gm: GraphModule, node: Node, change: Callable[[Tensor], Tensor]) -> None:
     """`change_tensor` with a float64 function of rows, each for itself; rounded once."""
-    change_tensor(gm, node, lambda tensor: by_row_chunks(tensor, change))
+    value = held(gm, node)
+    changed = (
+        Promised(ChangedRows(value.promise, change)) if isinstance(value, Promised) else by_row_chunks(value, change)
+    )
+    set_tensor(gm, str(node.target), changed)
 
 
 @contextlib.contextmanager
@@ -93,13 +98,30 @@ def derive_tensor(
     gm: GraphModule, node: Node, target: str, change: Callable[[Tensor], Tensor], shape: Sequence[int], made_by: str
 ) -> Node:
     """A new get_attr node for what `change` makes of another one's tensor, which stays as it is."""
-    value = change(get_tensor(gm, node))
-    _check_shape(node, value, shape)
-    return add_tensor(gm, target, value, made_by)
+    value = held(gm, node)
+    if isinstance(value, Promised):
+        value.promise.children += 1
+    return add_tensor(gm, target, _changed(value, change, shape), made_by)
 
 
-def _check_shape(node: Node, value: Tensor, shape: Sequence[int]) -> None:
-    assert tuple(value.shape) == tuple(shape), f"tensor {node.target}: {tuple(value.shape)}, announced {tuple(shape)}"
+def _changed(value: Tensor, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None) -> Tensor:
+    """A promise stays one; a value changes now."""
+    if isinstance(value, Promised):
+        return Promised(Changed(value.promise, change, shape))
+    changed, expected = change(value), tuple(value.shape if shape is None else shape)
+    assert tuple(changed.shape) == expected, f"{tuple(changed.shape)} where {expected} was announced"
+    return changed
+
+
+def settle(gm: GraphModule, directory: Path | None = None) -> None:
+    """Make what is promised still: in memory, or in files of a directory, read page by page when somebody looks."""
+    for i, (name, value) in enumerate(list(gm.named_buffers())):
+        if isinstance(value, Promised):
+            set_tensor(
+                gm,
+                name,
+                value.make() if directory is None else written(value.promise, directory / f"tensor-{i:04d}.bin"),
+            )
 
 
 def rename_tensor(gm: GraphModule, node: Node, target: str) -> None:

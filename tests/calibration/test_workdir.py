@@ -13,6 +13,7 @@ import resq_compiler
 from resq_compiler import api
 from resq_compiler.calibration import requests, statistics, workdir
 from resq_compiler.errors import CheckpointError, ConfigError
+from resq_compiler.frontend.source import weights_digest
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 SMALL = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}  # as compile_tiny
@@ -86,12 +87,12 @@ def test_statistics_are_kept_whole(build, tmp_path):
 
 
 def test_another_compile_is_refused(tmp_path):
-    config, model, windows = OPTIONS, tiny_model("llama"), tiny_tokens(4, 32)
+    config, model, windows = OPTIONS, weights_digest(tiny_model("llama")), tiny_tokens(4, 32)
     workdir.WorkDirectory(tmp_path, workdir.fingerprint(config, model, windows))
     workdir.WorkDirectory(tmp_path, workdir.fingerprint(config, model, windows))
     for name, other in {
         "passes": ({**OPTIONS, "passes": "canonicalize"}, model, windows),
-        "weights": (config, tiny_model("llama-untied"), windows),
+        "weights": (config, weights_digest(tiny_model("llama-untied")), windows),
         "calibration tokens": (config, model, tiny_tokens(4, 32, seed=3)),
     }.items():
         with pytest.raises(ConfigError, match=f"differs in {name};.*another directory"):
@@ -134,10 +135,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_fingerprint_sees_every_bit_of_the_weights():
     model = tiny_model("llama")
-    config = OPTIONS
-    before = workdir.fingerprint(config, model, None)
-    assert workdir.fingerprint(config, tiny_model("llama"), None) == before
+    before = workdir.fingerprint(OPTIONS, weights_digest(model), None)
+    assert workdir.fingerprint(OPTIONS, weights_digest(tiny_model("llama")), None) == before
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-6
-    assert workdir.fingerprint(config, model, None)["weights"] != before["weights"]
-    assert workdir.fingerprint(config, tiny_model("llama").bfloat16(), None)["weights"] != before["weights"]
+    assert workdir.fingerprint(OPTIONS, weights_digest(model), None)["weights"] != before["weights"]

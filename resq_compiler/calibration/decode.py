@@ -1,0 +1,50 @@
+"""A prefill and the decode that reads its cache, through a graph together: every weight is made once, and let go behind both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from resq_compiler.calibration.executor import Schedule, run_node
+from resq_compiler.ir import graph_tools, promises
+
+
+@torch.no_grad()
+def run_behind(gm: GraphModule, prefill: Sequence[Tensor], decode: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits of both. decode: inputs before the cache; its cache is what the prefill writes.
+
+    The decode stays as close behind the prefill as the cache allows: of a block, what either has passed is gone.
+    """
+    inputs, outputs = graph_tools.placeholders(gm.graph), graph_tools.output_args(gm.graph)
+    logits, present = outputs[0], dict(zip(outputs[1:], inputs[3:], strict=True))
+    schedule = Schedule(gm, outputs, inputs, keep=[logits])
+    first: dict[Node, Any] = dict(zip(inputs, prefill, strict=True))
+    second: dict[Node, Any] = dict(zip(inputs, decode, strict=False))
+    with promises.keeping():
+        _run(gm, schedule, first, second, present)
+    return first[logits], second[logits]
+
+
+def _run(
+    gm: GraphModule, schedule: Schedule, first: dict[Node, Any], second: dict[Node, Any], present: dict[Node, Node]
+) -> None:
+    waiting: list[Node] = []
+    for node in schedule.order:
+        first[node] = run_node(gm, node, first)
+        waiting.append(node)
+        if node in present:
+            second[present[node]] = first[node]
+        if node.op == "get_attr":
+            second[node] = first[node]
+        while waiting and (waiting[0] in second or all(n in second for n in waiting[0].all_input_nodes)):
+            follower = waiting.pop(0)
+            if follower not in second:
+                second[follower] = run_node(gm, follower, second)
+            for done in schedule.release.get(follower, ()):
+                second.pop(done, None)
+        for done in schedule.release.get(node, ()):
+            first.pop(done, None)

@@ -1,0 +1,231 @@
+"""A float model that is opened, not read: its structure, and a promise of every weight (ir/promises.py).
+
+A directory is read slice by slice from its safetensors files, a GGUF file tensor by tensor, a model in memory where it lies. Where
+transformers would merge or turn tensors of the checkpoint on the way in, or would complain, it reads the whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from resq_compiler.errors import ModelError
+from resq_compiler.frontend.source import ModelSource
+from resq_compiler.ir.promises import Promise, Stored, in_memory
+
+log = logging.getLogger(__name__)
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A float decoder without its weights.
+
+    skeleton: the model, its parameters on the meta device, its buffers with values. weights: a promise of every parameter, by name.
+    whole: reads the model into memory, for what cannot do with less. The rest is as in LoadedModel.
+    """
+
+    skeleton: PreTrainedModel
+    weights: Mapping[str, Promise]
+    tokenizer: PreTrainedTokenizerBase | None
+    where: str
+    source: ModelSource
+    whole: Callable[[], PreTrainedModel]
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of parameters and saved buffers, by name, one at a time."""
+        for name, held in sorted(self.skeleton.state_dict().items()):
+            yield name, self.weights[name].whole() if name in self.weights else held
+
+
+def of_instance(model: PreTrainedModel, tokenizer: Any, where: str, source: ModelSource) -> OpenedModel:
+    """A model in memory, which is left as it is; floats count as float32."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    memo: dict[int, Any] = {id(p): _absent(p) for p in parameters.values()}
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float()
+    weights = {name: in_memory(p.detach()) for name, p in parameters.items()}
+    return OpenedModel(skeleton.eval(), weights, tokenizer, where, source, lambda: model)
+
+
+def _absent(parameter: Tensor) -> nn.Parameter:
+    dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+    return nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, modules are built without values of parameters; buffers get theirs."""
+    register = nn.Module.register_parameter
+
+    def absent(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else _absent(parameter))
+
+    nn.Module.register_parameter = absent  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def skeleton_of(config: Any) -> PreTrainedModel:
+    """The model of a configuration, its parameters on the meta device."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), _parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def safetensors_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str, Promise] | None:
+    """A promise of every parameter from the safetensors files of a directory; None where only transformers can read them.
+
+    Raises ModelError: the index names a file that is not there, or a file is cut off.
+    """
+    files = _files(directory)
+    if files is None:
+        return None
+    keys = _renamed(sorted(files), skeleton)
+    if keys is None:
+        return None
+    shapes = {file: _header(directory / file) for file in sorted(set(files.values()))}
+    found: dict[str, Promise] = {}
+    for name, key in keys.items():
+        shape = shapes[files[key]].get(key)
+        if shape is None:
+            raise ModelError(
+                f"model {directory}: {INDEX} says that {files[key]} holds {key}, and it does not; the files do not belong together"
+            )
+        if shape != tuple(skeleton.get_parameter(name).shape):
+            return None  # transformers says which, and what to do
+        found[name] = Stored(shape, torch.float32, _reader(directory / files[key], key))
+    return _with_tied(found, skeleton)
+
+
+def _files(directory: Path) -> dict[str, str] | None:
+    """The file of every tensor of a checkpoint; None where there are no safetensors files."""
+    if (directory / INDEX).is_file():
+        try:
+            files = json.loads((directory / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"model {directory}: {INDEX} is not readable ({error}); download it again") from error
+        absent = sorted({name for name in files.values() if not (directory / name).is_file()})
+        if absent:
+            raise ModelError(
+                f"model {directory}: {INDEX} names {len(set(files.values()))} files and {len(absent)} are not there, the first is "
+                f"{absent[0]}; download the whole directory again"
+            )
+        return dict(files)
+    if (directory / SINGLE).is_file():
+        return dict.fromkeys(_header(directory / SINGLE), SINGLE)
+    return None
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a file. Raises ModelError: it is damaged or cut off."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"model file {file}: not readable ({error}); it is damaged or was cut off: download it again"
+        ) from error
+
+
+def _reader(file: Path, name: str) -> Callable[[int, int], Tensor]:
+    def read(start: int, stop: int) -> Tensor:
+        with safe_open(file, framework="pt") as opened:
+            lying = opened.get_slice(name)
+            value: Tensor = lying[start:stop] if lying.get_shape() else opened.get_tensor(name)
+            return value.float()
+
+    return read
+
+
+def _renamed(keys: list[str], skeleton: PreTrainedModel) -> dict[str, str] | None:
+    """The tensor of a checkpoint for each parameter; None where some have no place, or are merged, turned or split on the way in."""
+    if _converted(keys, skeleton):
+        return None
+    expected = set(skeleton.state_dict())
+    prefix = f"{skeleton.base_model_prefix}."
+    ignored = [re.compile(p) for p in skeleton._keys_to_ignore_on_load_unexpected or ()]
+    found: dict[str, str] = {}
+    for key in keys:
+        name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in expected), None)
+        if name is None and not any(pattern.search(key) for pattern in ignored):
+            return None
+        if name is not None:
+            found[name] = key
+    buffers = {name for name, _ in skeleton.named_buffers()}
+    return None if buffers & set(found) else found
+
+
+def _converted(keys: list[str], skeleton: PreTrainedModel) -> bool:
+    """Whether transformers has rules for this class of model that touch any of these tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return any(
+        rule.rename_source_key(key) != (key, None) for rule in get_model_conversion_mapping(skeleton) for key in keys
+    )
+
+
+def _with_tied(found: dict[str, Promise], skeleton: PreTrainedModel) -> dict[str, Promise] | None:
+    """With the names of tied parameters; None where a parameter is missing."""
+    named = dict(skeleton.named_parameters(remove_duplicate=False))
+    by_tensor = {id(named[name]): promise for name, promise in found.items()}
+    everything = {name: found.get(name) or by_tensor.get(id(p)) for name, p in named.items()}
+    whole = {name: promise for name, promise in everything.items() if promise is not None}
+    return whole if len(whole) == len(named) else None
+
+
+def gguf_weights(file: Path, skeleton: PreTrainedModel) -> dict[str, Promise] | None:
+    """A promise of every parameter from a GGUF file; None where only transformers can read it."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    reader = gguf.GGUFReader(file)
+    architecture = str(reader.fields["general.architecture"].contents())
+    parsed = reading.load_gguf_checkpoint(str(file), return_tensors=False)
+    processor = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)(config=parsed["config"])
+    if type(processor) not in (reading.TensorProcessor, reading.LlamaTensorProcessor):
+        return None  # merges experts, or more
+    names = reading.get_gguf_hf_weights_map(skeleton, processor)
+    found: dict[str, Promise] = {}
+    for tensor in reader.tensors:
+        name, shape = names.get(tensor.name), tuple(int(n) for n in reversed(tensor.shape))
+        if name is None or name not in skeleton.state_dict():
+            continue  # as transformers does; apply_gguf_rope looks at what is left
+        if shape != tuple(skeleton.get_parameter(name).shape):
+            return None
+        found[name] = _gguf_tensor(tensor, processor, shape)
+    return _with_tied(found, skeleton)
+
+
+def _gguf_tensor(tensor: Any, processor: Any, shape: tuple[int, ...]) -> Stored:
+    from gguf import dequantize
+
+    turned = ".attn_q." in tensor.name or ".attn_k." in tensor.name
+
+    def read(start: int, stop: int) -> Tensor:
+        if not turned:
+            return torch.from_numpy(dequantize(tensor.data[start:stop], tensor.tensor_type).copy())
+        value = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
+        return torch.from_numpy(value[start:stop].copy())
+
+    return Stored(shape, torch.float32, read)
