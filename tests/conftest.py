@@ -221,7 +221,7 @@ def compile_tiny(tiny, captured):
                 "calibration_length": 32,
                 "calibration_dtype": "float32",
             }
-            with mock.patch.object(api, "capture", lambda model: captured(family)):
+            with mock.patch.object(api, "capture_promised", lambda skeleton, weights: captured(family)):
                 compiled = api.compile(
                     tiny(family), tiny_tokens(4, 32), on_float=graphs.append, **{**defaults, **options}
                 )

@@ -120,7 +120,7 @@ def test_a_bfloat16_model_is_compiled_in_float32_and_stays_bfloat16(tokens):
 
 
 def test_progress_stages_and_the_float_graph_are_reported(tiny, captured, monkeypatch):
-    monkeypatch.setattr(api, "capture", lambda model: captured("llama"))
+    monkeypatch.setattr(api, "capture_promised", lambda skeleton, weights: captured("llama"))
     steps, stages, graphs = [], [], []
     seen = {"progress": lambda *a: steps.append(a), "on_stage": stages.append, "on_float": graphs.append}
     compiled = resq_compiler.compile(tiny("llama"), tiny_tokens(4, 32), **SHORT, **RTN, **seen)
@@ -171,7 +171,7 @@ def test_activations_that_overflow_are_an_error_not_a_model():
 
 @pytest.mark.parametrize("text", ["hub", None])
 def test_calibration_is_not_asked_for_when_nothing_needs_it(text, tiny, captured, monkeypatch):
-    monkeypatch.setattr(api, "capture", lambda model: captured("llama"))
+    monkeypatch.setattr(api, "capture_promised", lambda skeleton, weights: captured("llama"))
     compiled = resq_compiler.compile(tiny("llama"), text, recipe="rtn")
     assert compiled.sample_ids is None
     (note,) = [n for n in compiled.notes if n.startswith("nothing was compared with the float model")]

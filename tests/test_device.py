@@ -49,7 +49,7 @@ def cuda(monkeypatch):
     ],
 )
 def test_a_compile_computes_there(cuda, captured, tiny, family, options):
-    with mock.patch.object(api, "capture", lambda model: captured(family)):
+    with mock.patch.object(api, "capture_promised", lambda skeleton, weights: captured(family)):
         expected = api.compile(tiny(family), tiny_tokens(2, 24), **FAST, **options)
         with cuda:
             found = api.compile(tiny(family), tiny_tokens(2, 24), device="cuda", **FAST, **options)

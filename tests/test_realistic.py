@@ -34,7 +34,7 @@ class Real:
     def compile(self, recipe: str, bits: int) -> CompiledModel:
         fresh = Captured(graph_tools.snapshot(self.graph.graph_module), self.graph.cache, self.graph.example_inputs)
         sizes = {"calibration_samples": 8, "calibration_length": 64, "calibration_dtype": "float32"}
-        with mock.patch.object(api, "capture", lambda model: fresh):
+        with mock.patch.object(api, "capture_promised", lambda skeleton, weights: fresh):
             return api.compile(
                 self.model, texts(8, 64, 0), recipe=recipe, weight_bits=bits, activation_bits=bits, kv_bits=bits, **sizes
             )  # fmt: skip

@@ -135,7 +135,7 @@ def test_nothing_is_left_of_a_part_that_was_not_written(tmp_path):
 
 @pytest.fixture
 def quick(captured):
-    with mock.patch.object(api, "capture", lambda model: captured("llama")):
+    with mock.patch.object(api, "capture_promised", lambda skeleton, weights: captured("llama")):
         yield
 
 

@@ -28,7 +28,7 @@ def compile_in(captured, tmp_path):
 
     def run(**options):
         gptq = mock.patch.object(quantize_weights, "quantize_group", wraps=quantize_weights.quantize_group)
-        with mock.patch.object(api, "capture", lambda model: captured("llama")), gptq as calls:
+        with mock.patch.object(api, "capture_promised", lambda skeleton, weights: captured("llama")), gptq as calls:
             options = {"recipe": "resq", **SMALL, "work_dir": tmp_path / "work", **options}
             return resq_compiler.compile(tiny_model("llama"), tiny_tokens(4, 32), **options), calls.call_count
 

@@ -1,0 +1,97 @@
+"""Promises: the same values as changing a tensor at once, made when something computes, and let go."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from resq_compiler.ir import graph_tools, promises
+from resq_compiler.ir.promises import Changed, ChangedRows, Promised, in_memory
+
+
+def graph_of(value: torch.Tensor) -> tuple[GraphModule, torch.fx.Node]:
+    graph = Graph()
+    weight = graph.create_node("get_attr", "w")
+    graph.output(weight)
+    return GraphModule({"w": value}, graph), weight
+
+
+def counted(shape: tuple[int, ...]) -> tuple[promises.Stored, list[tuple[int, int]]]:
+    value, reads = torch.randn(shape, generator=torch.Generator().manual_seed(0)), list[tuple[int, int]]()
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        reads.append((start, stop))
+        return value[start:stop].clone()
+
+    return promises.Stored(shape, torch.float32, read), reads
+
+
+def test_changes_of_a_promise_are_those_of_the_tensor() -> None:
+    value = torch.randn(9000, 6, generator=torch.Generator().manual_seed(1))
+    u = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    now, node = graph_of(value)
+    later, promised = graph_of(Promised(in_memory(value)))
+    for gm, weight in ((now, node), (later, promised)):
+        graph_tools.change_rows(gm, weight, lambda w: w @ u)
+        graph_tools.change_tensor(gm, weight, lambda w: w[:, :4].contiguous(), (9000, 4))
+        graph_tools.change_rows(gm, weight, lambda w: w * 0.1)
+    assert isinstance(graph_tools.held(later, promised), Promised)
+    assert torch.equal(graph_tools.get_tensor(later, promised), graph_tools.get_tensor(now, node))
+
+
+def test_shape_is_known_and_nothing_is_read() -> None:
+    promise, reads = counted((10, 4))
+    gm, weight = graph_of(Promised(promise))
+    other = graph_tools.derive_tensor(gm, weight, "first", lambda w: w[:5], (5, 4), "test")
+    held = graph_tools.held(gm, other)
+    assert (tuple(held.shape), held.dtype, held.device.type, held.nbytes) == ((5, 4), torch.float32, "cpu", 80)
+    assert isinstance(copy.deepcopy(gm).w, Promised) and isinstance(graph_tools.snapshot(gm).w, Promised)
+    assert reads == []
+
+
+def test_an_operator_makes_what_it_meets() -> None:
+    promise, reads = counted((10, 4))
+    weight, x = Promised(ChangedRows(promise, lambda w: w * 2)), torch.ones(3, 4)
+    assert torch.equal(torch.ops.aten.linear.default(x, weight), x @ (promise.whole() * 2).mT)
+    assert reads == [(0, 10), (0, 10)]
+
+
+def test_values_are_let_go() -> None:
+    promise, _ = counted((64, 16))
+    promises.ledger.reset()
+    before = promises.ledger.held
+    value = Promised(promise).make()
+    assert promises.ledger.made == 1 and promises.ledger.held == before + value.nbytes
+    del value
+    assert promises.ledger.held == before
+
+
+def test_what_several_come_from_is_made_once() -> None:
+    promise, reads = counted((8, 6))
+    gm, weight = graph_of(Promised(promise))
+    parts = [
+        graph_tools.derive_tensor(gm, weight, f"part{i}", lambda w, i=i: w[:, 3 * i : 3 * i + 3].clone(), (8, 3), "test")
+        for i in range(2)
+    ]
+    with promises.keeping():
+        values = [graph_tools.get_tensor(gm, part) for part in parts]
+        assert len(reads) == 1
+        graph_tools.get_tensor(gm, parts[0])  # all that come from it were made: it was let go
+    assert len(reads) == 2 and torch.equal(torch.cat(values, 1), promise.whole())
+    reads.clear()
+    with promises.keeping(until_end=True):
+        for _ in range(2):
+            for part in parts:
+                graph_tools.get_tensor(gm, part)
+    assert len(reads) == 1
+
+
+def test_a_value_is_written_piece_by_piece(tmp_path) -> None:
+    promise, reads = counted((9000, 3))
+    changed = ChangedRows(promise, lambda w: w + 1)
+    assert torch.equal(promises.written(changed, tmp_path / "w.bin"), (promise.whole().double() + 1).float())
+    assert reads[:3] == [(0, 4096), (4096, 8192), (8192, 9000)]
+    turned = Changed(in_memory(torch.arange(6.0).reshape(2, 3)), lambda w: w.t().contiguous(), (3, 2))
+    assert promises.written(turned, tmp_path / "t.bin").tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
