@@ -44,7 +44,9 @@ def captured_once(eager):
     first = capture(eager)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            api, "capture_promised", lambda skeleton, weights: Captured(snapshot(first.graph_module), first.cache, first.example_inputs)
+            api,
+            "capture_promised",
+            lambda skeleton, weights: Captured(snapshot(first.graph_module), first.cache, first.example_inputs),
         )
         yield first
 

@@ -72,7 +72,9 @@ def test_what_several_come_from_is_made_once() -> None:
     promise, reads = counted((8, 6))
     gm, weight = graph_of(Promised(promise))
     parts = [
-        graph_tools.derive_tensor(gm, weight, f"part{i}", lambda w, i=i: w[:, 3 * i : 3 * i + 3].clone(), (8, 3), "test")
+        graph_tools.derive_tensor(
+            gm, weight, f"part{i}", lambda w, i=i: w[:, 3 * i : 3 * i + 3].clone(), (8, 3), "test"
+        )
         for i in range(2)
     ]
     with promises.keeping():
