@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration.executor import Schedule, run_node
 from resq_compiler.ir import graph_tools, promises
+from resq_compiler.util import devices
 
 
 @torch.no_grad()
@@ -22,8 +23,8 @@ def run_behind(gm: GraphModule, prefill: Sequence[Tensor], decode: Sequence[Tens
     inputs, outputs = graph_tools.placeholders(gm.graph), graph_tools.output_args(gm.graph)
     logits, present = outputs[0], dict(zip(outputs[1:], inputs[3:], strict=True))
     schedule = Schedule(gm, outputs, inputs, keep=[logits])
-    first: dict[Node, Any] = dict(zip(inputs, prefill, strict=True))
-    second: dict[Node, Any] = dict(zip(inputs, decode, strict=False))
+    first: dict[Node, Any] = dict(zip(inputs, map(devices.here, prefill), strict=True))
+    second: dict[Node, Any] = dict(zip(inputs, map(devices.here, decode), strict=False))
     with promises.keeping():
         _run(gm, schedule, first, second, present)
     return first[logits], second[logits]

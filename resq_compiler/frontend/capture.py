@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
@@ -98,10 +98,11 @@ def capture(model: PreTrainedModel) -> Captured:
         with exportable_attention(model), rope_of_positions(model), torch_state.quiet_export(), torch.no_grad():
             cache = _probe_cache(model)
             example = _example_arguments(model, cache)
-            exported = torch.export.export(
-                _PlainCacheModel(model), example, dynamic_shapes=_dynamic(cache), strict=False
-            )
-            traced = exported.module(check_guards=False)
+            with unset_fake_temporarily():  # export has a mode of its own; constants of the model's code keep their values
+                exported = torch.export.export(
+                    _PlainCacheModel(model), example, dynamic_shapes=_dynamic(cache), strict=False
+                )
+                graph_module = _clean(exported.module(check_guards=False), len(cache))
     except CaptureError:
         raise
     except Exception as error:
@@ -112,9 +113,7 @@ def capture(model: PreTrainedModel) -> Captured:
         ) from error
     finally:
         model.train(was_training)
-    return Captured(
-        _clean(traced, len(cache)), cache, concrete_example(model.config.get_text_config().vocab_size, cache)
-    )
+    return Captured(graph_module, cache, concrete_example(model.config.get_text_config().vocab_size, cache))
 
 
 def _reached(error: BaseException) -> str:
@@ -146,15 +145,15 @@ def capture_promised(skeleton: PreTrainedModel, weights: Mapping[str, Promise]) 
     return dataclasses.replace(captured, example_inputs=concrete_example(vocabulary, captured.cache))
 
 
-def _value_of(name: str, fake: Tensor, weights: Mapping[str, Promise], buffers: Mapping[str, Tensor]) -> Tensor:
+def _value_of(name: str, found: Tensor, weights: Mapping[str, Promise], buffers: Mapping[str, Tensor]) -> Tensor:
     """The promise of a weight, the value of a vector or constant."""
     if name in weights:
         promise = weights[name]
         return Promised(promise) if len(promise.shape) > 1 else promise.whole().clone()
-    value = buffers.get(name, getattr(fake, "constant", None))
-    if value is None:
+    value = buffers.get(name, found)
+    if isinstance(value, FakeTensor):
         raise CaptureError(
-            f"capture: {name} {tuple(fake.shape)} is neither a weight nor a buffer of the model, and has no value"
+            f"capture: {name} {tuple(found.shape)} is neither a weight nor a buffer of the model, and has no value"
         )
     return value.clone()
 

@@ -22,7 +22,7 @@ from resq_compiler.pipeline.options import options_text
 from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.stages import Stage
-from resq_compiler.util import memory
+from resq_compiler.util import devices, memory
 
 log = logging.getLogger("resq_compiler")
 
@@ -187,7 +187,7 @@ def prefill_and_decode(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> T
     empty = [t[:, :, :0] for t in past]
     prefill = (old_ids, mask[:, :length], positions[:, :length].contiguous(), *empty)
     first, second = run_behind(gm, prefill, (new_ids, mask, new_positions))
-    return torch.cat((first, second), 1)[mask.bool()]
+    return torch.cat((first, second), 1)[devices.here(mask).bool()]
 
 
 def promised_bytes(gm: GraphModule) -> int:
