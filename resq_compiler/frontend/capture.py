@@ -98,7 +98,9 @@ def capture(model: PreTrainedModel) -> Captured:
         with exportable_attention(model), rope_of_positions(model), torch_state.quiet_export(), torch.no_grad():
             cache = _probe_cache(model)
             example = _example_arguments(model, cache)
-            with unset_fake_temporarily():  # export has a mode of its own; constants of the model's code keep their values
+            with (
+                unset_fake_temporarily()
+            ):  # export has a mode of its own; constants of the model's code keep their values
                 exported = torch.export.export(
                     _PlainCacheModel(model), example, dynamic_shapes=_dynamic(cache), strict=False
                 )
