@@ -53,10 +53,10 @@ def main(directory: Path, rank: int, size: int) -> None:
     model, tokens, work = tiny_model("llama"), tiny_tokens(3, 24), directory / "work"
     first = capture(model)
 
-    def captured(_):
+    def captured(skeleton, weights):
         return Captured(graph_tools.snapshot(first.graph_module), first.cache, first.example_inputs)
 
-    with mock.patch.object(api, "capture", captured):
+    with mock.patch.object(api, "capture_promised", captured):
         alone = api.compile(model, tokens, work_dir=directory / "alone", **OPTIONS) if rank == 0 else None
         together = api.compile(model, tokens, process_group=dist.group.WORLD, work_dir=work, **OPTIONS)
         if rank == 0:
