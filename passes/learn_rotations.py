@@ -20,9 +20,9 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.learning.end_to_end import EndToEnd, Loss, Model
+from resq_compiler.learning.end_to_end import Loss, Model, learn_end_to_end
 from resq_compiler.learning.learned import Learned
-from resq_compiler.learning.loop import Plan, Task, held_back, learn, report
+from resq_compiler.learning.loop import Plan
 from resq_compiler.learning.losses import Teacher, cross_entropy, divergence
 from resq_compiler.learning.places import Places
 from resq_compiler.pipeline.options import option
@@ -59,15 +59,8 @@ class LearnRotations(Pass):
         places = Places(gm, topology, ctx.facts.get(ColumnPlan))
         places.check(self.name, pairs=True)
         learned = self._places(places, ctx)
-        held = held_back(len(ctx.windows), self.name)
-        work = EndToEnd(Model(gm, topology), learned, ctx.windows, held, self._loss_of(ctx))
-        task = Task(self.name, learned, len(ctx.windows) - held, work.step, work.judge)
         plan = Plan(self.steps, self.rate, self.batch, patience=self.patience, optimizer=self.optimizer)
-        outcome = learn(task, plan, ctx.seed, ctx.work, ctx.progress)
-        report(ctx.lines, ctx.note, self.name, outcome)
-        if outcome.improved:
-            learned.write(gm, self.name)
-        return len(learned.transforms) if outcome.improved else 0
+        return learn_end_to_end(self.name, Model(gm, topology), learned, self._loss_of(ctx), plan, ctx)
 
     def _places(self, places: Places, ctx: PassContext) -> Learned:
         """What is learned."""

@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.learning.end_to_end import EndToEnd, Model
+from resq_compiler.learning.end_to_end import Model, learn_end_to_end
 from resq_compiler.learning.learned import Learned
-from resq_compiler.learning.loop import Plan, Task, held_back, learn, report
+from resq_compiler.learning.loop import Plan
 from resq_compiler.learning.losses import Teacher, divergence
 from resq_compiler.learning.places import Places
 from resq_compiler.pipeline.options import option
@@ -60,12 +60,5 @@ class LearnScales(Pass):
         def loss(logits: Tensor, index: int) -> Tensor:
             return divergence(logits, teacher.windows[index])
 
-        held = held_back(len(ctx.windows), self.name)
-        work = EndToEnd(Model(gm, topology), learned, ctx.windows, held, loss)
-        task = Task(self.name, learned, len(ctx.windows) - held, work.step, work.judge)
         plan = Plan(self.steps, self.rate, self.batch, patience=self.patience)
-        outcome = learn(task, plan, ctx.seed, ctx.work, ctx.progress)
-        report(ctx.lines, ctx.note, self.name, outcome)
-        if outcome.improved:
-            learned.write(gm, self.name)
-        return len(learned.transforms) if outcome.improved else 0
+        return learn_end_to_end(self.name, Model(gm, topology), learned, loss, plan, ctx)

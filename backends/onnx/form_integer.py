@@ -13,6 +13,7 @@ scale_w one MatMulIntegerToFloat. INT4 weights are cast to int8 at load: 4 bits 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -40,6 +41,8 @@ from resq_compiler.ir.views import CacheParts, CodedLinear, Columns, Quantize
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
 
+log = logging.getLogger("resq_compiler")
+
 WIDEST = 2**14
 """Columns of products with scales of rows outside; wider ones, logits, wait for memory, and would take it twice."""
 
@@ -56,6 +59,7 @@ class IntegerForm(FusedForm):
     def start(self, low: Lowering) -> None:
         super().start(low)
         self.padded = integer_only(low.plan)
+        tell_groups(low.plan)
 
     def quantize(self, low: Lowering, node: Node, x: str, bits: int, groups: int, width: int, clip: float) -> Codes:
         """uint8 codes and zero point, float32 scale; only the float tensor where nothing but its image is needed."""
@@ -195,6 +199,18 @@ def integer_only(plan: Plan) -> set[Node]:
         (found if one_group and not has_groups(members[0]) else mixed).update(sources)
     other = {s for s in found if any(CodedLinear.of(user) is None for user in s.users)}
     return found - mixed - other
+
+
+def tell_groups(plan: Plan) -> None:
+    """Warn where codes of values meet weights whose scales are of groups of columns: these products are float."""
+    quantized = [root for root, members in plan.groups.items() if any(map(Quantize.of, members[0].sources))]
+    grouped = [root.name for root in quantized if has_groups(plan.groups[root][0])]
+    if grouped:
+        log.warning(
+            "onnx: %d of %d linears (%s, ...) become float products: their weights have scales for groups of columns; "
+            "for integer products compile with weight_group_size=none",
+            len(grouped), len(quantized), grouped[0],
+        )  # fmt: skip
 
 
 def has_groups(product: Product) -> bool:

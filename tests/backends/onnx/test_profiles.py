@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import numpy as np
@@ -123,6 +124,15 @@ def test_options(compile_tiny, options, profile):
     model = build_model(compiled, profile, embedding="float32")
     tensors, feeds = example(compiled)
     assert_same(outputs(model, feeds), reference(compiled, tensors), tensors)
+
+
+def test_weights_with_groups_are_float_products_and_told(compile_tiny, caplog):
+    compiled, _ = compile_tiny("llama", weight_method="rtn", weight_group_size=32)
+    with caplog.at_level(logging.WARNING, "resq_compiler"):
+        model = build_model(compiled, "ort")
+    assert not [n for n in model.graph.node if n.op_type == "MatMulInteger"]
+    (line,) = [r.getMessage() for r in caplog.records if "float products" in r.getMessage()]
+    assert line.startswith("onnx: 14 of 14 linears (") and "weight_group_size=none" in line
 
 
 @pytest.mark.parametrize("profile", ["ort", "qdq", "weight-only"])
