@@ -9,9 +9,9 @@ from resq_compiler.api import trace
 from resq_compiler.errors import ResqError
 from resq_compiler.frontend.checks import check_model
 from resq_compiler.tiny import tiny_tokens
-from tests.families import HEAD, PAGE, WORK, check_exact, row, small
+from tests.families import HEAD, MIXTURES, PAGE, WORK, check_exact, row, small
 
-LINES = dict(zip(WORK, PAGE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines(), strict=True))
+LINES = dict(zip((*WORK, *MIXTURES), PAGE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines(), strict=True))
 FEW = ("bloom", "gptj", "apertus")
 """ALiBi over flattened heads; interleaved rotary embedding of some channels; an activation of its own."""
 
@@ -29,7 +29,7 @@ def test_a_few_families_do_what_the_page_says(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in WORK if name not in FEW])
+@pytest.mark.parametrize("name", [name for name in (*WORK, *MIXTURES) if name not in FEW])
 def test_every_family_does_what_the_page_says(name):
     check_exact(name)
     assert row(name) == LINES[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,11 @@ class LargeArray:
 
     def proto(self) -> onnx.TensorProto:
         return numpy_helper.from_array(self.array, self.name)
+
+
+def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs inside a node, such as the body of a Loop."""
+    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
 
 
 class GraphBuilder:
@@ -91,6 +96,28 @@ class GraphBuilder:
     ) -> list[str]:
         self.nodes.append(helper.make_node(kind, list(inputs), outputs, name=name, **attributes))
         return outputs
+
+    def loop(self, count: str, carried: str, step: Callable[[str, str], str]) -> str:
+        """Append a Loop that runs `count` times and carries a sequence of float32 tensors.
+
+        step(number, carried) makes the nodes of its body, which may read values of this graph, and returns what is carried on. Constants
+        of the body are this graph's, where they are laid out once.
+        """
+        number, running, before = (self.fresh(f"loop_{what}") for what in ("number", "running", "carried"))
+        outer, self.nodes = self.nodes, []
+        after, going_on = step(number, before), self.op("Identity", running)
+        inside, self.nodes = self.nodes, outer
+        sequence = [helper.make_tensor_sequence_value_info(name, TensorProto.FLOAT, None) for name in (before, after)]
+        scalars = [
+            helper.make_tensor_value_info(name, element, [])
+            for name, element in (
+                (number, TensorProto.INT64),
+                (running, TensorProto.BOOL),
+                (going_on, TensorProto.BOOL),
+            )
+        ]
+        inputs, outputs = [*scalars[:2], sequence[0]], [scalars[2], sequence[1]]
+        return self.op("Loop", count, "", carried, body=helper.make_graph(inside, "body", inputs, outputs))
 
     def constant(self, value: Any, dtype: Any = None, name: str = "") -> str:
         """An initializer from an array or a number; small equal ones are shared. A name given twice means the same array."""
@@ -192,4 +219,5 @@ class GraphBuilder:
             if any(o in used for o in node.output):
                 kept.append(node)
                 used.update(node.input)
+                used.update(name for body in bodies(node) for inner in body.node for name in inner.input)
         return kept[::-1], used

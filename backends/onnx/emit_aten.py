@@ -9,12 +9,12 @@ import torch
 from onnx import TensorProto
 from resq_compiler.backends.onnx.lowering import Lowering, element_type
 from resq_compiler.backends.onnx.registry import emits
-from resq_compiler.backends.onnx.values import Emitted, Value
+from resq_compiler.backends.onnx.values import Emitted, Pieces, Value
 from torch.fx import Node
 
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import values
-from resq_compiler.ir.args import argument, node_arg, operands
+from resq_compiler.ir.args import argument, int_arg, node_arg, operands
 from resq_compiler.ir.graph_tools import aten
 from resq_compiler.ir.views import Embedding, Linear
 
@@ -199,6 +199,54 @@ def gelu(low: Lowering, node: Node) -> Value:
 def cast(low: Lowering, node: Node) -> Value:
     """Another type; devices mean nothing here."""
     return Value(operand(low, node_arg(node, "self"), values.dtype(node)))
+
+
+@emits(aten.clamp.default)
+def clamp(low: Lowering, node: Node) -> Value:
+    """Numbers as bounds; none is none."""
+    dtype = values.dtype(node)
+    bounds = [argument(node, name) for name in ("min", "max")]
+    given = ["" if bound is None else operand(low, bound, dtype) for bound in bounds]
+    return Value(low.b.op("Clip", operand(low, node_arg(node, "self"), dtype), *given))
+
+
+@emits(aten.softmax.int)
+def softmax(low: Lowering, node: Node) -> Value:
+    return Value(
+        low.b.op("Softmax", operand(low, node_arg(node, "self"), values.dtype(node)), axis=int_arg(node, "dim"))
+    )
+
+
+@emits(aten.sum.dim_IntList)
+def sum_over(low: Lowering, node: Node) -> Value:
+    """Over some axes, in the type of the result."""
+    axes = low.b.ints(*argument(node, "dim"))
+    x = operand(low, node_arg(node, "self"), values.dtype(node))
+    return Value(low.b.op("ReduceSum", x, axes, keepdims=int(argument(node, "keepdim"))))
+
+
+@emits(aten.topk.default)
+def topk(low: Lowering, node: Node) -> Pieces:
+    """Values and indices in order; of equal values the first."""
+    names = low.b.fresh("topk"), low.b.fresh("topk_indices")
+    attributes = {"axis": int_arg(node, "dim"), "largest": int(argument(node, "largest")), "sorted": 1}
+    x, count = low.exact(node_arg(node, "self")), low.b.ints(int_arg(node, "k"))
+    return Pieces(tuple(low.b.several("TopK", x, count, outputs=names, **attributes)))
+
+
+@emits(aten.scatter.value)
+def scatter(low: Lowering, node: Node) -> Value:
+    """One number at the indices along an axis."""
+    x, index = low.exact(node_arg(node, "self")), low.exact(node_arg(node, "index"))
+    number = operand(low, argument(node, "value"), values.dtype(node))
+    updates = low.b.op("Expand", number, low.b.op("Shape", index))
+    return Value(low.b.op("ScatterElements", x, index, updates, axis=int_arg(node, "dim")))
+
+
+@emits(aten.zeros_like.default, aten.ones_like.default)
+def filled_like(low: Lowering, node: Node) -> Value:
+    number = operand(low, int(node.target is aten.ones_like.default), values.dtype(node))
+    return Value(low.b.op("Expand", number, low.b.op("Shape", low.exact(node_arg(node, "self")))))
 
 
 @emits(aten.max.default, aten.min.default)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from onnx import TensorProto
+from resq_compiler.backends.onnx.expert_products import choices_of, expert_products
 from resq_compiler.backends.onnx.lowering import Lowering
+from resq_compiler.backends.onnx.plan import ExpertProduct
 from resq_compiler.backends.onnx.registry import emits
 from resq_compiler.backends.onnx.values import Codes, Emitted, Value
 from torch.fx import Node
@@ -15,6 +17,7 @@ from torch.fx import Node
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import ops, values
 from resq_compiler.ir.args import argument, int_arg, node_arg
+from resq_compiler.ir.expert_views import CombineExperts, ExpertBias
 from resq_compiler.ir.graph_tools import aten, placeholders
 from resq_compiler.ir.mask_views import CausalMask
 from resq_compiler.ir.views import (
@@ -23,6 +26,7 @@ from resq_compiler.ir.views import (
     Columns,
     Dequantize,
     Hadamard,
+    Linear,
     MergeHeads,
     Norm,
     PermuteChannels,
@@ -136,9 +140,9 @@ def project_blocks(low: Lowering, node: Node) -> Value:
             node=node.name,
         )
     groups, size, _ = values.shape(view.u)
-    rows = low.b.op("Reshape", low.exact(view.x), low.b.ints(0, 0, groups, 1, size))
+    rows = low.b.op("Reshape", low.rows(view.x), low.b.ints(0, 0, groups, 1, size))
     turned = low.b.op("Reshape", low.b.op("MatMul", rows, low.exact(view.u)), low.b.ints(0, 0, groups * size))
-    return Value(low.b.op("Gather", turned, low.exact(view.order), axis=-1))
+    return Value(low.as_fx(low.b.op("Gather", turned, low.exact(view.order), axis=-1), view.x))
 
 
 @emits(ops.project_kronecker)
@@ -146,10 +150,10 @@ def project_kronecker(low: Lowering, node: Node) -> Value:
     """x (A ⊗ B): rows as matrices, between two small products."""
     view = ProjectKronecker.require(node)
     a, b = (np.linalg.inv(m) if view.inverse else m for m in (low.tensor(view.a), low.tensor(view.b)))
-    rows = low.b.op("Reshape", low.exact(view.x), low.b.ints(0, 0, len(a), len(b)))
+    rows = low.b.op("Reshape", low.rows(view.x), low.b.ints(0, 0, len(a), len(b)))
     left = low.b.op("MatMul", low.b.constant(np.ascontiguousarray(a.T)), rows)
     both = low.b.op("MatMul", left, low.b.constant(b))
-    return Value(low.b.op("Reshape", both, low.b.ints(0, 0, len(a) * len(b))))
+    return Value(low.as_fx(low.b.op("Reshape", both, low.b.ints(0, 0, len(a) * len(b))), view.x))
 
 
 @emits(ops.scale_channels)
@@ -178,8 +182,9 @@ def hadamard(low: Lowering, node: Node) -> Value:
 def hadamard_of(low: Lowering, x: Node, transpose: bool, sizes: Sequence[int]) -> Value:
     """x H / sqrt(n) as one small product for each factor of H, never a large constant. sizes: empty for one transform."""
     sizes = sizes or (values.width(x),)
-    pieces = low.b.split(low.exact(x), sizes)
-    return Value(low.b.join([hadamard_factors(low, p, n, transpose) for p, n in zip(pieces, sizes, strict=True)]))
+    pieces = low.b.split(low.rows(x), sizes)
+    turned = low.b.join([hadamard_factors(low, p, n, transpose) for p, n in zip(pieces, sizes, strict=True)])
+    return Value(low.as_fx(turned, x))
 
 
 def hadamard_factors(low: Lowering, x: str, width: int, transpose: bool) -> str:
@@ -254,13 +259,7 @@ def append_cache(low: Lowering, node: Node) -> Emitted:
 @emits(ops.attention)
 def attention(low: Lowering, node: Node) -> Value:
     """Grouped-query attention; token-major heads out."""
-    view = Attention.require(node)
-    if view.sinks is not None:
-        raise BackendError(
-            f"onnx: node {node.name}: attention with sinks has no ONNX form here; use the reference backend",
-            node=node.name,
-        )
-    return low.form.attention(low, view)
+    return low.form.attention(low, Attention.require(node))
 
 
 @emits(ops.quantize)
@@ -269,14 +268,14 @@ def quantize(low: Lowering, node: Node) -> Codes:
     view = Quantize.require(node)
     value = low.value(view.x)
     if view.scale is not None:
-        return low.form.quantize_static(low, view, low.fx_layout(value))
+        return low.form.quantize_static(low, view, low.rows(view.x))
     if view.groups == 1:
-        return low.form.quantize(low, node, low.fx_layout(value), view.bits, 1, view.columns, view.clip)
+        return low.form.quantize(low, node, low.rows(view.x), view.bits, 1, view.columns, view.clip)
     grouped = isinstance(value, Value) and value.heads == view.groups and not value.split
     if isinstance(value, Value) and grouped:
         name = low.by_head(value)
     else:
-        name = low.b.op("Reshape", low.fx_layout(value), low.b.ints(0, 0, view.groups, -1))
+        name = low.b.op("Reshape", low.rows(view.x), low.b.ints(0, 0, view.groups, -1))
     return low.form.quantize(low, node, name, view.bits, view.groups, view.columns // view.groups, view.clip)
 
 
@@ -290,7 +289,8 @@ def dequantize(low: Lowering, node: Node) -> Value:
         )
     image = low.form.image(low, codes)
     width = codes.groups * codes.width
-    return Value(image if codes.groups == 1 else low.b.op("Reshape", image, low.b.ints(0, 0, width)))
+    rows = image if codes.groups == 1 else low.b.op("Reshape", image, low.b.ints(0, 0, width))
+    return Value(low.as_fx(rows, node))
 
 
 @emits(ops.quantize_dequantize)
@@ -300,7 +300,37 @@ def quantize_dequantize(low: Lowering, node: Node) -> Emitted:
     return low.form.cache_codes(low, view, low.token_major(view.x))
 
 
-@emits(ops.quantized_linear, ops.weight_only_linear)
+@emits(ops.add_expert_bias)
+def add_expert_bias(low: Lowering, node: Node) -> Value:
+    """x plus the bias of each choice's expert."""
+    view = ExpertBias.require(node)
+    chosen = low.b.op("Gather", low.exact(view.bias), low.exact(view.indices), axis=0)
+    shape = low.choice_shape(choices_of(node))
+    return Value(low.b.op("Add", low.exact(view.x), low.b.op("Reshape", chosen, shape)))
+
+
+@emits(ops.combine_experts)
+def combine_experts(low: Lowering, node: Node) -> Value:
+    """The sum of a token's choices, weighted by its router."""
+    view = CombineExperts.require(node)
+    weights = low.b.op("Reshape", low.exact(view.weights), low.choice_shape(choices_of(view.y)))
+    return Value(low.b.op("ReduceSum", low.b.op("Mul", low.exact(view.y), weights), low.b.ints(-2), keepdims=0))
+
+
+@emits(ops.expert_linear)
+def expert_linear(low: Lowering, node: Node) -> Value:
+    """Float weights of experts, in a loop of its own; its bias behind it."""
+    view = Linear.require(node)
+    (y,) = expert_products(low, [ExpertProduct(node, (view,))])
+    if view.bias is None:
+        return y
+    chosen = low.b.op("Gather", low.exact(view.bias), low.exact(node_arg(node, "indices")), axis=0)
+    return Value(low.b.op("Add", y.name, low.b.op("Reshape", chosen, low.choice_shape(choices_of(node)))))
+
+
+@emits(
+    ops.quantized_linear, ops.weight_only_linear, ops.quantized_expert_linear, ops.weight_only_expert_linear
+)  # fmt: skip
 def planned(low: Lowering, node: Node) -> Emitted:
     """Linears on codes are emitted by the plan, several nodes at once."""
     raise AssertionError(f"{node.name} is in no group of the plan")

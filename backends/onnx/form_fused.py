@@ -73,7 +73,8 @@ class FusedForm(Form):
         keys, entries = low.value(view.k), low.value(view.v)
         own = attention_readers(view.k) == 1 == attention_readers(view.v)
         caches = isinstance(keys, Cache) and isinstance(entries, Cache)
-        if not (own and caches) or view.mask is None or view.softcap is not None:
+        plain = view.softcap is None and view.sinks is None
+        if not (own and caches and plain) or view.mask is None:
             return super().attention(low, view)
         assert isinstance(keys, Cache) and isinstance(entries, Cache)
         queries = low.token_major(view.q)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from onnx import TensorProto
+from resq_compiler.backends.onnx.expert_products import ExpertWeights, Step, choices_of, flat_rows
 from resq_compiler.backends.onnx.form_fused import FusedForm
 from resq_compiler.backends.onnx.forms import Form, least_top, low_and_scale, scale_of
 from resq_compiler.backends.onnx.images import parts_image, parts_of_heads
@@ -73,7 +74,8 @@ class IntegerForm(FusedForm):
             bottom, scale = scale_of(low, least, most, bits, clip)
         else:
             bottom, scale = low_and_scale(low, x, bits, clip)
-        offset = self._offset(low, bits, groups)
+        quantizer = Quantize.of(node)
+        offset = self._offset(low, bits, groups, choices_of(quantizer.x) if quantizer is not None else 0)
         zero_point = low.b.op("QuantizeLinear", low.b.op("Neg", bottom), scale, offset, axis=-1, block_size=1)
         codes = low.b.op("QuantizeLinear", x, scale, zero_point, axis=-1, block_size=width)
         if clip != 1.0 and bits < 8:
@@ -95,18 +97,23 @@ class IntegerForm(FusedForm):
         return piece, -rows if piece.stop == values.width(piece.x) else 0
 
     @staticmethod
-    def _offset(low: Lowering, bits: int, groups: int) -> str:
-        """stored_zero(bits) in the shape of a scale, [B, S, 1] or [B, S, groups, 1]: made once for the whole graph."""
+    def _offset(low: Lowering, bits: int, groups: int, choices: int) -> str:
+        """stored_zero(bits) in the shape of a scale, [B, S, 1] or [B, S, groups, 1], with S · choices rows where there are choices of
+        experts: made once for the whole graph."""
         b = low.b
 
         def shape() -> str:
             tail = b.ints(1) if groups == 1 else b.ints(groups, 1)
-            return b.op("Concat", low.size("input_ids", 0), low.size("input_ids", 1), tail, axis=0)
+            tokens = low.size("input_ids", 1)
+            rows = b.op("Mul", tokens, b.ints(choices)) if choices else tokens
+            return b.op("Concat", low.size("input_ids", 0), rows, tail, axis=0)
 
         def make() -> str:
-            return b.op("Expand", b.constant(np.uint8(stored_zero(bits))), low.once(("scale shape", groups), shape))
+            return b.op(
+                "Expand", b.constant(np.uint8(stored_zero(bits))), low.once(("scale shape", groups, choices), shape)
+            )
 
-        return low.once(("offset", bits, groups), make)
+        return low.once(("offset", bits, groups, choices), make)
 
     def image(self, low: Lowering, codes: Codes) -> str:
         """(u - z) scale; Cast, Sub and Mul run in parallel and vectorized where DequantizeLinear with blocks does not."""
@@ -133,6 +140,35 @@ class IntegerForm(FusedForm):
         if bias is not None:  # ONNX Runtime fuses Add, and scales the bias
             total = low.b.op("Sub", total, low.b.constant(-bias))
         return [Value(name) for name in low.b.split(total, [m.out_features for m in members])]
+
+    def expert_part(self, low: Lowering, source: Node, weights: ExpertWeights) -> Step:
+        """Exact integer products where rows have one scale: Σ (u - c) w - (z - c) Σ w in int32, then both scales."""
+        codes = low.value(source)
+        if (
+            not isinstance(codes, Codes)
+            or codes.groups != 1
+            or weights.scales is None
+            or weights.group_size is not None
+        ):
+            return super().expert_part(low, source, weights)
+        b, zero = low.b, stored_zero(codes.bits)
+        u, z, scale = (
+            flat_rows(low, n, w) for n, w in ((codes.codes, codes.width), (codes.zero_point, 1), (codes.scale, 1))
+        )
+        shift = low.once(
+            ("shift", z), lambda: b.op("Sub", b.op("Cast", z, to=TensorProto.INT32), b.constant(np.int32(zero)))
+        )
+        stored, scales = weights.stored(low), weights.stored_scales(low)
+        sums = b.constant(weights.row_sums, name=f"{weights.name}.row_sums")
+
+        def product(rows: str, expert: str) -> str:
+            row_codes, row_shift, row_scale = (b.op("Gather", name, rows) for name in (u, shift, scale))
+            weight, row_sums, column_scale = (b.op("Gather", name, expert) for name in (stored, sums, scales))
+            accumulator = b.op("MatMulInteger", row_codes, weight, b.constant(np.uint8(zero)))
+            exact = b.op("Sub", accumulator, b.op("Mul", row_shift, row_sums))
+            return b.op("Mul", b.op("Mul", b.op("Cast", exact, to=TensorProto.FLOAT), column_scale), row_scale)
+
+        return product
 
     def _product(self, low: Lowering, source: Codes, terms: list[Term]) -> str:
         b = low.b
@@ -197,7 +233,7 @@ def integer_only(plan: Plan) -> set[Node]:
         quantizers = [Quantize.of(source) for source in sources]
         one_group = all(quantizer is not None and quantizer.groups == 1 for quantizer in quantizers)
         (found if one_group and not has_groups(members[0]) else mixed).update(sources)
-    other = {s for s in found if any(CodedLinear.of(user) is None for user in s.users)}
+    other = {s for s in found if any((linear := CodedLinear.of(user)) is None or linear.of_experts for user in s.users)}
     return found - mixed - other
 
 

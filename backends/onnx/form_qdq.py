@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from onnx import TensorProto
+from resq_compiler.backends.onnx.expert_products import ExpertWeights
 from resq_compiler.backends.onnx.form_integer import flat_image, sum_of
 from resq_compiler.backends.onnx.forms import Form, low_and_scale
 from resq_compiler.backends.onnx.integer_weights import stacked_scales, stored_codes
@@ -83,6 +84,11 @@ class QdqForm(Form):
     def linear_input(self, low: Lowering, source: Emitted) -> str:
         """The float input of a linear, [B, S, K]."""
         return self.image(low, source) if isinstance(source, Codes) else low.fx_layout(source)
+
+    def expert_image(self, low: Lowering, weights: ExpertWeights, codes: str, scales: str) -> str:
+        if weights.group_size is None:
+            return low.b.op("DequantizeLinear", codes, scales, axis=1)
+        return low.b.op("DequantizeLinear", codes, scales, axis=0, block_size=weights.group_size)
 
     @staticmethod
     def weight(low: Lowering, term: Term, *, apart: bool) -> str:

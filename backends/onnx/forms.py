@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from onnx import TensorProto
+from resq_compiler.backends.onnx.expert_products import ExpertWeights, Step, input_image
 from resq_compiler.backends.onnx.values import Cache, Codes, Emitted, Value
 from torch.fx import Node
 
@@ -56,6 +57,23 @@ class Form(ABC):
     @abstractmethod
     def linears(self, low: Lowering, members: list[Product]) -> list[Value]:
         """Linears that share their inputs, one value for each."""
+
+    def expert_part(self, low: Lowering, source: Node, weights: ExpertWeights) -> Step:
+        """The product of one part of a linear of experts, for the inside of a loop over experts: of float images, as this form has them."""
+        b, image, stored = low.b, input_image(low, source), weights.stored(low)
+        scales = None if weights.scales is None else weights.stored_scales(low)
+
+        def product(rows: str, expert: str) -> str:
+            weight = b.op("Gather", stored, expert)
+            if scales is not None:
+                weight = self.expert_image(low, weights, weight, b.op("Gather", scales, expert))
+            return b.op("MatMul", b.op("Gather", image, rows), weight)
+
+        return product
+
+    def expert_image(self, low: Lowering, weights: ExpertWeights, codes: str, scales: str) -> str:
+        """The float weights [K, N] of one expert, from its codes and scales."""
+        return low.b.op("Mul", low.b.op("Cast", codes, to=TensorProto.FLOAT), weights.columns(low, scales))
 
     def cache_codes(self, low: Lowering, view: QuantizeDequantize, value: Value) -> Emitted:
         """The float image of cache codes of token-major heads, every part of every head on its own."""
@@ -118,13 +136,24 @@ class Form(ABC):
         scores = b.op("Mul", b.op("MatMul", queries, turned), b.number(view.scale))
         if heads != groups:
             scores = b.op("Reshape", scores, self._score_shape(low, heads, 1))
-        weights = b.op("Softmax", self._seen(low, scores, view), axis=-1)
+        weights = self._weights(low, self._seen(low, scores, view), view, heads)
         if heads != groups:
             weights = b.op("Reshape", weights, self._score_shape(low, groups, heads // groups))
         y = b.op("MatMul", weights, entries)
         if heads != groups:
             y = b.op("Reshape", y, b.ints(0, heads, -1, values.width(v)))
         return Value(b.op("Transpose", y, perm=[0, 2, 1, 3]), heads, split=True, by_head=True)
+
+    def _weights(self, low: Lowering, scores: str, view: Attention, heads: int) -> str:
+        """Softmax over the keys, and over a sink of each head that has no value."""
+        b = low.b
+        if view.sinks is None:
+            return b.op("Softmax", scores, axis=-1)
+        sinks = b.op("Reshape", low.exact(view.sinks), b.ints(1, heads, 1, 1))
+        shape = b.op("Concat", low.size("input_ids", 0), b.ints(heads), low.size("input_ids", 1), b.ints(1), axis=0)
+        joined = b.op("Concat", scores, b.op("Expand", sinks, shape), axis=-1)
+        weights = b.op("Softmax", joined, axis=-1)
+        return b.op("Slice", weights, b.ints(0), b.ints(-1), b.ints(-1))
 
     def _seen(self, low: Lowering, scores: str, view: Attention) -> str:
         """Scores with their soft-cap and mask."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from onnx import TensorProto
 from resq_compiler.backends.onnx.builder import GraphBuilder
+from resq_compiler.backends.onnx.expert_products import choices_of, expert_products
 from resq_compiler.backends.onnx.forms import Form
 from resq_compiler.backends.onnx.plan import Plan, make_plan, tiling_columns
 from resq_compiler.backends.onnx.registry import emitter_of
@@ -64,6 +65,11 @@ class Lowering:
             members = self.plan.groups[node]
             for linear, value in zip(members, self.form.linears(self, members), strict=True):
                 self.env[linear.root] = value
+            return
+        if node in self.plan.experts:
+            products = self.plan.experts[node]
+            for product, value in zip(products, expert_products(self, products), strict=True):
+                self.env[product.root] = value
             return
         self.env[node] = emitter_of(node)(self, node)
 
@@ -177,6 +183,21 @@ class Lowering:
     def size(self, source: str, axis: int) -> str:
         """One dimension of a tensor, 1-D."""
         return self.once(("size", source, axis), lambda: self.b.op("Shape", source, start=axis, end=axis + 1))
+
+    def rows(self, node: Node) -> str:
+        """A value [B, S, K], or one for each choice of experts, [B, S, k, K], as [B, S · k, K]."""
+        name = self.exact(node)
+        return self.b.op("Reshape", name, self.b.ints(0, -1, values.width(node))) if choices_of(node) else name
+
+    def as_fx(self, name: str, node: Node) -> str:
+        """Rows [B, S · k, K] in the shape that FX gives the node."""
+        choices = choices_of(node)
+        return self.b.op("Reshape", name, self.choice_shape(choices)) if choices else name
+
+    def choice_shape(self, choices: int) -> str:
+        """[B, S, k, -1]."""
+        sizes = self.size("input_ids", 0), self.size("input_ids", 1), self.b.ints(choices, -1)
+        return self.once(("choice shape", choices), lambda: self.b.op("Concat", *sizes, axis=0))
 
     def piece(self, columns: Columns) -> str:
         """The columns of a columns() node; all pieces of one value come out of one Split when they tile it."""

@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import BackendError
 from resq_compiler.ir import graph_tools, meta
-from resq_compiler.ir.linears import LinearSum, linear_sums
-from resq_compiler.ir.views import CodedLinear, Columns
+from resq_compiler.ir.args import source
+from resq_compiler.ir.linears import LinearSum, linear_sums, read_part
+from resq_compiler.ir.views import CodedLinear, Columns, Linear
 
 log = logging.getLogger("resq_compiler")
 
@@ -65,10 +66,31 @@ class Product:
 
 
 @dataclass(frozen=True)
+class ExpertProduct:
+    """A linear of experts without its bias: the sum of its parts; `root` is the FX node that holds it."""
+
+    root: Node
+    parts: tuple[Linear | CodedLinear, ...]
+
+    @property
+    def indices(self) -> Node:
+        """Which experts each token goes through, [..., k]."""
+        found = self.parts[0].indices
+        assert found is not None, "a product of experts has indices"
+        return found
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        return tuple(part.x for part in self.parts)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """groups: root node -> the linears computed in one product with it. inner: nodes that need no emission of their own."""
+    """groups: root node -> the linears computed in one product with it; experts: the same of linears of experts, in one loop.
+    inner: nodes that need no emission of their own."""
 
     groups: dict[Node, list[Product]] = field(default_factory=dict)
+    experts: dict[Node, list[ExpertProduct]] = field(default_factory=dict)
     inner: set[Node] = field(default_factory=set)
     terms_of: dict[Node, list[Term]] = field(default_factory=dict)
 
@@ -81,9 +103,15 @@ def make_plan(gm: GraphModule, stack: bool) -> Plan:
     """
     plan = Plan()
     by_source: dict[tuple[Node, ...], list[Product]] = {}
+    loops: dict[tuple[Node, ...], list[ExpertProduct]] = {}
     for linear in linear_sums(gm):
         if linear.apart is not None:
             log.warning("onnx: %s: its parts are products of their own: %s", linear.site.name, linear.apart)
+        if read_part(linear.parts[0]).of_experts:
+            mixed = of_experts(linear)
+            loops.setdefault((mixed.indices, *mixed.sources), []).append(mixed)
+            plan.inner.update(node for node in linear.inner if node is not mixed.root)
+            continue
         for product, inner in products(gm, linear):
             by_source.setdefault(product.sources, []).append(product)
             for term in product.terms:
@@ -94,6 +122,7 @@ def make_plan(gm: GraphModule, stack: bool) -> Plan:
         whole = stack and len(group) > 1 and sum(p.out_features for p in group) <= STACK_RATIO * width
         for members in [group] if whole else [[p] for p in group]:
             plan.groups.update({p.root: members for p in members})
+    plan.experts.update({p.root: together for together in loops.values() for p in together})
     check_complete(gm, plan)
     return plan
 
@@ -101,17 +130,17 @@ def make_plan(gm: GraphModule, stack: bool) -> Plan:
 def products(gm: GraphModule, linear: LinearSum) -> Iterator[tuple[Product, tuple[Node, ...]]]:
     """The products of a linear and the nodes inside each: one for all parts, or one for each where some have float weights."""
     coded = [view for view in map(CodedLinear.of, linear.parts) if view is not None]
-    if coded and coded[0].of_experts:
-        raise BackendError(
-            f"onnx: node {linear.root.name} ({linear.site.name}): a linear of experts, which no form of this backend writes; "
-            "use the reference backend",
-            node=linear.root.name,
-        )
     if len(coded) == len(linear.parts):
         bias = None if linear.bias is None else graph_tools.get_tensor(gm, linear.bias)
         yield Product(linear.root, tuple(term_of(gm, view) for view in coded), bias), linear.inner
     else:
         yield from ((Product(view.node, (term_of(gm, view),)), ()) for view in coded)
+
+
+def of_experts(linear: LinearSum) -> ExpertProduct:
+    """A linear of experts as one product; its bias, one for each expert, is added by a node of its own."""
+    root = linear.root if linear.bias is None else source(linear.root)
+    return ExpertProduct(root, tuple(read_part(part) for part in linear.parts))
 
 
 def term_of(gm: GraphModule, part: CodedLinear) -> Term:
@@ -125,7 +154,7 @@ def term_of(gm: GraphModule, part: CodedLinear) -> Term:
 def check_complete(gm: GraphModule, plan: Plan) -> None:
     """Raise BackendError for a linear on codes that no group computes."""
     for node in gm.graph.nodes:
-        if CodedLinear.of(node) is not None and node not in plan.inner and node not in plan.groups:
+        if CodedLinear.of(node) is not None and node not in {*plan.inner, *plan.groups, *plan.experts}:
             raise BackendError(
                 f"onnx: node {node.name}: a linear on codes without the fact of which linear it is a part; "
                 "expected one for every part, as passes and saved models write them",

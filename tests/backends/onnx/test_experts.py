@@ -1,0 +1,40 @@
+"""Mixtures of experts in standard operators: the logits of the reference backend, whatever the weights and activations are."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from resq_compiler.backends.onnx import build_model
+
+import resq_compiler
+from resq_compiler.tiny import tiny_tokens
+from tests.families import EIGHT, ONE_CODE, ROUNDING, onnx_errors, small
+
+PLAIN = {**EIGHT, "recipe": "rtn"}
+OPTIONS = {
+    "gpt_oss": EIGHT,  # biases of experts, attention with sinks
+    "mixtral": {**PLAIN, "weight_group_size": 32, "weight_bits": 4},
+    "qwen3_moe": {**PLAIN, "activation_bits": 16, "weight_bits": 5},
+    "olmoe": {**PLAIN, "activation_bits": 16, "weight_bits": 16, "kv_bits": 4},
+}
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def compiled(request):
+    return resq_compiler.compile(small(request.param), tiny_tokens(4, 32), **OPTIONS[request.param])
+
+
+@pytest.mark.parametrize("profile", ["ort", "qdq", "weight-only"])
+def test_logits(compiled, profile):
+    """Two rows with padding, prefill and decode, tokens that share experts and that do not."""
+    errors = onnx_errors(compiled, profile)
+    assert float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE
+
+
+def test_one_loop_for_all_linears_of_one_input(compiled):
+    """Gate and up in one, down in another; weights lie outside, once."""
+    model = build_model(compiled, "ort")
+    onnx.checker.check_model(model)
+    loops = [node for node in model.graph.node if node.op_type == "Loop"]
+    assert len(loops) == 2 * 2
+    assert not any(attribute.g.initializer for loop in loops for attribute in loop.attribute)
