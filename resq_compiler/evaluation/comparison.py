@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,17 @@ class Observed:
         self.device = model.device
         self.windows: list[Evaluation] = []
         self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the model, such as `at_once` of one that is run block by block."""
+        return getattr(self.model, name)
+
+    def prepare(self, batches: Sequence[Tensor]) -> None:
+        """Run its blocks, where it is run block by block."""
+        began = time.perf_counter()
+        if hasattr(self.model, "prepare"):
+            self.model.prepare(batches)
+        self.seconds += time.perf_counter() - began
 
     def __call__(self, ids: Tensor) -> Any:
         began = time.perf_counter()

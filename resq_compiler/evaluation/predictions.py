@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ def evaluate(
     """Measure next-token prediction at positions 1 .. L-1 of every window, each window on its own.
 
     Besides what the models return for one batch (their logits), memory grows by less than 200 MB: logits are reduced in
-    float32 a chunk of positions at a time, and the reference runs beside the model, so nothing is stored.
+    float32 a chunk of positions at a time, and the reference runs beside the model, so nothing is stored. A model that is run block by
+    block (ByBlocks) has its blocks run first, for as many windows as it keeps at once.
 
     Args:    model, reference: called with ids [b, L] int64; return an object with .logits [b, L, V]. windows: [n, L],
              L at least 2. batch_size: windows in one call. progress: called with (windows done, all windows).
@@ -79,11 +80,14 @@ def evaluate(
                 f"evaluate: windows of {windows.shape[1]} tokens; the {who} has learned {limit} positions: cut windows of at most {limit}"
             )
     sums = _Sums()
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        _add_batch(sums, model, reference, batch, start)
-        if progress is not None:
-            progress(start + len(batch), len(windows))
+    for first, batches in _groups(windows, batch_size, (model, reference)):
+        sums.seconds += _prepare(model, batches)
+        _prepare(reference, batches)
+        for i, batch in enumerate(batches):
+            start = first + i * batch_size
+            _add_batch(sums, model, reference, batch, start)
+            if progress is not None:
+                progress(start + len(batch), len(windows))
     nll = sums.nll / sums.positions
     return Evaluation(
         perplexity=math.exp(nll) if nll < 700 else math.inf,  # exp overflows a double near 710
@@ -94,6 +98,22 @@ def evaluate(
         kl=None if reference is None else sums.kl / sums.positions,
         top1_agreement=None if reference is None else sums.agreed / sums.positions,
     )
+
+
+def _groups(windows: Tensor, batch_size: int, models: Sequence[Any]) -> Iterator[tuple[int, list[Tensor]]]:
+    """The first window, and batches, of as many windows as models that are run block by block take at once; else of all."""
+    limits = [one.at_once(windows.shape[1]) for one in models if hasattr(one, "at_once")]
+    step = max(min(limits, default=len(windows)) // batch_size, 1) * batch_size
+    for first in range(0, len(windows), step):
+        yield first, list(windows[first : first + step].split(batch_size))
+
+
+def _prepare(model: Any, batches: Sequence[Tensor]) -> float:
+    """Run the blocks of a model that is run block by block (by_blocks.py). Returns the seconds it took."""
+    began = time.perf_counter()
+    if hasattr(model, "prepare"):
+        model.prepare(batches)
+    return time.perf_counter() - began
 
 
 def _add_batch(sums: _Sums, model: Any, reference: Any, batch: Tensor, start: int) -> None:
