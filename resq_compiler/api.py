@@ -29,14 +29,14 @@ from resq_compiler.calibration.data import calibration_windows, text_start
 from resq_compiler.calibration.shards import SavedStatistics
 from resq_compiler.calibration.statistics import take
 from resq_compiler.calibration.workdir import WorkDirectory, fingerprint
-from resq_compiler.errors import BackendError, DataError, ModelError
+from resq_compiler.errors import BackendError, ConfigError, DataError, ModelError
 from resq_compiler.frontend.capture import Captured, capture, capture_promised, runnable_attention
 from resq_compiler.frontend.checks import check_finite_tensor
 from resq_compiler.frontend.models import LoadedModel, open_model, open_tokenizer
 from resq_compiler.frontend.opened import OpenedModel
 from resq_compiler.frontend.positions import longest_text
 from resq_compiler.frontend.source import digest_of
-from resq_compiler.inspection import guard, routing
+from resq_compiler.inspection import forecast, guard, routing
 from resq_compiler.inspection.dump import recording, target_directory
 from resq_compiler.ir import graph_tools
 from resq_compiler.model import CompiledModel
@@ -51,7 +51,7 @@ from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.recipes.text import to_text
 from resq_compiler.result import CompileResult
 from resq_compiler.storage.quantization_config import versions
-from resq_compiler.util import devices, memory, processes, torch_state
+from resq_compiler.util import devices, machine, memory, processes, torch_state
 
 log = logging.getLogger("resq_compiler")
 
@@ -119,7 +119,7 @@ def compile(
     recorded = recording(dump_dir, str(about["provenance"].model), begun.config.to_dict(), on_stage)
     processes.require_equal(processes.current(), begun.about_statistics())
     with recorded as record, memory.settled(), devices.computing_on(begun.device):
-        pipeline = Pipeline(ctx, _checking_export(record.add, ctx, backend))
+        pipeline = Pipeline(ctx, _checking_fit(_checking_export(record.add, ctx, backend), begun))
         pipeline.start(gm, seconds=begun.seconds)
         _run_guarded(pipeline, gm, begun.passes, begun.compared, on_float)
         ctx.note_processes()
@@ -342,6 +342,24 @@ def _checking_export(on_stage: Callable[[Stage], None], ctx: PassContext, backen
             raise BackendError(f"backend {backend}: {problem}")
         if problem is not None:
             ctx.note(f"export: this model cannot be exported to ONNX: {problem}")
+
+    return seen
+
+
+def _checking_fit(on_stage: Callable[[Stage], None], begun: _Begun) -> Callable[[Stage], None]:
+    """`on_stage`, and, as soon as the shapes of the blocks are known, whether there is memory for what is to come: ConfigError if not."""
+
+    def seen(stage: Stage) -> None:
+        on_stage(stage)
+        if stage.name != FindTopology.name:
+            return
+        shapes = forecast.Shapes.of(begun.captured.graph_module, begun.ctx.facts.get(Topology))
+        found = forecast.forecast(shapes, begun.config, begun.passes, processes=processes.current().size)
+        free = machine.free_memory()
+        if free is not None:
+            free = (free + machine.resident_memory()) // processes.on_this_machine()
+        if problem := forecast.check_fits(found, free, devices.free_memory(begun.device)):
+            raise ConfigError(problem)
 
     return seen
 

@@ -34,6 +34,7 @@ def cuda(monkeypatch):
     factors = hadamard.scaled_factors
     monkeypatch.setattr(devices, "resolve", lambda name: CUDA if name == "cuda" else devices.CPU)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
     monkeypatch.setattr(
         hadamard, "scaled_factors", lambda plan, dtype, device: tuple(f.to(device) for f in factors(plan, dtype, devices.CPU))
     )  # fmt: skip

@@ -70,6 +70,11 @@ def current() -> torch.device | None:
     return _current
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for the CPU."""
+    return None if device.type != "cuda" else torch.cuda.mem_get_info(device)[0]
+
+
 def here(tensor: Tensor) -> Tensor:
     """The tensor on the device that computes now."""
     return tensor if _current is None or tensor.device == _current else tensor.to(_current)

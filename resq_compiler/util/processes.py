@@ -197,6 +197,11 @@ def require_equal(shared: Processes, about: Mapping[str, Any]) -> None:
             )
 
 
+def on_this_machine() -> int:
+    """How many of the processes that share the work run on this machine, as torchrun says; 1 where nobody does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if current().size > 1 else 1
+
+
 def launched() -> bool:
     """Whether torchrun, or something that says the same to its processes, started this one."""
     return all(name in os.environ for name in LAUNCHED)

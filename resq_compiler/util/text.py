@@ -36,6 +36,15 @@ def megabytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 1e6:.1f} MB"
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them, such as 40 s, 12 min or 3.5 h; "-" for nothing."""
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Fixed decimals; large values without them; "-" for nothing."""
     if value is None:

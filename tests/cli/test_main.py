@@ -13,12 +13,15 @@ import pytest
 import torch
 import yaml
 
+from resq_compiler import api
 from resq_compiler.calibration.data import demo_text
 from resq_compiler.cli import main
 from resq_compiler.cli.commands import COMMANDS, common, options
 from resq_compiler.errors import ConfigError
+from resq_compiler.inspection import rates
 from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.tiny import tiny_model, tiny_tokenizer
+from resq_compiler.util import machine
 
 FAST = ["--threads", "1", "--calibration-samples", "4", "--calibration-length", "32"]
 
@@ -212,7 +215,14 @@ def test_generate_refuses_what_it_cannot_do(place, capsys):
     assert code == 2 and "not a compiled model" in err
 
 
-def test_dry_run_reads_no_weights(place, capsys, tmp_path):
+@pytest.fixture
+def quick_rates(monkeypatch):
+    """Measurements of the machine that take no time."""
+    monkeypatch.setattr(rates, "SIDE", 32)
+    monkeypatch.setattr(rates, "LONG_ENOUGH", 0.0)
+
+
+def test_dry_run_reads_no_weights(place, capsys, tmp_path, quick_rates):
     (tmp_path / "config.json").write_text((place.folder / "float" / "config.json").read_text())
     code, out, _ = run(capsys, "compile", tmp_path, "--dry-run", "--json", "--recipe", "rtn")
     plan = json.loads(out)
@@ -222,6 +232,29 @@ def test_dry_run_reads_no_weights(place, capsys, tmp_path):
     assert "nothing was compiled" in run(capsys, "compile", tmp_path, "--dry-run")[1]
     sized = run(capsys, "compile", tmp_path, "--dry-run", "--json", "--model-megabytes", "0.5")[1]
     assert json.loads(sized)["bytes"]["compiled"] == 500_000
+
+
+def test_dry_run_plans_every_step_for_one_process_and_for_several(place, capsys, quick_rates, monkeypatch):
+    _, out, _ = run(capsys, "compile", place.model, "--dry-run", "--json", "--processes", "3")
+    alone, shared = json.loads(out)["forecasts"]
+    assert (alone["processes"], shared["processes"]) == (1, 3) and json.loads(out)["problem"] is None
+    assert [step["name"] for step in alone["steps"]] == ["open and check", "calibrate", "bases", "GPTQ", "write"]
+    assert alone["seconds"] == pytest.approx(sum(step["seconds"] for step in alone["steps"]))
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**6)
+    text = run(capsys, "compile", place.model, "--dry-run", "--processes", "3")[1]
+    assert "in each of 3 processes: peak" in text and "fits: NO: memory: step" in text
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "free_disk", lambda place: 1000)
+    monkeypatch.setattr(api, "compile", None)
+    code, out, err = run(capsys, "compile", place.model, "-o", tmp_path / "out", "--calibration", place.text, *FAST)
+    assert (
+        (code, out) == (2, "")
+        and err.startswith("error: disk: the compiled model will have about")
+        and err.count("\n") == 1
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_env(capsys):

@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out weights of the checkpoint that its configuration has no place for",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output directory")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan: passes, sizes, memory; compile nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan: passes, memory, disk, time; compile nothing"
+    )
+    parser.add_argument(
+        "--processes", metavar="N", type=int, default=2, help="of --dry-run: how many processes it plans for beside one (default: 2)"
+    )  # fmt: skip
     common.add_topology_argument(parser)
     common.add_device_argument(parser, "what computes calibration, bases and codes, a block at a time")
     add_option_flags(parser)
@@ -54,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from resq_compiler.cli.commands import plan
 
-        result = plan.make_plan(arguments.model, chosen, arguments.calibration)
+        result = plan.make_plan(
+            arguments.model, chosen, arguments.calibration, arguments.device, arguments.processes, arguments.output
+        )
         common.show(arguments, result, plan.plan_text(result))
         return 0
     if arguments.output is None:
@@ -65,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _compile_and_write(arguments: argparse.Namespace, chosen: Any, group: Any) -> int:
     """Of the processes of a group the first writes, and says what was done."""
+    from resq_compiler.cli.commands import plan
     from resq_compiler.storage.saving import check_target
     from resq_compiler.util.processes import Processes
 
@@ -73,6 +81,7 @@ def _compile_and_write(arguments: argparse.Namespace, chosen: Any, group: Any) -
     if is_first:
         common.check_output(output, arguments.overwrite)
         check_target(output)
+        plan.check_disk(arguments.model, chosen.settings, output)
     compiled, seconds = _compile(arguments, chosen, group)
     if not is_first:
         return 0

@@ -1,34 +1,49 @@
-"""The plan that `resq compile --dry-run` prints: from the configuration alone, no weights are read."""
+"""The plan that `resq compile --dry-run` prints: from the configuration alone, without weights; times from a measurement of a second."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resq_compiler.cli.commands import common
-from resq_compiler.recipes.settings import CompileConfig
-from resq_compiler.util.text import megabytes
+from resq_compiler.errors import ConfigError
+from resq_compiler.util.text import duration, megabytes, table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from resq_compiler.recipes.named import Chosen
+    from resq_compiler.recipes.settings import CompileConfig
 
-FLOAT_BYTES, DOUBLE_BYTES = 4, 8
+FLOAT_BYTES = 4
 
 
-def make_plan(model: str, chosen: Chosen, calibration: str | None) -> dict[str, Any]:
-    """Passes in order, estimates of sizes in bytes, and what stands against an export to ONNX (None: nothing known).
+def make_plan(
+    model: str, chosen: Chosen, calibration: str | None, device: str = "cpu", processes: int = 2, output: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Passes in order, what each step needs in one process and in several, what stands in the way of the compile here, and of an
+    export to ONNX (None: nothing known).
 
     Raises ModelError when the configuration cannot be read, CaptureError and TopologyError for a model that cannot be compiled.
     """
-    from resq_compiler.api import needs_calibration
+    from resq_compiler.analysis.topology import Topology
+    from resq_compiler.api import needs_calibration, trace
+    from resq_compiler.backends.onnx import export_problem
+    from resq_compiler.calibration import precision
+    from resq_compiler.inspection.forecast import Shapes, check_fits, disk_problem, forecast
+    from resq_compiler.inspection.rates import measure
     from resq_compiler.recipes.text import to_text
+    from resq_compiler.util import devices, machine
 
     common.quiet_libraries()
+    where = devices.resolve(device)
     float_model = common.meta_model(model)
-    sizes = _parameter_bytes(float_model)
+    weights = sum(p.numel() for p in float_model.parameters())
+    graph, ctx = trace(float_model)
+    shapes = Shapes.of(graph, ctx.facts.get(Topology))
     config, passes = chosen.settings, chosen.passes
+    rates = measure(where, precision.DTYPES[precision.resolve(config.calibration_dtype, where)])
+    alone, shared = (forecast(shapes, config, passes, rates, count) for count in (1, processes))
     windows = needs_calibration(passes)
+    folder = Path() if output is None else output
     return {
         "model": model,
         "options": config.to_dict(),
@@ -36,52 +51,32 @@ def make_plan(model: str, chosen: Chosen, calibration: str | None) -> dict[str, 
         "calibration_tokens": config.calibration_samples * config.calibration_length if windows else 0,
         "passes": [{"name": p.name, "text": str(p), "exact": p.exact} for p in passes],
         "passes_text": to_text(passes),
-        "bytes": _estimates(sizes, config, windows),
-        "onnx_problem": _onnx_problem(float_model),
+        "bytes": {
+            "float32_weights": FLOAT_BYTES * weights,
+            "compiled": alone.disk,
+            "peak": alone.memory,
+            "free_memory": machine.free_memory(),
+            "free_disk": machine.free_disk(folder),
+        },
+        "forecasts": [one.to_dict() for one in (alone, shared)],
+        "problem": check_fits(alone, machine.free_memory(), devices.free_memory(where))
+        or disk_problem(alone.disk, machine.free_disk(folder), str(folder)),
+        "onnx_problem": export_problem(graph.graph),
     }
 
 
-def _onnx_problem(model: PreTrainedModel) -> str | None:
-    """Captures the model on the meta device, as a compile does first."""
-    from resq_compiler.api import trace
-    from resq_compiler.backends.onnx import export_problem
+def check_disk(model: str, config: CompileConfig, output: Path) -> None:
+    """Raise ConfigError where the compiled model will not fit on the disk of its directory; from the configuration alone."""
+    from resq_compiler.inspection.forecast import compiled_bytes, disk_problem
+    from resq_compiler.util import machine
 
-    return export_problem(trace(model)[0].graph)
-
-
-def _parameter_bytes(model: Any) -> dict[str, int]:
-    """Float32 bytes of the model by kind, counted on the meta device."""
-    from torch import nn
-
-    hf_config = model.config
-    embedding = model.get_input_embeddings().weight.numel()
-    total = sum(p.numel() for p in model.parameters())
-    untied = 0 if hf_config.get_text_config().tie_word_embeddings else embedding
-    widest = max(m.in_features for m in model.modules() if isinstance(m, nn.Linear))
-    return {
-        "all": FLOAT_BYTES * total,
-        "embeddings": FLOAT_BYTES * embedding,
-        "linears": FLOAT_BYTES * (total - embedding - untied),
-        "hidden": hf_config.get_text_config().hidden_size,
-        "widest": widest,
-    }
-
-
-def _estimates(sizes: dict[str, int], config: CompileConfig, windows: bool) -> dict[str, int]:
-    high = config.high_fraction if config.weight_bits < config.high_bits else 0.0
-    bits = config.weight_bits * (1 - high) + config.high_bits * high if config.weight_bits < 16 else 32
-    bits = bits if config.average_bits is None else config.average_bits
-    compiled = round(sizes["linears"] * bits / 32) + 2 * sizes["embeddings"]
-    tokens = config.calibration_samples * config.calibration_length if windows else 0
-    activations = FLOAT_BYTES * tokens * sizes["hidden"] if config.weight_method == "gptq" else 0
-    moments = 3 * DOUBLE_BYTES * sizes["widest"] ** 2 if windows else 0
-    untied = sizes["embeddings"]  # lm_head gets its own copy
-    return {
-        "float32_weights": sizes["all"],
-        "compiled": compiled if config.model_megabytes is None else round(config.model_megabytes * 10**6),
-        "calibration": activations + moments,
-        "peak": 2 * sizes["all"] + untied + activations + moments,
-    }
+    float_model = common.meta_model(model)
+    embedding = float_model.get_input_embeddings().weight.numel()
+    weights = sum(p.numel() for p in float_model.parameters())
+    tied = float_model.config.get_text_config().tie_word_embeddings
+    linears = weights - embedding * (1 if tied else 2)
+    if problem := disk_problem(compiled_bytes(linears, weights, config), machine.free_disk(output), str(output)):
+        raise ConfigError(problem)
 
 
 def plan_text(plan: dict[str, Any]) -> str:
@@ -98,8 +93,34 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"calibration text: {plan['calibration']}{tokens}",
         f"float32 weights: {megabytes(size['float32_weights'])}",
         f"compiled, about: {megabytes(size['compiled'])}",
-        f"memory while compiling, estimate of weights and statistics: {megabytes(size['peak'])} (plus some hundred MB for libraries)",
+        "",
+        *(_steps_text(one) for one in plan["forecasts"]),
+        f"free here: {_known(size['free_memory'])} of memory, {_known(size['free_disk'])} of disk",
+        f"fits: {'yes' if plan['problem'] is None else 'NO: ' + plan['problem']}",
         f"export to ONNX: {plan['onnx_problem'] or 'every operator has a form'}",
         "nothing was compiled (--dry-run)",
     ]
     return "\n".join(lines)
+
+
+def _steps_text(found: dict[str, Any]) -> str:
+    """A table of the steps in one of several processes."""
+    several = found["processes"] > 1
+    header = ("step", "at work", "memory", "time", *(("sent",) if several else ()))
+    rows = [
+        (
+            step["name"], ", ".join(f"{name} {megabytes(n)}" for name, n in step["memory"].items()), megabytes(step["bytes"]),
+            duration(step["seconds"]), *((megabytes(step["sent"]),) if several else ()),
+        )
+        for step in found["steps"]
+    ]  # fmt: skip
+    kept = ", ".join(f"{name} {megabytes(n)}" for name, n in found["kept"].items())
+    title = f"in each of {found['processes']} processes" if several else "in one process"
+    return (
+        f"{title}: peak {megabytes(found['memory'])} (libraries, {kept}, and the largest step), about {duration(found['seconds'])}\n"
+        f"{table(header, rows, left=2)}\n"
+    )
+
+
+def _known(size: int | None) -> str:
+    return "not known" if size is None else megabytes(size)

@@ -1,0 +1,340 @@
+"""What a compile will need, by its shapes alone: memory, disk and time of each of its steps, for one process of several.
+
+Memory is that of tensors whose sizes follow from shapes; libraries, and what the allocator holds back, come on top (`BASE`). A step needs
+what is kept over all steps and what it has at work, and steps follow each other, so a compile needs what its largest step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.calibration.executor import TOKENS_PER_BATCH
+from resq_compiler.inspection.rates import Rates
+from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir.views import Linear
+from resq_compiler.passes import ComputeBases, QuantizeWeights
+from resq_compiler.pipeline.passes import Pass
+from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.util.text import megabytes
+
+FLOAT, DOUBLE = 4, 8
+BASE = 500 * 10**6
+"""Bytes of PyTorch and transformers in memory."""
+MATRICES = 4
+"""Of the width of a group of linears in float64, at a time: the moment, it damped and in order, its factor and the inverse."""
+ROWS = 4
+"""Of the weights of a group in float32, at a time: stacked, by columns, errors, codes and their search."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one value: `rows` of all of them together, `columns`; of so many experts, of which a token goes through some."""
+
+    rows: int
+    columns: int
+    experts: int = 1
+    choices: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Of all experts."""
+        return self.rows * self.columns * self.experts
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a decoder: the groups of linears of each block, the width of the stream, the vocabulary, heads of attention, and all weights.
+
+    fusable: one basis for the whole stream.
+    """
+
+    blocks: tuple[tuple[Group, ...], ...]
+    hidden: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    all_weights: int
+    fusable: bool
+
+    @property
+    def linears(self) -> int:
+        """Weights of the linears in blocks."""
+        return sum(group.weights for block in self.blocks for group in block)
+
+    @property
+    def largest_block(self) -> int:
+        """Weights of the largest block."""
+        return max(sum(group.weights for group in block) for block in self.blocks)
+
+    @property
+    def groups(self) -> list[Group]:
+        """Of all blocks."""
+        return [group for block in self.blocks for group in block]
+
+    @classmethod
+    def of(cls, gm: GraphModule, topology: Topology) -> Shapes:
+        """Those of a graph whose topology was found."""
+        attention = topology.blocks[0].attention
+        tensors = [graph_tools.held(gm, node) for node in _tensor_nodes(gm)]
+        return cls(
+            tuple(tuple(_groups(gm, topology, block)) for block in topology.blocks), topology.hidden_size,
+            values.width(topology.head), attention.num_heads, attention.num_kv_heads, max(attention.head_dim, attention.value_dim),
+            sum(t.numel() for t in tensors), topology.residual.fusable,
+        )  # fmt: skip
+
+
+def _tensor_nodes(gm: GraphModule) -> list[Node]:
+    """One node for each tensor."""
+    return list({str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}.values())
+
+
+def _groups(gm: GraphModule, topology: Topology, block: Block) -> Iterator[Group]:
+    """The linears of a block by what they read."""
+    a = block.attention
+    counts = {f.down: f.experts for f in block.feed_forwards} | {
+        n: f.experts for f in block.feed_forwards for n in (*f.gates, *f.ups)
+    }
+    inside = [a.q, a.k, a.v, a.o, *counts]
+    found: dict[Node, list[Node]] = {}
+    for node in (n for n in topology.linears if n in inside):
+        found.setdefault(Linear.require(node).x, []).append(node)
+    for nodes in found.values():
+        shapes = [Linear.require(node).weight_shape(gm) for node in nodes]
+        experts = counts.get(nodes[0])
+        choices = 1 if experts is None else experts.choices
+        yield Group(sum(s[-2] for s in shapes), shapes[0][-1], 1 if experts is None else experts.count, choices)
+
+
+@dataclass(frozen=True)
+class Step:
+    """memory: bytes at work, by what they are; disk: bytes it writes; seconds: None where nothing was measured; sent: bytes to others."""
+
+    name: str
+    memory: dict[str, int]
+    disk: int = 0
+    seconds: float | None = None
+    sent: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """At work, all together."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """kept: bytes that are there from the first step to the last, by what they are."""
+
+    steps: tuple[Step, ...]
+    kept: dict[str, int]
+    processes: int = 1
+
+    @property
+    def largest(self) -> Step:
+        """The step that needs most memory."""
+        return max(self.steps, key=lambda step: step.bytes)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one process, at its peak."""
+        return BASE + sum(self.kept.values()) + self.largest.bytes
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the compiled model."""
+        return sum(step.disk for step in self.steps)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all steps."""
+        each = [step.seconds for step in self.steps]
+        return None if any(s is None for s in each) else sum(s for s in each if s is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        steps = [{**asdict(step), "bytes": step.bytes} for step in self.steps]
+        whole = {"memory": self.memory, "disk": self.disk, "seconds": self.seconds}
+        return {"processes": self.processes, **whole, "kept": self.kept, "steps": steps}
+
+
+def forecast(
+    shapes: Shapes, config: CompileConfig, passes: Sequence[Pass], rates: Rates | None = None, processes: int = 1
+) -> Forecast:
+    """What each step of a compile needs in each of several processes."""
+    plan = _Plan(shapes, config, rates, processes)
+    steps = [plan.opening()]
+    if any(item.needs_calibration for item in passes if isinstance(item, ComputeBases)):
+        steps += [plan.calibrating(), plan.bases()]
+    quantizer = next((item for item in passes if isinstance(item, QuantizeWeights)), None)
+    if quantizer is not None:
+        steps.append(plan.quantizing(quantizer))
+    return Forecast((*steps, plan.writing()), plan.kept(), processes)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    shapes: Shapes
+    config: CompileConfig
+    rates: Rates | None
+    processes: int
+
+    @property
+    def embedding(self) -> int:
+        """Bytes of the table."""
+        return FLOAT * self.shapes.vocabulary * self.shapes.hidden
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the second moments: of the stream, and of values, keys and queries of every head."""
+        s = self.shapes
+        streams = 1 if s.fusable else 2 * len(s.blocks)
+        return DOUBLE * (streams * s.hidden**2 + 3 * len(s.blocks) * s.kv_heads * s.head_dim**2)
+
+    def kept(self) -> dict[str, int]:
+        """Bases, and codes of finished blocks as a byte each until they are written."""
+        return {"bases": self.moments, "codes": self.shapes.linears if self.config.weight_bits < 16 else 0}
+
+    def opening(self) -> Step:
+        """Reads every weight once, for its digest."""
+        size = FLOAT * self.shapes.all_weights
+        largest = max(self.embedding, *(FLOAT * group.weights for group in self.shapes.groups))
+        return Step("open and check", {"largest tensor": largest}, seconds=self._time(lambda r: size / r.digest))
+
+    def calibrating(self) -> Step:
+        """All windows of bases through one block after the other."""
+        samples = min(self.config.basis_samples, self.config.calibration_samples)
+        tokens, s = self._tokens(samples), self.shapes
+        work = tokens * (self._forward() + 2 * len(s.blocks) * s.hidden**2)
+        return Step(
+            "calibrate",
+            {"weights of a block": FLOAT * s.largest_block, **self._running(tokens), "second moments": self.moments},
+            seconds=self._time(lambda r: work / r.products), sent=self._sent(self.moments),
+        )  # fmt: skip
+
+    def bases(self) -> Step:
+        """Eigenvectors, of the stream and of heads."""
+        s = self.shapes
+        streams = 1 if s.fusable else 2 * len(s.blocks)
+        cubes = streams * s.hidden**3 + 2 * len(s.blocks) * s.kv_heads * s.head_dim**3
+        fused = sum(2 * group.weights * s.hidden for group in s.groups)  # products with bases, in float64
+        return Step(
+            "bases", {"eigenvectors": 3 * DOUBLE * s.hidden**2, "largest tensor": 2 * self.embedding},
+            seconds=self._time(lambda r: cubes * r.eigen + fused / r.doubles),
+        )  # fmt: skip
+
+    def quantizing(self, item: QuantizeWeights) -> Step:
+        """Codes of one block after the other."""
+        s, tokens = self.shapes, self._tokens(self.config.calibration_samples)
+        memory = {"weights of a block": FLOAT * s.largest_block}
+        if not item.by_block:
+            memory["rows at work"] = max(FLOAT * ROWS * group.weights // group.experts for group in s.groups)
+            return Step("round", memory, seconds=self._time(lambda r: s.linears * r.search / self.processes))
+        matrices = max(MATRICES * DOUBLE * group.columns**2 for group in s.groups)
+        memory |= {**self._running(tokens), "Hessian": matrices}
+        memory["rows at work"] = max(FLOAT * ROWS * group.rows * group.columns for group in s.groups)
+        return Step("GPTQ" if item.method == "gptq" else "round by output", memory, seconds=self._time(self._gptq(tokens)),
+                    sent=self._sent(sum(DOUBLE * g.columns**2 * g.experts for g in s.groups) + s.linears))  # fmt: skip
+
+    def _gptq(self, tokens: int) -> Callable[[Rates], float]:
+        s = self.shapes
+
+        def seconds(r: Rates) -> float:
+            moments = sum(tokens * g.choices * g.columns**2 for g in s.groups)
+            run = (tokens * self._forward() + moments) / r.products
+            factors = sum(g.experts * g.columns**3 for g in s.groups) * r.factor
+            spread = sum(g.weights * g.columns for g in s.groups) / r.products
+            return run + factors + (s.linears * (r.search + r.columns) + spread) / self.processes
+
+        return seconds
+
+    def writing(self) -> Step:
+        """The compiled model: packed codes, scales, and float embeddings."""
+        size = compiled_bytes(self.shapes.linears, self.shapes.all_weights, self.config)
+        return Step(
+            "write", {"embeddings": 2 * self.embedding}, disk=size, seconds=self._time(lambda r: size / r.digest)
+        )
+
+    def _tokens(self, samples: int) -> int:
+        """Of the windows of one process."""
+        return -(-samples // self.processes) * self.config.calibration_length
+
+    def _running(self, tokens: int) -> dict[str, int]:
+        """Hidden states between two blocks, and what one batch has at work inside one."""
+        s, length = self.shapes, self.config.calibration_length
+        batch = max(TOKENS_PER_BATCH, length)
+        widest = max(group.columns * group.choices for group in s.groups)
+        inside = batch * (3 * widest + 4 * s.hidden + 2 * s.heads * length)
+        return {"hidden states": FLOAT * tokens * s.hidden, "a batch": FLOAT * inside}
+
+    def _forward(self) -> int:
+        """Additions and multiplications for a token."""
+        s = self.shapes
+        linears = sum(2 * g.rows * g.columns * g.choices for g in s.groups)
+        return linears + 4 * len(s.blocks) * s.heads * s.head_dim * self.config.calibration_length
+
+    def _sent(self, size: int) -> int:
+        return size if self.processes > 1 else 0
+
+    def _time(self, seconds: Callable[[Rates], float]) -> float | None:
+        return None if self.rates is None else seconds(self.rates)
+
+
+TRUSTED = 0.8
+"""A compile is refused where so much of its forecast is more than there is: forecasts are within a fifth (docs/scaling.md)."""
+
+
+def check_fits(found: Forecast, free_memory: int | None, free_device: int | None = None) -> str | None:
+    """What stands in the way of a compile that has these bytes of memory, and of that of a GPU; None where it fits, or where they are
+    not known."""
+    if free_memory is not None and TRUSTED * found.memory > free_memory:
+        step = found.largest
+        parts = {**found.kept, **step.memory}
+        shown = ", ".join(f"{name} {megabytes(size)}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:4])
+        return (
+            f"memory: step `{step.name}` of this compile needs about {megabytes(found.memory)} ({shown}), and {megabytes(free_memory)} are "
+            f"free here; {_advice(step)}"
+        )
+    if free_device is not None and TRUSTED * found.largest.bytes > free_device:
+        return (
+            f"memory of the device: step `{found.largest.name}` of this compile needs about {megabytes(found.largest.bytes)} there, and "
+            f"{megabytes(free_device)} are free; {_advice(found.largest)}"
+        )
+    return None
+
+
+def disk_problem(size: int, free: int | None, where: str) -> str | None:
+    """What stands in the way of writing a compiled model of so many bytes; None where it fits, or where nothing is known of the disk."""
+    if free is None or size <= free:
+        return None
+    return (
+        f"disk: the compiled model will have about {megabytes(size)}, and {megabytes(free)} are free in {where}; make room, or name "
+        "another directory"
+    )
+
+
+def compiled_bytes(linears: int, weights: int, config: CompileConfig) -> int:
+    """Bytes on disk of a compiled model, about: packed codes of the weights of linears, all other weights as float32."""
+    if config.model_megabytes is not None:
+        return round(config.model_megabytes * 10**6)
+    high = config.high_fraction if config.weight_bits < config.high_bits else 0.0
+    bits = config.weight_bits * (1 - high) + config.high_bits * high if config.weight_bits < 16 else 32.0
+    bits = bits if config.average_bits is None else config.average_bits
+    return round(linears * bits / 8) + FLOAT * (weights - linears)
+
+
+def _advice(step: Step) -> str:
+    """What makes the largest part of a step smaller."""
+    part = max(step.memory, key=step.memory.__getitem__)
+    if part == "hidden states":
+        return "ask for fewer or shorter calibration windows (calibration_samples, calibration_length), or share them among processes"
+    if part in ("Hessian", "rows at work"):
+        return "weights rounded without GPTQ (weight_method=rtn) need less, or take a machine with more memory"
+    if part == "a batch":
+        return "ask for shorter calibration windows (calibration_length)"
+    return "take a machine with more memory"
