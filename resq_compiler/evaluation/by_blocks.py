@@ -40,11 +40,11 @@ class ByBlocks:
     """
 
     def __init__(self, gm: GraphModule, model: Any = None, device: torch.device = devices.CPU):
-        self.gm, self.model, self.device = gm, model, device
+        self.graph_module, self.model, self.device = gm, model, device
         self._cuts = cuts(gm)
         self._shared: dict[torch.Size, dict[Node, Any]] = {}
         self._waiting: Iterator[Tensor] = iter(())
-        self._last: tuple[executor.Schedule, dict[Node, Any]] | None = None
+        self._last: tuple[executor.Schedule, dict[Node, Tensor]] | None = None
 
     @property
     def result(self) -> Any:
@@ -74,7 +74,9 @@ class ByBlocks:
         """Run all of these batches through one block after the other."""
         with devices.computing_on(self.device):
             shapes = {ids.shape: ids for ids in batches}
-            self._shared = {s: executor.shared_values(self.gm, ids, self._cuts[0]) for s, ids in shapes.items()}
+            self._shared = {
+                s: executor.shared_values(self.graph_module, ids, self._cuts[0]) for s, ids in shapes.items()
+            }
             states: list[Tensor] = []
             for start, stop in itertools.pairwise([None, *self._cuts]):
                 schedule, weights = self._stretch(start, stop)
@@ -86,7 +88,7 @@ class ByBlocks:
                     states[i : i + 1] = [env[stop]]
                 del schedule, weights, env
                 memory.trim()
-            self._last = self._stretch(self._cuts[-1], graph_tools.output_args(self.gm.graph)[0])
+            self._last = self._stretch(self._cuts[-1], graph_tools.output_args(self.graph_module.graph)[0])
         self._waiting = iter(states)
 
     @torch.no_grad()
@@ -100,12 +102,11 @@ class ByBlocks:
             schedule.run(env)
         return Logits(env[schedule.targets[0]])
 
-    def _given(self, ids: Tensor, weights: dict[Node, Any]) -> dict[Node, Any]:
-        return {**self._shared[ids.shape], **executor.first_tokens(self.gm, ids), **weights}
+    def _given(self, ids: Tensor, weights: dict[Node, Tensor]) -> dict[Node, Any]:
+        return {**self._shared[ids.shape], **executor.first_tokens(self.graph_module, ids), **weights}
 
-    def _stretch(self, start: Node | None, stop: Node) -> tuple[executor.Schedule, dict[Node, Any]]:
+    def _stretch(self, start: Node | None, stop: Node) -> tuple[executor.Schedule, dict[Node, Tensor]]:
         """The way from one cut to the next, and its weights, on the device that computes."""
         given = [*next(iter(self._shared.values())), *([] if start is None else [start])]
-        schedule = executor.Schedule(self.gm, [stop], given)
-        weights = {n: executor.run_node(self.gm, n, {}) for n in schedule.order if n.op == "get_attr"}
-        return schedule, weights
+        schedule = executor.Schedule(self.graph_module, [stop], given)
+        return schedule, executor.weights_of(self.graph_module, schedule.order)

@@ -175,6 +175,36 @@ def test_eval_of_a_compiled_model(place, capsys):
     assert {"name", "kind", "bits", "block", "sqnr_db"} == set(found["noise"][0])
 
 
+def test_eval_block_by_block(place, capsys, monkeypatch):
+    arguments = (
+        "eval",
+        place.out,
+        "--text",
+        place.text,
+        "--length",
+        "64",
+        "--windows",
+        "4",
+        "--reference",
+        place.model,
+        "--json",
+    )
+    whole, blocks = (json.loads(run(capsys, *arguments, flag)[1]) for flag in ("--no-by-block", "--by-block"))
+    for who in ("model", "reference"):
+        for name in ("seconds", "tokens_per_second"):
+            assert blocks[who].pop(name) > 0 and whole[who].pop(name) > 0
+    assert blocks["model"]["perplexity"] == whole["model"]["perplexity"]
+    # the float model is run as its captured graph, whose sums have another order than those of transformers
+    for who, name in (("reference", "perplexity"), ("reference", "nll"), ("model", "kl"), ("model", "top1_agreement")):
+        assert blocks[who].pop(name) == pytest.approx(whole[who].pop(name), rel=1e-4)
+    assert blocks == whole
+    monkeypatch.setattr(machine, "free_memory", lambda: 1000)
+    code, _, err = run(capsys, *arguments)
+    assert code == 0 and "note: block by block: the weights have" in err
+    code, _, err = run(capsys, *arguments, "--by-block", "--backend", "onnx")
+    assert code == 2 and "only the reference backend runs a model block by block" in err
+
+
 def test_eval_of_the_float_model_equals_the_reference_column(place, capsys):
     arguments = ("--text", place.text, "--length", "64", "--windows", "4", "--threads", "1", "--json", "-q")
     plain = json.loads(run(capsys, "eval", place.model, *arguments)[1])

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,34 @@ def open_float(name: str, device: str = "cpu") -> OpenModel:
     loaded = load_model(model_source(name), accept_unused_weights=True)  # measured as transformers runs it
     model: Any = loaded.model
     return OpenModel(model.to(where), loaded.tokenizer, name, False)
+
+
+def open_by_block(name: str, backend: str, device: str) -> OpenModel:
+    """A compiled or a float model that is run block by block. Raises ConfigError: an export, or another backend."""
+    from resq_compiler.evaluation.by_blocks import ByBlocks
+    from resq_compiler.frontend.capture import capture_promised
+    from resq_compiler.frontend.models import open_model as open_weights
+    from resq_compiler.util import devices
+
+    if backend != "reference" or is_exported_directory(name):
+        raise ConfigError(
+            f"--by-block: {name}: only the reference backend runs a model block by block; --no-by-block for others"
+        )
+    where = devices.resolve(device)
+    if is_compiled_directory(name):
+        opened = open_model(name)
+        return replace(opened, model=ByBlocks(opened.model.graph_module, opened.model, where))
+    quiet_libraries()
+    found = open_weights(model_source(name), accept_unused_weights=True)
+    graph = capture_promised(found.skeleton, found.weights).graph_module
+    return OpenModel(ByBlocks(graph, found.skeleton, where), found.tokenizer, name, False)
+
+
+def size_in_memory(name: str) -> int:
+    """Bytes of the weights of a model that is opened whole: float32, or a byte for each code; from its configuration, or file sizes."""
+    if is_compiled_directory(name):
+        return 2 * sum(file.stat().st_size for file in Path(name).expanduser().glob("*.safetensors"))
+    return 4 * sum(p.numel() for p in meta_model(name).parameters())
 
 
 def quiet_libraries() -> None:

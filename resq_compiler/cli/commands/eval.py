@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from resq_compiler.cli.commands import common
-from resq_compiler.errors import ConfigError
+from resq_compiler.errors import ConfigError, ModelError
 
 LENGTH = 2048  # of a window, as papers measure
 NOISE_TOKENS = 4096  # enough for two digits of a ratio of sums over every token and column
@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows run at once (default: 1)")
     parser.add_argument(
+        "--by-block", action=argparse.BooleanOptionalAction,
+        help="run all windows through one block after the other, with its weights alone in memory and on the device "
+        "(default: where a model is larger than the memory that is free)",
+    )  # fmt: skip
+    parser.add_argument(
         "--noise", action=argparse.BooleanOptionalAction, help="noise of quantizers (default: on for compiled models)"
     )
     parser.add_argument("--all-sites", action="store_true", help="every quantizer in the table, not only places")
@@ -46,11 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate and print."""
     _check(arguments)
-    if common.is_exported_directory(arguments.model):
-        opened = common.open_exported(arguments.model, arguments.backend, arguments.device)
-    else:
-        opened = common.open_model(arguments.model, arguments.backend, arguments.device)
-    reference = common.open_float(arguments.reference, arguments.device) if arguments.reference else None
+    opened, reference = _open(arguments)
     result = evaluate_model(opened, reference, arguments)
     text = [_title(opened, reference, result), result.pop("table")]
     if "noise_table" in result:
@@ -59,6 +60,41 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stderr.write("hint: --reference FLOATMODEL adds KL divergence and agreement with the float model\n")
     common.show(arguments, result, "\n".join(text))
     return 0
+
+
+def _open(arguments: argparse.Namespace) -> tuple[common.OpenModel, common.OpenModel | None]:
+    """The model and its reference; block by block where that is asked for, or needed."""
+    names = [name for name in (arguments.model, arguments.reference) if name]
+    if arguments.by_block or (arguments.by_block is None and _larger_than_memory(arguments, names)):
+        found = [
+            common.open_by_block(name, arguments.backend if name is names[0] else "reference", arguments.device)
+            for name in names
+        ]
+        return found[0], found[1] if arguments.reference else None
+    if common.is_exported_directory(arguments.model):
+        opened = common.open_exported(arguments.model, arguments.backend, arguments.device)
+    else:
+        opened = common.open_model(arguments.model, arguments.backend, arguments.device)
+    return opened, common.open_float(arguments.reference, arguments.device) if arguments.reference else None
+
+
+def _larger_than_memory(arguments: argparse.Namespace, names: list[str]) -> bool:
+    """Whether all models together are larger than the memory that is free; stderr says so."""
+    from resq_compiler.util import machine
+    from resq_compiler.util.text import megabytes
+
+    free = machine.free_memory()
+    if free is None or arguments.backend != "reference" or common.is_exported_directory(arguments.model):
+        return False
+    try:
+        size = sum(common.size_in_memory(name) for name in names)
+    except ModelError:  # opening it says what is wrong
+        return False
+    if size > free:
+        sys.stderr.write(
+            f"note: block by block: the weights have {megabytes(size)} and {megabytes(free)} of memory are free (--no-by-block: at once)\n"
+        )
+    return size > free
 
 
 def evaluate_model(opened: common.OpenModel, reference: Any, arguments: argparse.Namespace) -> dict[str, Any]:
