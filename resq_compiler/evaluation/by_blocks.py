@@ -6,7 +6,6 @@ graph, and so are the logits, to the bit.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +77,7 @@ class ByBlocks:
                 s: executor.shared_values(self.graph_module, ids, self._cuts[0]) for s, ids in shapes.items()
             }
             states: list[Tensor] = []
-            for start, stop in itertools.pairwise([None, *self._cuts]):
+            for start, stop in zip([None, *self._cuts[:-1]], self._cuts, strict=True):
                 schedule, weights = self._stretch(start, stop)
                 for i, ids in enumerate(batches):
                     env = self._given(ids, weights)
