@@ -6,7 +6,8 @@ forward function gives neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.util import devices
 
 TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed, small against the weights
+_fewer: int | None = None
 
 
 class Schedule:
@@ -142,8 +144,19 @@ def first_tokens(gm: GraphModule, ids: Tensor) -> dict[Node, Any]:
 
 
 def batches(windows: Tensor) -> list[Tensor]:
-    """Split windows [n, length] into batches of about TOKENS_PER_BATCH tokens."""
-    return list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
+    """Split windows [n, length] into batches of about TOKENS_PER_BATCH tokens, or of fewer inside `batches_of`."""
+    return list(windows.split(max(1, (_fewer or TOKENS_PER_BATCH) // windows.shape[1])))
+
+
+@contextlib.contextmanager
+def batches_of(tokens: int | None) -> Iterator[None]:
+    """Inside, batches have so many tokens; None: as many as usual."""
+    global _fewer
+    before, _fewer = _fewer, tokens
+    try:
+        yield
+    finally:
+        _fewer = before
 
 
 def shared_values(gm: GraphModule, ids: Tensor, start: Node) -> dict[Node, Any]:

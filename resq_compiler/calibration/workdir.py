@@ -3,6 +3,7 @@
     fingerprint.json         which compile this is: passes, versions, hashes of the weights and of the calibration tokens
     statistics.safetensors   what passes asked for of the calibration run, when it has been taken
     block-0000.safetensors   weight codes, when GPTQ has finished the block; its inputs are recomputed from the blocks before
+    batches.json             tokens of a batch, when there was no memory for more
 
 Every file is written aside and then renamed: a name is there whole or not at all. It holds the hash of its tensors.
 """
@@ -26,7 +27,7 @@ from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.numerics.weights import QuantizedWeight
 from resq_compiler.util import processes
 
-FINGERPRINT = "fingerprint.json"
+FINGERPRINT, BATCHES = "fingerprint.json", "batches.json"
 LAYOUT = 3  # of these files
 
 
@@ -69,6 +70,18 @@ class WorkDirectory:
             raise CheckpointError(f"work_dir {self.path}: {name} could not be written ({error})") from error
         finally:
             aside.unlink(missing_ok=True)
+
+    def batch_tokens(self) -> int | None:
+        """Tokens of a batch, if there was no memory for as many as usual. Raises CheckpointError: damaged."""
+        file = self.path / BATCHES
+        try:
+            return int(json.loads(file.read_text())["tokens"]) if file.exists() else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{file}: not readable ({error}); delete this file") from error
+
+    def use_batches(self, tokens: int) -> None:
+        """Let the next compile here run batches of so many tokens."""
+        self._write(BATCHES, lambda file: file.write_text(json.dumps({"tokens": tokens})))
 
     def save(self, name: str, tensors: Mapping[str, Tensor], notes: Iterable[str] = ()) -> None:
         """Keep tensors, and what was noted while they were made. Raises CheckpointError: cannot be written."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.overrides import TopologyOverrides
+from resq_compiler.calibration import executor
 from resq_compiler.calibration.shards import SavedStatistics
 from resq_compiler.calibration.statistics import Request, spread
 from resq_compiler.calibration.workdir import WorkDirectory
@@ -70,6 +71,25 @@ class PassContext:
     def statistics_windows(self) -> Tensor:
         """Those of the calibration windows that statistics are taken of."""
         return spread(self.windows, self.basis_samples)
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """Tokens of a batch, where the work directory says that there was no memory for as many as usual."""
+        return None if self.work is None else self.work.batch_tokens()
+
+    def out_of_memory(self, reason: str) -> str:
+        """What to do where memory ran out in the middle; with a work directory the next compile there has batches of half the tokens."""
+        length = 0 if self.calibration is None else self.calibration.shape[1]
+        half = (self.batch_tokens or executor.TOKENS_PER_BATCH) // 2
+        less = "shorter calibration windows (calibration_length) need less, as does weight_method=rtn; or take a device with more memory"
+        if half < length or not length:
+            return f"out of memory ({reason}); {less}"
+        if self.work is None:
+            return (
+                f"out of memory ({reason}); with a work directory the next compile there runs smaller batches; {less}"
+            )
+        self.work.use_batches(half)
+        return f"out of memory ({reason}); finished work is kept: the same compile goes on from it with batches of {half} tokens"
 
     def note_processes(self) -> None:
         """Tell how many processes shared the work, if there were several."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.calibration import precision
+from resq_compiler.calibration import executor, precision
 from resq_compiler.calibration.decode import run_behind
 from resq_compiler.calibration.statistics import Request, Statistics, distinct, take
 from resq_compiler.errors import ConfigError, ModelError, PassError, ResqError, VerifyError
@@ -23,6 +23,7 @@ from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.pipeline.stages import Stage
 from resq_compiler.util import devices, memory
+from resq_compiler.util.text import first_line
 
 log = logging.getLogger("resq_compiler")
 
@@ -66,7 +67,7 @@ class Pipeline:
         rewrites = 0
         self.ctx.lines.clear()
         try:
-            with precision.linears_in(self.ctx.calibration_dtype):
+            with precision.linears_in(self.ctx.calibration_dtype), executor.batches_of(self.ctx.batch_tokens):
                 self._observe(gm, item, rest)
                 rewrites = item.run(gm, self.ctx)
             if item.rewrites:
@@ -84,6 +85,8 @@ class Pipeline:
             )
             if isinstance(error, ResqError):
                 raise type(error)(f"pass {index} {item.name}: {error}", node=error.node) from error
+            if memory.ran_out(error):
+                raise PassError(f"pass {index} {item.name}: {self.ctx.out_of_memory(first_line(error))}") from error
             what = f"{type(error).__name__}: {error}; a structure that this pass does not foresee, or a bug in it"
             raise PassError(f"pass {index} {item.name}: {what}") from error
         seconds = time.perf_counter() - start

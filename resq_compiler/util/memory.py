@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 LARGE_BLOCK = 8 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
@@ -67,3 +68,8 @@ def release(module: nn.Module) -> None:
     if sum(t.nbytes for t in module.state_dict().values()) >= SMALL_MODEL:
         gc.collect()
         trim()
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory, on a device or here."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

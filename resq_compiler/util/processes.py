@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from resq_compiler.errors import ConfigError, ProcessError
 from resq_compiler.util import devices
+from resq_compiler.util.text import first_line
 
 TIMEOUT = timedelta(hours=6)
 """For a process that hangs; one that died is noticed at once. The longest that others wait is while the first writes calibration text."""
@@ -178,11 +179,6 @@ def shared_with_group(function: Callable[Arguments, Result]) -> Callable[Argumen
 def current() -> Processes:
     """Who shares the work now."""
     return _current
-
-
-def first_line(error: BaseException) -> str:
-    """Of the message, without the rest of what torch.distributed says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def require_equal(shared: Processes, about: Mapping[str, Any]) -> None:

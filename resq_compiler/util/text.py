@@ -45,6 +45,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's message, without the rest of what a library says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Fixed decimals; large values without them; "-" for nothing."""
     if value is None:

@@ -11,9 +11,10 @@ from resq_compiler.passes import quantize_weights
 
 import resq_compiler
 from resq_compiler import api
-from resq_compiler.calibration import requests, statistics, workdir
-from resq_compiler.errors import CheckpointError, ConfigError
+from resq_compiler.calibration import executor, requests, statistics, workdir
+from resq_compiler.errors import CheckpointError, ConfigError, PassError
 from resq_compiler.frontend.source import weights_digest
+from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 SMALL = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}  # as compile_tiny
@@ -140,3 +141,52 @@ def test_fingerprint_sees_every_bit_of_the_weights():
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-6
     assert workdir.fingerprint(OPTIONS, weights_digest(model), None)["weights"] != before["weights"]
+
+
+def test_out_of_memory_in_the_middle_goes_on_with_smaller_batches(compile_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(executor, "TOKENS_PER_BATCH", 128)
+    whole, sizes = quantize_weights.quantize_block, []
+    cut = executor.batches
+
+    def full(gm, block, *rest):
+        if block.index == 1 and max(sizes) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return whole(gm, block, *rest)
+
+    def batches(windows):
+        found = cut(windows)
+        sizes.append(max(len(ids) for ids in found))
+        return found
+
+    monkeypatch.setattr(quantize_weights, "quantize_block", full)
+    monkeypatch.setattr(executor, "batches", batches)
+    for tokens in (64, 32):
+        sizes.clear()
+        with pytest.raises(PassError) as caught:
+            compile_in()
+        assert str(caught.value).endswith(
+            "out of memory (CUDA out of memory. Tried to allocate 2 GiB.); finished work is kept: the same compile goes on from it with "
+            f"batches of {tokens} tokens"
+        )
+    kept = {"fingerprint.json", "statistics.safetensors", "block-0000.safetensors", "batches.json"}
+    assert {p.name for p in (tmp_path / "work").iterdir()} == kept
+    sizes.clear()
+    _, computed = compile_in()
+    assert computed == 4 and set(sizes) == {1}  # block 1, a window at a time
+
+
+def test_out_of_memory_with_nothing_smaller_says_what_needs_less():
+    ctx = PassContext((), torch.zeros(4, 1024, dtype=torch.long))
+    assert "shorter calibration windows (calibration_length) need less" in ctx.out_of_memory("full")
+    ctx.calibration = torch.zeros(4, 32, dtype=torch.long)
+    assert "with a work directory the next compile there runs smaller batches" in ctx.out_of_memory("full")
+
+
+def test_a_damaged_size_of_batches_is_said(tmp_path):
+    work = workdir.WorkDirectory(tmp_path / "work", {})
+    assert work.batch_tokens() is None
+    work.use_batches(256)
+    assert work.batch_tokens() == 256
+    (tmp_path / "work" / "batches.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="batches.json: not readable .*; delete this file"):
+        work.batch_tokens()
