@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,33 @@ def test_linear(bias):
     check_call(aten.linear.default, X, Weight(torch.randn(7, 5)), None if bias is None else Weight(bias))
 
 
+@pytest.mark.parametrize("bounds", [(-0.5, 0.25), (None, 0.25), (-0.5, None)])
+def test_clamp(bounds):
+    check_call(aten.clamp.default, X, *bounds)
+
+
+def test_softmax_and_sums():
+    check_call(aten.softmax.int, X, 1)
+    check_call(aten.softmax.int, X, -1, torch.float32)
+    check_call(aten.sum.dim_IntList, X, [-1])
+    check_call(aten.sum.dim_IntList, X, [0, 2], True)
+    check_call(aten.sum.dim_IntList, IDS, [1])
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("options", [(2,), (2, 1), (3, -1, False), (2, -1, True, False)])
+def test_topk(output, options):
+    check({"x": X}, lambda graph, x: graph.call(operator.getitem, graph.call(aten.topk.default, x, *options), output))
+
+
+def test_scatter_and_filled_like():
+    check_call(aten.scatter.value, X[0], 1, IDS[:, :2] % 5, 1)
+    check_call(aten.scatter.value, IDS, 0, IDS[:1] % 2, 7)
+    for like in (X, IDS):
+        check_call(aten.zeros_like.default, like)
+        check_call(aten.ones_like.default, like)
+
+
 def embedding_of(table, kind):
     return Lowered(
         {"ids": IDS}, lambda graph, ids: graph.call(aten.embedding.default, Weight(table), ids), embedding=kind
@@ -185,6 +214,7 @@ def test_every_emitter_of_this_module_is_tested():
         aten.ne.Scalar, aten.ne.Tensor, aten.logical_not.default, aten.bitwise_not.default, aten.where.self, aten.where.ScalarOther,
         aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.square.default, aten.rsqrt.default,
         aten.silu.default, aten.gelu.default, aten.expm1.default, aten.to.dtype, aten._to_copy.default, aten.to.device,
-        aten.linear.default, aten.embedding.default, aten.max.default, aten.min.default,
+        aten.linear.default, aten.embedding.default, aten.max.default, aten.min.default, aten.clamp.default, aten.softmax.int,
+        aten.sum.dim_IntList, aten.topk.default, aten.scatter.value, aten.zeros_like.default, aten.ones_like.default,
     }  # fmt: skip
     assert tested == {target for target, emitter in EMITTERS.items() if emitter.__module__ == emit_aten.__name__}
