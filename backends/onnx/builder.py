@@ -117,7 +117,8 @@ class GraphBuilder:
             )
         ]
         inputs, outputs = [*scalars[:2], sequence[0]], [scalars[2], sequence[1]]
-        return self.op("Loop", count, self.constant(np.bool_(True)), carried, body=helper.make_graph(inside, "body", inputs, outputs))
+        body, always = helper.make_graph(inside, "body", inputs, outputs), self.constant(np.bool_(True))
+        return self.op("Loop", count, always, carried, body=body)
 
     def constant(self, value: Any, dtype: Any = None, name: str = "") -> str:
         """An initializer from an array or a number; small equal ones are shared. A name given twice means the same array."""
