@@ -163,12 +163,22 @@ def name_masks(gm: GraphModule, ctx: PassContext) -> int:
 
 def recognized_window(gm: GraphModule, mask: Node, inputs: list[Node], ctx: PassContext) -> int | None | str:
     """The window of the causal mask that `mask` computes; None = no window, "unknown" = another mask."""
-    constants = {a for n in graph_tools.ancestors([mask]) for a in n.args if type(a) is int and 1 < a < 2**31}
+    before = graph_tools.ancestors([mask])
+    constants = {a for n in before for a in n.args if type(a) is int and 1 < a < 2**31}
+    constants |= {w for n in before if n.op == "get_attr" and (w := tabled_window(graph_tools.get_tensor(gm, n)))}
     longest = max((c for c in constants if c < MAX_PAST), default=0)
     for window in (None, *sorted(constants)):
         if all(_agrees(gm, mask, inputs, ctx, window, new, past) for new, past in _probes(longest)):
             return window
     return "unknown"
+
+
+def tabled_window(table: Tensor) -> int | None:
+    """The most keys that a row of a table of masks [..., N, N] shows, where these are fewer than all."""
+    if table.dtype != torch.bool or table.dim() < 2 or table.shape[-1] != table.shape[-2] or table.is_meta:
+        return None
+    most = int(table.sum(-1).max())
+    return most if 1 < most < table.shape[-1] else None
 
 
 def _probes(longest: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from resq_compiler.backends.cpu.kernels import CodePart, LinearWeight, RowParts
 from resq_compiler.backends.fused import plain
 from resq_compiler.backends.fused.formats import CodeFormat, Codes, HeadParts, InputPart, PackedWeight
 from resq_compiler.backends.fused.kernels import Kernels, LayerCache, Norm, Rotation, Scores
-from resq_compiler.backends.fused.target import Target
+from resq_compiler.backends.fused.target import ALL_SCORES, Target
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
@@ -136,8 +136,9 @@ class CpuKernels(Kernels):
 
 
 def _attend(q: Tensor, cache: LayerCache, scores: Scores, parts: list[CodePart] | None) -> Tensor | RowParts:
-    options = (scores.scale, scores.mask, scores.window or 0, scores.softcap or 0.0, None, parts, _threads())
-    return attention.attention(libraries.library(), q, _cache(cache), *options)
+    prefix = None if scores.prefix is None else (scores.prefix[0][0], scores.prefix[1][0])
+    options = (scores.scale, scores.mask, scores.window or 0, scores.softcap or 0.0, scores.sinks, parts, _threads())
+    return attention.attention(libraries.library(), q, _cache(cache), *options, prefix, scores.slopes)
 
 
 def _evenly(x: Tensor) -> Tensor:
@@ -168,4 +169,6 @@ def why_not_head(columns: int) -> str | None:
     return f"heads of {columns} columns, the kernels take at most {limit}" if columns > limit else None
 
 
-CPU = Target("cpu", TiledCodes(), RowCache(), CpuKernels(), why_not_columns, why_not_transform, why_not_head)
+CPU = Target(
+    "cpu", TiledCodes(), RowCache(), CpuKernels(), why_not_columns, why_not_transform, why_not_head, ALL_SCORES
+)

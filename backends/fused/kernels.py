@@ -53,12 +53,19 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores are scale * q . k, then softcap * tanh(scores / softcap); a query sees its last `window` keys where mask [B, T] is True."""
+    """Scores are scale * q . k, then softcap * tanh(scores / softcap); a query sees its last `window` keys where mask [B, T] is True.
+
+    slopes [H]: slope * (slot of the key - slot of the query) is added. sinks [H]: one more score of each head, which has no value.
+    prefix: keys and values [1, G, P, D] that every query sees besides. Targets say which of the three they take.
+    """
 
     mask: Tensor
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
+    prefix: tuple[Tensor, Tensor] | None = None
+    slopes: Tensor | None = None
 
 
 class Kernels(ABC):

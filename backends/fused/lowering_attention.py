@@ -6,18 +6,31 @@ from dataclasses import dataclass
 
 import torch
 from resq_compiler.backends.fused import operators
+from resq_compiler.backends.fused.alibi import alibi_slopes
 from resq_compiler.backends.fused.formats import HeadParts, head_parts
 from resq_compiler.backends.fused.lowering import AttentionSite, Lowering
 from resq_compiler.backends.fused.patterns import CacheSide, Turned, turned
+from torch import Tensor
 from torch.fx import Node
 
 from resq_compiler.errors import QuantError
 from resq_compiler.ir import ops
+from resq_compiler.ir.args import node_arg
 from resq_compiler.ir.graph_tools import is_call
 from resq_compiler.ir.mask_views import CausalMask
 from resq_compiler.ir.views import Attention, Norm, Project, Rope, SplitHeads
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What happens to scores beyond their scale and cap; nodes of the graph, slopes as a tensor that is none yet."""
+
+    window: int | None
+    sinks: Node | None
+    prefix: tuple[Node, Node] | None
+    slopes: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class _Match:
     values: CacheSide
     key_parts: HeadParts
     value_parts: HeadParts
-    window: int | None
+    scores: _Scores
 
 
 def lower_attentions(low: Lowering) -> None:
@@ -44,14 +57,10 @@ def lower_attentions(low: Lowering) -> None:
 
 def _match(low: Lowering, attention: Attention) -> _Match | str:
     """What an operator needs to know, or why none takes this attention."""
-    if attention.sinks is not None:
-        return "it has sinks, which the kernel does not take: use the reference backend"
-    if is_call(attention.mask, ops.see_prefix):
-        return "it has prefix tokens, which the kernel does not take: compile with prefix_tokens=none"
-    mask = CausalMask.of(attention.mask)
-    if mask is None or mask.attention_mask is not low.mask:
-        return "its mask is not causal_mask(attention_mask, ...), which is all the kernel computes"
-    keys, values = (CacheSide.of(x, low.cache_inputs) for x in (attention.k, attention.v))
+    scores = _scores(low, attention)
+    if isinstance(scores, str):
+        return scores
+    keys, values = (CacheSide.of(behind_prefix(x), low.cache_inputs) for x in (attention.k, attention.v))
     if isinstance(keys, str) or isinstance(values, str):
         return keys if isinstance(keys, str) else str(values)
     key_index, value_index = low.cache_inputs.index(keys.past), low.cache_inputs.index(values.past)
@@ -66,7 +75,33 @@ def _match(low: Lowering, attention: Attention) -> _Match | str:
     reason = low.target.why_not_head(parts[0].head_dim)
     if reason is not None:
         return reason
-    return _Match(attention, keys, values, *parts, mask.window)
+    return _Match(attention, keys, values, *parts, scores)
+
+
+def _scores(low: Lowering, attention: Attention) -> _Scores | str:
+    """What happens to the scores, or why the target does not compute it."""
+    sinks, takes = attention.sinks, low.target.takes
+    if sinks is not None and "sinks" not in takes:
+        return "it has sinks, which the kernel does not take: use the reference backend"
+    mask, prefix = attention.mask, None
+    if is_call(mask, ops.see_prefix):
+        if "prefix" not in takes:
+            return "it has prefix tokens, which the kernel does not take: compile with prefix_tokens=none"
+        prefix, mask = (node_arg(attention.k, "prefix"), node_arg(attention.v, "prefix")), node_arg(mask, "mask")
+    view = CausalMask.of(mask)
+    if view is not None and view.attention_mask is low.mask:
+        return _Scores(view.window, sinks, prefix, None)
+    slopes = None if mask is None or prefix is not None else alibi_slopes(low.gm, mask, low.inputs)
+    if slopes is None:
+        return "its mask is neither causal_mask(attention_mask, ...) nor a slope for each head (ALiBi) beside it"
+    if "slopes" not in takes:
+        return "its mask has a slope for each head (ALiBi), which the kernel does not take: use the reference backend"
+    return _Scores(None, sinks, None, slopes)
+
+
+def behind_prefix(x: Node) -> Node:
+    """The cache behind prefix tokens, if there are any."""
+    return node_arg(x, "x") if is_call(x, ops.prepend) else x
 
 
 def _replace(low: Lowering, found: _Match) -> None:
@@ -81,12 +116,29 @@ def _replace(low: Lowering, found: _Match) -> None:
         norms = (before.q_norm, before.k_norm, before.eps)
         arguments = (*flat, *rotation, *cache, *norms, found.keys.clip, *parts, low.target.name)
         q = low.emit(operators.rope_cache, arguments, node)
-        attended = (q, *cache, low.visible(), *parts, attention.scale, found.window, attention.softcap)
+        attended = (
+            q,
+            *cache,
+            low.visible(),
+            *parts,
+            attention.scale,
+            found.scores.window,
+            attention.softcap,
+            *_extras(low, found),
+        )
         output = low.emit(operators.attention, (*attended, low.target.name), node)
         heads_first = low.emit(aten.transpose.int, (output, 1, 2), node)
     low.attention_sites[heads_first] = AttentionSite(attended, found.value_parts)
     low.replace(node, heads_first)
     low.caches[low.cache_inputs.index(found.keys.past) // 2] = (found.key_parts, found.value_parts)
+
+
+def _extras(low: Lowering, found: _Match) -> tuple[Node | None, Node | None, Node | None, Node | None]:
+    """Sinks, keys and values of the prefix, slopes."""
+    scores = found.scores
+    keys, values = scores.prefix or (None, None)
+    name = f"resq.slopes.{low.cache_inputs.index(found.keys.past) // 2}"
+    return scores.sinks, keys, values, None if scores.slopes is None else low.tensor(name, scores.slopes)
 
 
 def _note_left(low: Lowering, before: Turned) -> None:

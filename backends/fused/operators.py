@@ -128,9 +128,18 @@ def rope_cache(
     return find_target(target).kernels.rope_cache(q, k, v, rotation, cache, clip)
 
 
+def _scores(
+    mask: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, prefix_keys: Tensor | None,
+    prefix_values: Tensor | None, slopes: Tensor | None,
+) -> Scores:  # fmt: skip
+    prefix = None if prefix_keys is None or prefix_values is None else (prefix_keys, prefix_values)
+    return Scores(mask, scale, window, softcap, sinks, prefix, slopes)
+
+
 def _fake_attention(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, start: Tensor, mask: Tensor,
-    key_parts: list[int], value_parts: list[int], scale: float, window: int | None, softcap: float | None, target: str,
+    key_parts: list[int], value_parts: list[int], scale: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None, prefix_keys: Tensor | None, prefix_values: Tensor | None, slopes: Tensor | None, target: str,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(q)
 
@@ -138,16 +147,20 @@ def _fake_attention(
 @_operator(_fake_attention)
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, start: Tensor, mask: Tensor,
-    key_parts: list[int], value_parts: list[int], scale: float, window: int | None, softcap: float | None, target: str,
+    key_parts: list[int], value_parts: list[int], scale: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None, prefix_keys: Tensor | None, prefix_values: Tensor | None, slopes: Tensor | None, target: str,
 ) -> Tensor:  # fmt: skip
     """q [B, S, H, D] -> [B, S, H, D] of q's type; mask [B, T] bool, False = padding."""
     cache = LayerCache(keys, values, table, start, HeadParts(*key_parts), HeadParts(*value_parts))
-    return find_target(target).kernels.attention(q, cache, Scores(mask, scale, window, softcap))
+    return find_target(target).kernels.attention(
+        q, cache, _scores(mask, scale, window, softcap, sinks, prefix_keys, prefix_values, slopes)
+    )
 
 
 def _fake_attention_quantize(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, start: Tensor, mask: Tensor,
     key_parts: list[int], value_parts: list[int], scale: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None, prefix_keys: Tensor | None, prefix_values: Tensor | None, slopes: Tensor | None,
     bits: list[int], widths: list[int], clip: float, target: str,
 ) -> Codes:  # fmt: skip
     return _fake_codes(q, q.shape[:2], input_parts(bits, widths, q.shape[2]), target)
@@ -157,10 +170,13 @@ def _fake_attention_quantize(
 def attention_quantize(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, start: Tensor, mask: Tensor,
     key_parts: list[int], value_parts: list[int], scale: float, window: int | None, softcap: float | None,
+    sinks: Tensor | None, prefix_keys: Tensor | None, prefix_values: Tensor | None, slopes: Tensor | None,
     bits: list[int], widths: list[int], clip: float, target: str,
 ) -> _FourTensors:  # fmt: skip
     """The same, quantized per token and head for the output projection: (low, high, scale, zero_point) of [B, S]."""
     cache = LayerCache(keys, values, table, start, HeadParts(*key_parts), HeadParts(*value_parts))
     parts = input_parts(bits, widths, q.shape[2])
     kernels = find_target(target).kernels
-    return kernels.attention_quantize(q, cache, Scores(mask, scale, window, softcap), parts, clip)
+    return kernels.attention_quantize(
+        q, cache, _scores(mask, scale, window, softcap, sinks, prefix_keys, prefix_values, slopes), parts, clip
+    )

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from resq_compiler.backends.fused.formats import CacheFormat, CodeFormat, HeadParts, InputPart
-from resq_compiler.backends.fused.target import Target
+from resq_compiler.backends.fused.target import ALL_SCORES, Target
 from resq_compiler.backends.fused.torch_kernels import TorchKernels
 from torch import Tensor
 
@@ -84,4 +84,4 @@ class RowCache(CacheFormat):
         return torch.cat(pieces, -1)
 
 
-TORCH = Target("torch", PlainCodes(), RowCache(), TorchKernels(PlainCodes(), RowCache()))
+TORCH = Target("torch", PlainCodes(), RowCache(), TorchKernels(PlainCodes(), RowCache()), takes=ALL_SCORES)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from resq_compiler.backends.fused.formats import CacheFormat, CodeFormat
 from resq_compiler.backends.fused.kernels import Kernels
 
+ALL_SCORES = frozenset({"sinks", "prefix", "slopes"})
+
 
 def takes_any(columns: int) -> str | None:
     """For targets whose kernels have no limit."""
@@ -22,6 +24,7 @@ class Target:
     why_not_columns: why no kernel quantizes rows of so many columns, or None.
     why_not_transform: why no kernel multiplies rows of so many columns by a Hadamard matrix, or None; PyTorch does it then.
     why_not_head: why no kernel attends with heads of so many columns, or None.
+    takes: which of `sinks`, `prefix` and `slopes` its attention takes (Scores).
     stacked: linears of one input become one operator (q, k and v; gate and up).
     """
 
@@ -32,4 +35,5 @@ class Target:
     why_not_columns: Callable[[int], str | None] = takes_any
     why_not_transform: Callable[[int], str | None] = takes_any
     why_not_head: Callable[[int], str | None] = takes_any
+    takes: frozenset[str] = frozenset()
     stacked: bool = True

@@ -87,7 +87,11 @@ class TorchKernels(Kernels):
         values = self.cache.read(cache.values, cache.table, cache.value_parts, total)
         visible = _visible(cache.start, new, scores.mask[:, :total], scores.window)
         queries = q.float().transpose(1, 2)
-        output = ops.attention(queries, keys, values, visible, scores.scale, scores.softcap)
+        mask = visible if scores.slopes is None else _with_slopes(visible, scores.slopes, cache.start)
+        if scores.prefix is not None:
+            keys, values = (ops.prepend(*pair) for pair in zip(scores.prefix, (keys, values), strict=True))
+            visible = mask = ops.see_prefix(visible, scores.prefix[0].shape[2])
+        output = ops.attention(queries, keys, values, mask, scores.scale, scores.softcap, scores.sinks)
         return output.masked_fill(~visible.any(-1, keepdim=True), 0.0).transpose(1, 2).contiguous()
 
     def _quantized(self, pieces: Sequence[Tensor], parts: Sequence[InputPart], clips: Sequence[float]) -> Codes:
@@ -101,6 +105,15 @@ class TorchKernels(Kernels):
         nothing = scales[0].new_empty(*scales[0].shape[:-1], 0, dtype=torch.int8)
         low, high = rows.get(True, nothing), rows.get(False, nothing)
         return Codes(low, high, torch.cat(scales, -1), torch.cat(zero_points, -1))
+
+
+def _with_slopes(visible: Tensor, slopes: Tensor, start: Tensor) -> Tensor:
+    """A mask [B, 1, S, T] as something to add to the scores of each head, with its slope times the distance to the key."""
+    new, total = visible.shape[-2:]
+    queries = start[:, None] + torch.arange(new, device=start.device)
+    distance = torch.arange(total, device=start.device) - queries[..., None]
+    added = slopes[:, None, None] * distance[:, None]
+    return added.masked_fill(~visible, torch.finfo(added.dtype).min)
 
 
 def _split(x: Tensor, parts: Sequence[InputPart]) -> list[Tensor]:

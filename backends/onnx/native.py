@@ -260,6 +260,7 @@ def _attended(native: NativeLowering, node: Node) -> tuple[list[str], dict[str, 
     """Operands and attributes of attention."""
     q, keys, cached_values, _, _, mask, key_parts, value_parts, scale, window, softcap = _arguments(node)[:11]
     inputs = [native.exact(x) for x in (q, keys, cached_values, mask)]
+    inputs += [native.optional(x) for x in _arguments(node)[11:15]]  # sinks, keys and values of the prefix, slopes
     attributes = _heads(key_parts, value_parts) | {"scale": scale, "window": window or 0, "softcap": softcap or 0.0}
     kv_heads = int(values.shape(keys)[1])
     return inputs, attributes | {"heads": int(values.shape(q)[2]), "kv_heads": kv_heads}
@@ -285,6 +286,6 @@ def attention_quantize(low: Lowering, node: Node) -> Pieces:
     """low_bits and high_bits are those of the result; reading the cache needs only its widths."""
     native = _native(low)
     inputs, attributes = _attended(native, node)
-    bits, _, clip, _ = _arguments(node)[11:]
+    bits, _, clip, _ = _arguments(node)[15:]
     attributes |= {f"{_side(b)}_bits": b for b in bits} | {"low_clip": clip, "high_clip": clip}
     return native.codes("AttentionQuantize", inputs, **attributes)

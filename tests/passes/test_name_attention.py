@@ -4,11 +4,13 @@ import pytest
 import torch
 from resq_compiler.passes import NameAttention
 
+from resq_compiler.api import trace
 from resq_compiler.errors import TopologyError
 from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.graph_tools import aten
 from resq_compiler.pipeline.run import prefill_and_decode
 from resq_compiler.tiny import SLIDING_WINDOW, TINY_FAMILIES
+from tests import families
 
 LAYERS = {"gemma3": 3}
 WINDOWS = {
@@ -43,6 +45,12 @@ def test_windows_scale_and_softcap_come_from_the_configuration(family, build, ti
     width = getattr(config, "query_pre_attn_scalar", None) or config.hidden_size // config.num_attention_heads
     assert all(c.args[4] == pytest.approx(width**-0.5) for c in found)
     assert {c.args[5] for c in found} == {getattr(config, "attn_logit_softcapping", None)}
+
+
+def test_a_window_in_a_table_of_the_model():
+    """GPT-Neo keeps the masks of its layers as buffers; every other layer is local."""
+    gm, _ = trace(families.small("gpt_neo"))
+    assert [c.args[3].args[2] for c in cores(gm)] == [None, 6]
 
 
 def test_leaves_alone_a_mask_that_is_not_causal(build):

@@ -82,6 +82,7 @@ def test_every_operator_computes_its_integers_and_generates_the_same_tokens(fami
         ("llama", dict(lm_head_bits=8)),
         ("llama", dict(activation_bits=8)),
         ("opt", dict(recipe=with_layer_norms())),
+        ("llama", dict(recipe=with_prefix())),
     ],
     ids=str,
 )
@@ -104,9 +105,8 @@ def test_the_quantized_graph_comes_back(compiled):
     [
         (dict(kv_bits=16), r"backend cpu cannot take 2 nodes:\n  attention\S*: the key/value cache is not quantized"),
         (dict(activation_bits=16), r"weight_only_linear\S*: 16-bit activations"),
-        (dict(recipe=with_prefix()), r"attention\S*: it has prefix tokens"),
     ],
-    ids=["cache", "activations", "prefix"],
+    ids=["cache", "activations"],
 )
 def test_what_is_refused(options, message, compiled):
     with pytest.raises(BackendError, match=f"(?s){message}"):

@@ -84,6 +84,7 @@ def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
         ("llama", dict(kv_bits=8, activation_bits=8)),
         ("llama", dict(lm_head_bits=8)),
         ("opt", dict(recipe=with_layer_norms())),
+        ("llama", dict(recipe=with_prefix())),
     ],
     ids=str,
 )
@@ -96,9 +97,8 @@ def test_recipes_and_options(family, options, made):
     [
         (dict(kv_bits=16), r"attention\S*: the key/value cache is not quantized"),
         (dict(activation_bits=16), r"weight_only_linear\S*: 16-bit activations"),
-        (dict(recipe=with_prefix()), r"attention\S*: it has prefix tokens"),
     ],
-    ids=["cache", "activations", "prefix"],
+    ids=["cache", "activations"],
 )
 def test_what_is_refused(options, message, made, tmp_path):
     with pytest.raises(BackendError, match=message):
