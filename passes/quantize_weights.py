@@ -132,11 +132,9 @@ class QuantizeWeights(Pass):
         if self.by_block and sites:
             run_blocks(gm, ctx, sites, self)
         else:
-            for i, site in enumerate(sites):
-                ctx.progress("quantize weights", i, len(sites))
-                round_to_nearest(gm, [site], self.plain_clip, ctx.facts.get(ColumnPlan).weight_group_size)
+            round_blocks(gm, ctx, sites, self.plain_clip)
         for site in head:
-            round_to_nearest(gm, [site], self.plain_clip, None)
+            store(gm, [site], rounded(gm, site, self.plain_clip, None))
         graph_tools.delete_unused_tensors(gm)
         return len(sites) + len(head)
 
@@ -169,9 +167,30 @@ def stacked_weight(gm: GraphModule, group: list[Site]) -> Tensor:
     return torch.cat([site.weight(gm) for site in group])
 
 
-def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "max"], group_size: int | None) -> None:
-    """Quantize a group of linears without looking at their inputs."""
-    parts = group[0].parts()
+def round_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], clip: Literal["mse", "max"]) -> None:
+    """Quantize block by block without looking at inputs."""
+    size, total = ctx.facts.get(ColumnPlan).weight_group_size, len(sites)
+    done = 0
+    for block, group in itertools.groupby(sites, lambda site: site.fact.block):
+        here, work = list(group), None if block is None else ctx.work
+        finished = workdir.block_codes(work, block or 0)
+        made, names = [] if finished is None else finished[0], []
+        for i, site in enumerate(here):
+            ctx.progress("quantize weights", done + i, total)
+            if finished is None:
+                made.append(rounded(gm, site, clip, size))
+            names.append(store(gm, [site], made[i]))
+        if finished is None:
+            workdir.keep_block(work, block or 0, made, [])
+        workdir.put_away(gm, work, block or 0, names)
+        done += len(here)
+
+
+def rounded(
+    gm: GraphModule, site: Site, clip: Literal["mse", "max"], group_size: int | None
+) -> list[weight_core.QuantizedWeight]:
+    """Codes of a linear, or of those of experts, without a look at their inputs."""
+    parts, weight = site.parts(), site.weight(gm)
 
     def rows(weight: Tensor) -> list[weight_core.QuantizedWeight]:
         return weight_core.quantize_weight_rtn(weight, parts, clip=clip, group_size=group_size)
@@ -179,23 +198,20 @@ def round_to_nearest(gm: GraphModule, group: list[Site], clip: Literal["mse", "m
     def quantize(_: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
         return quantize_shared(weight, parts, group_size, rows)
 
-    of_experts = group[0].indices is not None
-    codes = (
-        quantize_each([s.weight(gm) for s in group], quantize) if of_experts else quantize(0, stacked_weight(gm, group))
-    )
-    store(gm, group, codes)
+    return quantize(0, weight) if site.indices is None else quantize_each([weight], quantize)
 
 
-def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight]) -> None:
-    """Replace the linears of a group by linears on codes and release the float weights."""
+def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight]) -> list[list[str]]:
+    """Replace the linears of a group by linears on codes and release the float weights; the names of the codes, by linear and part."""
     rows = [values.width(site.nodes[0]) for site in group]
-    for site, pieces in zip(group, weight_core.split_rows(codes, rows), strict=True):
-        for node, piece in zip(site.nodes, pieces, strict=True):
-            replace_by_codes(gm, node, piece)
+    return [
+        [replace_by_codes(gm, node, piece) for node, piece in zip(site.nodes, pieces, strict=True)]
+        for site, pieces in zip(group, weight_core.split_rows(codes, rows), strict=True)
+    ]
 
 
-def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWeight) -> None:
-    """Put a linear on codes in the place of a part."""
+def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWeight) -> str:
+    """Put a linear on codes in the place of a part; the name of the codes."""
     linear, image = Linear.require(node), Dequantize.of(source(node))
     tensors = [
         graph_tools.add_tensor(gm, f"{linear.name}.{label}", value.cpu().contiguous(), QuantizeWeights.name)
@@ -219,6 +235,7 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
     meta.put(new, part)
     meta.put(new, meta.WeightNoise(float(f"{noise:.4g}")))
     graph_tools.erase_tensor(gm, linear.weight)
+    return str(tensors[0].target)
 
 
 def run_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], options: QuantizeWeights) -> None:
@@ -241,8 +258,9 @@ def run_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], options: Qu
             codes, notes = finished
             for note in notes:
                 ctx.note(note)
-            for group, parts in zip(groups, codes, strict=True):
-                store(gm, group, parts)
+            names = [store(gm, group, parts) for group, parts in zip(groups, codes, strict=True)]
+            workdir.put_away(gm, ctx.work, block.index, names)
+            del codes, finished
         runner.advance(block.end)
         memory.trim()
     ctx.lines += describe(reports)
@@ -253,7 +271,7 @@ def quantize_block(
     gm: GraphModule, block: Block, groups: list[list[Site]], runner: Lockstep, ctx: PassContext, options: QuantizeWeights
 ) -> dict[str, ExpertReport]:  # fmt: skip
     """Codes for the groups of a block, each on inputs that the groups before it, already quantized, make; what was seen of experts."""
-    before, made, reports = len(ctx.notes), [], dict[str, ExpertReport]()
+    before, made, names, reports = len(ctx.notes), [], [], dict[str, ExpertReport]()
     for group in groups:
         stream = written_stream(group, ctx.facts.get(Topology)) if options.token_weighting == "residual" else None
         if group[0].indices is None:
@@ -261,12 +279,14 @@ def quantize_block(
             memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
             with promises.keeping(until_end=True):
                 made.append(quantize_group(gm, group, hessian, ctx, options))
-                store(gm, group, made[-1])
+                del hessian
+                names.append(store(gm, group, made[-1]))
         else:
             codes, reports[group[0].fact.name] = quantize_experts(gm, group, block, stream, runner, ctx, options)
             made.append(codes)
-            store(gm, group, made[-1])
+            names.append(store(gm, group, codes))
     workdir.keep_block(ctx.work, block.index, made, ctx.notes[before:])
+    workdir.put_away(gm, ctx.work, block.index, names)
     return reports
 
 
@@ -317,15 +337,15 @@ def written_share(stream: Node, experts: Experts, everywhere: bool, env: dict[No
 def quantize_group(
     gm: GraphModule, group: list[Site], hessian: Tensor, ctx: PassContext, options: QuantizeWeights
 ) -> list[weight_core.QuantizedWeight]:
-    """Codes of the stacked weights of a group."""
+    """Codes of the stacked weights of a group; the moment is of no use any more."""
     where = f"{group[0].fact.name} and linears of the same input"
-    return quantize_rows(stacked_weight(gm, group), hessian, group[0].parts(), where, ctx, options)
+    return quantize_rows(stacked_weight(gm, group), hessian, group[0].parts(), where, ctx, options, overwrite=True)
 
 
 def quantize_rows(
-    weight: Tensor, hessian: Tensor, parts: list[Part], where: str, ctx: PassContext, options: QuantizeWeights
-) -> list[weight_core.QuantizedWeight]:
-    """Codes of a weight [N, K]; processes that share the work take as many of its rows each."""
+    weight: Tensor, hessian: Tensor, parts: list[Part], where: str, ctx: PassContext, options: QuantizeWeights, overwrite: bool = False
+) -> list[weight_core.QuantizedWeight]:  # fmt: skip
+    """Codes of a weight [N, K]; processes that share the work take as many of its rows each. overwrite: as for gptq."""
     group_size = ctx.facts.get(ColumnPlan).weight_group_size
 
     def quantize(rows: Tensor) -> list[weight_core.QuantizedWeight]:
@@ -335,7 +355,7 @@ def quantize_rows(
             )
         result = gptq_core.gptq(
             rows, hessian, parts, damping=options.damping, act_order=options.act_order, clip=options.plain_clip,
-            weighted_clip=options.clip in ("hessian", "output"), group_size=group_size,
+            weighted_clip=options.clip in ("hessian", "output"), group_size=group_size, overwrite=overwrite,
         )  # fmt: skip
         if result.damping != options.damping:
             ctx.note(

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from resq_compiler.analysis.overrides import TopologyOverrides, read_overrides
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.backends import load_backend
 from resq_compiler.backends.onnx import export_problem
-from resq_compiler.calibration import precision, shards
+from resq_compiler.calibration import precision, shards, workdir
 from resq_compiler.calibration.causality import check_causal_graph
 from resq_compiler.calibration.data import calibration_windows, text_start
 from resq_compiler.calibration.shards import SavedStatistics
@@ -228,6 +228,9 @@ def _begin(
         check_causal_graph(captured.graph_module, loaded.where)
     del loaded, model
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
+    if work is None and graph_tools.promised_bytes(captured.graph_module) >= memory.LARGE_MODEL:
+        work = workdir.temporary(captured.graph_module)
+        log.info("finished work waits in %s until the result is gone", work.path)
     bos = about["config"].get_text_config().bos_token_id
     ctx = PassContext(
         captured.example_inputs, windows, overrides, work, None, bos, config.seed, config.calibration_dtype, config.basis_samples,
@@ -257,12 +260,12 @@ def load(directory: str | Path, device: torch.device | str | None = None) -> Com
 def _digest(loaded: OpenedModel) -> str:
     """The digest of the weights, read one by one. Raises ModelError: one is not finite, or its file is cut off."""
 
-    def values() -> Iterator[tuple[str, Tensor]]:
-        for name, value in loaded.values():
-            check_finite_tensor(name, value)
-            yield name, value
+    def finite(name: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        for piece in pieces:
+            check_finite_tensor(name, piece)
+            yield piece
 
-    return digest_of(values())
+    return digest_of((name, shape, finite(name, pieces)) for name, shape, pieces in loaded.values())
 
 
 def _provenance(loaded: OpenedModel, digest: str, calib_data: Any, windows: Tensor | None) -> Provenance:
@@ -371,7 +374,7 @@ def _run_guarded(
     ctx = pipeline.ctx
     if isinstance(compared, str) or any(t.is_meta for t in gm.state_dict().values()):
         _run_passes(pipeline, gm, passes, on_float)
-        graph_tools.settle(gm)
+        _settle(gm, ctx)
         if isinstance(compared, str):
             ctx.note(compared)
         return
@@ -379,11 +382,17 @@ def _run_guarded(
         ctx.note("calibration: the data given serves to compare predictions alone, no pass of this recipe looks at it")
     reference, choices = guard.predictions(gm, compared), routing.record(gm, compared)
     _run_passes(pipeline, gm, passes, on_float)
-    graph_tools.settle(gm)
     routed = routing.findings(gm, compared, choices, ctx.facts.find(Topology))
     for note in (*guard.findings(gm, compared, reference), *routed):
         (log.warning if note.startswith("WARNING") else log.info)(note)
         ctx.notes.append(note)
+    _settle(gm, ctx)
+
+
+def _settle(gm: GraphModule, ctx: PassContext) -> None:
+    """Every tensor has its value: in memory, or, of a large model, in files of the work directory."""
+    large = ctx.work is not None and graph_tools.promised_bytes(gm) >= memory.LARGE_MODEL / 4  # a byte for each code
+    graph_tools.settle(gm, ctx.work.path if ctx.work is not None and large else None)
 
 
 @torch.no_grad()

@@ -17,9 +17,7 @@ from resq_compiler.util import memory
 CHEAP = {
     ops.rms_norm, ops.columns, ops.merge_heads, ops.quantize, ops.dequantize, aten.layer_norm.default,
 }  # computed again rather than kept  # fmt: skip
-ROOM = (
-    1 / 16
-)  # of the weights: where the values of all batches need more, those of the last batches are computed again too
+ROOM = 1.0  # times the residual stream of all batches, so of a size that does not grow with the number of blocks
 TRIM_EVERY = 8  # batches: after each one, pages that are needed again cost a third of the time of GPTQ; never, 100 MB
 
 
@@ -48,8 +46,7 @@ class Lockstep:
             schedule.run(env)
             states.append({start: env[start]})
         del weights, env
-        room = sum(t.nbytes for t in gm.state_dict().values()) * ROOM
-        return cls(gm, states, [tables[b.shape] for b in batches], room)
+        return cls(gm, states, [tables[b.shape] for b in batches], ROOM * sum(map(_bytes, states)))
 
     def known(self, batch: int = 0) -> dict[Node, Any]:
         """The values at hand for a batch, in a new dict."""

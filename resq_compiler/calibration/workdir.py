@@ -2,7 +2,8 @@
 
     fingerprint.json         which compile this is: passes, versions, hashes of the weights and of the calibration tokens
     statistics.safetensors   what passes asked for of the calibration run, when it has been taken
-    block-0000.safetensors   weight codes, when GPTQ has finished the block; its inputs are recomputed from the blocks before
+    block-0000.safetensors   weight codes, when the block is finished; its inputs are recomputed from the blocks before
+    tensor-0000.bin          float weights of a large model's result, embeddings mostly
     batches.json             tokens of a batch, when there was no memory for more
 
 Every file is written aside and then renamed: a name is there whole or not at all. It holds the hash of its tensors.
@@ -13,7 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.fx import GraphModule
 
 from resq_compiler.analysis.overrides import TopologyOverrides
 from resq_compiler.errors import CheckpointError, ConfigError
+from resq_compiler.ir import graph_tools
+from resq_compiler.ir.promises import Kept, Promised
 from resq_compiler.numerics.weights import QuantizedWeight
 from resq_compiler.util import processes
 
@@ -107,6 +114,13 @@ class WorkDirectory:
             ) from error
 
 
+def temporary(owner: object) -> WorkDirectory:
+    """A work directory that nobody goes on from: it is removed with its owner."""
+    path = tempfile.mkdtemp(prefix="resq-")
+    weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
+    return WorkDirectory(path, {"temporary": True})
+
+
 def fingerprint(
     settings: Mapping[str, Any], weights: str, windows: Tensor | None, overrides: TopologyOverrides | None = None
 ) -> dict[str, Any]:
@@ -137,9 +151,13 @@ def shared_load(work: WorkDirectory | None, name: str) -> tuple[dict[str, Tensor
     return None if tensors is None else (tensors, shared.agreed([] if saved is None else saved[1]))
 
 
+def _block_name(block: int) -> str:
+    return f"block-{block:04d}"
+
+
 def block_codes(work: WorkDirectory | None, block: int) -> tuple[list[list[QuantizedWeight]], list[str]] | None:
     """The codes of a finished block, for each group of linears its parts, and what was noted. None where it is still to do."""
-    saved = shared_load(work, f"block-{block:04d}")
+    saved = shared_load(work, _block_name(block))
     if saved is None:
         return None
     tensors, notes = saved
@@ -172,4 +190,23 @@ def keep_block(
             }
             if part.group_size is not None:
                 tensors[f"{name}.group_size"] = torch.tensor(part.group_size)
-    work.save(f"block-{block:04d}", tensors, notes)
+    work.save(_block_name(block), tensors, notes)
+
+
+def put_away(
+    gm: GraphModule, work: WorkDirectory | None, block: int, groups: Sequence[Sequence[Sequence[str]]]
+) -> None:
+    """Let go of the codes of a block, if it is kept: they are read again when something computes with them.
+
+    groups: names of the codes of each part, of each linear, of each group, as `keep_block` got them stacked.
+    """
+    file = None if work is None else work.path / f"{_block_name(block)}.safetensors"
+    if file is None or not file.exists():
+        return
+    for i, linears in enumerate(groups):
+        start = 0
+        for parts in linears:
+            for j, name in enumerate(parts):
+                codes = graph_tools.tensor_named(gm, name)
+                graph_tools.set_tensor(gm, name, Promised(Kept(file, f"{i}.{j}.qdata", codes, start)))
+            start += codes.shape[-2]

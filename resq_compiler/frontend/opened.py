@@ -11,11 +11,12 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from resq_compiler.errors import ModelError
 from resq_compiler.frontend.source import ModelSource
 from resq_compiler.ir.promises import Promise, Stored, in_memory
+from resq_compiler.util import memory
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +47,10 @@ class OpenedModel:
     source: ModelSource
     whole: Callable[[], PreTrainedModel]
 
-    def values(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of parameters and saved buffers, by name, one at a time."""
+    def values(self) -> Iterator[tuple[str, torch.Size, Iterable[Tensor]]]:
+        """Names, shapes and values of parameters and saved buffers, by name, some rows at a time."""
         for name, held in sorted(self.skeleton.state_dict().items()):
-            yield name, self.weights[name].whole() if name in self.weights else held
+            yield name, held.shape, self.weights[name].pieces() if name in self.weights else (held,)
 
 
 def of_instance(model: PreTrainedModel, tokenizer: Any, where: str, source: ModelSource) -> OpenedModel:
@@ -223,9 +225,11 @@ def _gguf_tensor(tensor: Any, processor: Any, shape: tuple[int, ...]) -> Stored:
     turned = ".attn_q." in tensor.name or ".attn_k." in tensor.name
 
     def read(start: int, stop: int) -> Tensor:
+        value = dequantize(tensor.data if turned else tensor.data[start:stop], tensor.tensor_type)
+        memory.page_out(tensor.data.ctypes.data, tensor.data.nbytes)
         if not turned:
-            return torch.from_numpy(dequantize(tensor.data[start:stop], tensor.tensor_type).copy())
-        value = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
+            return torch.from_numpy(value.copy() if np.shares_memory(value, tensor.data) else value)
+        value = processor.process(weights=value, name=tensor.name).weights
         return torch.from_numpy(value[start:stop].copy())
 
     return Stored(shape, torch.float32, read)

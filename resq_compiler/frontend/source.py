@@ -37,17 +37,18 @@ class ModelSource:
 
 def weights_digest(model: nn.Module) -> str:
     """The digest of all parameters and buffers of a model."""
-    return digest_of(sorted(model.state_dict().items()))
+    return digest_of((name, value.shape, (value,)) for name, value in sorted(model.state_dict().items()))
 
 
 @torch.no_grad()
-def digest_of(values: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 of names, shapes and values of tensors, in the order of their names.
+def digest_of(values: Iterable[tuple[str, torch.Size, Iterable[Tensor]]]) -> str:
+    """sha256 of names, shapes and values of tensors, in the order of their names; values come in pieces, some rows each.
 
     Values are taken in float32, so that a checkpoint has one digest, whatever float type it is read in.
     """
     digest = hashlib.sha256()
-    for name, value in values:
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().data)
+    for name, shape, pieces in values:
+        digest.update(f"{name} {tuple(shape)}\n".encode())
+        for piece in pieces:
+            digest.update(piece.detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()

@@ -39,8 +39,13 @@ def get_tensor(gm: GraphModule, node: Node) -> Tensor:
 
 def held(gm: GraphModule, node: Node) -> Tensor:
     """What the graph module holds for a get_attr node: shape and dtype are right, values may be promised."""
+    return tensor_named(gm, str(node.target))
+
+
+def tensor_named(gm: GraphModule, target: str) -> Tensor:
+    """What the graph module holds under a dotted name."""
     value: Any = gm
-    for atom in str(node.target).split("."):
+    for atom in target.split("."):
         value = getattr(value, atom)
     return value
 
@@ -111,6 +116,11 @@ def _changed(value: Tensor, change: Callable[[Tensor], Tensor], shape: Sequence[
     changed, expected = change(value), tuple(value.shape if shape is None else shape)
     assert tuple(changed.shape) == expected, f"{tuple(changed.shape)} where {expected} was announced"
     return changed
+
+
+def promised_bytes(gm: GraphModule) -> int:
+    """Bytes of the tensors of a graph that are promised."""
+    return sum(t.nbytes for t in gm.buffers() if isinstance(t, Promised))
 
 
 def settle(gm: GraphModule, directory: Path | None = None) -> None:

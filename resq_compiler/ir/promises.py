@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -121,6 +122,20 @@ class Stored(Promise):
         return self._read(0, self.shape[0] if self.shape else 1).to(self.dtype)
 
 
+class Kept(Stored):
+    """Rows, the second last dimension, of a tensor of a safetensors file, in its own dtype."""
+
+    def __init__(self, file: Path, name: str, like: Tensor, start: int):
+        super().__init__(like.shape, like.dtype, lambda first, last: self.mapped()[first:last].clone())
+        self.file, self.name, self._rows = file, name, slice(start, start + like.shape[-2])
+
+    def mapped(self) -> Tensor:
+        """The value in its file: pages are read when somebody looks at them."""
+        with safe_open(self.file, framework="pt") as opened:
+            value: Tensor = opened.get_tensor(self.name)[..., self._rows, :]
+            return value
+
+
 class ChangedRows(Promise):
     """change: a float64 function of rows, each for itself; its result is rounded once."""
 
@@ -157,10 +172,18 @@ class Changed(Promise):
 
 
 def written(promise: Promise, file: Path) -> Tensor:
-    """The value, in a file, a piece in memory at a time; pages of it are read when somebody looks at them."""
-    with file.open("wb") as opened:
+    """The value, in a file, a piece in memory at a time; pages of it are read when somebody looks at them.
+
+    What a file holds as it is stays there.
+    """
+    mapped = promise.mapped() if isinstance(promise, Kept) else None
+    if mapped is not None and mapped.is_contiguous():
+        return mapped
+    aside = file.with_name(f".{file.name}.partial")
+    with aside.open("wb") as opened:
         for piece in promise.pieces():
             opened.write(piece.contiguous().numpy().data)
+    aside.replace(file)  # one that was mapped before stays as it is
     size = math.prod(promise.shape)
     return torch.from_file(str(file), shared=False, size=size, dtype=promise.dtype).reshape(promise.shape)
 

@@ -48,6 +48,7 @@ def gptq(
     clip: Clip = "mse",
     weighted_clip: bool = False,
     group_size: int | None = None,
+    overwrite: bool = False,
 ) -> GptqResult:
     """Quantize a weight, compensating each column's rounding in the columns after it.
 
@@ -60,6 +61,7 @@ def gptq(
              by rounding only.    damping: fraction of mean(diag H).    act_order: within each part, columns by
              descending diag H.    clip: see search_scale; weighted_clip weighs its errors by diag H.
              group_size: columns of a part that share a scale; None: all. With act_order a column keeps the scale of its own group.
+             overwrite: the memory of a float64 hessian is used for its factor: one matrix of this size less.
     Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N], or [N, groups].
     Raises:  QuantError: shapes, options or values not usable; H not positive definite even with 100x the damping.
     Source:  GPTQ (arXiv 2210.17323) algorithm 1. Differs: errors move on by recursive halving; dead columns are rounded, not zeroed.
@@ -67,9 +69,9 @@ def gptq(
     _check(w, hessian, parts, block_size, damping)
     w = w.detach().float()
     moment = hessian.to(torch.float64)
-    diagonal = moment.diagonal()
+    diagonal = moment.diagonal().clone()
     order = _column_order(diagonal, parts, act_order)
-    upper, used = _inverse_factor(moment, order, damping)
+    upper, used = _inverse_factor(moment, order, damping, overwrite)
     weighting = diagonal if weighted_clip else None
     scales = [_part_scale(w, p, clip, weighting, group_size) for p in parts]
     columns = w.t()[order].contiguous()
@@ -150,36 +152,32 @@ def _column_order(diagonal: Tensor, parts: Sequence[Part], act_order: bool) -> T
     return torch.cat(pieces)
 
 
-def _inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+def _inverse_factor(moment: Tensor, order: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, float]:
     """U upper triangular with U^T U = (H + damping)^-1, rows and columns of H in the given order, and the damping used.
 
     Factoring H with rows and columns reversed gives H = M M^T, M upper triangular; U = M^-1. One Cholesky factorization
-    and one triangular inverse in place: H^-1 itself is never formed, and few matrices of this size exist at a time.
+    and one triangular inverse in place: H^-1 itself is never formed, and two matrices of this size exist at a time beside H, or with it
+    where H is overwritten.
     """
     backwards = order.flip(0)
+    damped = moment[backwards[:, None], backwards]
+    lower = moment if overwrite else torch.empty_like(moment)
+    found = damped.diagonal().clone()
+    found += found == 0  # a dead column counts as 1
+    info = torch.empty((), dtype=torch.int32, device=moment.device)
     for retry in range(_DAMPING_RETRIES):
         used = damping * 10**retry
-        damped = _damped(moment, backwards, used)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        damped.diagonal().copy_(found + used * found.mean())
+        torch.linalg.cholesky_ex(damped, out=(lower.mT, info))  # columns are contiguous, as LAPACK has them
         if int(info) == 0:
             inverse = torch.eye(len(lower), out=damped)
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            del lower
+            torch.linalg.solve_triangular(lower.mT, inverse, upper=False, out=inverse)
             return inverse.flip(0, 1), used
     raise QuantError(
         f"gptq: the [{len(moment)}, {len(moment)}] second moment is not positive definite with damping {used:g} * "
-        f"mean(diag) (diagonal from {float(moment.diagonal().min()):g}, mean {float(moment.diagonal().mean()):g}); check that it is "
+        f"mean(diag) (diagonal from {float(found.min()):g}, mean {float(found.mean()):g}); check that it is "
         "sum x^T x, or raise damping"
     )
-
-
-def _damped(moment: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Rows and columns in the given order, the diagonal raised by `damping` of its mean; a dead column counts as 1."""
-    damped = moment[order][:, order]
-    diagonal = damped.diagonal()
-    diagonal += diagonal == 0
-    diagonal += damping * diagonal.mean()
-    return damped
 
 
 def _check(w: Tensor, hessian: Tensor, parts: Sequence[Part], block_size: int, damping: float) -> None:

@@ -17,7 +17,6 @@ from resq_compiler.calibration.decode import run_behind
 from resq_compiler.calibration.statistics import Request, Statistics, distinct, take
 from resq_compiler.errors import ConfigError, ModelError, PassError, ResqError, VerifyError
 from resq_compiler.ir import graph_tools, verify
-from resq_compiler.ir.promises import Promised
 from resq_compiler.pipeline.options import options_text
 from resq_compiler.pipeline.order import check_order
 from resq_compiler.pipeline.passes import Pass, PassContext
@@ -153,7 +152,7 @@ class Pipeline:
         """What the pass changed in the outputs. Weights that are promised are made for it once, behind the last of the exact passes."""
         if self.reference is None:
             return None
-        if promised_bytes(gm) > memory.SMALL_MODEL and (not item.exact or (rest and rest[0].exact)):
+        if graph_tools.promised_bytes(gm) > memory.SMALL_MODEL and (not item.exact or (rest and rest[0].exact)):
             return None
         logits = self._outputs(gm)
         assert logits is not None
@@ -191,11 +190,6 @@ def prefill_and_decode(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> T
     prefill = (old_ids, mask[:, :length], positions[:, :length].contiguous(), *empty)
     first, second = run_behind(gm, prefill, (new_ids, mask, new_positions))
     return torch.cat((first, second), 1)[devices.here(mask).bool()]
-
-
-def promised_bytes(gm: GraphModule) -> int:
-    """Bytes of the tensors of a graph that are promised."""
-    return sum(t.nbytes for t in gm.buffers() if isinstance(t, Promised))
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -21,6 +20,8 @@ from resq_compiler.errors import CheckpointError
 from resq_compiler.ir import graph_tools, meta
 from resq_compiler.ir.views import CodedLinear
 from resq_compiler.numerics.packing import pack, packed_length, unpack
+from resq_compiler.storage.streaming import save_file
+from resq_compiler.util import memory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PACKED_BITS = range(2, 8)
@@ -56,26 +57,39 @@ def _code_bits(gm: GraphModule) -> dict[str, int]:
 
 
 def write(gm: GraphModule, info: Mapping[str, Mapping[str, Any]], directory: Path, max_shard_size: str | int) -> None:
-    """Write model.safetensors, or shards and their index where it would be larger than `max_shard_size`."""
+    """Write model.safetensors, or shards and their index where it would be larger than `max_shard_size`; a tensor in memory at a time."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    tensors = {name: _packed(gm, name, fields) for name, fields in sorted(info.items()) if "same_as" not in fields}
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-    mode = directory.stat().st_mode & 0o666  # safetensors makes files that only the user can read
+    like = {name: _like(fields) for name, fields in sorted(info.items()) if "same_as" not in fields}
+    plan = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_size)
+    mode = directory.stat().st_mode & 0o666
     for file, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+        chosen = {name: like[name] for name in names}
+        save_file(chosen, directory / file, lambda name: _packed(gm, name, info[name]), {"format": "pt"})
         (directory / file).chmod(mode)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
+def _like(fields: Mapping[str, Any]) -> Tensor:
+    """A tensor without values, as it is on disk."""
+    shape, dtype = _on_disk(fields)
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _on_disk(fields: Mapping[str, Any]) -> tuple[list[int], str]:
+    """Shape and type in a file."""
+    shape, bits = list(fields["shape"]), fields.get("bits")
+    return ([*shape[:-1], packed_length(shape[-1], bits)], "uint8") if bits else (shape, str(fields["dtype"]))
+
+
 def _packed(gm: GraphModule, name: str, fields: Mapping[str, Any]) -> Tensor:
-    module, attribute = graph_tools.owner_and_name(gm, name)
-    value: Tensor = getattr(module, attribute).detach().cpu()
-    value = pack(value, fields["bits"]) if "bits" in fields else value
-    alone = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
-    return value if alone else value.clone(memory_format=torch.contiguous_format)
+    value = graph_tools.tensor_named(gm, name).detach()
+    packed = pack(value.cpu(), fields["bits"]) if "bits" in fields else value.cpu().contiguous()
+    if packed.data_ptr() != value.data_ptr():
+        memory.page_out_tensor(value)
+    return packed
 
 
 def read(directory: Path, info: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -138,8 +152,7 @@ def _checked(name: str, value: Tensor | None, fields: Mapping[str, Any], file: s
         raise CheckpointError(
             f"{file}: the graph refers to tensor {name}, which is missing; the files do not belong together"
         )
-    shape, dtype, bits = list(fields["shape"]), fields["dtype"], fields.get("bits")
-    expected = ([*shape[:-1], packed_length(shape[-1], bits)], "uint8") if bits else (shape, dtype)
+    shape, bits, expected = list(fields["shape"]), fields.get("bits"), _on_disk(fields)
     got = (list(value.shape), str(value.dtype).removeprefix("torch."))
     if got != expected:
         raise CheckpointError(

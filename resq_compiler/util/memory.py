@@ -10,17 +10,20 @@ import contextlib
 import ctypes
 import functools
 import gc
+import mmap
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 LARGE_BLOCK = 8 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
 KEPT = (
     64 * 2**20
 )  # free bytes at the end of the heap that stay until `trim`; glibc gives back what exceeds 128 KB at every free
+MADV_PAGEOUT = 21  # of madvise(2), since Linux 5.4
+LARGE_MODEL = 256 * 2**20  # from this many bytes of float weights on, what is finished waits in files
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 SMALL_MODEL = 64 * 2**20  # below this many bytes a collection, up to 0.6 s in a large process, gives back nothing
 
@@ -61,6 +64,20 @@ def trim() -> None:
     """Return the free pages of the heap."""
     if _glibc() is not None:
         _glibc().malloc_trim(0)
+
+
+def page_out(address: int, size: int) -> None:
+    """Let go of the pages of a mapped file; who looks again reads them again. Nothing where the system cannot."""
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    if _glibc() is not None and address + size > start:
+        _glibc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), MADV_PAGEOUT)
+
+
+def page_out_tensor(tensor: Tensor) -> None:
+    """The same for a tensor of the CPU; one that lies in memory of its own stays as it is."""
+    storage = tensor.untyped_storage()
+    if storage.device.type == "cpu" and storage.filename is not None:
+        page_out(storage.data_ptr(), storage.nbytes())
 
 
 def release(module: nn.Module) -> None:

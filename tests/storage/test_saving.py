@@ -183,7 +183,7 @@ def test_failed_save_changes_nothing(compiled, copied, monkeypatch, broken, erro
 
 
 def test_full_disk_in_the_middle_of_a_tensor_file(compiled, tmp_path, monkeypatch):
-    def half(tensors, path, metadata=None):
+    def half(like, path, make, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
