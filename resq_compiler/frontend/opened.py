@@ -92,6 +92,7 @@ def skeleton_of(config: Any) -> PreTrainedModel:
 
     with no_init_weights(), _parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # which is part of what was left out
     return model.eval()
 
 
