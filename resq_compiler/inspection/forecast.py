@@ -20,6 +20,7 @@ from resq_compiler.ir.views import Linear
 from resq_compiler.passes import ComputeBases, QuantizeWeights
 from resq_compiler.pipeline.passes import Pass
 from resq_compiler.recipes.settings import CompileConfig
+from resq_compiler.util.memory import LARGE_MODEL
 from resq_compiler.util.text import megabytes
 
 FLOAT, DOUBLE = 4, 8
@@ -197,8 +198,9 @@ class _Plan:
         return DOUBLE * (streams * s.hidden**2 + 3 * len(s.blocks) * s.kv_heads * s.head_dim**2)
 
     def kept(self) -> dict[str, int]:
-        """Bases, and codes of finished blocks as a byte each until they are written."""
-        return {"bases": self.moments, "codes": self.shapes.linears if self.config.weight_bits < 16 else 0}
+        """Bases, and codes of finished blocks as a byte each until they are written; those of a large model wait in files."""
+        large = FLOAT * self.shapes.all_weights >= LARGE_MODEL
+        return {"bases": self.moments, "codes": 0 if large or self.config.weight_bits >= 16 else self.shapes.linears}
 
     def opening(self) -> Step:
         """Reads every weight once, for its digest."""
