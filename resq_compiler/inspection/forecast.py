@@ -12,12 +12,13 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis import sensitivity
 from resq_compiler.analysis.topology import Block, Topology
 from resq_compiler.calibration.executor import TOKENS_PER_BATCH
 from resq_compiler.inspection.rates import Rates
 from resq_compiler.ir import graph_tools, values
 from resq_compiler.ir.views import Linear
-from resq_compiler.passes import ComputeBases, QuantizeWeights
+from resq_compiler.passes import AllocateBits, ComputeBases, QuantizeWeights
 from resq_compiler.pipeline.passes import Pass
 from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.util.memory import LARGE_MODEL
@@ -172,6 +173,8 @@ def forecast(
     steps = [plan.opening()]
     if any(item.needs_calibration for item in passes if isinstance(item, ComputeBases)):
         steps += [plan.calibrating(), plan.bases()]
+    if any(item.needs_calibration for item in passes if isinstance(item, AllocateBits)):
+        steps.append(plan.sensitivities())
     quantizer = next((item for item in passes if isinstance(item, QuantizeWeights)), None)
     if quantizer is not None:
         steps.append(plan.quantizing(quantizer))
@@ -229,6 +232,21 @@ class _Plan:
             "bases", {"eigenvectors": 3 * DOUBLE * s.hidden**2, "largest tensor": 2 * self.embedding},
             seconds=self._time(lambda r: cubes * r.eigen + fused / r.doubles),
         )  # fmt: skip
+
+    def sensitivities(self) -> Step:
+        """A backward pass of one window at a time through all blocks: it holds all weights, and what each block keeps of the window."""
+        s, length = self.shapes, min(sensitivity.LENGTH, self.config.calibration_length)
+        widest = max(group.columns * group.choices for group in s.groups)
+        kept = len(s.blocks) * length * (3 * widest + 8 * s.hidden + 2 * s.heads * length)
+        memory = {
+            "all weights": FLOAT * s.linears + 2 * self.embedding,
+            "values of all blocks": FLOAT * kept,
+            "logits": 6 * FLOAT * length * s.vocabulary,
+        }
+        windows = min(max(1, sensitivity.TOKENS // length), self.config.calibration_samples)
+        return Step(
+            "sensitivities", memory, seconds=self._time(lambda r: 3 * windows * length * self._forward() / r.products)
+        )
 
     def quantizing(self, item: QuantizeWeights) -> Step:
         """Codes of one block after the other."""
@@ -337,6 +355,8 @@ def _advice(step: Step) -> str:
         return "ask for fewer or shorter calibration windows (calibration_samples, calibration_length), or share them among processes"
     if part in ("Hessian", "rows at work"):
         return "weights rounded without GPTQ (weight_method=rtn) need less, or take a machine with more memory"
+    if part in ("all weights", "values of all blocks"):
+        return "equal shares of columns (allocation=equal, no average_bits or model_megabytes) need none of this"
     if part == "a batch":
         return "ask for shorter calibration windows (calibration_length)"
     return "take a machine with more memory"

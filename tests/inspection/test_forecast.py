@@ -67,6 +67,8 @@ def test_processes_share_windows_and_rows():
 
 def test_steps_are_those_of_the_passes():
     assert [item.name for item in of().steps] == ["open and check", "calibrate", "bases", "GPTQ", "write"]
+    searched = [item.name for item in of(allocation="sensitivity").steps]
+    assert searched == ["open and check", "calibrate", "bases", "sensitivities", "GPTQ", "write"]
     assert [item.name for item in of(weight_method="rtn", basis="hadamard").steps] == [
         "open and check",
         "round",
