@@ -154,9 +154,7 @@ def on_native(model: CompiledModel) -> str:
 def reason_of(error: BackendError) -> str:
     """What the first node that is refused lacks; the page needs no node names."""
     listed = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
-    experts = [line for line in listed if "experts" in line]  # what reads codes is refused with what makes them
-    chosen = next(iter([*experts, *listed]), None)
-    return (str(error) if chosen is None else chosen.partition(": ")[2]).replace("|", "/")
+    return (listed[0].partition(": ")[2] if listed else str(error)).replace("|", "/")
 
 
 def on_triton(model: CompiledModel) -> str:

@@ -121,9 +121,7 @@ def test_an_expert_without_tokens_is_an_error_unless_allowed():
     assert allowed(IDS).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_backends_without_a_grouped_kernel_name_the_node(mixtral, backend):
-    with pytest.raises(
-        BackendError, match=r"weight_only_expert_linear: a linear of experts: there is no grouped kernel"
-    ):
-        mixtral.use_backend(backend)
+@pytest.mark.parametrize(("backend", "options"), [("triton", {}), ("cpu", {"engine": "torch"})])
+def test_backends_without_a_grouped_kernel_name_the_node(mixtral, backend, options):
+    with pytest.raises(BackendError, match=r"weight_only_expert_linear: a linear of experts: there is no grouped"):
+        mixtral.use_backend(backend, **options)

@@ -13,6 +13,7 @@ with the reason, and so is a float node next to one that stays though an operato
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,16 +70,22 @@ def lower(gm: GraphModule, target: Target, dtype: torch.dtype = torch.float32, a
     lower_attentions(low)
     lower_linears(low)
     _finish(low)
-    if low.reasons and not allow_fallback:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in sorted(low.reasons.items()))
-        raise BackendError(
-            f"backend {target.name} cannot take {len(low.reasons)} nodes:{listed}\n"
-            "use backend='reference', or allow_fallback=True to leave them to PyTorch"
-        )
+    if not allow_fallback:
+        check_taken(target, low.reasons)
     lowered = Lowered(gm, target, tuple(low.caches), tuple(low.heads), low.places, low.reasons, low.left)
     devices = [t.device for t in gm.buffers() if not t.is_meta]
     verify.propagate_shapes(gm, tuple(t.to(devices[0] if devices else "cpu") for t in example_inputs(lowered)))
     return lowered
+
+
+def check_taken(target: Target, reasons: Mapping[str, str]) -> None:
+    """Raise BackendError that lists quantized nodes no operator takes, if there are any."""
+    if reasons:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in sorted(reasons.items()))
+        raise BackendError(
+            f"backend {target.name} cannot take {len(reasons)} nodes:{listed}\n"
+            "use backend='reference', or allow_fallback=True to leave them to PyTorch"
+        )
 
 
 def example_inputs(

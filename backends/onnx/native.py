@@ -17,7 +17,7 @@ from resq_compiler.backends.cpu.formats import CachedHead
 from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.formats import LOW_BITS, HeadParts, head_parts
 from resq_compiler.backends.fused.kernels import ACTIVATIONS, NORMS
-from resq_compiler.backends.fused.lower import Lowered, lower
+from resq_compiler.backends.fused.lower import Lowered, check_taken, lower
 from resq_compiler.backends.fused.targets import find_target
 from resq_compiler.backends.onnx.emit_ops import hadamard_of
 from resq_compiler.backends.onnx.form_integer import IntegerForm
@@ -31,7 +31,7 @@ from resq_compiler.errors import BackendError
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import int_arg
 from resq_compiler.ir.graph_tools import aten, is_call
-from resq_compiler.ir.views import AppendCache, Columns, QuantizeDequantize
+from resq_compiler.ir.views import AppendCache, CodedLinear, Columns, Quantize, QuantizeDequantize
 from resq_compiler.numerics.hadamard import hadamard_plan
 from resq_compiler.numerics.hadamard_orders import is_power_of_two
 
@@ -52,10 +52,24 @@ def row_bytes(parts: HeadParts) -> int:
 
 
 def lower_native(gm: GraphModule) -> Lowered:
-    """A copy of a quantized graph on fused operators. Raises BackendError that names every node none takes, with the reason."""
-    lowered = lower(graph_tools.snapshot(gm), find_target("cpu"))
+    """A copy of a quantized graph on fused operators; experts, which no kernel groups, stay for standard operators.
+
+    Raises BackendError that names every node none takes, with the reason.
+    """
+    target = find_target("cpu")
+    lowered = lower(graph_tools.snapshot(gm), target, allow_fallback=True)
+    experts = {node.name for node in lowered.graph_module.graph.nodes if is_of_experts(node)}
+    check_taken(target, {name: reason for name, reason in lowered.reasons.items() if name not in experts})
     check_supported(lowered.graph_module)
     return lowered
+
+
+def is_of_experts(node: Node) -> bool:
+    """A linear of experts on codes, or a quantizer that such linears alone read."""
+    if Quantize.of(node) is not None:
+        return all(is_of_experts(user) for user in node.users)
+    linear = CodedLinear.of(node)
+    return linear is not None and linear.of_experts
 
 
 def cache_rows(gm: GraphModule) -> list[int]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import onnx
 import pytest
+from resq_compiler.backends.cpu import library as libraries
 from resq_compiler.backends.onnx import build_model
 
 import resq_compiler
+from resq_compiler.errors import BackendError
 from resq_compiler.tiny import tiny_tokens
-from tests.families import EIGHT, ONE_CODE, ROUNDING, onnx_errors, small
+from tests.families import EIGHT, ONE_CODE, ROUNDING, native_errors, onnx_errors, small
 
 PLAIN = {**EIGHT, "recipe": "rtn"}
 OPTIONS = {
-    "gpt_oss": EIGHT,  # biases of experts, attention with sinks
+    "gpt_oss": {**EIGHT, "recipe": "resq"},  # biases of experts, attention with sinks
     "mixtral": {**PLAIN, "weight_group_size": 32, "weight_bits": 4},
     "qwen3_moe": {**PLAIN, "activation_bits": 16, "weight_bits": 5},
     "olmoe": {**PLAIN, "activation_bits": 16, "weight_bits": 16, "kv_bits": 4},
@@ -38,3 +40,21 @@ def test_one_loop_for_all_linears_of_one_input(compiled):
     loops = [node for node in model.graph.node if node.op_type == "Loop"]
     assert len(loops) == 2 * 2
     assert not any(attribute.g.initializer for loop in loops for attribute in loop.attribute)
+
+
+def test_on_the_cpu_kernels(compiled, library, monkeypatch):
+    """Experts in standard operators, attention and all other linears in fused ones; what no kernel takes beside experts is refused."""
+    monkeypatch.setattr(libraries, "library", lambda: library)
+    monkeypatch.setattr(libraries, "unavailable", lambda: None)
+    if compiled.options.recipe != "resq":
+        with pytest.raises(
+            BackendError, match="16-bit activations|float weights|a scale for every 32 columns"
+        ) as refused:
+            compiled.use_backend("cpu")
+        assert "expert" not in str(refused.value)
+        return
+    try:
+        errors = native_errors(compiled)
+    finally:
+        compiled.use_backend("reference")
+    assert float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE
