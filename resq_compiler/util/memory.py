@@ -13,6 +13,7 @@ import gc
 import mmap
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,9 +76,20 @@ def page_out(address: int, size: int) -> None:
 
 def page_out_tensor(tensor: Tensor) -> None:
     """The same for a tensor of the CPU; one that lies in memory of its own stays as it is."""
-    storage = tensor.untyped_storage()
-    if storage.device.type == "cpu" and storage.filename is not None:
-        page_out(storage.data_ptr(), storage.nbytes())
+    if tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BLOCK // 8 and _in_a_file(tensor.data_ptr()):
+        page_out(tensor.data_ptr(), tensor.nbytes)
+
+
+def _in_a_file(address: int) -> bool:
+    """Whether the page of an address is that of a mapped file: a torch tensor does not say where its memory comes from."""
+    maps = Path("/proc/self/maps")  # lines "start-stop permissions offset device inode path", proc(5)
+    if not maps.exists():
+        return False
+    for line in maps.read_text().splitlines():
+        start, stop = (int(end, 16) for end in line.split(" ", 1)[0].split("-"))
+        if start <= address < stop:
+            return line.split()[4] != "0"
+    return False
 
 
 def release(module: nn.Module) -> None:
