@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -361,7 +362,11 @@ def _checking_fit(on_stage: Callable[[Stage], None], begun: _Begun) -> Callable[
         free = machine.free_memory()
         if free is not None:
             free = (free + machine.resident_memory()) // processes.on_this_machine()
-        if problem := forecast.check_fits(found, free, devices.free_memory(begun.device)):
+        place = Path(tempfile.gettempdir()) if begun.ctx.work is None else begun.ctx.work.path
+        problem = forecast.check_fits(found, free, devices.free_memory(begun.device)) or forecast.disk_problem(
+            found.aside, machine.free_disk(place), str(place), "codes that wait in files"
+        )
+        if problem:
             raise ConfigError(problem)
 
     return seen

@@ -131,11 +131,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Forecast:
-    """kept: bytes that are there from the first step to the last, by what they are."""
+    """kept: bytes that are there from the first step to the last, by what they are. aside: bytes in files until all is done."""
 
     steps: tuple[Step, ...]
     kept: dict[str, int]
     processes: int = 1
+    aside: int = 0
 
     @property
     def largest(self) -> Step:
@@ -161,7 +162,7 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         steps = [{**asdict(step), "bytes": step.bytes} for step in self.steps]
-        whole = {"memory": self.memory, "disk": self.disk, "seconds": self.seconds}
+        whole = {"memory": self.memory, "disk": self.disk, "aside": self.aside, "seconds": self.seconds}
         return {"processes": self.processes, **whole, "kept": self.kept, "steps": steps}
 
 
@@ -178,7 +179,7 @@ def forecast(
     quantizer = next((item for item in passes if isinstance(item, QuantizeWeights)), None)
     if quantizer is not None:
         steps.append(plan.quantizing(quantizer))
-    return Forecast((*steps, plan.writing()), plan.kept(), processes)
+    return Forecast((*steps, plan.writing()), plan.kept(), processes, plan.aside())
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,21 @@ class _Plan:
         streams = 1 if s.fusable else 2 * len(s.blocks)
         return DOUBLE * (streams * s.hidden**2 + 3 * len(s.blocks) * s.kv_heads * s.head_dim**2)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether codes of finished blocks wait in files."""
+        return FLOAT * self.shapes.all_weights >= LARGE_MODEL
+
+    def aside(self) -> int:
+        """Codes of finished blocks, as a byte each, and float embeddings, in the work directory or a temporary one."""
+        return self.shapes.linears + 2 * self.embedding if self.is_large else 0
+
     def kept(self) -> dict[str, int]:
         """Bases, and codes of finished blocks as a byte each until they are written; those of a large model wait in files."""
-        large = FLOAT * self.shapes.all_weights >= LARGE_MODEL
-        return {"bases": self.moments, "codes": 0 if large or self.config.weight_bits >= 16 else self.shapes.linears}
+        return {
+            "bases": self.moments,
+            "codes": 0 if self.is_large or self.config.weight_bits >= 16 else self.shapes.linears,
+        }
 
     def opening(self) -> Step:
         """Reads every weight once, for its digest."""
@@ -328,12 +340,12 @@ def check_fits(found: Forecast, free_memory: int | None, free_device: int | None
     return None
 
 
-def disk_problem(size: int, free: int | None, where: str) -> str | None:
-    """What stands in the way of writing a compiled model of so many bytes; None where it fits, or where nothing is known of the disk."""
+def disk_problem(size: int, free: int | None, where: str, what: str = "the compiled model") -> str | None:
+    """What stands in the way of writing so many bytes; None where they fit, or where nothing is known of the disk."""
     if free is None or size <= free:
         return None
     return (
-        f"disk: the compiled model will have about {megabytes(size)}, and {megabytes(free)} are free in {where}; make room, or name "
+        f"disk: {what} will have about {megabytes(size)}, and {megabytes(free)} are free in {where}; make room, or name "
         "another directory"
     )
 

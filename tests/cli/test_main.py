@@ -268,7 +268,8 @@ def test_dry_run_plans_every_step_for_one_process_and_for_several(place, capsys,
     _, out, _ = run(capsys, "compile", place.model, "--dry-run", "--json", "--processes", "3")
     alone, shared = json.loads(out)["forecasts"]
     assert (alone["processes"], shared["processes"]) == (1, 3) and json.loads(out)["problem"] is None
-    assert [step["name"] for step in alone["steps"]] == ["open and check", "calibrate", "bases", "GPTQ", "write"]
+    steps = ["open and check", "calibrate", "bases", "sensitivities", "GPTQ", "write"]
+    assert [step["name"] for step in alone["steps"]] == steps
     assert alone["seconds"] == pytest.approx(sum(step["seconds"] for step in alone["steps"]))
     monkeypatch.setattr(machine, "free_memory", lambda: 10**6)
     text = run(capsys, "compile", place.model, "--dry-run", "--processes", "3")[1]

@@ -105,6 +105,20 @@ def test_a_compile_that_does_not_fit_is_refused_before_its_work(monkeypatch, cap
         api.compile(tiny_model("llama"), tiny_tokens(2, 24), calibration_samples=2, calibration_length=24)
 
 
+def test_a_disk_without_room_for_codes_that_wait_is_refused(monkeypatch, tmp_path):
+    assert of().aside == LLAMA_8B.linears + 2 * FLOAT * 128256 * 4096 and of().kept["codes"] == 0
+    monkeypatch.setattr(forecast, "LARGE_MODEL", 0)
+    monkeypatch.setattr(machine, "free_disk", lambda place: 1000)
+    with pytest.raises(ConfigError, match="disk: codes that wait in files will have about .* free in .*work"):
+        api.compile(
+            tiny_model("llama"),
+            tiny_tokens(2, 24),
+            work_dir=tmp_path / "work",
+            calibration_samples=2,
+            calibration_length=24,
+        )
+
+
 def test_rates_are_positive(monkeypatch):
     monkeypatch.setattr(rates, "SIDE", 32)
     monkeypatch.setattr(rates, "LONG_ENOUGH", 0.0)

@@ -95,6 +95,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"compiled, about: {megabytes(size['compiled'])}",
         "",
         *(_steps_text(one) for one in plan["forecasts"]),
+        f"files that wait until all is written: {megabytes(plan['forecasts'][0]['aside'])}",
         f"free here: {_known(size['free_memory'])} of memory, {_known(size['free_disk'])} of disk",
         f"fits: {'yes' if plan['problem'] is None else 'NO: ' + plan['problem']}",
         f"export to ONNX: {plan['onnx_problem'] or 'every operator has a form'}",
