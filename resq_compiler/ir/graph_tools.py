@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from resq_compiler.ir import meta
-from resq_compiler.ir.promises import Changed, ChangedRows, Promised, written
+from resq_compiler.ir.promises import Changed, ChangedRows, Promise, Promised, written
 from resq_compiler.numerics.float64 import by_row_chunks
 
 aten = torch.ops.aten
@@ -125,13 +125,15 @@ def promised_bytes(gm: GraphModule) -> int:
 
 def settle(gm: GraphModule, directory: Path | None = None) -> None:
     """Make what is promised still: in memory, or in files of a directory, read page by page when somebody looks."""
+    made: dict[Promise, Tensor] = {}
     for i, (name, value) in enumerate(list(gm.named_buffers())):
-        if isinstance(value, Promised):
-            set_tensor(
-                gm,
-                name,
-                value.make() if directory is None else written(value.promise, directory / f"tensor-{i:04d}.bin"),
-            )
+        if not isinstance(value, Promised):
+            continue
+        promise = value.promise  # names that share one share the value
+        if promise not in made:
+            file = None if directory is None else directory / f"tensor-{i:04d}.bin"
+            made[promise] = value.make() if file is None else written(promise, file)
+        set_tensor(gm, name, made[promise])
 
 
 def rename_tensor(gm: GraphModule, node: Node, target: str) -> None:

@@ -1,0 +1,36 @@
+"""Models whose finished blocks wait in files: the same bits, the same saved model, and nothing that stays behind."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+
+import pytest
+import torch
+
+import resq_compiler
+from resq_compiler.tiny import tiny_model, tiny_tokens
+from resq_compiler.util import memory
+
+SMALL = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}
+
+
+@pytest.mark.parametrize("recipe", ["resq", "rtn"])
+def test_blocks_in_files_change_nothing(recipe, compiled, tmp_path, monkeypatch):
+    plain = compiled("llama", recipe=recipe)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(memory, "LARGE_MODEL", 1)
+    large = resq_compiler.compile(tiny_model("llama"), tiny_tokens(4, 32), recipe=recipe, **SMALL)
+    (work,) = (tmp_path / "temporary").iterdir()
+    assert {file.name for file in work.iterdir()} >= {"block-0000.safetensors", "block-0001.safetensors"}
+    ours, theirs = large.graph_module.state_dict(), plain.graph_module.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(type(value) is torch.Tensor for value in ours.values())
+    for name, model in (("large", large), ("plain", plain)):
+        model.save_pretrained(tmp_path / name)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("large", "plain")]
+    assert files[0] == files[1]
+    del large, ours, model
+    gc.collect()
+    assert not work.exists()
