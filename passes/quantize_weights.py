@@ -381,7 +381,7 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
             x = x * size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
         moment.update(x)
 
-    runner.run(inputs if stream is None else [*inputs, stream], goal, see)
+    runner.run(inputs, goal, see, also=() if stream is None else (stream,))
     pool(moment)
     return moment.mean()
 

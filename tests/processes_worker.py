@@ -19,7 +19,7 @@ from resq_compiler.tiny import tiny_model, tiny_tokens
 from resq_compiler.util import processes
 
 OPTIONS = {
-    "recipe": "resq+", "gptq_token_weighting": "none", "calibration_samples": 3, "calibration_length": 24,
+    "recipe": "resq+", "calibration_samples": 3, "calibration_length": 24,
     "calibration_dtype": "float32",
 }  # fmt: skip
 

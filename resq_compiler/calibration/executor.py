@@ -70,10 +70,12 @@ def with_tensors(nodes: Iterable[Node]) -> list[Node]:
 class Stretch:
     """A schedule on the way to `goal`: computes `targets` and knows which values (`alive`) the rest of the way needs."""
 
-    def __init__(self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], goal: Node):
+    def __init__(
+        self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], goal: Node, also: Iterable[Node] = ()
+    ):
         whole = Schedule(gm, [goal], given)
-        now = Schedule(gm, targets, given)
-        done = set(now.order)
+        done = set(Schedule(gm, targets, given).order)
+        now = Schedule(gm, [*targets, *also], given)
         self.gm, self.order = gm, now.order
         self.alive = {source for node in whole.order if node not in done for source in node.all_input_nodes}
         self.alive = {node for node in self.alive if node.op != "get_attr"} | {goal} & (done | set(given))

@@ -52,8 +52,17 @@ class Lockstep:
         """The values at hand for a batch, in a new dict."""
         return {**self.shared[batch], **self.states[batch]}
 
-    def run(self, targets: Iterable[Node], goal: Node, see: Callable[[int, dict[Node, Any]], None]) -> None:
-        """Compute targets on the way to goal; `see` gets the number of every batch and its values."""
+    def run(
+        self,
+        targets: Iterable[Node],
+        goal: Node,
+        see: Callable[[int, dict[Node, Any]], None],
+        also: Sequence[Node] = (),
+    ) -> None:
+        """Compute targets on the way to goal; `see` gets the number of every batch and its values.
+
+        also: values behind the targets to be seen and not kept: they come from weights that are going to change.
+        """
         targets, spent = list(targets), 0
         plans: dict[frozenset[Node], Stretch] = {}
         weights: dict[Node, Tensor] = {}
@@ -61,7 +70,7 @@ class Lockstep:
             env = {**shared, **state}
             known = frozenset(env)
             if known not in plans:
-                plans[known] = Stretch(self.gm, targets, known, goal)
+                plans[known] = Stretch(self.gm, targets, known, goal, also)
                 weights |= weights_of(self.gm, [n for n in plans[known].order if n not in weights])
             plan = plans[known]
             env.update((node, weights[node]) for node in plan.order if node.op == "get_attr")

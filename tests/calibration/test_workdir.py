@@ -67,6 +67,16 @@ def test_resumed_compile_is_bit_identical(compile_in, compiled, tmp_path):
     assert_equal(model, compiled("llama"))
 
 
+def test_resumed_compile_is_bit_identical_where_the_stream_weighs_tokens(compile_in, compiled, tmp_path):
+    """Tokens are weighed by the stream behind a linear, with the weight that is still float: nothing later may start from it."""
+    option = {"gptq_token_weighting": "residual"}
+    with pytest.raises(KeyboardInterrupt):
+        compile_in(progress=stop_at("quantize weights", 1), **option)
+    model, computed = compile_in(**option)
+    assert computed == 4
+    assert_equal(model, compiled("llama", **option))
+
+
 def test_statistics_are_kept_whole(build, tmp_path):
     built, work = build("llama", before="compute-bases"), workdir.WorkDirectory(tmp_path / "work", {})
 
