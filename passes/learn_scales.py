@@ -17,11 +17,12 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.learning.end_to_end import Model, learn_end_to_end
+from resq_compiler.learning.end_to_end import Model
 from resq_compiler.learning.learned import Learned
 from resq_compiler.learning.loop import Plan
 from resq_compiler.learning.losses import Teacher, divergence
 from resq_compiler.learning.places import Places
+from resq_compiler.pipeline.learning_end_to_end import learn_end_to_end
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 

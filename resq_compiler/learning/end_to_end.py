@@ -18,10 +18,8 @@ from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools
 from resq_compiler.learning.learned import Learned
-from resq_compiler.learning.loop import Plan, Task, held_back, learn, report
 from resq_compiler.learning.losses import TopPredictions
 from resq_compiler.learning.running import Run, shared_values
-from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.util import memory
 
 
@@ -124,20 +122,6 @@ class EndToEnd:
             losses.append(float(self.loss(self.model.predictions(run, ids, self.model.stream(run, ids)[-1]), index=i)))
         memory.trim()
         return sum(losses) / len(losses)
-
-
-def learn_end_to_end(name: str, model: Model, learned: Learned, loss: Loss, plan: Plan, ctx: PassContext) -> int:
-    """Learn for the pass of this name, tell what it came to, and write what is better than the start; returns how many transforms."""
-    held = held_back(len(ctx.windows), name)
-    work = EndToEnd(model, learned, ctx.windows, held, loss)
-    outcome = learn(
-        Task(name, learned, len(ctx.windows) - held, work.step, work.judge), plan, ctx.seed, ctx.work, ctx.progress
-    )
-    report(ctx.lines, ctx.note, name, outcome)
-    if not outcome.improved:
-        return 0
-    learned.write(model.gm, name)
-    return len(learned.transforms)
 
 
 @torch.no_grad()
