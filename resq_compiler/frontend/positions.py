@@ -53,9 +53,8 @@ def _cuts_biases(node: Node, limit: int) -> bool:
     """Whether a slice begins where the length of a text says, in a table made once for `limit` distances (ALiBi as MPT has it)."""
     if not isinstance(argument(node, "start"), Node) or values.shape(source(node))[-1] != limit:
         return False
-    return any(
-        is_call(n, aten.arange.start) and n.args[:2] == (1 - limit, 1) for n in graph_tools.ancestors([source(node)])
-    )
+    ranges = [n for n in graph_tools.ancestors([source(node)]) if is_call(n, aten.arange.start)]
+    return any(argument(n, "start") == 1 - limit and argument(n, "end") == 1 for n in ranges)
 
 
 def _positions(config: PreTrainedConfig) -> int | None:

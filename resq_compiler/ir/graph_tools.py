@@ -31,6 +31,11 @@ def is_call(node: object, *targets: Any) -> TypeGuard[Node]:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def writes_into_argument(node: Node) -> bool:
+    """Whether a node calls an operator of PyTorch that changes one of its arguments, as copy_ does."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def get_tensor(gm: GraphModule, node: Node) -> Tensor:
     """The values behind a get_attr node, made if they are promised. For shape and dtype alone, ask `held`."""
     value = held(gm, node)

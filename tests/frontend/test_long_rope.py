@@ -10,6 +10,7 @@ from torch import nn
 
 import resq_compiler
 from resq_compiler import api
+from resq_compiler.api import trace
 from resq_compiler.errors import CaptureError, ResqError
 from resq_compiler.frontend import capture as capture_module
 from resq_compiler.frontend.capture import Captured, capture
@@ -133,18 +134,18 @@ def test_an_exported_directory_switches_too(exact, eager, tmp_path):
 
 
 def test_what_cannot_be_exported_is_known_before_calibration(eager, monkeypatch):
-    """In the plan, in a note of the compile, and at once where the backend is ONNX Runtime."""
+    """What the plan prints, in a note of the compile, and at once where the backend is ONNX Runtime."""
     pytest.importorskip("onnxruntime")
+    from resq_compiler.backends.onnx import export_problem
     from resq_compiler.backends.onnx.registry import EMITTERS
-
-    from resq_compiler.cli.commands import plan
 
     resq_compiler.compile(eager, recipe="rtn", backend="onnx")
     monkeypatch.delitem(EMITTERS, aten.max.default)
     with pytest.raises(ResqError, match=r"backend onnx: onnx: no ONNX form for 1 node\(s\): max_1"):
         resq_compiler.compile(eager, tiny_tokens(4, 32), backend="onnx", **OPTIONS)
     assert any("cannot be exported to ONNX" in note for note in resq_compiler.compile(eager, recipe="rtn").notes)
-    assert "no ONNX form for 1 node(s): max_1" in plan._onnx_problem(eager)
+    graph, _ = trace(eager)
+    assert "no ONNX form for 1 node(s): max_1" in export_problem(graph.graph)
 
 
 @pytest.mark.parametrize(("config", "expected"), [

@@ -46,7 +46,7 @@ def test_on_the_cpu_kernels(compiled, library, monkeypatch):
     """Experts in standard operators, attention and all other linears in fused ones; what no kernel takes beside experts is refused."""
     monkeypatch.setattr(libraries, "library", lambda: library)
     monkeypatch.setattr(libraries, "unavailable", lambda: None)
-    if compiled.options.recipe != "resq":
+    if compiled.options.recipe != "resq" and compiled.options.weight_bits < 16:
         with pytest.raises(
             BackendError, match="16-bit activations|float weights|a scale for every 32 columns"
         ) as refused:
