@@ -55,14 +55,16 @@ RK_INLINE i32v rk_dot_quads(i32v sum, i32v a, i32v b, const int nibbles) {
 /* Lane k of v[i] becomes lane i of v[k]. */
 RK_INLINE void rk_transpose(i32v v[RK_WIDTH]) {
     i32v u[RK_WIDTH];
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
+    for (int i = 0; i < RK_WIDTH; i += 4) {
         const i32v a = ACROSS(unpacklo_epi32, v[i], v[i + 1]), b = ACROSS(unpackhi_epi32, v[i], v[i + 1]);
         const i32v c = ACROSS(unpacklo_epi32, v[i + 2], v[i + 3]), d = ACROSS(unpackhi_epi32, v[i + 2], v[i + 3]);
         u[i] = ACROSS(unpacklo_epi64, a, c), u[i + 1] = ACROSS(unpackhi_epi64, a, c);
         u[i + 2] = ACROSS(unpacklo_epi64, b, d), u[i + 3] = ACROSS(unpackhi_epi64, b, d);
     }
+#endif
+#if defined(__AVX512F__)
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         const i32v a = ACROSS(shuffle_i32x4, u[i], u[i + 4], 0x88), b = ACROSS(shuffle_i32x4, u[i], u[i + 4], 0xdd);
@@ -71,13 +73,6 @@ RK_INLINE void rk_transpose(i32v v[RK_WIDTH]) {
         v[i + 4] = ACROSS(shuffle_i32x4, b, d, 0x88), v[i + 12] = ACROSS(shuffle_i32x4, b, d, 0xdd);
     }
 #elif defined(__AVX2__)
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) {
-        const i32v a = ACROSS(unpacklo_epi32, v[i], v[i + 1]), b = ACROSS(unpackhi_epi32, v[i], v[i + 1]);
-        const i32v c = ACROSS(unpacklo_epi32, v[i + 2], v[i + 3]), d = ACROSS(unpackhi_epi32, v[i + 2], v[i + 3]);
-        u[i] = ACROSS(unpacklo_epi64, a, c), u[i + 1] = ACROSS(unpackhi_epi64, a, c);
-        u[i + 2] = ACROSS(unpacklo_epi64, b, d), u[i + 3] = ACROSS(unpackhi_epi64, b, d);
-    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         v[i] = ACROSS(permute2x128_si256, u[i], u[i + 4], 0x20), v[i + 4] = ACROSS(permute2x128_si256, u[i], u[i + 4], 0x31);
