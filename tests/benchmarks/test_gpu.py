@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-
 
 @pytest.fixture(scope="module")
-def gpu():
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def gpu(script):
+    return script("gpu")
 
 
 def test_needs_a_gpu(gpu, monkeypatch, capsys):
@@ -72,7 +66,7 @@ def test_the_report(gpu):
 
 
 def test_every_test_marked_gpu_is_found(gpu):
-    marked = [f for f in (PATH.parents[1] / "tests").rglob("test_*.py") if gpu.MARK in f.read_text()]
+    marked = [f for f in Path(__file__).parents[1].rglob("test_*.py") if gpu.MARK in f.read_text()]
     assert {f.name for f in marked} >= {"test_device.py", "test_decode.py", "test_quantized.py"}
 
 
