@@ -26,7 +26,7 @@ class ExportedModel:
 
         self.decoder = OnnxDecoder(directory, threads=threads)
         self.config = AutoConfig.from_pretrained(directory)
-        self.profile = self.decoder.session.get_modelmeta().custom_metadata_map.get("resq.profile", "unknown")
+        self.profile = session.session_metadata(self.decoder.session).get("resq.profile", "unknown")
 
     @property
     def tokenizer(self) -> Any:

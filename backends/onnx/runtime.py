@@ -54,10 +54,16 @@ class OnnxDecoder:
         self.settings = self._settings()
         self._bound = BoundSession(self.session) if ort.is_native(self.session) else None
         self.short_length = short_length(self.settings)
-        described = self.session.get_modelmeta().custom_metadata_map
-        self.longest_text, self.longest_row = (
-            int(described[key]) if key in described else None for key in (LONGEST_KEY, LONGEST_ROW_KEY)
-        )
+        self.longest_text, self.longest_row = (self._limit(key) for key in (LONGEST_KEY, LONGEST_ROW_KEY))
+
+    def _limit(self, key: str) -> int | None:
+        """A number of positions in the metadata of the model, if there is one."""
+        found = ort.session_metadata(self.session).get(key)
+        if found is not None and not (found.isdecimal() and found.isascii()):
+            raise BackendError(
+                f"{key} in the metadata of the model: expected a number, got {found[:80]!r}; export the model again"
+            )
+        return None if found is None else int(found)
 
     def _settings(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}

@@ -103,14 +103,36 @@ def metadata(source: str | bytes) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+def session_metadata(session: Any) -> dict[str, str]:
+    """The metadata of the model of a session. Raises BackendError: it is no text."""
+    try:
+        return dict(session.get_modelmeta().custom_metadata_map)
+    except UnicodeDecodeError as error:
+        raise BackendError(f"the metadata of the model is damaged: {error}; write it again with export_onnx") from error
+
+
 def is_native(session: Any) -> bool:
     """Whether a session is of profile `native`: its cache can be written in place."""
-    return session.get_modelmeta().custom_metadata_map.get("resq.profile") == "native"
+    return session_metadata(session).get("resq.profile") == "native"
 
 
 def recommended_options(described: dict[str, str]) -> dict[str, str]:
-    """The session options in a model's metadata; {} for a model of another origin."""
-    return dict(json.loads(described.get("resq.session_options", "{}")))
+    """The session options in a model's metadata; {} for a model of another origin. Raises BackendError: they are none."""
+    written = described.get("resq.session_options", "{}")
+    try:
+        options = json.loads(written)
+    except ValueError as error:  # protobuf leaves bytes that are no text as they are
+        raise _no_options(written) from error
+    if not isinstance(options, dict) or not all(isinstance(value, str) for value in options.values()):
+        raise _no_options(written)
+    return options
+
+
+def _no_options(written: object) -> BackendError:
+    return BackendError(
+        f"resq.session_options in the metadata of the model: expected a JSON object of texts, got {str(written)[:80]!r}; "
+        "it is damaged: write it again with export_onnx"
+    )
 
 
 def to_ort(tensor: Tensor) -> Any:

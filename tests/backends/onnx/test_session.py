@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import types
 
+import onnx
 import pytest
 import torch
 from resq_compiler.backends.onnx import session as ort
@@ -13,11 +15,13 @@ from resq_compiler.backends.onnx.backend import OnnxRunner
 from resq_compiler.backends.onnx.runtime import OnnxDecoder
 from resq_compiler.backends.onnx.shared_buffers import BoundSession
 
+from resq_compiler.errors import BackendError
 from resq_compiler.util.torch_state import denormals, flushes_denormals
 
 FIRST = """
 import sys
 from resq_compiler.backends.onnx import session
+from resq_compiler.errors import BackendError
 from resq_compiler.util.torch_state import flushes_denormals
 opened = session.open_session(sys.argv[1])
 assert session.recommended_options(opened.get_modelmeta().custom_metadata_map) == {"session.set_denormal_as_zero": "1"}
@@ -67,3 +71,24 @@ def test_denormals_during_a_run(entry):
         assert flushes_denormals() == (entry != "1")
     assert seen == [entry == "1"] * 3
     assert (torch.tensor(1e-40) * 1 == 0) == flushes_denormals()
+
+
+@pytest.mark.parametrize("written", ["{", "[]", '{"a": 1}', b"\xff\xfe{"])
+def test_damaged_session_options(written):
+    with pytest.raises(BackendError, match="resq.session_options.*expected a JSON object of texts.*write it again"):
+        ort.recommended_options({"resq.session_options": written})
+
+
+def test_damaged_metadata(exported, tmp_path):
+    """Of a real model: bytes that are no text, and a number that is none."""
+    directory = tmp_path / "onnx"
+    shutil.copytree(exported, directory)
+    model = onnx.load(directory / "model.onnx", load_external_data=False)
+    model.metadata_props.add(key="resq.longest_text", value="12x")
+    onnx.save(model, directory / "model.onnx")
+    with pytest.raises(BackendError, match="resq.longest_text in the metadata.*expected a number, got '12x'"):
+        OnnxDecoder(directory)
+    content = (directory / "model.onnx").read_bytes()
+    (directory / "model.onnx").write_bytes(content.replace(b"12x", b"\xff\xfe\xff"))
+    with pytest.raises(BackendError, match="damaged"):
+        OnnxDecoder(directory)
