@@ -19,6 +19,7 @@ from resq_compiler.errors import ModelError
 from resq_compiler.frontend import opened
 from resq_compiler.frontend.checks import check_model
 from resq_compiler.frontend.opened import OpenedModel
+from resq_compiler.frontend.plausible import check_plausible
 from resq_compiler.frontend.source import ModelSource
 from resq_compiler.frontend.source_files import (
     apply_gguf_rope,
@@ -237,6 +238,8 @@ def _read_config(location: _Location) -> Any:
         raise ModelError(_not_loaded(location, "configuration", error)) from error
     _check_config(config, f"model {location}")
     config._attn_implementation = None  # one that a file names may not be installed here; transformers takes what is
+    if location.kind != "hub":
+        check_plausible(config, Path(location.name, location.gguf_file or ""), f"model {location}")
     return config
 
 
@@ -292,7 +295,13 @@ def _check_config(config: Any, where: str) -> None:
         raise ModelError(
             f"{where}: {config.model_type} is an encoder-decoder; expected a decoder-only causal language model"
         )
-    for name in config.architectures or ():
+    named = config.architectures or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ModelError(
+            f"{where}: architectures in config.json: expected names of classes, got {named!r}; the file is damaged: "
+            "write or download it again"
+        )
+    for name in named:
         if name.endswith(_HEADLESS) and name not in _causal_classes():
             raise ModelError(f"{where}: {_no_head(name)}")
     quantization = getattr(config, "quantization_config", None)

@@ -73,10 +73,14 @@ def _build(path: Path, config: dict[str, Any], options: CompileConfig, data: Map
 def _source_config(values: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of the float original; of a class that transformers does not know, its plain values."""
     model_type = values["model_type"]
-    if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type].from_dict(values)
-    config = PreTrainedConfig.from_dict(values)
-    config.model_type = model_type  # type: ignore[misc]
+    known = model_type in CONFIG_MAPPING
+    try:
+        config: PreTrainedConfig = (CONFIG_MAPPING[model_type] if known else PreTrainedConfig).from_dict(values)
+    except Exception as error:  # transformers checks types by errors of its own
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"source_config in {CONFIG} cannot be read ({reason}); the file is damaged") from error
+    if not known:
+        config.model_type = model_type  # type: ignore[misc]
     return config
 
 

@@ -107,6 +107,7 @@ def test_refuses_what_is_not_a_causal_decoder():
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantized \(quant_method gptq\)"),
         ({"quantization_config": {"quant_method": "resq"}}, "open it with resq_compiler.load"),
         ({"architectures": ["LlamaForTokenClassification"]}, "no causal language-model head"),
+        ({"architectures": [None]}, r"expected names of classes, got \[None\]; the file is damaged"),
         ({"model_type": "no-such-type"}, "could not load the configuration"),
         ({"num_hidden_layers": 3}, r"lacks 9 weights of LlamaForCausalLM, the first is model\.layers\.2\."),
         ({"hidden_size": 32}, "could not load the weights"),

@@ -72,6 +72,7 @@ def version(text):
     (version("x"), "format version x"),
     (in_config(lambda c: c["quantization_config"]["options"].update(colour=1)), "colour"),
     (in_config(lambda c: c.pop("source_config")), "malformed"),
+    (in_config(lambda c: c["source_config"].update(attention_bias=None)), "source_config in config.json cannot be read.*attention_bias"),
     (in_config(lambda c: c["quantization_config"].update(quant_method="awq")), "not compiled by resq .quantized by awq"),
 ])  # fmt: skip
 def test_damage_is_named(copied, damage, message):

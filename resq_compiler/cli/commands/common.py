@@ -49,6 +49,7 @@ def meta_model(name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from resq_compiler.frontend.plausible import check_plausible
     from resq_compiler.frontend.source_files import check_directory, check_hub
 
     quiet_libraries()
@@ -63,6 +64,8 @@ def meta_model(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **arguments)
         config._attn_implementation = None  # as load_model
+        if path.exists():
+            check_plausible(config, path, f"model {name}")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     except (OSError, ValueError, KeyError) as error:
