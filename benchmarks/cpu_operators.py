@@ -33,7 +33,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a block; an eighth of the residual stream's and of a head's columns have 8 bits."""
+    """Sizes of a block; an eighth of the residual stream's, of a head's and of the down projection's columns have 8 bits."""
 
     hidden: int
     heads: int
@@ -46,8 +46,8 @@ class Shape:
     def head(self) -> CachedHead:
         return CachedHead(self.head_dim * 7 // 8, self.head_dim // 8)
 
-    def parts(self) -> list[CodePart]:
-        return [CodePart(4, self.hidden * 7 // 8), CodePart(8, self.hidden // 8)]
+    def parts(self, columns: int) -> list[CodePart]:
+        return [CodePart(4, columns * 7 // 8), CodePart(8, columns // 8)]
 
 
 SHAPES = {"smollm": Shape(576, 9, 3, 64, 1536, 49152), "qwen": Shape(1536, 12, 2, 128, 8960, 151936)}
@@ -81,21 +81,21 @@ def block(kernels: Library, s: Shape, rows: int, past: int, threads: int) -> dic
     tables, basis = (random(1, rows, s.head_dim), random(1, rows, s.head_dim)), torch.eye(s.head_dim)
     heads = [CodePart(4, s.head.low, s.heads), CodePart(8, s.head.high, s.heads)]
     mask = torch.ones(1, past + rows, dtype=torch.bool)
-    gate, up = random(rows, s.ffn), random(rows, s.ffn)
+    gate, up, parts, inner = random(rows, s.ffn), random(rows, s.ffn), s.parts(s.hidden), s.parts(s.ffn)
     queries = random(1, rows, s.heads, s.head_dim)
 
     def attend() -> Tensor | RowParts:
         return attn.attention(kernels, queries, cache, 0.125, mask, parts=heads, threads=threads)
 
     return {
-        "norm": lambda: norm_quantize(kernels, x, s.parts(), "rms", torch.ones(s.hidden), None, 1e-5, threads),
-        "q/k/v": linear(kernels, x, s.parts(), sum(widths), threads),
+        "norm": lambda: norm_quantize(kernels, x, parts, "rms", torch.ones(s.hidden), None, 1e-5, threads),
+        "q/k/v": linear(kernels, x, parts, sum(widths), threads),
         "rope": lambda: attn.rope_cache(kernels, q, k, v, tables, cache, basis, threads=threads),
         "attention": attend,
         "o": linear(kernels, random(rows, widths[0]), heads, s.hidden, threads),
-        "gate/up": linear(kernels, x, s.parts(), 2 * s.ffn, threads),
-        "hadamard": lambda: hadamard_quantize(kernels, gate, up, [CodePart(4, s.ffn)], "silu", False, threads),
-        "down": linear(kernels, random(rows, s.ffn), [CodePart(4, s.ffn)], s.hidden, threads),
+        "gate/up": linear(kernels, x, parts, 2 * s.ffn, threads),
+        "hadamard": lambda: hadamard_quantize(kernels, gate, up, inner, "silu", False, threads),
+        "down": linear(kernels, random(rows, s.ffn), inner, s.hidden, threads),
     }  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 /* Gate x up, a fast Hadamard transform and codes of the down projection's input, one pass over the row: operands in resq_kernels.h.
  *
  * A factor of order n whose later factors have the product r sees the row as [left, n, r] and multiplies along the middle axis:
- * butterflies for Sylvester matrices, a small dense product for others. */
+ * butterflies for Sylvester matrices, small dense products for others. */
 #include <math.h>
 
 #include "activations.h"
+#include "hadamard_dense.h"
 #include "quantize.h"
 
 static int64_t hadamard_quantize_units(const rk_hadamard_quantize_args *a) { return a->rows; }
@@ -55,57 +56,15 @@ static void butterflies(float *x, int64_t order, int64_t right) {
             butterfly(x + i, x + i + distance, distance);
 }
 
-/* y[j] = sum_i factor[i][j] x[i] for some vectors of columns, or one of `count`, and DENSE_ROWS values of j at a time. Products with +1
- * and -1 are exact, so that a fused multiply-add gives the bits of an addition. */
-#define DENSE_ROWS 4
-#define DENSE_VECTORS 2
-RK_INLINE void dense_columns(const float *factor, int64_t order, const float *x, int64_t right, const int vectors, int64_t count, float *y) {
-    for (int64_t j = 0; j < order; j += DENSE_ROWS) {
-        f32v sums[DENSE_ROWS][DENSE_VECTORS];
-#pragma GCC unroll 4
-        for (int d = 0; d < DENSE_ROWS; d++)
-#pragma GCC unroll 2
-            for (int c = 0; c < vectors; c++)
-                sums[d][c] = (f32v){0};
-        for (int64_t i = 0; i < order; i++) {
-            f32v v[DENSE_VECTORS];
-#pragma GCC unroll 2
-            for (int c = 0; c < vectors; c++)
-                v[c] = rk_load_some(x + i * right + c * RK_WIDTH, count);
-#pragma GCC unroll 4
-            for (int d = 0; d < DENSE_ROWS; d++)
-#pragma GCC unroll 2
-                for (int c = 0; c < vectors; c++)
-                    sums[d][c] = rk_fma(rk_splat(factor[i * order + j + d]), v[c], sums[d][c]);
-        }
-#pragma GCC unroll 4
-        for (int d = 0; d < DENSE_ROWS; d++)
-#pragma GCC unroll 2
-            for (int c = 0; c < vectors; c++)
-                rk_store_some(y + (j + d) * right + c * RK_WIDTH, sums[d][c], count);
-    }
-}
-
-/* A dense factor along the first axis of x [order, right]; orders that are not powers of two are multiples of 4. */
-static void dense(const float *factor, float *x, int64_t order, int64_t right, float *space) {
-    int64_t i = 0;
-    for (; i + DENSE_VECTORS * RK_WIDTH <= right; i += DENSE_VECTORS * RK_WIDTH)
-        dense_columns(factor, order, x + i, right, DENSE_VECTORS, RK_WIDTH, space + i);
-    for (; i < right; i += RK_WIDTH)
-        dense_columns(factor, order, x + i, right, 1, rk_min(RK_WIDTH, right - i), space + i);
-    memcpy(x, space, sizeof(float) * (size_t)(order * right));
-}
-
 static void transform_row(const rk_transform *t, float *x, int64_t width, float *space) {
     int64_t right = width / t->blocks;
     for (int f = 0; f < t->factors; f++) {
         const int64_t order = t->order[f], size = right;
         right /= order;
-        for (int64_t at = 0; at < width; at += size)
-            if (t->factor[f])
-                dense(t->factor[f], x + at, order, right, space);
-            else
-                butterflies(x + at, order, right);
+        if (t->factor[f])
+            dense(t->factor[f], x, width / size, order, right, space);
+        for (int64_t at = 0; !t->factor[f] && at < width; at += size)
+            butterflies(x + at, order, right);
     }
 }
 
