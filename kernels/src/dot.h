@@ -1,11 +1,11 @@
 /* Integer products of a few rows of activation codes with one run of a tile of weights, by instruction set.
  *
- *   dot_nibbles(w, blocks, x, stride, rows, acc)    weights of up to 4 bits; acc[r][c] = sum_k x[r][k] * stored weight[c][k]
+ *   dot_nibbles(w, blocks, x, stride, rows, acc)    weights of up to 4 bits; acc[r][c] += sum_k x[r][k] * stored weight[c][k]
  *   dot_bytes(w, blocks, x, stride, rows, acc)      wider weights
  *
  * w: `blocks` blocks of 8 columns, laid out as resq_kernels.h says.  x: rows of codes, `stride` bytes apart.
- * acc: int32 [rows][64], written; rows is 1..DOT_ROWS. Stored weights are code + NIBBLE_OFFSET or code + BYTE_OFFSET: what these
- * functions multiply with, so a version that takes the offset out itself says 0. Sums wrap modulo 2^32. */
+ * acc: int32 [rows][64], as vectors; rows is a constant, 1..DOT_ROWS. Stored weights are code + NIBBLE_OFFSET or code + BYTE_OFFSET:
+ * what these functions multiply with, so a version that takes the offset out itself says 0. Sums wrap modulo 2^32. */
 #ifndef RK_DOT_H
 #define RK_DOT_H
 
@@ -17,15 +17,10 @@
 
 RK_INLINE int32_t rk_load32(const int8_t *p) { int32_t v; memcpy(&v, p, 4); return v; }
 
-/* Calls run(w, blocks, x, stride, ROWS, acc) with a constant number of rows, so that accumulators are registers. */
-#define RK_ROWS_1(run) case 1: run(w, blocks, x, stride, 1, acc); break;
-#define RK_ROWS_4(run) RK_ROWS_1(run) case 2: run(w, blocks, x, stride, 2, acc); break; \
-    case 3: run(w, blocks, x, stride, 3, acc); break; default: run(w, blocks, x, stride, 4, acc); break;
-#define RK_ROWS_6(run) RK_ROWS_1(run) case 2: run(w, blocks, x, stride, 2, acc); break; \
-    case 3: run(w, blocks, x, stride, 3, acc); break; case 4: run(w, blocks, x, stride, 4, acc); break; \
-    case 5: run(w, blocks, x, stride, 5, acc); break; default: run(w, blocks, x, stride, 6, acc); break;
-
 #define DOT_PARAMETERS const uint8_t *w, int64_t blocks, const int8_t *x, int64_t stride
+#define DOT_VECTORS (RK_TILE / RK_WIDTH)
+
+typedef i32v dot_sums[][DOT_VECTORS];
 
 #if defined(RK_AVX512VNNI)
 #include "dot_avx512vnni.h"

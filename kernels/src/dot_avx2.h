@@ -18,10 +18,9 @@
 #define VECTORS(rows) (2 * PIECES(rows))
 #define WIDEN_EVERY 4 /* blocks: two vpmaddubsw each */
 
-typedef __m256i dot_sums[DOT_ROWS][8];
+typedef __m256i piece_sums[DOT_ROWS][8];
 
 RK_INLINE __m256i dot_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-RK_INLINE void dot_store(int32_t *sums, __m256i v) { _mm256_storeu_si256((__m256i *)sums, v); }
 RK_INLINE __m256i dot_codes(const int8_t *x) { return _mm256_set1_epi32(rk_load32(x)); }
 
 /* One nibble of 32 bytes. */
@@ -30,7 +29,7 @@ RK_INLINE __m256i dot_nibble(const uint8_t *w, const int high) {
     return _mm256_and_si256(high ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
 }
 
-RK_INLINE void dot_clear(const int rows, dot_sums acc) {
+RK_INLINE void dot_clear(const int rows, piece_sums acc) {
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -49,10 +48,15 @@ RK_INLINE void dot_prefetch(const uint8_t *w, const int rows, const int block) {
 
 #if defined(RK_AVXVNNI)
 
-RK_INLINE void dot_pieces(DOT_PARAMETERS, const int rows, const int nibbles, int32_t *sums) {
+RK_INLINE void dot_pieces(DOT_PARAMETERS, const int rows, const int nibbles, int first, dot_sums sums) {
     const int block = nibbles ? NIBBLE_BLOCK : BYTE_BLOCK;
-    dot_sums acc;
-    dot_clear(rows, acc);
+    piece_sums acc;
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+            if (i < VECTORS(rows))
+                acc[r][i] = (__m256i)sums[r][first + i];
     for (int64_t k = 0; k < blocks; k++, w += block, x += 8) {
         dot_prefetch(w, rows, block);
 #pragma GCC unroll 2
@@ -77,40 +81,38 @@ RK_INLINE void dot_pieces(DOT_PARAMETERS, const int rows, const int nibbles, int
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++)
             if (i < VECTORS(rows))
-                dot_store(sums + 64 * r + 8 * i, acc[r][i]);
+                sums[r][first + i] = (i32v)acc[r][i];
 }
 
-RK_INLINE void dot_rows_nibbles(DOT_PARAMETERS, const int rows, int32_t *acc) {
+RK_INLINE void dot_nibbles(DOT_PARAMETERS, const int rows, dot_sums acc) {
     for (int i = 0; i < 4; i += PIECES(rows))
-        dot_pieces(w + 64 * i, blocks, x, stride, rows, 1, acc + 16 * i);
+        dot_pieces(w + 64 * i, blocks, x, stride, rows, 1, 2 * i, acc);
 }
 
-RK_INLINE void dot_rows_bytes(DOT_PARAMETERS, const int rows, int32_t *acc) {
+RK_INLINE void dot_bytes(DOT_PARAMETERS, const int rows, dot_sums acc) {
     for (int i = 0; i < 4; i += PIECES(rows))
-        dot_pieces(w + 64 * i, blocks, x, stride, rows, 0, acc + 16 * i);
+        dot_pieces(w + 64 * i, blocks, x, stride, rows, 0, 2 * i, acc);
 }
 
 #else
 
 /* sums += factor * acc, acc = 0 */
-RK_INLINE void dot_widen(dot_sums acc, const int rows, const int factor, int32_t *sums) {
+RK_INLINE void dot_widen(piece_sums acc, const int rows, const int factor, int first, dot_sums sums) {
     const __m256i factors = _mm256_set1_epi16((short)factor);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++)
-            if (i < VECTORS(rows)) {
-                int32_t *at = sums + 64 * r + 8 * i;
-                dot_store(at, _mm256_add_epi32(dot_load(at), _mm256_madd_epi16(acc[r][i], factors)));
-            }
+            if (i < VECTORS(rows))
+                sums[r][first + i] += (i32v)_mm256_madd_epi16(acc[r][i], factors);
     dot_clear(rows, acc);
 }
 
 /* sums += factor * product with one nibble of every byte. Columns 4..7 of a block lie `second_at` bytes behind columns 0..3;
  * first_high, second_high: whether they are in the high nibbles. */
 RK_INLINE void dot_pieces(DOT_PARAMETERS, const int rows, const int block, const int second_at, const int first_high,
-                          const int second_high, const int factor, int32_t *sums) {
-    dot_sums acc;
+                          const int second_high, const int factor, int first, dot_sums sums) {
+    piece_sums acc;
     dot_clear(rows, acc);
     for (int64_t k = 0; k < blocks;) {
         for (int64_t stop = rk_min(k + WIDEN_EVERY, blocks); k < stop; k++, w += block, x += 8) {
@@ -134,25 +136,20 @@ RK_INLINE void dot_pieces(DOT_PARAMETERS, const int rows, const int block, const
                     }
                 }
         }
-        dot_widen(acc, rows, factor, sums);
+        dot_widen(acc, rows, factor, first, sums);
     }
 }
 
-RK_INLINE void dot_rows_nibbles(DOT_PARAMETERS, const int rows, int32_t *acc) {
-    memset(acc, 0, sizeof(int32_t) * 64 * (size_t)rows);
+RK_INLINE void dot_nibbles(DOT_PARAMETERS, const int rows, dot_sums acc) {
     for (int i = 0; i < 4; i += PIECES(rows))
-        dot_pieces(w + 64 * i, blocks, x, stride, rows, NIBBLE_BLOCK, 0, 0, 1, 1, acc + 16 * i);
+        dot_pieces(w + 64 * i, blocks, x, stride, rows, NIBBLE_BLOCK, 0, 0, 1, 1, 2 * i, acc);
 }
 
-RK_INLINE void dot_rows_bytes(DOT_PARAMETERS, const int rows, int32_t *acc) {
-    memset(acc, 0, sizeof(int32_t) * 64 * (size_t)rows);
+RK_INLINE void dot_bytes(DOT_PARAMETERS, const int rows, dot_sums acc) {
     for (int i = 0; i < 4; i += PIECES(rows)) {
-        dot_pieces(w + 64 * i, blocks, x, stride, rows, BYTE_BLOCK, 256, 0, 0, 1, acc + 16 * i);
-        dot_pieces(w + 64 * i, blocks, x, stride, rows, BYTE_BLOCK, 256, 1, 1, 16, acc + 16 * i);
+        dot_pieces(w + 64 * i, blocks, x, stride, rows, BYTE_BLOCK, 256, 0, 0, 1, 2 * i, acc);
+        dot_pieces(w + 64 * i, blocks, x, stride, rows, BYTE_BLOCK, 256, 1, 1, 16, 2 * i, acc);
     }
 }
 
 #endif
-
-static void dot_nibbles(DOT_PARAMETERS, int rows, int32_t *acc) { switch (rows) { DOT_SWITCH(dot_rows_nibbles) } }
-static void dot_bytes(DOT_PARAMETERS, int rows, int32_t *acc) { switch (rows) { DOT_SWITCH(dot_rows_bytes) } }

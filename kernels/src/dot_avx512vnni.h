@@ -5,8 +5,7 @@
 #define BYTE_OFFSET 128
 #define PREFETCH_DISTANCE 2048
 
-RK_INLINE void dot_block(const uint8_t *w, const int8_t *x, int64_t stride, const int rows, const int nibbles, const int half,
-                         __m512i acc[DOT_ROWS][4]) {
+RK_INLINE void dot_block(const uint8_t *w, const int8_t *x, int64_t stride, const int rows, const int nibbles, const int half, dot_sums acc) {
     __m512i v[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -20,18 +19,12 @@ RK_INLINE void dot_block(const uint8_t *w, const int8_t *x, int64_t stride, cons
         __asm__("" : "+v"(codes)); /* one load, not one for each product */
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
-            acc[r][i] = _mm512_dpbusd_epi32(acc[r][i], v[i], codes);
+            acc[r][i] = (i32v)_mm512_dpbusd_epi32((__m512i)acc[r][i], v[i], codes);
     }
 }
 
-RK_INLINE void dot_rows(DOT_PARAMETERS, const int rows, const int nibbles, int32_t *sums) {
+RK_INLINE void dot_rows(DOT_PARAMETERS, const int rows, const int nibbles, dot_sums acc) {
     const int64_t block = nibbles ? NIBBLE_BLOCK : BYTE_BLOCK;
-    __m512i acc[DOT_ROWS][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            acc[r][i] = _mm512_setzero_si512();
     for (int64_t k = 0; k < blocks; k++, w += block, x += 8) {
         if (rows == 1) /* memory is the limit: ask for what the next tiles need */
 #pragma GCC unroll 8
@@ -40,15 +33,7 @@ RK_INLINE void dot_rows(DOT_PARAMETERS, const int rows, const int nibbles, int32
         dot_block(w, x, stride, rows, nibbles, 0, acc);
         dot_block(w, x, stride, rows, nibbles, 1, acc);
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            _mm512_storeu_si512(sums + 64 * r + 16 * i, acc[r][i]);
 }
 
-RK_INLINE void dot_rows_nibbles(DOT_PARAMETERS, const int rows, int32_t *acc) { dot_rows(w, blocks, x, stride, rows, 1, acc); }
-RK_INLINE void dot_rows_bytes(DOT_PARAMETERS, const int rows, int32_t *acc) { dot_rows(w, blocks, x, stride, rows, 0, acc); }
-
-static void dot_nibbles(DOT_PARAMETERS, int rows, int32_t *acc) { switch (rows) { RK_ROWS_6(dot_rows_nibbles) } }
-static void dot_bytes(DOT_PARAMETERS, int rows, int32_t *acc) { switch (rows) { RK_ROWS_6(dot_rows_bytes) } }
+RK_INLINE void dot_nibbles(DOT_PARAMETERS, const int rows, dot_sums acc) { dot_rows(w, blocks, x, stride, rows, 1, acc); }
+RK_INLINE void dot_bytes(DOT_PARAMETERS, const int rows, dot_sums acc) { dot_rows(w, blocks, x, stride, rows, 0, acc); }

@@ -19,15 +19,17 @@ RK_INLINE int8x16_t dot_two_rows(const int8_t *x, int64_t stride, const int two)
     return vcombine_s8(first, two ? vld1_s8(x + stride) : vdup_n_s8(0));
 }
 
-/* acc[p][2 i + j]: rows 2 p and 2 p + 1 with channels 4 i + 2 j and 4 i + 2 j + 1 */
+/* sums [rows][64] += ...; acc[p][2 i + j]: rows 2 p and 2 p + 1 with channels 4 i + 2 j and 4 i + 2 j + 1 */
 RK_INLINE void dot_piece(DOT_PARAMETERS, const int rows, const int nibbles, int32_t *sums) {
     const int pairs = (rows + 1) / 2;
     int32x4_t acc[DOT_ROWS / 2][8];
 #pragma GCC unroll 3
     for (int p = 0; p < pairs; p++)
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++)
-            acc[p][i] = vdupq_n_s32(0);
+        for (int i = 0; i < 8; i++) {
+            const int32_t *at = sums + 128 * p + 2 * i;
+            acc[p][i] = vcombine_s32(vld1_s32(at), 2 * p + 1 < rows ? vld1_s32(at + 64) : vdup_n_s32(0));
+        }
     for (int64_t k = 0; k < blocks; k++, w += nibbles ? NIBBLE_BLOCK : BYTE_BLOCK, x += 8) {
         int8x16_t codes[DOT_ROWS / 2];
 #pragma GCC unroll 3
@@ -64,7 +66,7 @@ RK_INLINE void dot_piece(DOT_PARAMETERS, const int rows, const int nibbles, int3
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
-            acc[r][i] = vdupq_n_s32(0);
+            acc[r][i] = vld1q_s32(sums + 64 * r + 4 * i);
     for (int64_t k = 0; k < blocks; k++, w += nibbles ? NIBBLE_BLOCK : BYTE_BLOCK, x += 8)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
@@ -89,15 +91,12 @@ RK_INLINE void dot_piece(DOT_PARAMETERS, const int rows, const int nibbles, int3
 
 #endif
 
-RK_INLINE void dot_rows_nibbles(DOT_PARAMETERS, const int rows, int32_t *acc) {
+RK_INLINE void dot_nibbles(DOT_PARAMETERS, const int rows, dot_sums acc) {
     for (int i = 0; i < 4; i++)
-        dot_piece(w + 64 * i, blocks, x, stride, rows, 1, acc + 16 * i);
+        dot_piece(w + 64 * i, blocks, x, stride, rows, 1, (int32_t *)acc + 16 * i);
 }
 
-RK_INLINE void dot_rows_bytes(DOT_PARAMETERS, const int rows, int32_t *acc) {
+RK_INLINE void dot_bytes(DOT_PARAMETERS, const int rows, dot_sums acc) {
     for (int i = 0; i < 4; i++)
-        dot_piece(w + 64 * i, blocks, x, stride, rows, 0, acc + 16 * i);
+        dot_piece(w + 64 * i, blocks, x, stride, rows, 0, (int32_t *)acc + 16 * i);
 }
-
-static void dot_nibbles(DOT_PARAMETERS, int rows, int32_t *acc) { switch (rows) { RK_ROWS_6(dot_rows_nibbles) } }
-static void dot_bytes(DOT_PARAMETERS, int rows, int32_t *acc) { switch (rows) { RK_ROWS_6(dot_rows_bytes) } }

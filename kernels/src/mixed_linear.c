@@ -36,68 +36,88 @@ typedef struct {
     const tile_view *tile;
     const rk_linear_part *part;
     int64_t row, run; /* run: among those of all parts */
-    int rows, group;  /* group: among those of this part */
+    int group;        /* among those of this part */
 } run_view;
 
-/* y[r] (+)= float(acc[r] - offset sum q - z sum w) * factor: scale * weight_scale, or in a part of several runs only the row's
- * scale. first: y is written, not added to. */
-RK_INLINE void add_sums(const run_view *v, const int32_t *acc, const float *weight_scale, const int first, float *y) {
+/* - offset sum q - z sum w: what is left of a sum without products */
+RK_INLINE void begin_sums(const run_view *v, const int rows, dot_sums acc) {
     const rk_mixed_linear_args *a = v->tile->args;
     const rk_part *p = &v->part->part;
     uint32_t space[RK_TILE];
     const uint32_t *weight_sum = of_tile(v->tile, a->weight_sum + v->run * a->channels, space);
     const uint32_t offset = is_nibbles(v->part) ? NIBBLE_OFFSET : BYTE_OFFSET;
-    const int64_t stride = rk_row_bytes(p), runs = v->tile->runs;
+    const int64_t stride = rk_row_size(p);
     const int8_t *code_sums = v->part->x + v->row * stride + p->groups * rk_stride(p) + 4 * v->group;
-    for (int r = 0; r < v->rows; r++, acc += RK_TILE, y += RK_TILE) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
         const uint32_t from_codes = offset * (uint32_t)rk_load32(code_sums + r * stride);
-        const uint32_t zero_point = (uint32_t)a->zero_point[(v->row + r) * runs + v->run];
-        const float scale = a->scale[(v->row + r) * runs + v->run];
-#pragma GCC unroll 4
-        for (int i = 0; i < RK_TILE; i += RK_WIDTH) {
-            u32v sum = rk_load_u32(acc + i) - from_codes - zero_point * rk_load_u32(weight_sum + i);
-            f32v value = rk_floats(sum) * (weight_scale ? scale * rk_load(weight_scale + i) : rk_splat(scale));
-            rk_store(y + i, first ? value : rk_load(y + i) + value);
+        const uint32_t zero_point = (uint32_t)a->zero_point[(v->row + r) * v->tile->runs + v->run];
+#pragma GCC unroll 16
+        for (int i = 0; i < DOT_VECTORS; i++)
+            acc[r][i] = (i32v)(-from_codes - zero_point * rk_load_u32(weight_sum + i * RK_WIDTH));
+    }
+}
+
+/* Where sums of a part go: to = before + sums + residual, rows of to and residual `stride` and `residual_stride` floats apart. before:
+ * [rows][64], or NULL for the first ones; residual: NULL but for the last ones. */
+typedef struct {
+    const float *before, *residual;
+    float *to;
+    int64_t stride, residual_stride;
+} destination;
+
+/* Adds acc[r] * factor: scale * weight_scale, or only scale where there is no weight_scale. */
+RK_INLINE void add_sums(const run_view *v, const int rows, dot_sums acc, const float *weight_scale, const float *before,
+                        const float *residual, destination d) {
+    const float *scale = v->tile->args->scale + v->row * v->tile->runs + v->run;
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        const float of_row = scale[r * v->tile->runs];
+#pragma GCC unroll 16
+        for (int i = 0; i < DOT_VECTORS; i++) {
+            const f32v factor = weight_scale ? of_row * rk_load(weight_scale + i * RK_WIDTH) : rk_splat(of_row);
+            f32v value = __builtin_convertvector(acc[r][i], f32v) * factor;
+            value = before ? rk_load(before + r * RK_TILE + i * RK_WIDTH) + value : value;
+            value = residual ? value + rk_load(residual + r * d.residual_stride + i * RK_WIDTH) : value;
+            rk_store(d.to + r * d.stride + i * RK_WIDTH, value);
         }
     }
 }
 
-static void multiply(const run_view *v, int32_t *acc) {
+RK_INLINE void add_run(const run_view *v, const int rows, const float *weight_scale, destination d) {
     const rk_part *p = &v->part->part;
-    const int64_t blocks = rk_stride(p) / 8, stride = rk_row_bytes(p);
+    const int64_t blocks = rk_stride(p) / 8, stride = rk_row_size(p), block = is_nibbles(v->part) ? NIBBLE_BLOCK : BYTE_BLOCK;
     const int8_t *x = v->part->x + v->row * stride + v->group * rk_stride(p);
-    const uint8_t *weight = v->part->weight + v->tile->tile * rk_tile_bytes(p, v->part->weight_bits);
+    const uint8_t *weight = v->part->weight + (v->tile->tile * p->groups + v->group) * blocks * block;
+    i32v acc[DOT_ROWS][DOT_VECTORS];
+    begin_sums(v, rows, acc);
     if (is_nibbles(v->part))
-        dot_nibbles(weight + v->group * blocks * NIBBLE_BLOCK, blocks, x, stride, v->rows, acc);
+        dot_nibbles(weight, blocks, x, stride, rows, acc);
     else
-        dot_bytes(weight + v->group * blocks * BYTE_BLOCK, blocks, x, stride, v->rows, acc);
-}
-
-/* A part of one run. */
-static void add_whole(const run_view *v, const float *weight_scale, int first, float *y) {
-    int32_t acc[DOT_ROWS * RK_TILE];
-    multiply(v, acc);
-    if (first)
-        add_sums(v, acc, weight_scale, 1, y);
+        dot_bytes(weight, blocks, x, stride, rows, acc);
+    if (d.before && d.residual)
+        add_sums(v, rows, acc, weight_scale, d.before, d.residual, d);
+    else if (d.before)
+        add_sums(v, rows, acc, weight_scale, d.before, 0, d);
+    else if (d.residual)
+        add_sums(v, rows, acc, weight_scale, 0, d.residual, d);
     else
-        add_sums(v, acc, weight_scale, 0, y);
+        add_sums(v, rows, acc, weight_scale, 0, 0, d);
 }
 
 /* A part of several runs: their sum, then times weight_scale. */
-static void add_grouped(run_view v, const float *weight_scale, int first, float *y) {
+RK_INLINE void add_runs(run_view v, const int rows, const float *weight_scale, destination d) {
     float sum[DOT_ROWS * RK_TILE];
-    for (v.group = 0; v.group < v.part->part.groups; v.group++, v.run++) {
-        int32_t acc[DOT_ROWS * RK_TILE];
-        multiply(&v, acc);
-        if (v.group == 0)
-            add_sums(&v, acc, 0, 1, sum);
-        else
-            add_sums(&v, acc, 0, 0, sum);
-    }
-    for (int i = 0; i < v.rows * RK_TILE; i += RK_WIDTH) {
-        f32v value = rk_load(sum + i) * rk_load(weight_scale + i % RK_TILE);
-        rk_store(y + i, first ? value : rk_load(y + i) + value);
-    }
+    for (v.group = 0; v.group < v.part->part.groups; v.group++, v.run++)
+        add_run(&v, rows, 0, (destination){v.group ? sum : 0, 0, sum, RK_TILE, 0});
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < RK_TILE; i += RK_WIDTH) {
+            const int at = r * RK_TILE + i;
+            f32v value = rk_load(sum + at) * rk_load(weight_scale + i);
+            value = d.before ? rk_load(d.before + at) + value : value;
+            value = d.residual ? value + rk_load(d.residual + r * d.residual_stride + i) : value;
+            rk_store(d.to + r * d.stride + i, value);
+        }
 }
 
 /* y = sum + bias + residual of one row of a full tile; bias and residual may be NULL. */
@@ -124,21 +144,54 @@ static void finish_row(const tile_view *t, int64_t row, const float *sum) {
     }
 }
 
-static void tile_rows(const tile_view *t, int64_t row, int rows) {
+/* Ask for what finish_row writes and reads: there is much to compute before. */
+RK_INLINE void prefetch_rows(const tile_view *t, int64_t row, const int rows) {
     const rk_mixed_linear_args *a = t->args;
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < RK_TILE; i += 16) {
+            __builtin_prefetch(a->y + (row + r) * a->y_stride + t->first_channel + i, 1);
+            if (a->residual)
+                __builtin_prefetch(a->residual + (row + r) * a->residual_stride + t->first_channel + i);
+        }
+}
+
+RK_INLINE void block_of_rows(const tile_view *t, int64_t row, const int rows) {
+    const rk_mixed_linear_args *a = t->args;
+    const int at_once = t->channels == RK_TILE && !a->bias; /* the last part's sums are the result */
     float y[DOT_ROWS * RK_TILE];
-    run_view v = {t, a->part, row, 0, rows, 0};
+    run_view v = {t, a->part, row, 0, 0};
+    prefetch_rows(t, row, rows);
     for (int i = 0; i < a->parts; i++, v.run += v.part->part.groups, v.part++) {
         uint32_t space[RK_TILE];
         const float *weight_scale = of_tile(t, a->weight_scale + i * a->channels, space);
+        destination d = {i ? y : 0, 0, y, RK_TILE, a->residual_stride};
+        if (at_once && i == a->parts - 1) {
+            d.to = a->y + row * a->y_stride + t->first_channel, d.stride = a->y_stride;
+            d.residual = a->residual ? a->residual + row * a->residual_stride + t->first_channel : 0;
+        }
         if (v.part->part.groups == 1)
-            add_whole(&v, weight_scale, i == 0, y);
+            add_run(&v, rows, weight_scale, d);
         else
-            add_grouped(v, weight_scale, i == 0, y);
+            add_runs(v, rows, weight_scale, d);
     }
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows && !at_once; r++)
         finish_row(t, row + r, y + RK_TILE * r);
 }
+
+/* A constant number of rows, so that sums are registers. */
+#define ROWS_OF_TILE(rows) static void tile_rows_##rows(const tile_view *t, int64_t row) { block_of_rows(t, row, rows); }
+ROWS_OF_TILE(1) ROWS_OF_TILE(2) ROWS_OF_TILE(3) ROWS_OF_TILE(4)
+#if DOT_ROWS == 6
+ROWS_OF_TILE(5) ROWS_OF_TILE(6)
+#endif
+static void (*const tile_rows[])(const tile_view *, int64_t) = {
+    tile_rows_1, tile_rows_2, tile_rows_3, tile_rows_4,
+#if DOT_ROWS == 6
+    tile_rows_5, tile_rows_6,
+#endif
+};
 
 static void mixed_linear(const rk_mixed_linear_args *a, int64_t begin, int64_t end) {
     const uint64_t mode = rk_enter();
@@ -151,7 +204,7 @@ static void mixed_linear(const rk_mixed_linear_args *a, int64_t begin, int64_t e
         const tile_view view = {a, tile, first, rk_min(RK_TILE, a->channels - first), runs};
         const int64_t last_row = rk_min(a->rows, (unit % chunks + 1) * UNIT_ROWS);
         for (int64_t row = unit % chunks * UNIT_ROWS; row < last_row; row += DOT_ROWS)
-            tile_rows(&view, row, (int)rk_min(DOT_ROWS, last_row - row));
+            tile_rows[rk_min(DOT_ROWS, last_row - row) - 1](&view, row);
     }
     rk_leave(mode);
 }
