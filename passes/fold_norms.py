@@ -133,7 +133,7 @@ def fold_gain(gm: GraphModule, node: Node, linears: list[Node]) -> bool:
     gain, bias = (None if t is None else graph_tools.get_tensor(gm, t).double() for t in (norm.gain, norm.bias))
     for linear in map(Linear.require, linears):
         if bias is not None:
-            add_to_bias(gm, linear, linear.weight_tensor(gm).double() @ bias)
+            add_to_bias(gm, linear, product(gm, linear, bias))
         if gain is not None:
             linear.change_rows(gm, functools.partial(torch.mul, gain))
     norm.drop_affine()
@@ -147,7 +147,7 @@ def fold_bias(gm: GraphModule, node: Node, linears: list[Node]) -> bool:
         return False
     bias = graph_tools.get_tensor(gm, norm.bias).double()
     for linear in map(Linear.require, linears):
-        add_to_bias(gm, linear, linear.weight_tensor(gm).double() @ bias)
+        add_to_bias(gm, linear, product(gm, linear, bias))
     set_argument(node, "bias", None)
     return True
 
@@ -169,6 +169,11 @@ def to_rms_norm(node: Node) -> Node:
     """Replace a LayerNorm without bias, of a centred stream, by RMSNorm."""
     norm = Norm.require(node)
     return rewrite(node, ops.rms_norm, (norm.x, norm.gain, norm.eps), FoldNorms.name)
+
+
+def product(gm: GraphModule, linear: Linear, x: Tensor) -> Tensor:
+    """W x [N], of experts [E, N]; float64."""
+    return torch.cat([weight.double() @ x for weight in graph_tools.pieces(gm, linear.weight)])
 
 
 def add_to_bias(gm: GraphModule, linear: Linear, value: Tensor) -> None:

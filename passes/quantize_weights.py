@@ -383,7 +383,7 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
 
     runner.run(inputs, goal, see, also=() if stream is None else (stream,))
     pool(moment)
-    return moment.mean()
+    return moment.take_mean()
 
 
 def written_stream(group: list[Site], topology: Topology) -> Node | None:

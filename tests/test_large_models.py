@@ -9,6 +9,11 @@ import pytest
 import torch
 
 import resq_compiler
+from resq_compiler.frontend.capture import capture_promised
+from resq_compiler.frontend.opened import of_instance
+from resq_compiler.frontend.source import ModelSource
+from resq_compiler.ir import graph_tools, promises
+from resq_compiler.pipeline.run import prefill_and_decode
 from resq_compiler.tiny import tiny_model, tiny_tokens
 from resq_compiler.util import memory
 
@@ -34,3 +39,18 @@ def test_blocks_in_files_change_nothing(recipe, compiled, tmp_path, monkeypatch)
     del large, ours, model
     gc.collect()
     assert not work.exists()
+
+
+@pytest.mark.parametrize("family", ["llama-untied", "gemma2", "opt"])
+def test_a_prefill_and_its_decode_hold_a_block_at_a_time(family):
+    model = tiny_model(family, num_hidden_layers=8)
+    opened = of_instance(model, None, "here", ModelSource("instance", ""))
+    captured = capture_promised(opened.skeleton, opened.weights)
+    promises.ledger.reset()
+    before = promises.ledger.held
+    found = prefill_and_decode(captured.graph_module, captured.example_inputs)
+    block = sum(p.nbytes for name, p in model.named_parameters() if ".layers.0." in name)
+    table = max(p.nbytes for p in model.parameters())
+    assert promises.ledger.most - before < 2 * block + table
+    graph_tools.settle(captured.graph_module)
+    assert torch.equal(found, prefill_and_decode(captured.graph_module, captured.example_inputs))

@@ -12,8 +12,9 @@ Source: the Fisher matrix as second derivative of the KL divergence (Amari, Natu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.calibration import executor
+from resq_compiler.calibration import executor, precision
+from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.errors import DataError
 from resq_compiler.ir import graph_tools
 from resq_compiler.ir.args import source
@@ -77,17 +79,16 @@ def measure(
     sites = places(topology)
     length = min(LENGTH, windows.shape[1])
     windows = windows[:, :length][: max(1, TOKENS // length)]
-    draw = generator(seed, "sensitivity")
+    wanted = {p.node for where in sites.values() for p in where}
     total: dict[Site, Tensor] = {}
-    for i, ids in enumerate(windows.split(1)):
-        progress("sensitivity", i, len(windows))
-        values = backward(gm, topology, ids, [p.node for where in sites.values() for p in where], draw)
+    for values in backward(gm, topology, windows.split(1), wanted, generator(seed, "sensitivity"), progress):
         for site, where in sites.items():
             for place in where:
-                found = weighted_moment(values[place.node], place).cpu() / windows.numel()
-                total[site] = total[site] + found if site in total else found
+                if place.node in values:
+                    found = weighted_moment(values[place.node], place).cpu() / windows.numel()
+                    total[site] = total[site].add_(found) if site in total else found
+        del values
         memory.trim()
-    progress("sensitivity", len(windows), len(windows))
     if bad := [site for site, moment in total.items() if not bool(moment.isfinite().all())]:
         raise DataError(
             f"sensitivity of {bad[0]}: the gradient is not finite on the calibration data; check the model and the text"
@@ -96,27 +97,80 @@ def measure(
 
 
 def backward(
-    gm: GraphModule, topology: Topology, ids: Tensor, nodes: Iterable[Node], draw: torch.Generator
-) -> dict[Node, Tensor]:
-    """Values of nodes, with gradients of the log-likelihood of tokens drawn from the model's predictions for ids [B, S]."""
-    start, wanted = topology.blocks[0].start, set(nodes)
-    env = {**executor.shared_values(gm, ids, start), **executor.first_tokens(gm, ids)}
-    executor.Schedule(gm, [start], env).run(env)
+    gm: GraphModule, topology: Topology, batches: Sequence[Tensor], wanted: set[Node], draw: torch.Generator,
+    progress: Callable[[str, int, int], None],
+) -> Iterator[dict[Node, Tensor]]:  # fmt: skip
+    """Values of nodes, with gradients of the log-likelihood of tokens drawn from the model's predictions for each batch of ids [B, S].
+
+    Block by block from the last to the first, batch by batch, those in the block: between two blocks only the stream and its gradients
+    are kept, and of the stream what every block starts from.
+    """
+    blocks = topology.blocks
+    runner = Lockstep.begin(gm, batches, blocks[0].start)
+    starts: list[list[Tensor]] = []
+    with precision.linears_in("float32"):
+        for block in blocks:
+            progress("sensitivity", block.index, 2 * len(blocks))
+            starts.append([state[block.start] for state in runner.states])
+            runner.advance(block.end)
+    gradients = last_gradients(gm, runner, blocks[-1].end, draw)
+    for block in reversed(blocks):
+        progress("sensitivity", 2 * len(blocks) - block.index - 1, 2 * len(blocks))
+        way = Way(gm, block.start, block.end, wanted, runner.shared[0])
+        for i, start in enumerate(starts.pop()):
+            values = way.values(start, runner.shared[i])
+            torch.autograd.backward(values[block.end], gradients[i])
+            gradients[i] = found_gradient(values[block.start])
+            yield {node: values[node] for node in way.seen}
+            del values
+    progress("sensitivity", 2 * len(blocks), 2 * len(blocks))
+
+
+class Way:
+    """The way from one value of the stream to another, its weights, and which of the wanted nodes are on it, but for its end."""
+
+    def __init__(self, gm: GraphModule, start: Node, end: Node, wanted: set[Node], known: Iterable[Node]):
+        self.gm, self.start = gm, start
+        on_it = {start, *executor.Schedule(gm, [end], [start, *known]).order} - {end}
+        self.seen = [node for node in gm.graph.nodes if node in wanted and node in on_it]
+        self.schedule = executor.Schedule(gm, [end, *self.seen], [start, *known])
+        self.weights = executor.weights_of(gm, self.schedule.order)
+
+    def values(self, start: Tensor, known: Mapping[Node, Any]) -> dict[Node, Tensor]:
+        """Of the end and of the nodes on the way, which gradients will be kept of, from a value at its start."""
+        env: dict[Node, Any] = {**known, **self.weights, self.start: start.detach().requires_grad_()}
+        with torch.enable_grad():
+            for node in self.schedule.order:
+                if node not in env:
+                    env[node] = executor.run_node(self.gm, node, env)
+                if node in self.seen:
+                    env[node].retain_grad()
+                for dead in self.schedule.release.get(node, ()):
+                    if dead is not self.start:
+                        env.pop(dead, None)
+        return env
+
+
+def last_gradients(gm: GraphModule, runner: Lockstep, end: Node, draw: torch.Generator) -> list[Tensor]:
+    """Gradients, at the end of the last block, of the log-likelihood of tokens drawn from the predictions for each batch."""
     logits = graph_tools.output_args(gm.graph)[0]
-    schedule = executor.Schedule(gm, [logits, *wanted], env)
-    with torch.enable_grad():
-        env[start] = env[start].detach().requires_grad_()
-        for node in schedule.order:
-            value = executor.run_node(gm, node, env)
-            env[node] = value.detach() if node.op == "get_attr" else value
-            if node in wanted:
-                env[node].retain_grad()
-            for dead in schedule.release.get(node, ()):
-                env.pop(dead, None)
-        log_p = env[logits].float().log_softmax(-1).flatten(0, -2)
-        drawn = torch.multinomial(log_p.detach().exp().to(draw.device), 1, generator=draw)
-        log_p.gather(-1, drawn.to(log_p.device)).sum().backward()
-    return {n: env[n] for n in wanted}
+    way = Way(gm, end, logits, set(), runner.shared[0])
+    gradients = []
+    for state, shared in zip(runner.states, runner.shared, strict=True):
+        values = way.values(state[end], shared)
+        with torch.enable_grad():
+            log_p = values[logits].float().log_softmax(-1).flatten(0, -2)
+            drawn = torch.multinomial(log_p.detach().exp().to(draw.device), 1, generator=draw)
+            log_p.gather(-1, drawn.to(log_p.device)).sum().backward()
+        gradients.append(found_gradient(values[end]))
+        del values, log_p
+    return gradients
+
+
+def found_gradient(x: Tensor) -> Tensor:
+    """Of a value that everything behind it depends on."""
+    assert x.grad is not None
+    return x.grad
 
 
 def weighted_moment(x: Tensor, place: Place) -> Tensor:

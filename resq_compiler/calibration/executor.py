@@ -57,14 +57,18 @@ class Schedule:
 
 
 def with_tensors(nodes: Iterable[Node]) -> list[Node]:
-    """Nodes in their order, tensors of the model right before what reads them first: they are made there."""
+    """Nodes in their order, but tensors of the model, and sizes of inputs, right before what reads them first: they are made there."""
     order: dict[Node, None] = {}
     for node in nodes:
-        if node.op == "get_attr":
-            continue
-        order |= {source: None for source in node.all_input_nodes if source.op == "get_attr"}
-        order[node] = None
+        if not _waits(node):
+            order |= {source: None for source in node.all_input_nodes if _waits(source)}
+            order[node] = None
     return list(order)
+
+
+def _waits(node: Node) -> bool:
+    is_size = graph_tools.is_call(node, graph_tools.aten.sym_size.int)
+    return node.op == "get_attr" or (is_size and node.all_input_nodes[0].op == "placeholder")
 
 
 class Stretch:

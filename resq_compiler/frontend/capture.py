@@ -271,6 +271,7 @@ def _clean(traced: GraphModule, layers: int) -> GraphModule:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)  # checks devices of the time of export; shapes are checked by verify
     _read_what_is_written(graph)
+    _sizes_of_first_inputs(graph)
     for node in graph.nodes:
         node.kwargs = {k: _real_device(v) for k, v in node.kwargs.items()}
         node.args = tuple(_real_device(a) for a in node.args)
@@ -281,6 +282,18 @@ def _clean(traced: GraphModule, layers: int) -> GraphModule:
     captured.graph.eliminate_dead_code()
     captured.recompile()
     return captured
+
+
+def _sizes_of_first_inputs(graph: Graph) -> None:
+    """Read every size off the first input that has it: torch.export takes the last, the cache of the last block, which whoever runs
+    block by block knows last."""
+    inputs = graph_tools.placeholders(graph)
+    shapes = [(node, dim, str(size)) for node in inputs for dim, size in enumerate(values.shape(node))]
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        of, dim = node.args
+        if of in inputs:
+            size = str(values.shape(of)[dim])
+            node.args = next((other, place) for other, place, same in shapes if same == size)
 
 
 def _off_the_gpu(value: Tensor, copies: dict[int, Tensor]) -> Tensor:

@@ -226,8 +226,9 @@ def _gguf_tensor(tensor: Any, processor: Any, shape: tuple[int, ...]) -> Stored:
     turned = ".attn_q." in tensor.name or ".attn_k." in tensor.name
 
     def read(start: int, stop: int) -> Tensor:
-        value = dequantize(tensor.data if turned else tensor.data[start:stop], tensor.tensor_type)
-        memory.page_out(tensor.data.ctypes.data, tensor.data.nbytes)
+        stored = tensor.data if turned else tensor.data[start:stop]
+        value = dequantize(stored, tensor.tensor_type)
+        memory.page_out(stored.ctypes.data, stored.nbytes)
         if not turned:
             return torch.from_numpy(value.copy() if np.shares_memory(value, tensor.data) else value)
         value = processor.process(weights=value, name=tensor.name).weights

@@ -246,18 +246,18 @@ class _Plan:
         )  # fmt: skip
 
     def sensitivities(self) -> Step:
-        """A backward pass of one window at a time through all blocks: it holds all weights, and what each block keeps of the window."""
+        """Predictions of a few windows, and a backward pass block by block, of one window at a time inside a block."""
         s, length = self.shapes, min(sensitivity.LENGTH, self.config.calibration_length)
         widest = max(group.columns * group.choices for group in s.groups)
-        kept = len(s.blocks) * length * (3 * widest + 8 * s.hidden + 2 * s.heads * length)
+        windows = min(max(1, sensitivity.TOKENS // length), self.config.calibration_samples)
         memory = {
-            "all weights": FLOAT * s.linears + 2 * self.embedding,
-            "values of all blocks": FLOAT * kept,
+            "weights of a block": FLOAT * s.largest_block,
+            "values of a block": FLOAT * length * (3 * widest + 8 * s.hidden + 2 * s.heads * length),
+            "hidden states": FLOAT * windows * length * s.hidden * (len(s.blocks) + 1),
             "logits": 6 * FLOAT * length * s.vocabulary,
         }
-        windows = min(max(1, sensitivity.TOKENS // length), self.config.calibration_samples)
         return Step(
-            "sensitivities", memory, seconds=self._time(lambda r: 3 * windows * length * self._forward() / r.products)
+            "sensitivities", memory, seconds=self._time(lambda r: 4 * windows * length * self._forward() / r.products)
         )
 
     def quantizing(self, item: QuantizeWeights) -> Step:
@@ -363,12 +363,12 @@ def compiled_bytes(linears: int, weights: int, config: CompileConfig) -> int:
 def _advice(step: Step) -> str:
     """What makes the largest part of a step smaller."""
     part = max(step.memory, key=step.memory.__getitem__)
+    if step.name == "sensitivities":
+        return "equal shares of columns (allocation=equal, no average_bits or model_megabytes) need none of this"
     if part == "hidden states":
         return "ask for fewer or shorter calibration windows (calibration_samples, calibration_length), or share them among processes"
     if part in ("Hessian", "rows at work"):
         return "weights rounded without GPTQ (weight_method=rtn) need less, or take a machine with more memory"
-    if part in ("all weights", "values of all blocks"):
-        return "equal shares of columns (allocation=equal, no average_bits or model_megabytes) need none of this"
     if part == "a batch":
         return "ask for shorter calibration windows (calibration_length)"
     return "take a machine with more memory"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from resq_compiler.ir import meta
-from resq_compiler.ir.promises import Changed, ChangedRows, Promise, Promised, written
+from resq_compiler.ir.promises import Changed, ChangedRows, Promise, Promised, is_table, written
 from resq_compiler.numerics.float64 import by_row_chunks
 
 aten = torch.ops.aten
@@ -24,6 +24,8 @@ VIEW_OPS = {
     aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem, aten.flatten.using_ints,
     aten.unflatten.int, aten.select.int,
 }  # fmt: skip
+BY_ROWS = (aten.embedding.default, aten.linear.default)
+"""What needs no more of a table than some rows at a time."""
 
 
 def is_call(node: object, *targets: Any) -> TypeGuard[Node]:
@@ -40,6 +42,12 @@ def get_tensor(gm: GraphModule, node: Node) -> Tensor:
     """The values behind a get_attr node, made if they are promised. For shape and dtype alone, ask `held`."""
     value = held(gm, node)
     return value.make() if isinstance(value, Promised) else value
+
+
+def pieces(gm: GraphModule, node: Node) -> Iterator[Tensor]:
+    """The values behind a get_attr node, a table that is promised some thousands of rows at a time."""
+    value = held(gm, node)
+    yield from value.promise.counted_pieces() if is_table(value) else (get_tensor(gm, node),)
 
 
 def held(gm: GraphModule, node: Node) -> Tensor:
@@ -260,6 +268,9 @@ def run_node(
     """Run one node on values from env; substitutes: operators to call instead of its own; device: where tensors of the model, and new
     ones, are wanted (default: where they lie)."""
     if node.op == "get_attr":
+        value = held(gm, node)
+        if is_table(value) and all(is_call(user, *BY_ROWS) for user in node.users):
+            return value
         return get_tensor(gm, node) if device is None else get_tensor(gm, node).to(device)
     if node.op != "call_function":
         raise AssertionError(f"no value given for {node.op} node {node.name}")

@@ -6,7 +6,7 @@
 
 A graph module holds a `Promised` in the place of the tensor: it has shape, dtype and device, and no values. `graph_tools.get_tensor` makes
 them, a caller lets them go; an operator that meets a `Promised` makes it for itself. Inside `keeping()` a promise that several others
-come from is made once.
+come from is made once. Large tables, embeddings and lm_head, are never made whole by those who look up rows of them or multiply with them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 ROWS = 4096  # made at a time; the rows of vocabularies are many
+TABLE = 64 * 2**20  # bytes of a matrix from which on it is worked on by rows
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Ledger:
 
 
 ledger = Ledger()
+aten = torch.ops.aten
 _kept: dict[Promise, tuple[Tensor, float]] | None = None
 """Values that are asked for again, and how often."""
 _until_end = False
@@ -87,6 +90,16 @@ class Promise(ABC):
     def pieces(self) -> Iterator[Tensor]:
         """The value, some thousands of rows at a time where it can be made so."""
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Some rows of the value: [n, ...] for ids [n] int64."""
+        return self.whole()[ids]
+
+    def counted_pieces(self) -> Iterator[Tensor]:
+        """`pieces`, which the ledger counts until they are let go."""
+        for piece in self.pieces():
+            ledger.enter(piece)
+            yield piece
+
     def whole(self) -> Tensor:
         """The value, or the one that is kept."""
         value, left = (None, self._asked()) if _kept is None else _kept.pop(self, (None, self._asked()))
@@ -118,6 +131,13 @@ class Stored(Promise):
         for start in range(0, count, ROWS):
             yield self._read(start, min(start + ROWS, count)).to(self.dtype)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        value = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype)
+        for place, row in enumerate(ids.tolist()):
+            value[place] = self._read(row, row + 1)[0]
+        ledger.enter(value)
+        return value
+
     def _whole(self) -> Tensor:
         return self._read(0, self.shape[0] if self.shape else 1).to(self.dtype)
 
@@ -146,6 +166,11 @@ class ChangedRows(Promise):
     def pieces(self) -> Iterator[Tensor]:
         for piece in self.of.pieces():
             yield self._change(piece.double()).to(self.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        value = self._change(self.of.rows(ids).double()).to(self.dtype)
+        ledger.enter(value)
+        return value
 
     def _whole(self) -> Tensor:
         value, start = torch.empty(self.shape, dtype=self.dtype), 0
@@ -194,6 +219,34 @@ def in_memory(value: Tensor) -> Stored:
     return Stored(value.shape, dtype, lambda start, stop: value.detach()[start:stop] if value.dim() else value.detach())
 
 
+def looked_up(table: Promise, ids: Tensor) -> Tensor:
+    """embedding(table, ids), of a promise."""
+    different, place = ids.unique(return_inverse=True)
+    return table.rows(different.cpu()).to(ids.device)[place]
+
+
+class _Product(torch.autograd.Function):
+    """linear(x, weight, bias) with a weight that is promised, a piece of its rows at a time; gradients of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Promise, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        y, start = x.new_empty(*x.shape[:-1], weight.shape[0]), 0
+        for piece in weight.counted_pieces():
+            y[..., start : start + len(piece)] = F.linear(x, piece.to(x.device))
+            start += len(piece)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (y,) = gradients
+        x, start = y.new_zeros(*y.shape[:-1], ctx.weight.shape[1]), 0
+        for piece in ctx.weight.counted_pieces():
+            x += y[..., start : start + len(piece)] @ piece.to(y.device)
+            start += len(piece)
+        return x, None, None
+
+
 class Promised(Tensor):
     """Stands for the value of a promise in a graph module; never holds it."""
 
@@ -217,6 +270,16 @@ class Promised(Tensor):
         return f"Promised({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Lookups and products in tables make no more of them than they need at a time."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is aten.embedding.default and is_table(args[0]):
+                return looked_up(args[0].promise, args[1])
+            if func is aten.linear.default and is_table(args[1]):
+                return _Product.apply(args[0], args[1].promise, args[2] if len(args) > 2 else None)
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Operators make what they meet; a detached one is promised still."""
         if func is torch.ops.aten.detach.default:
@@ -227,3 +290,8 @@ class Promised(Tensor):
             return made.setdefault(id(x), x.make()) if isinstance(x, Promised) else x
 
         return func(*pytree.tree_map(value, args), **pytree.tree_map(value, kwargs or {}))
+
+
+def is_table(value: Any) -> TypeGuard[Promised]:
+    """Whether a value is promised, and a matrix too large to be made whole for a few rows, or for a product."""
+    return isinstance(value, Promised) and len(value.promise.shape) == 2 and value.promise.nbytes >= TABLE

@@ -98,9 +98,15 @@ class SecondMoment:
 
     def mean(self) -> Tensor:
         """total / tokens, float64. Raises: DataError: no token was added."""
-        if self.tokens == 0:
-            raise DataError(f"second moment of {self.site}: no tokens were seen; give calibration data that reaches it")
+        self._require_tokens()
         return self.total / self.tokens
+
+    def take_mean(self) -> Tensor:
+        """`mean`, in the memory of the sum, which is gone. Raises: DataError: no token was added."""
+        self._require_tokens()
+        total, tokens = self.total, self.tokens
+        self._total, self.tokens = None, 0
+        return total.div_(tokens)
 
     def state(self) -> dict[str, Tensor]:
         """What `restore` takes."""
@@ -120,6 +126,10 @@ class SecondMoment:
         total, tokens = self.total, self.tokens
         self.restore(state)
         self.total, self.tokens = total + self.total, tokens + self.tokens
+
+    def _require_tokens(self) -> None:
+        if self.tokens == 0:
+            raise DataError(f"second moment of {self.site}: no tokens were seen; give calibration data that reaches it")
 
     def _require_finite(self, addition: Tensor, rows: Tensor) -> None:
         # A NaN or infinity anywhere in a column reaches that column's square sum: d values to look at, not tokens x d.

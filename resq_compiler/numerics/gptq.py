@@ -106,7 +106,7 @@ class _Loop:
         self.columns = columns
         self.inverse_diagonal = (1 / upper.diagonal()).tolist()
         # transposed, so that what column j receives from the earlier ones is the contiguous row [j, :j]
-        self.spread = upper.t().float().contiguous()
+        self.spread = torch.empty(upper.shape, dtype=torch.float32, device=upper.device).copy_(upper.t())
 
     def run(self, start: int, stop: int) -> None:
         """Quantize columns [start, stop); errors of earlier columns are already in their weights."""
@@ -157,7 +157,7 @@ def _inverse_factor(moment: Tensor, order: Tensor, damping: float, overwrite: bo
 
     Factoring H with rows and columns reversed gives H = M M^T, M upper triangular; U = M^-1. One Cholesky factorization
     and one triangular inverse in place: H^-1 itself is never formed, and two matrices of this size exist at a time beside H, or with it
-    where H is overwritten.
+    where H is overwritten, which holds U then.
     """
     backwards = order.flip(0)
     damped = moment[backwards[:, None], backwards]
@@ -172,12 +172,20 @@ def _inverse_factor(moment: Tensor, order: Tensor, damping: float, overwrite: bo
         if int(info) == 0:
             inverse = torch.eye(len(lower), out=damped)
             torch.linalg.solve_triangular(lower.mT, inverse, upper=False, out=inverse)
-            return inverse.flip(0, 1), used
+            return _turned(inverse, lower), used
     raise QuantError(
         f"gptq: the [{len(moment)}, {len(moment)}] second moment is not positive definite with damping {used:g} * "
         f"mean(diag) (diagonal from {float(found.min()):g}, mean {float(found.mean()):g}); check that it is "
         "sum x^T x, or raise damping"
     )
+
+
+def _turned(matrix: Tensor, into: Tensor, rows: int = 256) -> Tensor:
+    """matrix.flip(0, 1), in the memory of another one."""
+    for start in range(0, len(matrix), rows):
+        piece = matrix[start : start + rows]
+        into[len(matrix) - start - len(piece) : len(matrix) - start] = piece.flip(0, 1)
+    return into
 
 
 def _check(w: Tensor, hessian: Tensor, parts: Sequence[Part], block_size: int, damping: float) -> None:
@@ -186,7 +194,7 @@ def _check(w: Tensor, hessian: Tensor, parts: Sequence[Part], block_size: int, d
     n, k = w.shape
     if hessian.shape != (k, k):
         raise QuantError(f"gptq: hessian must be [{k}, {k}] for a weight [{n}, {k}], got {tuple(hessian.shape)}")
-    if not bool(hessian.isfinite().all()):
+    if not all(bool(rows.isfinite().all()) for rows in hessian.split(1024)):
         bad = int((~hessian.isfinite()).sum())
         raise QuantError(f"gptq: hessian holds {bad} NaN or infinite entries; check the calibration data")
     if bool((hessian.diagonal() < 0).any()):

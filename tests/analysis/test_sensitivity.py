@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from resq_compiler.passes import Canonicalize, FindTopology, NameAttention, SplitFused
 
 from resq_compiler.analysis import sensitivity
 from resq_compiler.analysis.sites import Site
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
 from resq_compiler.errors import DataError
-from resq_compiler.ir import graph_tools
+from resq_compiler.frontend.capture import capture_promised
+from resq_compiler.frontend.opened import of_instance
+from resq_compiler.frontend.source import ModelSource
+from resq_compiler.ir import graph_tools, promises
 from resq_compiler.numerics.seeds import generator
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import Pipeline
+from resq_compiler.tiny import tiny_model, tiny_tokens
 
 SHARE = 1e-4  # of the energy of a value: small enough for the second derivative to be all, large enough for float32
 SITES = (Site("attention"), Site("mlp"), Site("o", 1), Site("down", 0), Site("key", 0), Site("value", 1))
@@ -69,3 +77,50 @@ def test_gradients_that_are_not_finite_are_told(build, monkeypatch):
     monkeypatch.setattr(sensitivity, "weighted_moment", lambda x, place: torch.full((1, 2, 2), torch.nan))
     with pytest.raises(DataError, match="sensitivity of attention: the gradient is not finite"):
         measure(built)
+
+
+def at_once(built, ids, nodes, draw):
+    """Values and gradients of nodes by one backward pass through the whole graph."""
+    gm, start = built.gm, built.topology.blocks[0].start
+    env = {**executor.shared_values(gm, ids, start), **executor.first_tokens(gm, ids)}
+    executor.Schedule(gm, [start], env).run(env)
+    logits = graph_tools.output_args(gm.graph)[0]
+    env[start] = env[start].detach().requires_grad_()
+    for node in executor.Schedule(gm, [logits], env).order:
+        env[node] = graph_tools.run_node(gm, node, env)
+        if node in nodes:
+            env[node].retain_grad()
+    log_p = env[logits].float().log_softmax(-1).flatten(0, -2)
+    log_p.gather(-1, torch.multinomial(log_p.detach().exp(), 1, generator=draw)).sum().backward()
+    return {node: (env[node].detach(), env[node].grad) for node in nodes}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "olmo2", "gpt_neox"])
+def test_block_by_block_is_the_whole_graph_to_the_bit(build, family):
+    built = build(family, before="compute-bases", double=False)
+    nodes = {p.node for where in sensitivity.places(built.topology).values() for p in where}
+    windows, draw = built.ctx.windows.split(1), generator(0, "test")
+    expected = [at_once(built, ids, nodes, draw) for ids in windows]
+    seen: dict = {node: [] for node in nodes}
+    parts = sensitivity.backward(built.gm, built.topology, windows, nodes, generator(0, "test"), built.ctx.progress)
+    for values in parts:
+        for node, x in values.items():
+            seen[node].append((x.detach(), x.grad))
+    for node, found in seen.items():
+        assert len(found) == len(windows)
+        for (x, gradient), (value, expected_gradient) in zip(found, [e[node] for e in expected], strict=True):
+            assert torch.equal(x, value) and torch.equal(gradient, expected_gradient), node
+
+
+def test_a_block_of_weights_at_a_time():
+    opened = of_instance(tiny_model("llama-untied", num_hidden_layers=8), None, "here", ModelSource("instance", ""))
+    found = capture_promised(opened.skeleton, opened.weights)
+    ctx = PassContext(found.example_inputs, tiny_tokens(4, 32))
+    pipeline = Pipeline(ctx)
+    pipeline.start(found.graph_module)
+    pipeline.run(found.graph_module, [Canonicalize(), NameAttention(), SplitFused(), FindTopology()])
+    promises.ledger.reset()
+    before = promises.ledger.held
+    sensitivity.measure(found.graph_module, ctx.facts.get(Topology), ctx.windows, 0, ctx.progress)
+    block = sum(p.nbytes for name, p in opened.weights.items() if ".layers.0." in name)
+    assert 0 < promises.ledger.most - before <= 2 * block  # the next one is made while the last is still named

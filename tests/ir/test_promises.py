@@ -97,3 +97,57 @@ def test_a_value_is_written_piece_by_piece(tmp_path) -> None:
     assert reads[:3] == [(0, 4096), (4096, 8192), (8192, 9000)]
     turned = Changed(in_memory(torch.arange(6.0).reshape(2, 3)), lambda w: w.t().contiguous(), (3, 2))
     assert promises.written(turned, tmp_path / "t.bin").tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+
+
+def table(monkeypatch, rows: int = 9000) -> tuple[Promised, torch.Tensor, list[tuple[int, int]]]:
+    """A promise that counts as a table, its value, and what was read of it."""
+    monkeypatch.setattr(promises, "TABLE", 1)
+    promise, reads = counted((rows, 4))
+    changed = ChangedRows(promise, lambda w: w @ torch.arange(16.0, dtype=torch.float64).reshape(4, 4))
+    value = changed.whole()
+    reads.clear()
+    promises.ledger.reset()
+    return Promised(changed), value, reads
+
+
+def test_a_lookup_reads_the_rows_it_needs(monkeypatch) -> None:
+    weight, value, reads = table(monkeypatch)
+    ids = torch.tensor([[7, 3], [7, 8999]])
+    assert torch.equal(torch.ops.aten.embedding.default(weight, ids), value[ids])
+    assert reads == [(3, 4), (7, 8), (8999, 9000)]
+    assert promises.ledger.most - promises.ledger.held <= 2 * 3 * 4 * 4
+
+
+def test_a_product_with_a_table_holds_a_piece_at_a_time(monkeypatch) -> None:
+    weight, value, reads = table(monkeypatch)
+    x, bias = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1)), torch.arange(9000.0)
+    held = promises.ledger.held
+    found = torch.ops.aten.linear.default(x, weight, bias)
+    assert reads == [(0, 4096), (4096, 8192), (8192, 9000)]
+    assert promises.ledger.most - held <= 2 * 4096 * 4 * 4  # the next is made while the last is still named
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, value, bias))
+
+
+def test_gradients_go_through_a_table(monkeypatch) -> None:
+    weight, value, _ = table(monkeypatch)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.ops.aten.linear.default(ours, weight).square().sum().backward()
+    torch.nn.functional.linear(theirs, value).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=0)  # sums of 9,000 terms
+
+
+def test_a_graph_makes_no_table_for_lookups_and_products(monkeypatch) -> None:
+    weight, value, _ = table(monkeypatch, 20000)
+    graph, before = Graph(), promises.ledger.held
+    ids, held = graph.placeholder("ids"), graph.create_node("get_attr", "w")
+    rows = graph.call_function(graph_tools.aten.embedding.default, (held, ids))
+    logits = graph.call_function(graph_tools.aten.linear.default, (rows, held))
+    graph.output((logits,))
+    gm = GraphModule({"w": weight}, graph)
+    env = {ids: torch.tensor([[4, 2]])}
+    found = graph_tools.evaluate(gm, logits, env)
+    assert isinstance(env[held], Promised) and promises.ledger.most - before < value.nbytes / 2
+    torch.testing.assert_close(found, value[env[ids]] @ value.mT)
+    turned = graph.call_function(graph_tools.aten.t.default, (held,))
+    assert torch.equal(graph_tools.evaluate(gm, turned, {}), value.mT)  # who needs all of it gets it
