@@ -131,9 +131,8 @@ def active_part(compiled: CompileResult) -> dict[str, dict[str, int]]:
 
 
 def resident_bytes(module: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers of a model as it lies in memory now; shared storage counts once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in module.state_dict().values()}
-    return sum(storages.values())
+    """Bytes of all parameters and buffers of a model as it computes; names of one tensor count once."""
+    return sum({t.data_ptr(): t.nbytes for t in module.state_dict().values()}.values())
 
 
 def cache_bytes_per_token(compiled: CompileResult) -> int:

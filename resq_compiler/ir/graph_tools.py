@@ -40,7 +40,12 @@ def writes_into_argument(node: Node) -> bool:
 
 def get_tensor(gm: GraphModule, node: Node) -> Tensor:
     """The values behind a get_attr node, made if they are promised. For shape and dtype alone, ask `held`."""
-    value = held(gm, node)
+    return made(gm, str(node.target))
+
+
+def made(gm: GraphModule, target: str) -> Tensor:
+    """The values behind a dotted name."""
+    value = tensor_named(gm, target)
     return value.make() if isinstance(value, Promised) else value
 
 

@@ -118,6 +118,11 @@ class CompiledModel(PreTrainedModel, GenerationMixin):
         """float32: codes are integers, everything between them is float32."""
         return torch.float32
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PyTorch. A model that was opened has its codes in memory from here on."""
+        self.execution.settle()
+        return super().state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
         """Behind `.to`, `.half` and their like: other devices, but no other dtype. Raises BackendError before anything changes."""
         dtype = fn(torch.zeros(0, dtype=torch.float32)).dtype

@@ -46,10 +46,16 @@ class Execution(nn.Module):
 
     def forward(self, *tensors: Tensor, logits_to_keep: int = 0) -> tuple[Tensor, ...]:
         """Graph inputs to graph outputs. logits_to_keep: the last so many tokens whose logits are asked for, 0 for all; more may come."""
+        self.settle()
         kept = {"logits_to_keep": logits_to_keep} if getattr(self.runner, "takes_logits_to_keep", False) else {}
         with without_autocast():
             outputs: tuple[Tensor, ...] = self.runner(*tensors, **kept)
         return outputs
+
+    def settle(self) -> None:
+        """Read what still lies in files alone, packed: a graph that computes has its codes in memory."""
+        if self._graph is not None and graph_tools.promised_bytes(self._graph):
+            graph_tools.settle(self._graph)
 
     def move_constructors(self, device: torch.device) -> None:
         """Let the graph that runs make its tensors on a device, where its weights have gone."""

@@ -18,9 +18,10 @@ from torch.fx import GraphModule
 
 from resq_compiler.errors import CheckpointError
 from resq_compiler.ir import graph_tools, meta
+from resq_compiler.ir.promises import Promised, Stored
 from resq_compiler.ir.views import CodedLinear
 from resq_compiler.numerics.packing import pack, packed_length, unpack
-from resq_compiler.storage.streaming import save_file
+from resq_compiler.storage.streaming import NAMES, save_file
 from resq_compiler.util import memory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,16 +34,22 @@ def describe(gm: GraphModule) -> dict[str, dict[str, Any]]:
     info: dict[str, dict[str, Any]] = {}
     first: dict[tuple, str] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
-        name, value = str(node.target), graph_tools.get_tensor(gm, node)
+        name, value = str(node.target), graph_tools.held(gm, node)
         fields: dict[str, Any] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
         if name in bits:
             fields["bits"] = bits[name]
-        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        original = first.setdefault(identity, name) if value.numel() else name
+        original = first.setdefault(_identity(value), name) if value.numel() else name
         if original != name:
             fields["same_as"] = original
         info[name] = fields
     return info
+
+
+def _identity(value: Tensor) -> tuple:
+    """Equal for names of one tensor."""
+    if isinstance(value, Promised):
+        return (value.promise,)
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 def _code_bits(gm: GraphModule) -> dict[str, int]:
@@ -85,7 +92,7 @@ def _on_disk(fields: Mapping[str, Any]) -> tuple[list[int], str]:
 
 
 def _packed(gm: GraphModule, name: str, fields: Mapping[str, Any]) -> Tensor:
-    value = graph_tools.tensor_named(gm, name).detach()
+    value = graph_tools.made(gm, name)
     packed = pack(value.cpu(), fields["bits"]) if "bits" in fields else value.cpu().contiguous()
     if packed.data_ptr() != value.data_ptr():
         memory.page_out_tensor(value)
@@ -93,18 +100,19 @@ def _packed(gm: GraphModule, name: str, fields: Mapping[str, Any]) -> Tensor:
 
 
 def read(directory: Path, info: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """All tensors as they were in memory. Raises CheckpointError: a file or tensor is missing, damaged or of another shape."""
+    """All tensors, where they lie: mapped from their files, and promised where codes are packed; nothing is read but headers.
+
+    Raises CheckpointError: a file or tensor is missing, cut off or of another shape.
+    """
     files = _files(directory, info)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
-        names = [name for name, home in files.items() if home == file]
         try:
             with safe_open(directory / file, framework="pt") as opened:
                 present = set(opened.keys())
-                for name in names:
-                    tensors[name] = _checked(
-                        name, opened.get_tensor(name) if name in present else None, info[name], file
-                    )
+                for name in (name for name, home in files.items() if home == file):
+                    _check(name, opened.get_slice(name) if name in present else None, info[name], file)
+                    tensors[name] = _lying(opened.get_tensor(name), info[name])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{directory / file}: not readable ({error}); the file is damaged or incomplete"
@@ -147,16 +155,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _checked(name: str, value: Tensor | None, fields: Mapping[str, Any], file: str) -> Tensor:
-    if value is None:
+def _check(name: str, lying: Any, fields: Mapping[str, Any], file: str) -> None:
+    if lying is None:
         raise CheckpointError(
             f"{file}: the graph refers to tensor {name}, which is missing; the files do not belong together"
         )
-    shape, bits, expected = list(fields["shape"]), fields.get("bits"), _on_disk(fields)
-    got = (list(value.shape), str(value.dtype).removeprefix("torch."))
-    if got != expected:
+    expected, code = _on_disk(fields), lying.get_dtype()
+    dtype = next((str(known).removeprefix("torch.") for known, text in NAMES.items() if text == code), code)
+    if (lying.get_shape(), dtype) != expected:
         raise CheckpointError(
-            f"{file}: tensor {name} should be {expected[1]} {expected[0]} and is {got[1]} {got[0]}; "
+            f"{file}: tensor {name} should be {expected[1]} {expected[0]} and is {dtype} {lying.get_shape()}; "
             "the files are damaged or do not belong together"
         )
-    return unpack(value, bits, shape[-1]) if bits else value.clone()  # a copy: aligned, and free of the file
+
+
+def _lying(value: Tensor, fields: Mapping[str, Any]) -> Tensor:
+    """A tensor as it was in memory: the mapped one, or a promise of the codes that are packed in it."""
+    if "bits" not in fields:
+        return value
+    bits, length = int(fields["bits"]), int(fields["shape"][-1])
+    unpacked = Stored(fields["shape"], torch.int8, lambda start, stop: unpack(value[start:stop], bits, length))
+    return Promised(unpacked)

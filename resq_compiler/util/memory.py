@@ -76,12 +76,13 @@ def page_out(address: int, size: int) -> None:
 
 def page_out_tensor(tensor: Tensor) -> None:
     """The same for a tensor of the CPU; one that lies in memory of its own stays as it is."""
-    if tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BLOCK // 8 and _in_a_file(tensor.data_ptr()):
+    if tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BLOCK // 8 and lies_in_a_file(tensor):
         page_out(tensor.data_ptr(), tensor.nbytes)
 
 
-def _in_a_file(address: int) -> bool:
-    """Whether the page of an address is that of a mapped file: a torch tensor does not say where its memory comes from."""
+def lies_in_a_file(tensor: Tensor) -> bool:
+    """Whether the first page of a tensor of the CPU is that of a mapped file: torch does not say where its memory comes from."""
+    address = tensor.data_ptr()
     maps = Path("/proc/self/maps")  # lines "start-stop permissions offset device inode path", proc(5)
     if not maps.exists():
         return False

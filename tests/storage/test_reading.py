@@ -10,9 +10,14 @@ from safetensors.torch import load_file, save_file
 
 import resq_compiler
 from resq_compiler.errors import CheckpointError
+from resq_compiler.evaluation.by_blocks import ByBlocks
+from resq_compiler.evaluation.predictions import evaluate
+from resq_compiler.ir import promises
+from resq_compiler.ir.promises import Promised
 from resq_compiler.model import CompiledModel
-from resq_compiler.storage import reading
-from resq_compiler.tiny import tiny_model
+from resq_compiler.storage import reading, tensor_files
+from resq_compiler.tiny import tiny_model, tiny_tokens
+from resq_compiler.util import memory
 
 
 def change_json(path, change):
@@ -130,3 +135,35 @@ def test_a_model_type_that_transformers_does_not_know(copied):
     assert {key for key in theirs if ours.get(key) != theirs[key]} <= {"model_type", "use_cache"}
     ids = torch.arange(6)[None]
     assert torch.equal(again.generate(ids, max_new_tokens=3), expected.generate(ids, max_new_tokens=3))
+
+
+def test_nothing_is_read_before_something_computes(saved, compiled):
+    promises.ledger.reset()
+    opened = resq_compiler.load(saved)
+    tensors = dict(opened.graph_module.named_buffers())
+    packed = {
+        name for name, fields in tensor_files.describe(compiled("llama").graph_module).items() if "bits" in fields
+    }
+    assert packed and {name for name, value in tensors.items() if isinstance(value, Promised)} == packed
+    assert all(memory.lies_in_a_file(value) for name, value in tensors.items() if name not in packed)
+    assert promises.ledger.made == 0
+    ids = tiny_tokens(2, 9)
+    assert torch.equal(opened(ids).logits, compiled("llama")(ids).logits)
+    assert promises.ledger.made == len(packed)
+    opened(ids)
+    assert promises.ledger.made == len(packed)  # codes stay, once they are there
+
+
+def test_a_model_that_was_not_run_is_saved_again(saved, tmp_path):
+    resq_compiler.load(saved).save_pretrained(tmp_path / "again")
+    files = [(where / "model.safetensors").read_bytes() for where in (saved, tmp_path / "again")]
+    assert files[0] == files[1]
+
+
+def test_blocks_of_an_opened_model_are_read_one_at_a_time(saved, compiled):
+    opened, windows = resq_compiler.load(saved), tiny_tokens(3, 24)
+    promises.ledger.reset()
+    found = evaluate(ByBlocks(opened.graph_module, opened), windows)
+    codes = sum(t.nbytes for t in opened.graph_module.buffers() if isinstance(t, Promised))
+    assert found.nll == evaluate(compiled("llama"), windows).nll
+    assert promises.ledger.most <= codes / 2 + max(t.nbytes for t in opened.graph_module.buffers())

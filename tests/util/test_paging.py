@@ -15,7 +15,7 @@ def test_mapped_tensors_are_told_from_others(tmp_path):
     file, size = tmp_path / "w.bin", 2 * memory.LARGE_BLOCK
     file.write_bytes(b"\x07" * size)
     mapped, own = torch.from_file(str(file), size=size, dtype=torch.uint8), torch.full((size,), 7, dtype=torch.uint8)
-    assert memory._in_a_file(mapped.data_ptr()) and not memory._in_a_file(own.data_ptr())
+    assert memory.lies_in_a_file(mapped) and not memory.lies_in_a_file(own)
     for value in (mapped, own):
         memory.page_out_tensor(value)
         assert bool((value == 7).all())
