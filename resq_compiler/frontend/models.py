@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -30,6 +31,7 @@ from resq_compiler.frontend.source_files import (
 )
 from resq_compiler.ir.promises import Promise
 from resq_compiler.util.install import install_command
+from resq_compiler.util.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +139,20 @@ def _open_weights(location: _Location) -> tuple[PreTrainedModel, dict[str, Promi
         weights = opened.gguf_weights(file, skeleton)
         apply_gguf_rope(skeleton, file)
         return skeleton, weights
-    directory = Path(location.name)
-    return skeleton, opened.safetensors_weights(directory, skeleton) if directory.is_dir() else None
+    directory = Path(location.name) if location.kind == "directory" else _snapshot(location.name)
+    if directory is None:
+        return skeleton, None
+    has_safetensors = any((directory / name).is_file() for name in (opened.INDEX, opened.SINGLE))
+    return skeleton, (opened.safetensors_weights if has_safetensors else opened.bin_weights)(directory, skeleton)
+
+
+def _snapshot(name: str) -> Path | None:
+    """Where the safetensors files of a repository of the hub lie here; None where transformers is to look for others."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", opened.INDEX]))
+    except (OSError, ValueError) as error:
+        log.info("%s: its files are left to transformers (%s)", name, first_line(error))
+        return None
 
 
 def _read(location: _Location, dtype: torch.dtype, accept_unused_weights: bool) -> LoadedModel:

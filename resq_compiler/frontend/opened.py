@@ -1,6 +1,7 @@
 """A float model that is opened, not read: its structure, and a promise of every weight (ir/promises.py).
 
-A directory is read slice by slice from its safetensors files, a GGUF file tensor by tensor, a model in memory where it lies. Where
+A directory is read slice by slice from its safetensors files, or from mapped .bin files, a GGUF file tensor by tensor, a model in memory
+where it lies. Where
 transformers would merge or turn tensors of the checkpoint on the way in, or would complain, it reads the whole.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import copy
 import json
 import logging
+import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from resq_compiler.util import memory
 log = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def safetensors_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str,
 
     Raises ModelError: the index names a file that is not there, or a file is cut off.
     """
-    files = _files(directory)
+    files = _files(directory, INDEX, SINGLE)
     if files is None:
         return None
     keys = _renamed(sorted(files), skeleton)
@@ -121,22 +124,40 @@ def safetensors_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str,
     return _with_tied(found, skeleton)
 
 
-def _files(directory: Path) -> dict[str, str] | None:
-    """The file of every tensor of a checkpoint; None where there are no safetensors files."""
-    if (directory / INDEX).is_file():
+def bin_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str, Promise] | None:
+    """A promise of every parameter from the .bin files of a directory, which are mapped; None where only transformers can read them."""
+    files = _files(directory, BIN_INDEX, BIN)
+    if files is None:
+        return None
+    values: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
         try:
-            files = json.loads((directory / INDEX).read_text())["weight_map"]
+            values |= torch.load(directory / file, map_location="cpu", mmap=True, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError):
+            return None  # of a format before torch 1.6, or damaged, which transformers says
+    keys = _renamed(sorted(values), skeleton)
+    if keys is None or any(values[key].shape != skeleton.get_parameter(name).shape for name, key in keys.items()):
+        return None
+    return _with_tied({name: in_memory(values[key]) for name, key in keys.items()}, skeleton)
+
+
+def _files(directory: Path, index: str, single: str) -> dict[str, str] | None:
+    """The file of every tensor of a checkpoint, by its index, or of the single file (of a .bin file, of no tensor in particular); None
+    where there are no such files."""
+    if (directory / index).is_file():
+        try:
+            files = json.loads((directory / index).read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"model {directory}: {INDEX} is not readable ({error}); download it again") from error
+            raise ModelError(f"model {directory}: {index} is not readable ({error}); download it again") from error
         absent = sorted({name for name in files.values() if not (directory / name).is_file()})
         if absent:
             raise ModelError(
-                f"model {directory}: {INDEX} names {len(set(files.values()))} files and {len(absent)} are not there, the first is "
+                f"model {directory}: {index} names {len(set(files.values()))} files and {len(absent)} are not there, the first is "
                 f"{absent[0]}; download the whole directory again"
             )
         return dict(files)
-    if (directory / SINGLE).is_file():
-        return dict.fromkeys(_header(directory / SINGLE), SINGLE)
+    if (directory / single).is_file():
+        return {"": single} if single == BIN else dict.fromkeys(_header(directory / single), single)
     return None
 
 

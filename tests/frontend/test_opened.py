@@ -39,6 +39,46 @@ def test_directories(family, dtype, size, tmp_path):
     compared(tmp_path)
 
 
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+@pytest.mark.parametrize("family", ["llama", "llama-untied"])
+def test_bin_files(family, size, tmp_path):
+    model = tiny_model(family).to(torch.bfloat16)
+    model.config.save_pretrained(tmp_path)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    if size == "1GB":
+        torch.save(values, tmp_path / "pytorch_model.bin")
+    else:
+        files = {name: f"pytorch_model-{i % 3}.bin" for i, name in enumerate(values)}
+        for file in set(files.values()):
+            torch.save({name: values[name] for name in values if files[name] == file}, tmp_path / file)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    compared(tmp_path)
+
+
+def test_a_bin_file_that_is_cut_off(tmp_path):
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    whole = (tmp_path / "pytorch_model.bin").read_bytes()
+    (tmp_path / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="transformers could not load the weights.*downloaded again"):
+        open_model(tmp_path)
+
+
+def test_a_hub_id(tmp_path, monkeypatch):
+    """Its files are opened where the cache has them."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    monkeypatch.setattr(models, "_load_tokenizer", lambda location: None)
+    monkeypatch.setattr(models, "check_hub", lambda name: None)
+    monkeypatch.setattr(models, "_read_config", lambda location: model.config)
+    monkeypatch.setattr(models, "_read", lambda *_: pytest.fail("the model was read whole"))
+    monkeypatch.setattr(models, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    opened = open_model("someone/tiny")
+    assert (opened.source.kind, opened.source.name) == ("hub", "someone/tiny")
+    assert_as_read(opened, model)
+
+
 def test_gguf(tmp_path):
     compared(small_llama(tmp_path / "model.gguf"))
 
