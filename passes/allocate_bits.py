@@ -105,7 +105,7 @@ class AllocateBits(Pass):
         self, gm: GraphModule, ctx: PassContext, plan: ColumnPlan
     ) -> tuple[dict[Choice, Split], tuple[float | None, float | None]]:
         """The split of every site, and the average bits of linears and of the cache."""
-        measured = sensitivity.measure(gm, ctx.facts.get(Topology), ctx.windows, ctx.seed, ctx.progress)
+        measured = sensitivity.measure(gm, ctx.facts.get(Topology), ctx.windows, ctx.seed, ctx.progress, ctx.work)
         felt = {site: processes.current().from_first(moment) for site, moment in measured.items()}
         averages = (self._linear_average(gm, ctx, plan), self.average_bits)
         menu = Menu(

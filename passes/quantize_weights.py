@@ -243,7 +243,7 @@ def run_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], options: Qu
     topology = ctx.facts.get(Topology)
     batches = executor.batches(ctx.own_windows)
     routes = float_routes(gm, batches, topology) if options.routing == "float" else []
-    runner = Lockstep.begin(gm, batches, topology.blocks[0].start)
+    runner = Lockstep.begin(gm, batches, topology.blocks[0].start, ctx.work)
     runner.shared = (
         [{**table, **route} for table, route in zip(runner.shared, routes, strict=True)] if routes else runner.shared
     )

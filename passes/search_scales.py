@@ -70,7 +70,7 @@ class SearchScales(Pass):
         if plan.weight_bits == FLOAT_BITS:
             ctx.lines.append("weights stay in float: nothing to search")
             return 0
-        runner = Lockstep.begin(gm, executor.batches(ctx.windows[: self.windows]), topology.blocks[0].start)
+        runner = Lockstep.begin(gm, executor.batches(ctx.windows[: self.windows]), topology.blocks[0].start, ctx.work)
         found: list[tuple[Place, Block, Tensor]] = []
         rows = []
         for block in topology.blocks:

@@ -23,7 +23,9 @@ from torch.fx import GraphModule, Node
 from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor, precision
+from resq_compiler.calibration.aside import put_aside
 from resq_compiler.calibration.lockstep import Lockstep
+from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import DataError
 from resq_compiler.ir import graph_tools
 from resq_compiler.ir.args import source
@@ -67,12 +69,14 @@ def places(topology: Topology) -> dict[Site, list[Place]]:
 
 
 def measure(
-    gm: GraphModule, topology: Topology, windows: Tensor, seed: int, progress: Callable[[str, int, int], None]
+    gm: GraphModule, topology: Topology, windows: Tensor, seed: int, progress: Callable[[str, int, int], None],
+    work: WorkDirectory | None = None,
 ) -> dict[Site, Tensor]:  # fmt: skip
     """Second moments of every site, a row counting by half the mean square of its gradient: float64 [groups, width, width].
 
     Of down projections only the diagonal, [groups, width]. Where rows lose a share h of their energy in the directions of an orthogonal
     V [width, n], and the error points anywhere, predictions move by h tr(Vᵀ M V), in nats a token. Places of one site add up.
+    work: where the stream at the starts of blocks lies, which is the larger the more blocks there are.
 
     Raises: DataError: a gradient is not finite.
     """
@@ -81,7 +85,7 @@ def measure(
     windows = windows[:, :length][: max(1, TOKENS // length)]
     wanted = {p.node for where in sites.values() for p in where}
     total: dict[Site, Tensor] = {}
-    for values in backward(gm, topology, windows.split(1), wanted, generator(seed, "sensitivity"), progress):
+    for values in backward(gm, topology, windows.split(1), wanted, generator(seed, "sensitivity"), progress, work):
         for site, where in sites.items():
             for place in where:
                 if place.node in values:
@@ -98,7 +102,7 @@ def measure(
 
 def backward(
     gm: GraphModule, topology: Topology, batches: Sequence[Tensor], wanted: set[Node], draw: torch.Generator,
-    progress: Callable[[str, int, int], None],
+    progress: Callable[[str, int, int], None], work: WorkDirectory | None = None,
 ) -> Iterator[dict[Node, Tensor]]:  # fmt: skip
     """Values of nodes, with gradients of the log-likelihood of tokens drawn from the model's predictions for each batch of ids [B, S].
 
@@ -108,10 +112,11 @@ def backward(
     blocks = topology.blocks
     runner = Lockstep.begin(gm, batches, blocks[0].start)
     starts: list[list[Tensor]] = []
+    directory = None if work is None else work.path
     with precision.linears_in("float32"):
         for block in blocks:
             progress("sensitivity", block.index, 2 * len(blocks))
-            starts.append([state[block.start] for state in runner.states])
+            starts.append([put_aside(state[block.start], directory) for state in runner.states])
             runner.advance(block.end)
     gradients = last_gradients(gm, runner, blocks[-1].end, draw)
     for block in reversed(blocks):

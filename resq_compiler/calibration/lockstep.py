@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from resq_compiler.calibration import aside
 from resq_compiler.calibration.executor import Schedule, Stretch, first_tokens, shared_values, weights_of
-from resq_compiler.ir import ops
+from resq_compiler.calibration.workdir import WorkDirectory
+from resq_compiler.ir import ops, values
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.numerics.quantized import QuantizedActivation
 from resq_compiler.util import memory
@@ -26,27 +29,35 @@ class Lockstep:
 
     Between two stretches a batch keeps what the way to the goal needs, as long as all that were kept grew by no more than `room` bytes:
     the next stretch of the others starts where this one did. The results are the same to the bit.
-    states: for each batch, the values kept so far. shared: values that no stretch changes (masks, rotary tables).
+    states: for each batch, the values kept so far. shared: values that no stretch changes (masks, rotary tables). directory: where values
+    between two stretches lie; None: in memory.
     """
 
-    def __init__(self, gm: GraphModule, states: list[dict[Node, Any]], shared: list[dict[Node, Any]], room: float):
-        self.gm, self.states, self.shared, self.room = gm, states, shared, room
+    def __init__(
+        self, gm: GraphModule, states: list[dict[Node, Any]], shared: list[dict[Node, Any]], room: float,
+        directory: Path | None = None,
+    ):  # fmt: skip
+        self.gm, self.states, self.shared, self.room, self.directory = gm, states, shared, room, directory
 
     @classmethod
-    def begin(cls, gm: GraphModule, batches: Sequence[Tensor], start: Node) -> Lockstep:
-        """All batches of token ids [b, length], run to the value `start`."""
+    def begin(
+        cls, gm: GraphModule, batches: Sequence[Tensor], start: Node, work: WorkDirectory | None = None
+    ) -> Lockstep:
+        """All batches of token ids [b, length], run to the value `start`. work: where values lie that do not fit into memory."""
         tables = {shape: shared_values(gm, ids, start) for shape, ids in {b.shape: b for b in batches}.items()}
         states: list[dict[Node, Any]] = []
         weights: dict[Node, Tensor] = {}
+        tokens = sum(ids.numel() for ids in batches)
+        directory = aside.directory_for(round((1 + ROOM) * 4 * tokens * values.width(start)), work)
         for ids in batches:
             given = first_tokens(gm, ids)
             schedule = Schedule(gm, [start], given)
             weights = weights or weights_of(gm, schedule.order)
             env = {**given, **weights}
             schedule.run(env)
-            states.append({start: env[start]})
+            states.append({start: aside.put_aside(env[start], directory)})
         del weights, env
-        return cls(gm, states, [tables[b.shape] for b in batches], ROOM * sum(map(_bytes, states)))
+        return cls(gm, states, [tables[b.shape] for b in batches], ROOM * sum(map(_bytes, states)), directory)
 
     def known(self, batch: int = 0) -> dict[Node, Any]:
         """The values at hand for a batch, in a new dict."""
@@ -82,8 +93,10 @@ class Lockstep:
             if goal in kept or spent + growth <= self.room:
                 spent += growth
                 state.clear()
-                state.update(after)
+                state.update((node, aside.put_aside(value, self.directory)) for node, value in after.items())
             del env, after
+            if self.directory is not None:
+                aside.let_go(state.values())
             if i % TRIM_EVERY == TRIM_EVERY - 1:
                 memory.trim()
 
@@ -92,7 +105,7 @@ class Lockstep:
         self.run([goal], goal, lambda i, env: None)
 
 
-def not_cheap(values: set[Node], given: set[Node]) -> set[Node]:
+def not_cheap(found: set[Node], given: set[Node]) -> set[Node]:
     """Without the given values and those that cheap operators make of the others."""
     kept: set[Node] = set()
 
@@ -100,15 +113,15 @@ def not_cheap(values: set[Node], given: set[Node]) -> set[Node]:
         ready = all(n.op != "call_function" or n in kept or n in given or cheap(n) for n in node.all_input_nodes)
         return ready and is_call(node, *CHEAP)
 
-    for node in sorted(values - given):
+    for node in sorted(found - given):
         if not cheap(node):
             kept.add(node)
     return kept
 
 
-def _bytes(values: dict[Node, Any]) -> int:
+def _bytes(found: dict[Node, Any]) -> int:
     """Memory of tensors, of several of them, and of the codes of quantized activations."""
-    return sum(map(_size, values.values()))
+    return sum(map(_size, found.values()))
 
 
 def _size(value: Any) -> int:

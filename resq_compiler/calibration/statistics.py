@@ -126,7 +126,7 @@ def take(
                 taps[node] = both(taps[node], see) if node in taps else see
         part = processes.current().part(windows)
         if blocks:
-            observe_blocks(gm, taps, part, blocks, lambda done, total: progress("calibrate", done, total))
+            observe_blocks(gm, taps, part, blocks, work, lambda done, total: progress("calibrate", done, total))
         else:
             observe(gm, taps, part, lambda done, total: progress("calibrate", done, total))
         for request in requests:
@@ -177,12 +177,15 @@ def observe(
 
 def observe_blocks(
     gm: GraphModule, taps: Mapping[Node, Callable[[Tensor], None]], windows: Tensor, blocks: Sequence[Block],
-    progress: Callable[[int, int], None],
+    work: WorkDirectory | None, progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
-    """Run windows of token ids [n, length] through the graph, block by block; taps see the values at their nodes, in graph order."""
+    """Run windows of token ids [n, length] through the graph, block by block; taps see the values at their nodes, in graph order.
+
+    work: where hidden states lie that do not fit into memory.
+    """
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     left = sorted(taps, key=place.__getitem__)
-    runner = Lockstep.begin(gm, executor.batches(windows), blocks[0].start)
+    runner = Lockstep.begin(gm, executor.batches(windows), blocks[0].start, work)
 
     def see_all(nodes: list[Node], goal: Node) -> None:
         def see(batch: int, env: dict[Node, Any]) -> None:
