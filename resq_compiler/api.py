@@ -363,8 +363,9 @@ def _checking_fit(on_stage: Callable[[Stage], None], begun: _Begun) -> Callable[
         if free is not None:
             free = (free + machine.resident_memory()) // processes.on_this_machine()
         place = Path(tempfile.gettempdir()) if begun.ctx.work is None else begun.ctx.work.path
+        aside = (found if free is None else forecast.in_memory(found, free)).aside
         problem = forecast.check_fits(found, free, devices.free_memory(begun.device)) or forecast.disk_problem(
-            found.aside, machine.free_disk(place), str(place), "codes that wait in files"
+            aside, machine.free_disk(place), str(place), "codes and hidden states that wait in files"
         )
         if problem:
             raise ConfigError(problem)

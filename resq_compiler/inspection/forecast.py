@@ -7,16 +7,17 @@ what is kept over all steps and what it has at work, and steps follow each other
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis import sensitivity
 from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.calibration.aside import SHARE
 from resq_compiler.calibration.executor import TOKENS_PER_BATCH
 from resq_compiler.inspection.rates import Rates
-from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.ir.views import Linear
 from resq_compiler.passes import AllocateBits, ComputeBases, QuantizeWeights
 from resq_compiler.pipeline.passes import Pass
@@ -149,6 +150,11 @@ class Forecast:
         return BASE + sum(self.kept.values()) + self.largest.bytes
 
     @property
+    def hidden(self) -> int:
+        """Bytes of hidden states between two blocks, of the step that has most."""
+        return max(map(_hidden, self.steps))
+
+    @property
     def disk(self) -> int:
         """Bytes of the compiled model."""
         return sum(step.disk for step in self.steps)
@@ -164,6 +170,10 @@ class Forecast:
         steps = [{**asdict(step), "bytes": step.bytes} for step in self.steps]
         whole = {"memory": self.memory, "disk": self.disk, "aside": self.aside, "seconds": self.seconds}
         return {"processes": self.processes, **whole, "kept": self.kept, "steps": steps}
+
+
+def _hidden(step: Step) -> int:
+    return step.memory.get("hidden states", 0)
 
 
 def forecast(
@@ -195,6 +205,12 @@ class _Plan:
         return FLOAT * self.shapes.vocabulary * self.shapes.hidden
 
     @property
+    def table(self) -> int:
+        """Bytes of the embedding, or of lm_head, that are made at a time: a large one piece by piece, in float64 where it is rotated."""
+        piece = (FLOAT + 2 * DOUBLE) * promises.ROWS * self.shapes.hidden
+        return piece if self.embedding >= promises.TABLE else 2 * self.embedding
+
+    @property
     def moments(self) -> int:
         """Bytes of the second moments: of the stream, and of values, keys and queries of every head."""
         s = self.shapes
@@ -220,7 +236,7 @@ class _Plan:
     def opening(self) -> Step:
         """Reads every weight once, for its digest."""
         size = FLOAT * self.shapes.all_weights
-        largest = max(self.embedding, *(FLOAT * group.weights for group in self.shapes.groups))
+        largest = max(self.table, *(FLOAT * group.weights for group in self.shapes.groups))
         return Step("open and check", {"largest tensor": largest}, seconds=self._time(lambda r: size / r.digest))
 
     def calibrating(self) -> Step:
@@ -241,7 +257,7 @@ class _Plan:
         cubes = streams * s.hidden**3 + 2 * len(s.blocks) * s.kv_heads * s.head_dim**3
         fused = sum(2 * group.weights * s.hidden for group in s.groups)  # products with bases, in float64
         return Step(
-            "bases", {"eigenvectors": 3 * DOUBLE * s.hidden**2, "largest tensor": 2 * self.embedding},
+            "bases", {"eigenvectors": 3 * DOUBLE * s.hidden**2, "weights of a block": 2 * FLOAT * s.largest_block, "table": self.table},
             seconds=self._time(lambda r: cubes * r.eigen + fused / r.doubles),
         )  # fmt: skip
 
@@ -288,9 +304,7 @@ class _Plan:
     def writing(self) -> Step:
         """The compiled model: packed codes, scales, and float embeddings."""
         size = compiled_bytes(self.shapes.linears, self.shapes.all_weights, self.config)
-        return Step(
-            "write", {"embeddings": 2 * self.embedding}, disk=size, seconds=self._time(lambda r: size / r.digest)
-        )
+        return Step("write", {"embeddings": self.table}, disk=size, seconds=self._time(lambda r: size / r.digest))
 
     def _tokens(self, samples: int) -> int:
         """Of the windows of one process."""
@@ -321,9 +335,22 @@ TRUSTED = 0.8
 """A compile is refused where so much of its forecast is more than there is: forecasts are within a fifth (docs/scaling.md)."""
 
 
+def in_memory(found: Forecast, free_memory: int) -> Forecast:
+    """The same without hidden states that will lie in files where so many bytes are free: those of a large model, which has a directory."""
+    if not found.aside:
+        return found
+    steps = [
+        replace(step, memory={k: v for k, v in step.memory.items() if k != "hidden states" or v <= SHARE * free_memory})
+        for step in found.steps
+    ]
+    moved = found.hidden if found.hidden > SHARE * free_memory else 0
+    return replace(found, steps=tuple(steps), aside=found.aside + moved)
+
+
 def check_fits(found: Forecast, free_memory: int | None, free_device: int | None = None) -> str | None:
     """What stands in the way of a compile that has these bytes of memory, and of that of a GPU; None where it fits, or where they are
     not known."""
+    found = found if free_memory is None else in_memory(found, free_memory)
     if free_memory is not None and TRUSTED * found.memory > free_memory:
         step = found.largest
         parts = {**found.kept, **step.memory}

@@ -76,7 +76,17 @@ def test_steps_are_those_of_the_passes():
     ]
 
 
-def test_what_does_not_fit_is_said_with_what_to_change():
+def test_hidden_states_of_large_models_lie_in_files_where_memory_is_short():
+    found = of(calibration_samples=512, calibration_length=2048)
+    hidden = FLOAT * 512 * 2048 * 4096
+    assert found.hidden == hidden and forecast.in_memory(found, 4 * hidden) == found
+    short = forecast.in_memory(found, 4 * hidden - 4)
+    assert short.aside == found.aside + hidden and short.memory < found.memory - hidden / 2
+    assert check_fits(found, short.memory) is None
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(monkeypatch):
+    monkeypatch.setattr(forecast, "LARGE_MODEL", 10**12)  # smaller ones have no files
     found = of(calibration_samples=512, calibration_length=2048)
     assert check_fits(found, None) is None and check_fits(found, 10 * found.memory) is None
     said = check_fits(found, found.memory // 2)
@@ -109,7 +119,9 @@ def test_a_disk_without_room_for_codes_that_wait_is_refused(monkeypatch, tmp_pat
     assert of().aside == LLAMA_8B.linears + 2 * FLOAT * 128256 * 4096 and of().kept["codes"] == 0
     monkeypatch.setattr(forecast, "LARGE_MODEL", 0)
     monkeypatch.setattr(machine, "free_disk", lambda place: 1000)
-    with pytest.raises(ConfigError, match="disk: codes that wait in files will have about .* free in .*work"):
+    with pytest.raises(
+        ConfigError, match="disk: codes and hidden states that wait in files will have about .* free in .*work"
+    ):
         api.compile(
             tiny_model("llama"),
             tiny_tokens(2, 24),
