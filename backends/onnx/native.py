@@ -7,6 +7,7 @@ them; the cache is uint8 [B, G, P, bytes of a packed row], one tensor for keys a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -78,11 +79,28 @@ def cache_rows(gm: GraphModule) -> list[int]:
     return [row_bytes(head_parts(QuantizeDequantize.require(entry.new).parts)) for entry in entries]
 
 
+@dataclass(frozen=True)
+class FusedCall:
+    """A quantizer: `kind`Quantize makes codes, `kind`Linear multiplies them as well. inputs: all that the operator has, "" absent."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+def only_linear(quantizer: Node) -> Node | None:
+    """The linear that alone reads the codes of a quantizer."""
+    readers = {user for piece in quantizer.users for user in piece.users}
+    (reader,) = readers if len(readers) == 1 else (None,)
+    return reader if reader is not None and reader.target is operators.mixed_linear else None
+
+
 class NativeLowering(Lowering):
     """Emits a lowered graph: fused operators as they are, the rest in standard operators."""
 
     def __init__(self, lowered: Lowered, options: LoweringOptions):
         self.lowered = lowered
+        self.quantizers: dict[Node, FusedCall] = {}
         super().__init__(lowered.graph_module, (), IntegerForm(), options)
         self.head = head_reader(graph_tools.output_args(lowered.graph_module.graph)[0])
 
@@ -142,10 +160,13 @@ class NativeLowering(Lowering):
             inputs = inputs[:-1]
         return self.b.several(kind, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
 
-    def codes(self, kind: str, inputs: Sequence[str], **attributes: Any) -> Pieces:
-        """A node that quantizes: low, high, scale and zero point."""
+    def codes(self, node: Node, call: FusedCall) -> Pieces:
+        """A node that quantizes: low, high, scale and zero point. Where one linear alone reads them, that one makes them itself."""
+        if only_linear(node) is not None:
+            self.quantizers[node] = call
+            return Pieces(("",) * 4)
         names = [self.b.fresh(name) for name in ("low", "high", "scale", "zero_point")]
-        return Pieces(tuple(self.fused(kind, inputs, names, **attributes)))
+        return Pieces(tuple(self.fused(f"{call.kind}Quantize", call.inputs, names, **call.attributes)))
 
 
 def _native(low: Lowering) -> NativeLowering:
@@ -183,9 +204,9 @@ def _heads(key_parts: Sequence[int], value_parts: Sequence[int]) -> dict[str, in
 def norm_quantize(low: Lowering, node: Node) -> Pieces:
     x, weight, bias, norm, eps, bits, widths, groups, clips, _ = _arguments(node)
     native = _native(low)
-    inputs = [native.exact(x), native.optional(weight), native.optional(bias)]
-    parts = _parts(bits, widths, clips)
-    return native.codes("NormQuantize", inputs, norm=NORMS.index(norm), epsilon=eps, groups=groups, **parts)
+    inputs = (native.exact(x), native.optional(weight), native.optional(bias))
+    attributes = dict(norm=NORMS.index(norm), epsilon=eps, groups=groups, **_parts(bits, widths, clips))
+    return native.codes(node, FusedCall("Norm", inputs, attributes))
 
 
 @emits(operators.mixed_linear)
@@ -193,8 +214,12 @@ def mixed_linear(low: Lowering, node: Node) -> Value:
     native, (codes, rest) = _native(low), (_arguments(node)[:4], _arguments(node)[4:])
     weight_low, weight_high, scale, row_sum, bias, residual, bits, widths, groups, _, _ = rest
     weights = [native.tiles(weight_low), native.tiles(weight_high), native.exact(scale), native.exact(row_sum)]
-    inputs = [*(native.exact(x) for x in codes), *weights, native.optional(bias), native.optional(residual)]
+    weights += [native.optional(bias), native.optional(residual)]
     output = [native.b.fresh("y")]
+    call = native.quantizers.get(codes[0].all_input_nodes[0])
+    if call is not None:
+        return Value(native.fused(f"{call.kind}Linear", [*call.inputs, *weights], output, **call.attributes)[0])
+    inputs = [*(native.exact(x) for x in codes), *weights]
     return Value(native.fused("MixedLinear", inputs, output, groups=groups, **_parts(bits, widths))[0])
 
 
@@ -204,11 +229,11 @@ def hadamard_quantize(low: Lowering, node: Node) -> Pieces:
     native = _native(low)
     attributes, dense = _transforms(bits, widths, transpose)
     together = None if up is None else _tiled([gate, up])
-    inputs = [native.exact(gate), native.optional(up)] if together is None else [native.exact(together), ""]
-    inputs.append(native.b.constant(dense) if dense.size else "")
+    products = (native.exact(gate), native.optional(up)) if together is None else (native.exact(together), "")
+    inputs = (*products, native.b.constant(dense) if dense.size else "")
     attributes |= _parts(bits, widths, clips)
     attributes |= {"activation": ACTIVATIONS.index(activation), "stacked": int(together is not None)}
-    return native.codes("HadamardQuantize", inputs, **attributes)
+    return native.codes(node, FusedCall("Hadamard", inputs, attributes))
 
 
 def _transforms(bits: Sequence[int], widths: Sequence[int], transpose: bool) -> tuple[dict[str, Any], np.ndarray]:
@@ -302,4 +327,4 @@ def attention_quantize(low: Lowering, node: Node) -> Pieces:
     inputs, attributes = _attended(native, node)
     bits, _, clip, _ = _arguments(node)[15:]
     attributes |= {f"{_side(b)}_bits": b for b in bits} | {"low_clip": clip, "high_clip": clip}
-    return native.codes("AttentionQuantize", inputs, **attributes)
+    return native.codes(node, FusedCall("Attention", tuple(inputs), attributes))

@@ -3,7 +3,7 @@
 
 #define DOT_ROWS 6
 #define BYTE_OFFSET 128
-#define PREFETCH_DISTANCE 2048
+#define PREFETCH_DISTANCE 6144
 
 RK_INLINE void dot_block(const uint8_t *w, const int8_t *x, int64_t stride, const int rows, const int nibbles, const int half, dot_sums acc) {
     __m512i v[4];
@@ -26,10 +26,10 @@ RK_INLINE void dot_block(const uint8_t *w, const int8_t *x, int64_t stride, cons
 RK_INLINE void dot_rows(DOT_PARAMETERS, const int rows, const int nibbles, dot_sums acc) {
     const int64_t block = nibbles ? NIBBLE_BLOCK : BYTE_BLOCK;
     for (int64_t k = 0; k < blocks; k++, w += block, x += 8) {
-        if (rows == 1) /* memory is the limit: ask for what the next tiles need */
+        if (rows == 1) /* memory is the limit: ask for what the next tiles need, into the second level, which waits for more at once */
 #pragma GCC unroll 8
             for (int i = 0; i < block; i += 64)
-                _mm_prefetch((const char *)w + PREFETCH_DISTANCE + i, _MM_HINT_T0);
+                _mm_prefetch((const char *)w + PREFETCH_DISTANCE + i, _MM_HINT_T1);
         dot_block(w, x, stride, rows, nibbles, 0, acc);
         dot_block(w, x, stride, rows, nibbles, 1, acc);
     }

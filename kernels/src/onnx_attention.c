@@ -98,7 +98,7 @@ static void read_prefix(call *c, const tensor *keys, const tensor *values, rk_at
 
 /* q, present_key, present_value, mask, sinks?, prefix_key?, prefix_value?, slopes? -> float [B, S, H * columns], or codes. low_bits,
  * high_bits and the clips are those of the result: reading a cache needs only the widths. */
-static void attend(call *c, int quantize) {
+static void attend(call *c, rk_codes *codes) {
     const node *n = c->n;
     const tensor *q = &c->in[0], *keys = &c->in[1], *values = &c->in[2], *mask = &c->in[3];
     rk_attention_args a = {.heads = n->heads, .kv_heads = n->kv_heads, .key = key_head(n), .value = value_head(n)};
@@ -122,7 +122,7 @@ static void attend(call *c, int quantize) {
     a.mask = mask->data, a.mask_stride = mask->dims[1];
     a.scale = n->scale, a.softcap = n->softcap, a.window = n->window, a.sinks = c->in[4].data, a.slopes = c->in[7].data;
     const int64_t dims[3] = {a.batch, a.tokens, n->heads * (a.value.low + a.value.high)};
-    if (quantize) {
+    if (codes) {
         node as_parts = *n; /* the output's parts are split as the values are */
         as_parts.low_width = n->value_low_width, as_parts.high_width = n->value_high_width;
         const node *kept = c->n;
@@ -134,7 +134,20 @@ static void attend(call *c, int quantize) {
     a.scratch = make_scratch(c, &a);
     RUN(c, attention, &a, 1);
     free(a.scratch);
+    if (codes)
+        *codes = a.codes;
 }
 
-void op_attention(call *c) { attend(c, 0); }
-void op_attention_quantize(call *c) { attend(c, 1); }
+void op_attention(call *c) { attend(c, NULL); }
+
+void op_attention_quantize(call *c) {
+    rk_codes codes;
+    attend(c, &codes);
+}
+
+/* q, ..., slopes?, then those of `multiply` */
+void op_attention_linear(call *c) {
+    rk_codes codes = {0};
+    attend(c, &codes);
+    multiply(c, &codes, c->in[0].dims, 2, c->in + 8);
+}

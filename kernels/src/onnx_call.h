@@ -10,7 +10,7 @@
 #include "resq_kernels.h"
 
 #define MAX_DIMENSIONS 6
-#define MAX_INPUTS 10
+#define MAX_INPUTS 14
 
 typedef struct {
     void *data; /* NULL: an optional input that is absent */
@@ -21,6 +21,7 @@ typedef struct {
 /* A node's attributes; what an operator does not have is 0. */
 typedef struct {
     OrtApi api;
+    int fused; /* the codes that the operator makes are those of its own linear, and no output */
     int64_t threads;
     int64_t norm, activation, groups, heads, kv_heads, window, stacked;
     int64_t low_width, high_width, low_bits, high_bits, value_low_width, value_high_width, value_low_bits, value_high_bits;
@@ -33,6 +34,7 @@ typedef struct {
     OrtKernelContext *context;
     OrtStatus *status;
     tensor in[MAX_INPUTS];
+    void *codes; /* of a fused operator; freed behind the call */
 } call;
 
 /* Errors: the first one of a call is kept; ONNX Runtime adds the node's name. ----------------------------------------------- */
@@ -60,12 +62,10 @@ static inline int keep(call *c, OrtStatus *status) {
 
 /* Tensors ------------------------------------------------------------------------------------------------------------------ */
 
-static inline void read_input(call *c, size_t index, tensor *t) {
+static inline void read_tensor(call *c, const OrtValue *value, tensor *t) {
     const OrtApi api = c->n->api;
-    const OrtValue *value = NULL;
     OrtTensorInfo *info = NULL;
-    memset(t, 0, sizeof *t);
-    if (!keep(c, ORT_INPUT(api)(c->context, index, &value)) || !value || !keep(c, ORT_TENSOR_INFO(api)(value, &info)))
+    if (!keep(c, ORT_TENSOR_INFO(api)(value, &info)))
         return;
     if (keep(c, ORT_DIMENSIONS_COUNT(api)(info, &t->rank))) {
         require(c, t->rank <= MAX_DIMENSIONS, "an input", "at most 6 dimensions");
@@ -74,6 +74,12 @@ static inline void read_input(call *c, size_t index, tensor *t) {
     }
     ORT_RELEASE_TENSOR_INFO(api)(info);
     keep(c, ORT_DATA(api)((OrtValue *)value, &t->data));
+}
+
+static inline void read_input(call *c, size_t index, tensor *t) {
+    const OrtValue *value = NULL;
+    if (keep(c, ORT_INPUT(c->n->api)(c->context, index, &value)) && value)
+        read_tensor(c, value, t);
 }
 
 static inline void *make_output(call *c, size_t index, const int64_t *dims, size_t rank) {
@@ -137,12 +143,34 @@ static inline int parts_of(const node *n, int64_t groups, rk_part parts[RK_MAX_P
     return count;
 }
 
-/* The four outputs of a quantizing operator: leading dimensions of `like` up to `rank`. */
+/* Room for the codes of so many rows. */
+static inline void keep_codes(call *c, int64_t rows, int64_t groups, rk_codes *out) {
+    const int64_t runs = rows * out->parts * groups;
+    int64_t bytes = 8 * runs;
+    for (int i = 0; i < out->parts; i++)
+        bytes += rows * rk_row_bytes(&out->part[i]);
+    c->codes = c->status ? NULL : malloc((size_t)bytes + 1);
+    require(c, c->codes != NULL, "codes", "enough memory");
+    if (c->status)
+        return;
+    out->scale = c->codes;
+    out->zero_point = (int32_t *)(out->scale + runs);
+    int8_t *at = (int8_t *)(out->zero_point + runs);
+    for (int i = 0; i < out->parts; at += rows * rk_row_bytes(&out->part[i++]))
+        out->rows[i] = at;
+}
+
+/* Room for the codes that an operator makes: its four outputs, with leading dimensions `lead`, or a fused operator's own. */
 static inline void make_codes(call *c, const int64_t *lead, size_t rank, int64_t groups, rk_codes *out) {
     const node *n = c->n;
-    int64_t dims[MAX_DIMENSIONS];
-    memcpy(dims, lead, sizeof(int64_t) * rank);
+    int64_t dims[MAX_DIMENSIONS], rows = 1;
+    for (size_t i = 0; i < rank; i++)
+        rows *= dims[i] = lead[i];
     out->parts = parts_of(n, groups, out->part);
+    if (n->fused) {
+        keep_codes(c, rows, groups, out);
+        return;
+    }
     for (size_t i = 0, part = 0; i < 2; i++) {
         const int there = i == 0 ? n->low_width > 0 : n->high_width > 0;
         dims[rank] = there ? rk_row_bytes(&out->part[part]) : 0;
@@ -155,6 +183,10 @@ static inline void make_codes(call *c, const int64_t *lead, size_t rank, int64_t
     out->zero_point = make_output(c, 3, dims, rank + 1);
 }
 
+/* codes, weight_low, weight_high, weight_scale, weight_sum, bias?, residual? -> y of the leading dimensions `lead`. in: those behind the
+ * codes. */
+void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, const tensor *in);
+
 /* Computes an operator; what it takes and gives is written there. */
 void op_norm_quantize(call *c);
 void op_mixed_linear(call *c);
@@ -162,5 +194,8 @@ void op_hadamard_quantize(call *c);
 void op_rope_cache(call *c);
 void op_attention(call *c);
 void op_attention_quantize(call *c);
+void op_norm_linear(call *c);
+void op_hadamard_linear(call *c);
+void op_attention_linear(call *c);
 
 #endif

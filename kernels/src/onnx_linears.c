@@ -1,9 +1,10 @@
 /* The operators of linears and what stands before them. Codes are four tensors: low int8 [..., row bytes], high int8, scale float
- * [..., runs], zero_point int32; a part that is not there has a width of 0 and a tensor without columns. */
+ * [..., runs], zero_point int32; a part that is not there has a width of 0 and a tensor without columns. A fused operator is a quantizer
+ * and the linear that alone reads its codes, which are no tensors then: every tensor and node costs a microsecond or two. */
 #include "onnx_call.h"
 
 /* x, weight?, bias? -> codes */
-void op_norm_quantize(call *c) {
+static void norm_quantize(call *c, rk_codes *codes) {
     const tensor *x = &c->in[0];
     const int64_t columns = (c->n->low_width + c->n->high_width) * c->n->groups;
     rk_norm_quantize_args a = {rows_of(x), x->data, columns, (int32_t)c->n->norm, c->n->epsilon, c->in[1].data, c->in[2].data, {0}};
@@ -14,42 +15,62 @@ void op_norm_quantize(call *c) {
         return;
     make_codes(c, x->dims, x->rank - 1, c->n->groups, &a.out);
     RUN(c, norm_quantize, &a, 8);
+    *codes = a.out;
 }
 
-/* low, high, scale, zero_point, weight_low, weight_high, weight_scale, weight_sum, bias?, residual? -> y */
-void op_mixed_linear(call *c) {
-    const node *n = c->n;
-    const tensor *in = c->in;
-    const int64_t groups = n->groups, rows = rows_of(&in[2]), channels = last_of(&in[6]);
-    rk_part parts[RK_MAX_PARTS];
-    rk_mixed_linear_args a = {.rows = rows, .channels = channels, .parts = parts_of(n, groups, parts)};
-    for (int i = 0, part = 0; i < 2; i++) {
-        if (!(i == 0 ? n->low_width : n->high_width))
-            continue;
-        const int bits = (int)(i == 0 ? n->low_bits : n->high_bits);
-        const int64_t tiles = (channels + RK_TILE - 1) / RK_TILE;
-        require(c, size_of(&in[i]) == rows * rk_row_bytes(&parts[part]), i ? "high" : "low", "rows of packed codes");
-        require(c, size_of(&in[4 + i]) == tiles * rk_tile_bytes(&parts[part], bits), i ? "weight_high" : "weight_low",
-                "tiles of packed codes for its width and bits");
-        a.part[part] = (rk_linear_part){parts[part], bits, in[i].data, in[4 + i].data};
-        part++;
-    }
-    require(c, in[2].rank > 0 && last_of(&in[2]) == groups * a.parts, "scale", "a column for every run of every part");
-    require_size(c, &in[3], rows * groups * a.parts, "zero_point");
-    require_size(c, &in[6], channels * a.parts, "weight_scale");
-    require_size(c, &in[7], channels * groups * a.parts, "weight_sum");
-    require_size(c, &in[8], channels, "bias");
-    require_size(c, &in[9], rows * channels, "residual");
+void op_norm_quantize(call *c) {
+    rk_codes codes;
+    norm_quantize(c, &codes);
+}
+
+/* x, weight?, bias?, then those of `multiply` */
+void op_norm_linear(call *c) {
+    rk_codes codes = {0};
+    norm_quantize(c, &codes);
+    multiply(c, &codes, c->in[0].dims, c->in[0].rank - 1, c->in + 3);
+}
+
+void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, const tensor *in) {
     if (c->status)
         return;
-    int64_t dims[MAX_DIMENSIONS];
-    memcpy(dims, in[2].dims, sizeof dims);
-    dims[in[2].rank - 1] = channels;
-    a.scale = in[2].data, a.zero_point = in[3].data, a.weight_scale = in[6].data, a.weight_sum = in[7].data;
-    a.bias = in[8].data, a.residual = in[9].data;
+    int64_t rows = 1, dims[MAX_DIMENSIONS];
+    for (size_t i = 0; i < rank; i++)
+        rows *= dims[i] = lead[i];
+    const int64_t groups = codes->part[0].groups, channels = dims[rank] = last_of(&in[2]), tiles = (channels + RK_TILE - 1) / RK_TILE;
+    rk_mixed_linear_args a = {.rows = rows, .channels = channels, .parts = codes->parts};
+    for (int i = 0; i < a.parts; i++) {
+        const rk_part *part = &codes->part[i];
+        const int high = part->bits > 4;
+        require(c, size_of(&in[high]) == tiles * rk_tile_bytes(part, part->bits), high ? "weight_high" : "weight_low",
+                "tiles of packed codes for its width and bits");
+        a.part[i] = (rk_linear_part){*part, part->bits, codes->rows[i], in[high].data};
+    }
+    require_size(c, &in[2], channels * a.parts, "weight_scale");
+    require_size(c, &in[3], channels * groups * a.parts, "weight_sum");
+    require_size(c, &in[4], channels, "bias");
+    require_size(c, &in[5], rows * channels, "residual");
+    a.scale = codes->scale, a.zero_point = codes->zero_point, a.weight_scale = in[2].data, a.weight_sum = in[3].data;
+    a.bias = in[4].data, a.residual = in[5].data;
     a.residual_stride = a.y_stride = channels;
-    a.y = make_output(c, 0, dims, in[2].rank);
+    a.y = make_output(c, 0, dims, rank + 1);
     RUN(c, mixed_linear, &a, 1);
+}
+
+/* low, high, scale, zero_point, then those of `multiply` */
+void op_mixed_linear(call *c) {
+    const tensor *in = c->in;
+    const int64_t rows = rows_of(&in[2]);
+    rk_codes codes = {.scale = in[2].data, .zero_point = in[3].data};
+    codes.parts = parts_of(c->n, c->n->groups, codes.part);
+    for (int i = 0; i < codes.parts; i++) {
+        const int high = codes.part[i].bits > 4;
+        require(c, size_of(&in[high]) == rows * rk_row_bytes(&codes.part[i]), high ? "high" : "low", "rows of packed codes");
+        codes.rows[i] = in[high].data;
+    }
+    const int64_t runs = c->n->groups * codes.parts;
+    require(c, in[2].rank > 0 && last_of(&in[2]) == runs, "scale", "a column for every run of every part");
+    require_size(c, &in[3], rows * runs, "zero_point");
+    multiply(c, &codes, in[2].dims, in[2].rank - 1, in + 4);
 }
 
 /* Points the dense factors of a transform into the tensor that holds them one behind the other; returns where the next begin. */
@@ -73,7 +94,7 @@ static int64_t width_of(const rk_transform *t) {
 }
 
 /* gate (stacked: gate and up side by side), up?, factors? -> codes */
-void op_hadamard_quantize(call *c) {
+static void hadamard_quantize(call *c, rk_codes *codes) {
     const node *n = c->n;
     const tensor *gate = &c->in[0], *up = &c->in[1];
     const int64_t columns = n->low_width + n->high_width, stride = n->stacked ? 2 * columns : columns;
@@ -99,4 +120,17 @@ void op_hadamard_quantize(call *c) {
         return;
     make_codes(c, gate->dims, gate->rank - 1, 1, &a.out);
     RUN(c, hadamard_quantize, &a, 1);
+    *codes = a.out;
+}
+
+void op_hadamard_quantize(call *c) {
+    rk_codes codes;
+    hadamard_quantize(c, &codes);
+}
+
+/* gate, up?, factors?, then those of `multiply` */
+void op_hadamard_linear(call *c) {
+    rk_codes codes = {0};
+    hadamard_quantize(c, &codes);
+    multiply(c, &codes, c->in[0].dims, c->in[0].rank - 1, c->in + 3);
 }

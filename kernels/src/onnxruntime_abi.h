@@ -67,6 +67,7 @@ struct OrtCustomOp {
 #define ORT_OUTPUT(api) ((OrtStatus * (*)(OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **)) (api)[91])
 #define ORT_RELEASE_STATUS(api) ((void (*)(OrtStatus *)) (api)[93])
 #define ORT_RELEASE_TENSOR_INFO(api) ((void (*)(OrtTensorInfo *)) (api)[99])
+#define ORT_CONSTANT_INPUT(api) ((OrtStatus * (*)(const OrtKernelInfo *, size_t, int *, const OrtValue **)) (api)[249])
 #define ORT_PARALLEL_FOR(api) \
     ((OrtStatus * (*)(const OrtKernelContext *, void (*)(void *, size_t), size_t, size_t, void *)) (api)[274])
 

@@ -118,6 +118,52 @@ def test_hadamard_quantize(library, n, stacked):
     )
 
 
+def linear_operands(groups=1):
+    """Weights, bias and residual of a linear of 130 channels, as a node takes them."""
+    codes = [
+        torch.randint(-8, 8, (130, 56 * groups), dtype=torch.int8),
+        torch.randint(-128, 128, (130, 8 * groups), dtype=torch.int8),
+    ]
+    weight = pack_linear([(codes[0], torch.rand(130), 4), (codes[1], torch.rand(130), 8)], (groups, groups))
+    return [*weight.tiles, weight.scale, weight.row_sum, random(130, seed=7)]
+
+
+def assert_linear_of(library, kind, operands, linear, groups=1, **attributes):
+    """kindLinear is kindQuantize and then MixedLinear, in bytes."""
+    codes = Node(library, f"{kind}Quantize", operands, 4, **attributes).run()
+    residual = random(*codes[2].shape[:-1], 130, seed=8)
+    (expected,) = Node(
+        library, "MixedLinear", [*codes, *linear, residual], 1, low_width=56, high_width=8, groups=groups
+    ).run()
+    (got,) = Node(library, f"{kind}Linear", [*operands, *linear, residual], 1, **attributes).run()
+    assert torch.equal(got, expected) and got.shape == (*codes[2].shape[:-1], 130)
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_quantizers_with_their_linear(library, rows):
+    norm = dict(norm=1, epsilon=1e-5, low_width=56, high_width=8, high_clip=0.9)
+    assert_linear_of(library, "Norm", [random(2, rows, 64), random(64, seed=1), None], linear_operands(), **norm)
+    orders = dict(low_width=56, high_width=8, low_order0=2, low_order1=28, high_order0=8)
+    dense = hadamard_plan(28).factors[0].float().flatten()
+    gated = [random(2, rows, 64), random(2, rows, 64, seed=1), dense]
+    assert_linear_of(library, "Hadamard", gated, linear_operands(), activation=1, **orders)
+
+
+def test_attention_with_its_linear(library):
+    cache = formats.pack_cache(random(2, 2, 12, 64), HEAD)
+    operands = [
+        random(2, 3, 4, 64),
+        cache,
+        cache,
+        torch.ones(2, 12, dtype=torch.bool),
+        random(4, seed=3),
+        None,
+        None,
+        None,
+    ]
+    assert_linear_of(library, "Attention", operands, linear_operands(4), 4, scale=0.125, low_bits=3, **HEAD_ATTRIBUTES)
+
+
 @pytest.mark.parametrize(("past", "room"), [(0, 0), (9, 0), (9, 20)])
 def test_rope_cache_and_attention(library, past, room):
     """Without room, present is a longer copy of past; with room, past and present have as many rows."""
@@ -175,6 +221,15 @@ def test_errors_name_the_node(library):
     )
     fails("attributes of a NormQuantize node do not fit", "NormQuantize", [random(1, 3, 40)], 4)
     fails("a transform does not fit", "HadamardQuantize", [random(1, 40)], 4, high_width=40, high_order0=20)
+    linear = linear_operands()
+    fails(
+        "weight_high does not fit",
+        "NormLinear",
+        [random(1, 3, 64), None, None, linear[0], linear[0], *linear[2:]],
+        1,
+        low_width=56,
+        high_width=8,
+    )
     fails("factors does not fit", "HadamardQuantize", [random(1, 20)], 4, high_width=20, high_order0=20)
     q, cache, mask = (
         random(1, 1, 4, 64),

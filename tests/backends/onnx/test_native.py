@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from resq_compiler.backends.cpu import library as libraries
-from resq_compiler.backends.onnx import build_model, export_onnx
+from resq_compiler.backends.onnx import build_model, export_onnx, native
 from resq_compiler.backends.onnx.native import cache_rows
 from resq_compiler.backends.onnx.runtime import OnnxDecoder
 
@@ -19,7 +19,7 @@ from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
 from tests.backends.onnx.conftest import relative
 from tests.conftest import with_layer_norms, with_prefix
 
-BLOCK = dict(NormQuantize=2, MixedLinear=4, RopeCache=1, AttentionQuantize=1, HadamardQuantize=1)
+BLOCK = dict(NormLinear=2, RopeCache=1, AttentionLinear=1, HadamardLinear=1)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def made(compile_tiny, tmp_path):
     def make(family: str = "llama", **options):
         defaults = {} if isinstance(options.get("recipe"), tuple) else {"recipe": "resq", "weight_method": "rtn"}
         compiled, _ = compile_tiny(family, **{**defaults, **options})
-        return compiled, export_onnx(compiled, tmp_path / "model", "native", embedding="float32")
+        return compiled, export_onnx(compiled, tmp_path / "model", "native", embedding="float32", overwrite=True)
 
     return make
 
@@ -72,6 +72,22 @@ def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
     layers = len(compiled.cache_specs)
     assert Counter(n.op_type for n in nodes if n.domain == "resq") == {k: layers * n for k, n in BLOCK.items()}
     assert_same(compiled, path)
+
+
+def test_quantizers_in_nodes_of_their_own(made, monkeypatch):
+    """As where several linears read the codes: the same logits to the bit."""
+    _, path = made()
+    ids, mask = (x.numpy() for x in padded())
+    positions = (mask.cumsum(-1) - 1).clip(0)
+    fused = OnnxDecoder(path, threads=1)
+    expected, _ = fused.forward(ids, mask, positions, fused.empty_past(2))
+    monkeypatch.setattr(native, "only_linear", lambda quantizer: None)
+    _, path = made()
+    kinds = {n.op_type for n in onnx.load(path / "model.onnx").graph.node if n.domain == "resq"}
+    assert kinds == {"NormQuantize", "MixedLinear", "RopeCache", "AttentionQuantize", "HadamardQuantize"}
+    apart = OnnxDecoder(path, threads=1)
+    got, _ = apart.forward(ids, mask, positions, apart.empty_past(2))
+    assert np.array_equal(got.numpy(), expected.numpy())
 
 
 @pytest.mark.parametrize(
