@@ -130,7 +130,7 @@ class AllocateBits(Pass):
         bits = (min(plan.weight_bits, plan.activation_bits), plan.common.high_bits)
         if bits[0] >= bits[1]:
             return []
-        attention = [n for b in topology.blocks for n in (b.attention.q, b.attention.k, b.attention.v)]
+        attention = [n for b in topology.blocks for n in b.attention.readers]
         mlp = [n for b in topology.blocks for f in b.feed_forwards for n in (*f.gates, *f.ups)]
         choices = [
             Choice(Site(name), self._stream_energies(ctx, felt, name), rows(gm, linears), *bits)
@@ -138,8 +138,13 @@ class AllocateBits(Pass):
         ]
         for block in topology.blocks:
             a, site = block.attention, Site("o", block.index)
-            values = bases.value[block.index].repeat_interleave(a.num_heads // a.num_kv_heads, 0)
+            values = bases.value[block.index].repeat_interleave(a.num_heads // a.value_heads, 0)
             choices.append(Choice(site, along(values, felt[site]), rows(gm, [a.o]) * a.num_heads, *bits))
+            for vector in a.vectors:
+                site = Site(vector.site, block.index)
+                choices.append(
+                    Choice(site, along(bases.latent[site][None], felt[site]), rows(gm, vector.linears), *bits)
+                )
             if plan.split_down:
                 site = Site("down", block.index)
                 energies = self._down_energies(ctx, block, felt[site].sum(0))
@@ -216,7 +221,8 @@ def caches(ctx: PassContext, felt: Felt) -> list[Choice]:
     for block in ctx.facts.get(Topology).blocks if bits[0] < bits[1] else ():
         i, heads = block.index, block.attention.num_kv_heads
         keys = bases.key[i] if bases.key[i].dim() == 3 else bases.key[i][None]
-        for site, basis in ((Site("key", i), keys), (Site("value", i), bases.value[i])):
+        values = ((Site("value", i), bases.value[i]),) if block.attention.latent is None else ()
+        for site, basis in ((Site("key", i), keys), *values):
             choices.append(Choice(site, along(basis, felt[site]), heads, *bits))
     return choices
 

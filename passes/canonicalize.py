@@ -3,6 +3,7 @@
 
     reshape(index_select(W, 0, reshape(ids)))                            -> embedding(W, ids)
     norm(embedding(W, ids))                                              -> embedding(norm(W), ids)
+    linear(x / number, W)                                                -> linear(x, W) / number
 Values computed from one-dimensional weights alone, such as Gemma's 1 + w, become tensors of their own.
 """
 
@@ -22,7 +23,7 @@ from resq_compiler.frontend.composites import WHOLE, name_composites
 from resq_compiler.frontend.experts import name_experts
 from resq_compiler.ir import graph_tools, serialize, values
 from resq_compiler.ir.args import argument, operands, set_argument, source
-from resq_compiler.ir.graph_tools import VIEW_OPS, aten, is_call, only_user, replace, rewrite
+from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, is_call, only_user, replace, rewrite
 from resq_compiler.ir.views import Embedding, Norm
 from resq_compiler.pipeline.passes import Pass, PassContext
 
@@ -47,7 +48,7 @@ class Canonicalize(Pass):
         done = drop_noise(gm) + drop_mutation(gm) + name_products(gm)
         for node in list(gm.graph.find_nodes(op="call_function", target=aten.addmm.default)):
             done += match_addmm(gm, node)
-        done += name_lookups(gm) + keep_token_dimensions(gm)
+        done += name_lookups(gm) + keep_token_dimensions(gm) + scale_behind_linears(gm)
         done += fold_constants(gm) + name_experts(gm, self.name)
         named, misses = name_composites(gm, self.name)
         ctx.lines += misses
@@ -64,7 +65,7 @@ def check_can_be_kept(gm: GraphModule) -> None:
         (node,) = (n for n in gm.graph.nodes if n.name == error.node)
         raise CaptureError(
             f"node {node.name}: {graph_tools.target_text(node.target)} cannot be saved; expected operators that compute new values from "
-            "values, not ones that write into an argument, as latent attention (DeepSeek V2 and V3, MiniCPM3) does: not supported",
+            "values, not ones that write into an argument",
             node=node.name,
         ) from error
 
@@ -135,6 +136,24 @@ def name_lookups(gm: GraphModule) -> int:
         if len(values.shape(ids)) == 2 and values.shape(back) == (*values.shape(ids), values.width(node)):
             rewrite(back, aten.embedding.default, (table, ids), Canonicalize.name)
             done += 1
+    return done
+
+
+def scale_behind_linears(gm: GraphModule) -> int:
+    """linear(x / number, W) -> linear(x, W) / number: logits are scaled, and lm_head reads the norm."""
+    done = 0
+    for node in list(gm.graph.find_nodes(op="call_function", target=aten.linear.default)):
+        scaled = source(node)
+        if not is_call(scaled, aten.div.Tensor, aten.mul.Tensor) or len(scaled.users) > 1:
+            continue
+        x, factor = operands(scaled)
+        if not isinstance(x, Node) or not isinstance(factor, (int, float)) or argument(node, "bias") is not None:
+            continue
+        with gm.graph.inserting_before(node):
+            linear = emit(gm.graph, aten.linear.default, (x, argument(node, "weight")), node, Canonicalize.name)
+        target = aten.div.Tensor if is_call(scaled, aten.div.Tensor) else aten.mul.Tensor
+        rewrite(node, target, (linear, factor), Canonicalize.name)
+        done += 1
     return done
 
 

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.amplification import residual_readers, value_readers, weigh
 from resq_compiler.analysis.sites import Site
-from resq_compiler.analysis.topology import Block, ReadGroup, Topology
+from resq_compiler.analysis.topology import Block, Compressed, ReadGroup, Topology
 from resq_compiler.calibration import requests
 from resq_compiler.calibration.bases import (
     Bases,
@@ -112,7 +112,18 @@ class ComputeBases(Pass):
         key = tuple(each_basis(keys) for _, keys in heads)
         if self.key_basis == "shared":
             key = tuple(u[0] for u in key)
-        return Bases(*stream_bases(topology, of_stream, self.online == "own"), value, key, down)
+        stream = stream_bases(topology, of_stream, self.online == "own")
+        return Bases(*stream, value, key, down, self._of_vectors(gm, topology, seen))
+
+    def _of_vectors(self, gm: GraphModule, topology: Topology, seen: Statistics) -> dict[Site, Tensor]:
+        """Bases of the compressed vectors of latent attention."""
+        found: dict[Site, Tensor] = {}
+        for site, _, vector in vectors_of(topology):
+            moment = devices.here(seen.get(SecondMoment, site).mean())
+            if self.weighting == "readers":
+                moment = weigh(moment, residual_readers(gm, [vector]))
+            found[site] = agreed(principal_basis(moment)[0].cpu())
+        return found
 
     def _head_moments(self, gm: GraphModule, seen: Statistics, block: Block) -> tuple[Tensor, Tensor]:
         """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
@@ -169,7 +180,13 @@ def ordered(
     else:
         key = tuple(torch.stack([permutation(size) for size in sizes("key", i)]) for i in blocks)
     stream = stream_bases(topology, lambda site, _: permutation(seen.get(Peak, site).sizes), own)
-    return Bases(*stream, value, key, down)
+    latent = {site: permutation(sizes(site.name, i)) for site, i, _ in vectors_of(topology)}
+    return Bases(*stream, value, key, down, latent)
+
+
+def vectors_of(topology: Topology) -> list[tuple[Site, int, Compressed]]:
+    """The compressed vectors of latent attention, with their sites and blocks."""
+    return [(Site(v.site, b.index), b.index, v) for b in topology.blocks for v in b.attention.vectors]
 
 
 def of_weights(gm: GraphModule, topology: Topology, seed: int, own: bool, down: dict[Node, BlockBasis]) -> Bases:
@@ -177,8 +194,9 @@ def of_weights(gm: GraphModule, topology: Topology, seed: int, own: bool, down: 
     stream = stream_bases(topology, lambda _, groups: agreed(principal_basis(residual_readers(gm, groups))[0]), own)
     attentions = [block.attention for block in topology.blocks]
     value = tuple(each_basis(value_readers(gm, a)) for a in attentions)
-    key = tuple(random_basis(a.head_dim, "hadamard", seed, "key") for a in attentions)
-    return Bases(*stream, value, key, down)
+    key = tuple(random_basis(a.key_dim, "hadamard", seed, "key") for a in attentions)
+    latent = {site: agreed(principal_basis(residual_readers(gm, [v]))[0]) for site, _, v in vectors_of(topology)}
+    return Bases(*stream, value, key, down, latent)
 
 
 def drawn(topology: Topology, kind: str, seed: int, down: dict[Node, BlockBasis]) -> Bases:
@@ -186,7 +204,8 @@ def drawn(topology: Topology, kind: str, seed: int, down: dict[Node, BlockBasis]
     residual = random_basis(topology.hidden_size, kind, seed, "residual")
     heads = [block.attention for block in topology.blocks]
     value = tuple(
-        torch.stack([random_basis(a.value_dim, kind, seed, "head")] * a.num_kv_heads) for a in heads
+        torch.stack([random_basis(a.value_dim, kind, seed, "head")] * a.value_heads) for a in heads
     )  # fmt: skip
-    key = tuple(random_basis(a.head_dim, kind, seed, "key") for a in heads)
-    return Bases(*stream_bases(topology, lambda *_: residual, False), value, key, down)
+    key = tuple(random_basis(a.key_dim, kind, seed, "key") for a in heads)
+    latent = {site: random_basis(v.width, kind, seed, v.site) for site, _, v in vectors_of(topology)}
+    return Bases(*stream_bases(topology, lambda *_: residual, False), value, key, down, latent)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,11 +62,13 @@ class FoldNorms(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         topology = ctx.facts.get(Topology)
         residual = topology.residual
+        if ctx.calibration is not None:
+            self._choose_vectors(gm, topology, ctx)
+        done = fold_vectors(gm, topology)
         if residual.fusable and ctx.calibration is not None:
             self._choose(gm, topology, ctx)
         if not residual.fusable:
-            return 0
-        done = 0
+            return done
         for group in residual.readers:
             fold = fold_bias if group.online else fold_gain
             if group.norm is not None and fold(gm, group.norm, group.linears):
@@ -84,7 +86,7 @@ class FoldNorms(Pass):
 
     def _choose(self, gm: GraphModule, topology: Topology, ctx: PassContext) -> None:
         """Say which norms keep their gains."""
-        costs = measure_costs(gm, topology, self.high_fraction, ctx)
+        costs = measure_costs(gm, topology.readers, self.high_fraction, ctx)
         lost = [cost.lost for _, cost in costs]
         everywhere = bool(lost) and statistics.fmean(lost) > self.most_lost
         for group, cost in costs:
@@ -101,12 +103,38 @@ class FoldNorms(Pass):
             f"{self.most_lost:g} (fold-norms, most-lost); a matrix of {topology.hidden_size}² each"
         )
 
+    def _choose_vectors(self, gm: GraphModule, topology: Topology, ctx: PassContext) -> None:
+        """Say which norms of compressed vectors keep their gains: each for itself, as each has a basis of its own."""
+        costs = measure_costs(gm, topology.vectors, self.high_fraction, ctx)
+        for group, cost in costs:
+            group.online = cost.lost > self.most_lost
+        ctx.lines += lines_of(costs)
+        kept = [(group, cost.lost) for group, cost in costs if group.online]
+        if kept:
+            ctx.note(
+                f"the basis of {len(kept)} of {len(costs)} compressed vectors of latent attention stays online "
+                f"({graph_tools.module_of(kept[0][0].norm or kept[0][0].value)}, ...): folding the gains of their norms would cost up to "
+                f"{max(lost for _, lost in kept):.0f} dB, more than {self.most_lost:g} (fold-norms, most-lost)"
+            )
+
+
+def fold_vectors(gm: GraphModule, topology: Topology) -> int:
+    """Fold the norms of the compressed vectors of latent attention into the linears that make queries, keys and values of them."""
+    folded = 0
+    for vector in topology.vectors:
+        fold = fold_bias if vector.online else fold_gain
+        if vector.norm is not None and fold(gm, vector.norm, vector.linears):
+            folded += 1
+    if folded:
+        graph_tools.delete_unused_tensors(gm)
+    return folded
+
 
 def measure_costs(
-    gm: GraphModule, topology: Topology, high: float, ctx: PassContext
+    gm: GraphModule, groups: Sequence[ReadGroup], high: float, ctx: PassContext
 ) -> list[tuple[ReadGroup, FoldingCost]]:
     """What folding costs every group of linears, on the beginning of a calibration window."""
-    costs = [(group, cost) for group in topology.readers if (cost := FoldingCost.of(gm, group, high)) is not None]
+    costs = [(group, cost) for group in groups if (cost := FoldingCost.of(gm, group, high)) is not None]
     taps: dict[Node, Callable[[Tensor], None]] = {}
     for group, cost in costs:
         x = Norm.require(group.norm).x
@@ -119,7 +147,11 @@ def measure_costs(
 def lines_of(costs: list[tuple[ReadGroup, FoldingCost]]) -> list[str]:
     """The table of this stage."""
     rows = [
-        (graph_tools.module_of(group.value), number(cost.lost, 1), "kept, U_A online" if group.online else "folded")
+        (
+            graph_tools.module_of(group.norm or group.value),
+            number(cost.lost, 1),
+            "kept, U_A online" if group.online else "folded",
+        )
         for group, cost in costs
     ]
     return table(HEADER, rows).splitlines() if rows else []

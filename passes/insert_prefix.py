@@ -138,9 +138,9 @@ def require_causal_masks(topology: Topology) -> None:
 @torch.no_grad()
 def insert(gm: GraphModule, topology: Topology, tokens: list[int]) -> None:
     """Run the tokens through the graph, and rewrite every attention, and the positions."""
-    caches = [(b.attention.key_cache, b.attention.value_cache) for b in topology.blocks]
+    caches = [tuple(b.attention.caches.items()) for b in topology.blocks]
     env = executor.first_tokens(gm, torch.tensor([tokens]))
-    executor.Schedule(gm, [node for pair in caches for node in pair], env).run(env)
+    executor.Schedule(gm, [node for pair in caches for _, node in pair], env).run(env)
     made_by, masks = InsertPrefix.name, dict[Node, Node]()
     for block, pair in zip(topology.blocks, caches, strict=True):
         core, mask = block.attention.core, node_arg(block.attention.core, "mask")
@@ -148,12 +148,16 @@ def insert(gm: GraphModule, topology: Topology, tokens: list[int]) -> None:
             with gm.graph.inserting_after(mask):
                 masks[mask] = emit(gm.graph, ops.see_prefix, (mask, len(tokens)), mask, made_by)
         set_argument(core, "mask", masks[mask])
-        for kind, argument, cache in zip(("key", "value"), ("k", "v"), pair, strict=True):
+        for kind, cache in pair:
             prefix = graph_tools.add_tensor(
                 gm, f"resq.prefix_{kind}.{block.index}", env[cache].cpu().contiguous(), made_by
             )
-            with gm.graph.inserting_before(core):
-                set_argument(core, argument, emit(gm.graph, ops.prepend, (prefix, cache), cache, made_by))
+            readers = [node for node in cache.users if node.op != "output"]
+            before = core if readers == [core] else min(readers)
+            with gm.graph.inserting_before(before):
+                whole = emit(gm.graph, ops.prepend, (prefix, cache), cache, made_by)
+            for reader in readers:
+                reader.replace_input_with(cache, whole)
     shift_positions(gm, len(tokens))
 
 

@@ -8,6 +8,8 @@
          one matrix.
     U_B  values: project_heads before the cache, inverse after attention.
     U_C  queries and keys, after RoPE: project both; the product q kᵀ does not change.
+    U_L  compressed vectors of latent attention: project before the norm, inverse before the linears that read them.  A rotation passes
+         a norm without gain (fold-norms); where the gain stays, the projection stands behind it and is an operator of its own.
     U_D  input of down projections: Hadamard transform and its inverse; inside each part where channels are split by energy. Before it,
          where Bases have them, the principal directions of blocks of 64 channels: 64 multiplications a channel, online.
 
@@ -23,7 +25,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
-from resq_compiler.analysis.topology import Attention, ReadGroup, Topology
+from resq_compiler.analysis.sites import Site
+from resq_compiler.analysis.topology import Attention, Compressed, ReadGroup, Topology
 from resq_compiler.calibration.bases import Bases, BlockBasis, order_of
 from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools, meta, ops, values
@@ -64,6 +67,9 @@ class InsertProjections(Pass):
         for block in topology.blocks:
             if bases.value:
                 done += insert_value(gm, block.attention, bases.value[block.index], block.index, ctx)
+            for vector in block.attention.vectors:
+                basis = bases.latent.get(Site(vector.site, block.index))
+                done += 0 if basis is None else insert_vector(gm, vector, basis, block.index, ctx)
             if bases.key and ctx.facts.get(ColumnPlan).kv_bits < FLOAT_BITS:
                 done += insert_key(gm, block.attention, bases.key[block.index], block.index, ctx)
             downs = [f.down for f in block.feed_forwards if f.down not in topology.floats]
@@ -146,7 +152,8 @@ def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: in
     """U_B between the value projection and the cache; its inverse after attention."""
     u = place(gm, ctx, HeadRotation(basis), f"U_B.{index}", attention.v, InsertProjections)
     forward = meta.Projection("U_B", online=not attention.value_is_linear, block=index)
-    u.forward(attention.new_values, [attention.value_cache], forward)
+    value, reader = attention.values
+    u.forward(value, [reader], forward)
     u.inverse(attention.core, attention.core.users, meta.Projection("U_B", inverse=True, block=index))
     return 2
 
@@ -158,9 +165,21 @@ def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int,
         place(gm, ctx, transform, f"U_C.{index}", attention.k, InsertProjections),
         meta.Projection("U_C", block=index),
     )
-    key, query = attention.new_keys, attention.view.q
-    u.forward(key, [attention.key_cache], fact)
-    u.forward(query, [attention.core], fact)
+    query, reader = attention.queries
+    u.forward(attention.new_keys, [attention.key_cache], fact)
+    u.forward(query, [reader], fact)
+    return 2
+
+
+def insert_vector(gm: GraphModule, vector: Compressed, basis: Tensor, index: int, ctx: PassContext) -> int:
+    """The basis of a compressed vector of latent attention: before its norm, which a rotation passes where it has no gain, or behind it."""
+    u = place(gm, ctx, Rotation(basis), f"U_L.{vector.site}.{index}", vector.writer, InsertProjections)
+    norm = Norm.of(vector.norm)
+    behind = norm is not None and (norm.gain is not None or norm.subtracts_mean)
+    made = vector.written if behind else vector.writer
+    turned = u.forward(made, made.users, meta.Projection("U_L", online=behind, block=index))
+    read = turned if made is vector.value else vector.value
+    u.inverse(read, vector.linears, meta.Projection("U_L", inverse=True, block=index))
     return 2
 
 

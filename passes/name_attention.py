@@ -5,6 +5,7 @@
     matmul(softmax(cap·tanh(q kᵀ scale / cap) + mask), v)       -> attention(q, k, v, mask, scale, softcap), in any such form
     the same with a learned score beside those of the keys      -> attention(q, k, v, mask, scale, softcap, sinks)
     the operators that build a mask                             -> causal_mask(attention_mask, input_ids, window)
+    keys and values that a linear makes of a compressed cache   -> attention(q, k, v, ...) on them (frontend/latent.py)
 
 Repeats of heads and masks are recognized by what they compute, not by how: they are run on index tensors and on padded,
 empty-past and longer-than-window inputs, and must agree exactly. A mask that agrees with no causal or sliding-window mask stays.
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import TopologyError
-from resq_compiler.frontend import eager_attention
+from resq_compiler.frontend import eager_attention, latent
 from resq_compiler.frontend.capture import concrete_example
 from resq_compiler.frontend.eager_attention import WrittenOut
 from resq_compiler.frontend.sinks import take_sinks
@@ -75,7 +76,9 @@ def replace_core(gm: GraphModule, node: Node, env: dict[Node, Tensor]) -> int:
         )
     q, scale = node_arg(node, "query"), optional_float_arg(node, "scale")
     heads = values.shape(q)[1]
-    k, v = (unrepeated(gm, node_arg(node, name), heads, env) for name in ("key", "value"))
+    k, v = (node_arg(node, name) for name in ("key", "value"))
+    if not latent.expands(k, v, heads, NameAttention.name):
+        k, v = (unrepeated(gm, x, heads, env) for x in (k, v))
     args = (q, k, v, argument(node, "attn_mask"), 1 / math.sqrt(values.width(q)) if scale is None else scale, None)
     rewrite(node, ops.attention, args, NameAttention.name)
     return 1
@@ -119,7 +122,7 @@ def unrepeated(
     if not is_call(root, ops.append_cache):
         raise TopologyError(
             f"node {value.name}: attention keys and values should come from append_cache(past, new), got {root.format_node()} "
-            "(latent attention, which makes them from a compressed cache, is not supported)",
+            "or, in latent attention, be made from it by a linear",
             node=value.name,
         )
     shape = values.shape(root)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import ColumnPart, ColumnPlan
-from resq_compiler.analysis.topology import Topology
+from resq_compiler.analysis.topology import STREAM_ROLES, Topology
 from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.args import source
 from resq_compiler.ir.graph_tools import aten, emit, replace
@@ -25,7 +25,10 @@ from resq_compiler.ir.views import Linear, MergeHeads
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
 
-SITE_OF_ROLE = {"q": "attention", "k": "attention", "v": "attention", "gate": "mlp", "up": "mlp", "down": "down"}
+SITE_OF_ROLE = {
+    **dict.fromkeys(STREAM_ROLES, "attention"), "q_b": "qlatent", "q_b_rope": "qlatent", "k_b": "latent", "v_b": "latent",
+    "gate": "mlp", "up": "mlp", "down": "down",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS
-from resq_compiler.analysis.topology import Topology
+from resq_compiler.analysis.topology import STREAM_ROLES, Topology
 from resq_compiler.calibration.statistics import both, observe
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.args import set_argument, source
@@ -32,7 +32,9 @@ from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import devices, processes
 
-SITE_NAMES = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
+SITE_NAMES = {**dict.fromkeys(STREAM_ROLES, "attention_input"), "q_b": "qlatent_input", "q_b_rope": "qlatent_input",
+              "k_b": "latent_input", "v_b": "latent_input",
+              "o": "o_input", "gate": "mlp_input",
               "up": "mlp_input", "down": "down_input", "head": "head_input"}  # fmt: skip
 
 ON_CODES: dict[object, Callable] = {

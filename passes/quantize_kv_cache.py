@@ -1,4 +1,4 @@
-"""quantize-kv-cache: keys and values are quantized per token and head before they enter the cache.
+"""quantize-kv-cache: keys and values are quantized per token and head before they enter the cache, compressed vectors per token.
 
     append_cache(past, new) -> append_cache(past, quantize_dequantize(new, parts))
 
@@ -39,7 +39,7 @@ class QuantizeKvCache(Pass):
             return 0
         done = 0
         for block in ctx.facts.get(Topology).blocks:
-            for kind, cache in (("key", block.attention.key_cache), ("value", block.attention.value_cache)):
+            for kind, cache in block.attention.caches.items():
                 new = AppendCache.require(cache).new
                 if is_call(new, ops.quantize_dequantize):
                     continue

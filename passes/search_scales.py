@@ -110,13 +110,13 @@ def places(topology: Topology, block: Block) -> Iterator[Place]:
     """The values of a block whose channels can be scaled at no cost."""
     name = f"blocks.{block.index}"
     a = block.attention
-    inside = {a.q, a.k, a.v, *(n for f in block.feed_forwards for n in (*f.gates, *f.ups))}
+    inside = {*a.readers, *(n for f in block.feed_forwards for n in (*f.gates, *f.ups))}
     for group in topology.readers:
         norm = Norm.of(group.norm)
         if norm is not None and norm.gain is not None and inside & set(group.linears):
-            kind = "attention" if a.q in group.linears else "mlp"
+            kind = "attention" if a.readers[0] in group.linears else "mlp"
             yield Place(f"{name}.{kind}", group.value, group.value, tuple(group.linears))
-    if a.num_heads == a.num_kv_heads and a.value_is_linear and a.head_dim == a.value_dim:
+    if a.num_heads == a.value_heads and a.value_is_linear and a.head_dim == a.value_dim:
         yield Place(f"{name}.o", a.v, source(a.o), (a.o,))
     for f in block.feed_forwards:
         if passes_scales(source(f.down)):

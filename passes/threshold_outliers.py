@@ -47,7 +47,12 @@ class ThresholdOutliers(Pass):
         topology = ctx.facts.get(Topology)
         plan = ctx.facts.get(ColumnPlan)
         down = requests.down_sizes(topology, "peak") if plan.split_down else []
-        return [*requests.reader_peaks(topology), *requests.output_peaks(topology), *down]
+        return [
+            *requests.reader_peaks(topology),
+            *requests.output_peaks(topology),
+            *requests.vector_peaks(topology),
+            *down,
+        ]
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         topology, plan = ctx.facts.get(Topology), ctx.facts.get(ColumnPlan)
@@ -64,6 +69,9 @@ class ThresholdOutliers(Pass):
         for block in topology.blocks:
             heads = seen.get(Peak, Site("o", block.index)).sizes.unflatten(0, (-1, block.attention.value_dim))
             found[Site("o", block.index)] = (int(heads.ge(self.threshold).sum(1).max()), block.attention.value_dim)
+        for site in (Site(v.site, b.index) for b in topology.blocks for v in b.attention.vectors):
+            sizes = seen.get(Peak, site).sizes
+            found[site] = (int(sizes.ge(self.threshold).sum()), len(sizes))
         for site, _ in requests.feed_forwards(topology) if plan.split_down else ():
             sizes = seen.get(Peak, site).sizes
             count, width = int(sizes.ge(self.threshold).sum()), len(sizes)

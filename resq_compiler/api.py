@@ -23,6 +23,7 @@ from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.overrides import TopologyOverrides, read_overrides
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.backends import load_backend
+from resq_compiler.backends.fused.foreseen import kernel_problem
 from resq_compiler.backends.onnx import export_problem
 from resq_compiler.calibration import precision, shards, workdir
 from resq_compiler.calibration.causality import check_causal_graph
@@ -334,18 +335,24 @@ def _note_calibration(ctx: PassContext, config: CompileConfig, start_of_text: Te
 
 
 def _checking_export(on_stage: Callable[[Stage], None], ctx: PassContext, backend: str) -> Callable[[Stage], None]:
-    """`on_stage`, and, as soon as operators have their final names, whether the model will have an ONNX form: a note if not.
+    """`on_stage`, and, as soon as operators have their final names, whether the model will have an ONNX form, and kernels: a note if not.
 
-    Raises BackendError, before calibration, where the backend computes by ONNX Runtime.
+    Raises BackendError, before calibration, where the backend needs what the model will not have.
     """
 
     def seen(stage: Stage) -> None:
         on_stage(stage)
-        problem = export_problem(stage.graph) if stage.name == FindTopology.name else None
+        if stage.name != FindTopology.name:
+            return
+        problem, refused = export_problem(stage.graph), kernel_problem(stage.graph, experts=backend != "triton")
         if problem is not None and backend in ("onnx", "cpu"):
             raise BackendError(f"backend {backend}: {problem}")
+        if refused is not None and backend in ("cpu", "triton"):
+            raise BackendError(f"backend {backend}: {refused}")
         if problem is not None:
             ctx.note(f"export: this model cannot be exported to ONNX: {problem}")
+        if refused is not None:
+            ctx.note(f"kernels: profile native and the backends cpu and triton will refuse this model: {refused}")
 
     return seen
 

@@ -40,6 +40,10 @@ GROUPED = {
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
 }
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "head_dim": 8,
+}  # fmt: skip
 OWN = {  # values that cannot be guessed from the names of fields
     "mixtral": {**CHOSEN, "sliding_window": None}, "qwen2_moe": {**CHOSEN, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {**CHOSEN, "head_dim": 24, "norm_topk_prob": True}, "olmoe": {**CHOSEN, "intermediate_size": 32},
@@ -48,8 +52,8 @@ OWN = {  # values that cannot be guessed from the names of fields
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "helium": {"head_dim": 16}, "hunyuan_v1_dense": {"head_dim": 16},
     "ministral": {"head_dim": 16}, "falcon-alibi": {"alibi": True},
     "dots1": {**GROUPED, "n_group": 1},
-    **{name: {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-              "v_head_dim": 16, "head_dim": 8} for name in ("minicpm3", "youtu")},
+    **{name: LATENT for name in ("minicpm3", "youtu")}, **{name: {**GROUPED, **LATENT} for name in ("deepseek_v3", "glm4_moe_lite")},
+    "deepseek_v2": {**GROUPED, **LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "phi3-longrope": {"original_max_position_embeddings": 10, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
                       "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i / 4 for i in range(8)]}},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
@@ -57,10 +61,14 @@ OWN = {  # values that cannot be guessed from the names of fields
 WORK = (
     "apertus", "arcee", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "codegen", "cohere", "cohere2", "cwm", "ernie4_5",
     "exaone4", "falcon", "falcon-alibi", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "granite", "helium",
-    "hunyuan_v1_dense", "hyperclovax", "jais2", "ministral", "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
-    "phi", "phi3-longrope", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm",
+    "hunyuan_v1_dense", "hyperclovax", "jais2", "minicpm3", "ministral",
+    "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
+    "phi", "phi3-longrope", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",
 )  # fmt: skip
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "gpt_oss")
+MIXTURES = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "gpt_oss", "deepseek_v2", "deepseek_v3",
+    "glm4_moe_lite",
+)  # fmt: skip
 EIGHT = {
     "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32", "weight_method": "rtn",
     "weight_bits": 8, "activation_bits": 8, "kv_bits": 8,
@@ -207,7 +215,8 @@ Families of transformers beyond those that [models-and-topology.md](models-and-t
 - Triton: `yes` where every operator of a block has a kernel; `partly` where PyTorch runs some, with `allow_fallback=True`.
   That is what the lowering takes; kernels are compared with their definitions elsewhere.
 
-The last ones are mixtures of experts ([more](models-and-topology.md#mixtures-of-experts)).
+The last ones are mixtures of experts ([more](models-and-topology.md#mixtures-of-experts)). DeepSeek-V2 and V3, GLM-4-MoE lite, MiniCPM3 and
+Youtu have latent attention ([more](models-and-topology.md#latent-attention)).
 
 | family | PyTorch | ONNX `ort` | ONNX `qdq` | native | Triton |
 |---|---|---|---|---|---|

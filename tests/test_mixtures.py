@@ -1,4 +1,4 @@
-"""Mixtures of experts of transformers: exact passes keep the logits, 8 bits stay close, and what is saved is what was compiled."""
+"""Mixtures of experts, and latent attention: exact passes keep the logits, 8 bits stay close, and what is saved is what was compiled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def logits(gm: GraphModule, compiled) -> torch.Tensor:
         return gm(IDS, torch.ones_like(IDS), torch.arange(20).expand(2, 20), *past)[0]
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", (*MIXTURES, "minicpm3"))
 def test_exact_passes_keep_the_logits_and_eight_bits_stay_close(name):
     model, graphs = small(name), []
     with torch.no_grad():
@@ -125,3 +125,10 @@ def test_an_expert_without_tokens_is_an_error_unless_allowed():
 def test_backends_without_a_grouped_kernel_name_the_node(mixtral, backend, options):
     with pytest.raises(BackendError, match=r"weight_only_expert_linear: a linear of experts: there is no grouped"):
         mixtral.use_backend(backend, **options)
+
+
+def test_triton_says_so_before_the_compile_too():
+    with pytest.raises(
+        BackendError, match=r"backend triton: node expert_linear\w*: a linear of experts: there is no grouped"
+    ):
+        resq_compiler.compile(small("mixtral"), recipe="rtn", backend="triton")

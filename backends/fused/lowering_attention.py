@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.alibi import alibi_slopes
+from resq_compiler.backends.fused.foreseen import LATENT, is_latent
 from resq_compiler.backends.fused.formats import HeadParts, head_parts
 from resq_compiler.backends.fused.lowering import AttentionSite, Lowering
 from resq_compiler.backends.fused.patterns import CacheSide, Turned, turned
@@ -60,6 +61,8 @@ def _match(low: Lowering, attention: Attention) -> _Match | str:
     scores = _scores(low, attention)
     if isinstance(scores, str):
         return scores
+    if is_latent(attention):
+        return LATENT
     keys, values = (CacheSide.of(behind_prefix(x), low.cache_inputs) for x in (attention.k, attention.v))
     if isinstance(keys, str) or isinstance(values, str):
         return keys if isinstance(keys, str) else str(values)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+from resq_compiler.backends.fused.foreseen import EXPERTS
 from resq_compiler.backends.fused.formats import InputPart
 from torch.fx import Node
 
@@ -52,7 +53,7 @@ def inputs_of(linear: LinearSum) -> Inputs | str:
         if not isinstance(part, CodedLinear):
             return "some of its parts have float weights"
         if part.of_experts:
-            return "a linear of experts: there is no grouped kernel; use the reference backend"
+            return EXPERTS
         if not part.on_codes:
             return "16-bit activations: there is no weight-only kernel; compile with activation_bits=4 or 8"
         if part.group_size is not None:

@@ -249,6 +249,15 @@ def filled_like(low: Lowering, node: Node) -> Value:
     return Value(low.b.op("Expand", number, low.b.op("Shape", low.exact(node_arg(node, "self")))))
 
 
+@emits(aten.max.dim, aten.min.dim)
+def extreme_along(low: Lowering, node: Node) -> Pieces:
+    """The largest or smallest values along a dimension, and the first index of each."""
+    kind = "Max" if node.target is aten.max.dim else "Min"
+    x, axis, keep = low.exact(node_arg(node, "self")), int_arg(node, "dim"), int(argument(node, "keepdim"))
+    found = low.b.op(f"Reduce{kind}", x, low.b.ints(axis), keepdims=keep)
+    return Pieces((found, low.b.op(f"Arg{kind}", x, axis=axis, keepdims=keep)))
+
+
 @emits(aten.max.default, aten.min.default)
 def extreme(low: Lowering, node: Node) -> Value:
     """The largest or smallest of all values, a scalar."""

@@ -37,6 +37,7 @@ from resq_compiler.backends.onnx.values import Codes, Emitted, Value
 from torch.fx import Node
 
 from resq_compiler.ir import values
+from resq_compiler.ir.graph_tools import placeholders
 from resq_compiler.ir.views import CacheParts, CodedLinear, Columns, Quantize
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ class IntegerForm(FusedForm):
             bottom, scale = scale_of(low, least, most, bits, clip)
         else:
             bottom, scale = low_and_scale(low, x, bits, clip)
-        quantizer = Quantize.of(node)
-        offset = self._offset(low, bits, groups, choices_of(quantizer.x) if quantizer is not None else 0)
+        offset = self._offset(low, node, x, bits, groups)
         zero_point = low.b.op("QuantizeLinear", low.b.op("Neg", bottom), scale, offset, axis=-1, block_size=1)
         codes = low.b.op("QuantizeLinear", x, scale, zero_point, axis=-1, block_size=width)
         if clip != 1.0 and bits < 8:
@@ -97,23 +97,28 @@ class IntegerForm(FusedForm):
         return piece, -rows if piece.stop == values.width(piece.x) else 0
 
     @staticmethod
-    def _offset(low: Lowering, bits: int, groups: int, choices: int) -> str:
-        """stored_zero(bits) in the shape of a scale, [B, S, 1] or [B, S, groups, 1], with S · choices rows where there are choices of
-        experts: made once for the whole graph."""
-        b = low.b
+    def _offset(low: Lowering, node: Node, x: str, bits: int, groups: int) -> str:
+        """stored_zero(bits) in the shape of a scale, [B, S, 1] or [B, S, groups, 1], made once for the whole graph; with S · choices rows
+        where there are choices of experts, and those of x where it is read from a cache, of all tokens."""
+        b, quantizer = low.b, Quantize.of(node)
+        choices = choices_of(quantizer.x) if quantizer is not None else 0
+        cached = (
+            quantizer is not None and values.shape(quantizer.x)[1] != values.shape(placeholders(low.gm.graph)[0])[1]
+        )
+        of = x if cached else "input_ids"
 
         def shape() -> str:
             tail = b.ints(1) if groups == 1 else b.ints(groups, 1)
-            tokens = low.size("input_ids", 1)
+            tokens = low.size(of, 1)
             rows = b.op("Mul", tokens, b.ints(choices)) if choices else tokens
             return b.op("Concat", low.size("input_ids", 0), rows, tail, axis=0)
 
         def make() -> str:
             return b.op(
-                "Expand", b.constant(np.uint8(stored_zero(bits))), low.once(("scale shape", groups, choices), shape)
+                "Expand", b.constant(np.uint8(stored_zero(bits))), low.once(("scale shape", of, groups, choices), shape)
             )
 
-        return low.once(("offset", bits, groups, choices), make)
+        return low.once(("offset", of, bits, groups, choices), make)
 
     def image(self, low: Lowering, codes: Codes) -> str:
         """(u - z) scale; Cast, Sub and Mul run in parallel and vectorized where DequantizeLinear with blocks does not."""

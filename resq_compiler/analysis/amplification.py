@@ -35,7 +35,7 @@ def _reader(gm: GraphModule, linear: Linear) -> Tensor:
 def value_readers(gm: GraphModule, attention: Attention) -> Tensor:
     """For each key/value head, Wᵀ W of the output projection's columns of its query heads: float64 [G, D, D]."""
     weight = devices.here(Linear.require(attention.o).weight_tensor(gm)).double()
-    heads = weight.unflatten(1, (attention.num_kv_heads, -1, attention.value_dim))
+    heads = weight.unflatten(1, (attention.value_heads, -1, attention.value_dim))
     return torch.einsum("nghd,nghe->gde", heads, heads)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis.latents import find_latent, latent_attention
 from resq_compiler.analysis.mixtures import find_experts, weighs_tokens
 from resq_compiler.analysis.overrides import (
     BlockOverride,
@@ -17,7 +18,7 @@ from resq_compiler.analysis.overrides import (
     switched_off,
 )
 from resq_compiler.analysis.residual import EMBEDDING, LINEARS, find_cuts, find_head, find_residual
-from resq_compiler.analysis.topology import Attention, Block, FeedForward, Residual, Topology
+from resq_compiler.analysis.topology import STREAM_ROLES, Attention, Block, FeedForward, Residual, Topology
 from resq_compiler.errors import TopologyError
 from resq_compiler.ir import graph_tools, meta, ops, values, views
 from resq_compiler.ir.args import operands, source
@@ -84,6 +85,23 @@ def trace_attention(core: Node, index: int, stated: BlockOverride, names: Linear
     """The linears around an attention operator and the shapes of its heads."""
     view = views.Attention.require(core)
     where = f"block {index}, attention"
+
+    def behind(value: Node, role: str, goal: str) -> Node:
+        name = stated.linears.get(role)
+        return trace_back(value, goal) if name is None else names.find_feeding(name, value, f"{where} {role}")
+
+    output = output_projection(core)
+    o = Linear.require(output).name
+    if stated.linears.get("o", o) != o:
+        raise TopologyError(
+            f"topology override, {where} o: expected {o}, the linear that reads node {core.name}; got {stated.linears['o']}"
+        )
+    found = find_latent(core)
+    if found is not None:
+        attention = latent_attention(core, output, found, trace_back)
+        check_stated(attention, stated, where)
+        check_derived(attention, stated, where)
+        return attention
     for cache in (view.k, view.v):
         if not is_call(cache, ops.append_cache):
             raise TopologyError(
@@ -91,20 +109,9 @@ def trace_attention(core: Node, index: int, stated: BlockOverride, names: Linear
                 node=core.name,
             )
     new_key, new_value = AppendCache.require(view.k).new, AppendCache.require(view.v).new
-
-    def behind(value: Node, role: str, goal: str) -> Node:
-        name = stated.linears.get(role)
-        return trace_back(value, goal) if name is None else names.find_feeding(name, value, f"{where} {role}")
-
     q = behind(view.q, "q", "query projection")
     k = behind(new_key, "k", "key projection")
     v = behind(new_value, "v", "value projection")
-    output = output_projection(core)
-    o = Linear.require(output).name
-    if stated.linears.get("o", o) != o:
-        raise TopologyError(
-            f"topology override, {where} o: expected {o}, the linear that reads node {core.name}; got {stated.linears['o']}"
-        )
     key_shape = values.shape(view.k)
     split = SplitHeads.of(new_value)
     direct = split is not None and split.x is v
@@ -129,12 +136,26 @@ def output_projection(core: Node) -> Node:
     return output.node
 
 
+def check_stated(attention: Attention, stated: BlockOverride, where: str) -> None:
+    """Raise TopologyError where linears of latent attention are stated to be others than those of the graph."""
+    found = {role: Linear.require(node).name for role, node in attention.linears.items()}
+    for role, name in stated.linears.items():
+        if found.get(role) != name:
+            raise TopologyError(
+                f"topology override, {where} {role}: the linears of latent attention are those of the graph, {found}; got {name!r}"
+            )
+
+
 def check_derived(attention: Attention, stated: BlockOverride, where: str) -> None:
     """Compare what an override says about shapes with the graph, which alone decides them."""
-    found: dict[str, int | None] = {
+    found: dict[str, object] = {
         "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
-        "value_dim": attention.value_dim, "window": attention.window,
+        "value_dim": attention.value_dim, "window": attention.window, "compressed": attention.compressed,
     }  # fmt: skip
+    if others := stated.linears.keys() - attention.linears.keys():
+        raise TopologyError(
+            f"topology override, {where} {min(others)}: this attention has no such linear; expected {', '.join(attention.linears)}"
+        )
     for key, value in stated.expected.items():
         if found[key] != value:
             raise TopologyError(
@@ -155,7 +176,7 @@ def make_blocks(
     for block in blocks:
         stated, attention = overrides.block(block.index), block.attention
         check_reads_stream(attention, readers, stated)
-        used = {attention.q, attention.k, attention.v, attention.o}
+        used = set(attention.linears.values())
         rest = [n for n in _between(order, block) if is_call(n, *LINEARS) and n not in used]
         block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats)
         known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
@@ -190,11 +211,11 @@ def find_starts(cuts: list[Node], attentions: list[Attention], order: dict[Node,
 
 def check_reads_stream(attention: Attention, readers: set[Node], stated: BlockOverride) -> None:
     """Raise TopologyError where queries, keys or values are made from something else, unless the user states how."""
-    for role, node in (("q", attention.q), ("k", attention.k), ("v", attention.v)):
-        if node not in readers and role not in stated.linears:
+    for role, node in attention.linears.items():
+        if role in STREAM_ROLES and node not in readers and role not in stated.linears:
             raise TopologyError(
                 f"node {node.name} ({graph_tools.module_of(node)}): makes queries, keys or values; expected a linear that reads "
-                f"the residual stream through a norm at most, got {node.format_node()} (latent attention is not supported)",
+                f"the residual stream through a norm at most, or a compressed vector that one such linear makes, got {node.format_node()}",
                 node=node.name,
             )
 
@@ -286,8 +307,8 @@ def label_linears(gm: GraphModule, topology: Topology) -> None:
     label(topology.head, "head", None)
     for block in topology.blocks:
         attention = block.attention
-        for role in ("q", "k", "v", "o"):
-            label(getattr(attention, role), role, block.index)
+        for role, node in attention.linears.items():
+            label(node, role, block.index)
         for feed_forward in block.feed_forwards:
             for node in feed_forward.gates:
                 label(node, "gate", block.index)

@@ -26,13 +26,13 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis.topology import ROLES
 from resq_compiler.errors import ConfigError, TopologyError
 from resq_compiler.ir import graph_tools
 from resq_compiler.ir.views import Linear
 
-ROLES = ("q", "k", "v", "o")
 _DERIVED = {"model", "hidden_size", "not_fused"}
-_ATTENTION = {*ROLES, "values_fusable", "heads", "kv_heads", "head_dim", "value_dim", "window"}
+_ATTENTION = {*ROLES, "values_fusable", "heads", "kv_heads", "head_dim", "value_dim", "window", "compressed"}
 _FEED_FORWARD = {"gate", "up", "down", "channelwise", "experts"}
 _RESIDUAL = {"fusable", "values", "writers", "gained_writers", "readers"}
 _FORM = "expected the form of `resq inspect MODEL --topology --json`, or a part of it"
@@ -50,7 +50,7 @@ class FeedForwardOverride:
 
 @dataclass(frozen=True)
 class BlockOverride:
-    """linears: role (q, k, v, o) to name. expected: derived values to compare. feed_forwards: None = as found."""
+    """linears: role (q, k, v, o, ...) to name. expected: derived values to compare. feed_forwards: None = as found."""
 
     linears: Mapping[str, str] = field(default_factory=dict)
     values_fusable: bool | None = None

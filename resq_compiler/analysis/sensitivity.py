@@ -56,7 +56,7 @@ def places(topology: Topology) -> dict[Site, list[Place]]:
     alone = {group.value for group in topology.online}
     for block in topology.blocks:
         a, i = block.attention, block.index
-        x = source(a.q)
+        x = source(a.readers[0])
         found.setdefault(Site("attention", i if x in alone else None), []).append(Place(x))
         for j, f in enumerate(block.feed_forwards):
             x = source((*f.gates, *f.ups)[0])
@@ -64,7 +64,9 @@ def places(topology: Topology) -> dict[Site, list[Place]]:
         found[Site("o", i)] = [Place(source(a.o), a.num_heads)]
         found[Site("down", i)] = [Place(source(f.down), channels=True) for _, f in block.main_feed_forwards]
         found[Site("key", i)] = [Place(a.new_keys, a.num_kv_heads)]
-        found[Site("value", i)] = [Place(a.new_values, a.num_kv_heads)]
+        found[Site("value", i)] = [Place(a.values[0], a.value_heads)]
+        for vector in a.vectors:
+            found[Site(vector.site, i)] = [Place(vector.written)]
     return found
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SITES = ("attention", "mlp", "o", "down", "key", "value")
-"""Where shares may differ: inputs of q/k/v, gate/up, o and down, and cached keys and values."""
+SITES = ("attention", "mlp", "o", "down", "key", "value", "latent", "qlatent")
+"""Where shares may differ: inputs of q/k/v, gate/up, o and down, and cached keys and values; of latent attention the compressed vectors,
+that of keys and values (latent), which is cached, and that of queries (qlatent)."""
 
 SITES_OF_BLOCKS = SITES[2:]
 """Those that may differ between blocks too, as in down.3; the others share U_A."""

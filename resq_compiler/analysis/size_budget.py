@@ -12,7 +12,7 @@ from resq_compiler.analysis.columns import FLOAT_BITS, ColumnPlan
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration.bases import Bases, online_matrices
 from resq_compiler.errors import PassError
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, values
 from resq_compiler.ir.views import Linear
 
 MEGABYTE = 10**6
@@ -71,19 +71,20 @@ def fixed_bytes(
 
 def prefix_bytes(topology: Topology, tokens: int) -> int:
     """Float32 keys and values of prefix tokens."""
-    attentions = [block.attention for block in topology.blocks]
-    return 4 * tokens * sum(a.num_kv_heads * (a.head_dim + a.value_dim) for a in attentions)
+    shapes = [values.shape(cache) for block in topology.blocks for cache in block.attention.caches.values()]
+    return 4 * tokens * sum(heads * width for _, heads, _, width in shapes)
 
 
 def projection_bytes(topology: Topology, plan: ColumnPlan, bases: Bases) -> int:
     """Bases that stay online: U_C, U_A where norms write into the stream, U_B where values are no plain linear, blocks of U_D; float32."""
-    values = online_matrices(bases) * topology.hidden_size**2
+    numbers = online_matrices(bases) * topology.hidden_size**2
     for block in topology.blocks:
         a = block.attention
         if plan.kv_bits < FLOAT_BITS:
-            values += bases.key[block.index].numel()
+            numbers += bases.key[block.index].numel()
         if not a.value_is_linear:
-            values += bases.value[block.index].numel()
+            numbers += bases.value[block.index].numel()
+        numbers += sum(vector.width**2 for vector in a.vectors if vector.online)
     for down in bases.down.values():
-        values += down.vectors.numel() + 2 * down.order.numel()  # the order of columns is int64
-    return 4 * values
+        numbers += down.vectors.numel() + 2 * down.order.numel()  # the order of columns is int64
+    return 4 * numbers

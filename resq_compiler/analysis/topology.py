@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 from torch.fx import Node
 
@@ -10,6 +11,12 @@ from resq_compiler.ir import values, views
 from resq_compiler.ir.graph_tools import is_call
 from resq_compiler.ir.mask_views import CausalMask
 from resq_compiler.ir.views import AppendCache
+
+STREAM_ROLES = ("q", "k", "v", "q_a", "kv_a", "q_rope", "k_rope")
+"""Roles of linears of attention that read the residual stream."""
+
+ROLES = (*STREAM_ROLES, "q_b", "q_b_rope", "k_b", "v_b", "o")
+"""Of all linears of attention; those ending in _b read compressed vectors, those in _rope make rotary columns."""
 
 
 @dataclass
@@ -37,8 +44,52 @@ class Residual:
 
 
 @dataclass
+class Compressed(ReadGroup):
+    """What latent attention makes queries, or keys and values, from: one vector a token.
+
+    site: its name as a site, "latent" of keys and values, "qlatent" of queries. writer: the linear that makes it from the stream. written:
+    what it makes, behind the norm where there is one. value: what the linears read, which is the cache of `written` where there is one.
+    """
+
+    _: KW_ONLY
+    site: str
+    writer: Node
+    written: Node
+    cache: Node | None = None
+
+    @property
+    def role(self) -> str:
+        """Of the writer."""
+        return "kv_a" if self.site == "latent" else "q_a"
+
+    @property
+    def width(self) -> int:
+        """Columns of the vector."""
+        return values.width(self.value)
+
+
+@dataclass
+class Latent:
+    """The parts of latent attention, whose keys and values are made from a cached vector of each token.
+
+    Keys and queries have columns of each head, and rotary ones, which the keys of all heads share. shared, queries_rotary: the linears
+    that make these. vectors: of keys and values, and of queries where these are compressed too. rotary: the rotary columns of
+    queries; joined: whole queries.
+    """
+
+    shared: Node
+    queries_rotary: Node
+    vectors: Sequence[Compressed]
+    rotary: Node
+    joined: Node
+
+
+@dataclass
 class Attention:
-    """One attention: its operator, the linears around it, and the nodes where projections go."""
+    """One attention: its operator, the linears around it, and the nodes where projections go.
+
+    Of latent attention (`latent`), key_cache holds the rotary columns that all heads share and value_cache the compressed vectors.
+    """
 
     core: Node
     q: Node
@@ -52,6 +103,58 @@ class Attention:
     head_dim: int
     value_dim: int
     value_is_linear: bool  # nothing between v and the cache: U_B fuses into v
+    latent: Latent | None = None
+
+    @property
+    def linears(self) -> dict[str, Node]:
+        """Every linear by its role; one that reads another's vector behind it."""
+        if self.latent is None:
+            return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+        found = {vector.role: vector.writer for vector in self.latent.vectors}
+        q = "q_b" if "q_a" in found else "q"
+        found |= {q: self.q, f"{q}_rope": self.latent.queries_rotary, "k_rope": self.latent.shared}
+        return {**found, "k_b": self.k, "v_b": self.v, "o": self.o}
+
+    @property
+    def readers(self) -> list[Node]:
+        """Those that read the residual stream."""
+        return [n for role, n in self.linears.items() if role in STREAM_ROLES]
+
+    @property
+    def key_dim(self) -> int:
+        """Columns of queries and keys that U_C turns: those that are cached."""
+        return self.head_dim if self.latent is None else values.width(self.key_cache)
+
+    @property
+    def value_heads(self) -> int:
+        """Heads that values have."""
+        return self.num_kv_heads if self.latent is None else self.num_heads
+
+    @property
+    def queries(self) -> tuple[Node, Node]:
+        """The columns of queries that U_C turns, and what reads them."""
+        return (self.view.q, self.core) if self.latent is None else (self.latent.rotary, self.latent.joined)
+
+    @property
+    def values(self) -> tuple[Node, Node]:
+        """What U_B turns, and what reads it."""
+        return (self.new_values, self.value_cache) if self.latent is None else (self.view.v, self.core)
+
+    @property
+    def caches(self) -> dict[str, Node]:
+        """What is cached, by site."""
+        return {"key": self.key_cache, "value" if self.latent is None else "latent": self.value_cache}
+
+    @property
+    def compressed(self) -> dict[str, int]:
+        """Columns of compressed vectors by site, and of the rotary part that heads share; nothing where attention is not latent."""
+        sizes = {vector.site: vector.width for vector in self.vectors}
+        return {**sizes, "rotary": self.key_dim} if sizes else {}
+
+    @property
+    def vectors(self) -> Sequence[Compressed]:
+        """Compressed vectors, which have bases of their own."""
+        return () if self.latent is None else self.latent.vectors
 
     @property
     def window(self) -> int | None:
@@ -149,6 +252,11 @@ class Topology:
     def online(self) -> list[ReadGroup]:
         """Those of them before which U_A is an operator of its own: all where it cannot be multiplied into the writers of the stream."""
         return [group for group in self.readers if group.online or not self.residual.fusable]
+
+    @property
+    def vectors(self) -> list[Compressed]:
+        """The compressed vectors of latent attention, of all blocks."""
+        return [vector for block in self.blocks for vector in block.attention.vectors]
 
     @property
     def linears(self) -> list[Node]:

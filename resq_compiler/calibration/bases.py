@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from resq_compiler.analysis.columns import ColumnPlan
+from resq_compiler.analysis.sites import Site
 from resq_compiler.numerics.basis import principal_basis
 from resq_compiler.numerics.rotation import part_rotation
 from resq_compiler.numerics.seeds import generator
@@ -34,7 +35,7 @@ class Bases:
 
     residual U_A [d, d] of the whole stream; reading: where U_A stays online, U_A [d, d] of every value that linears read;
     value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; down: what stands before U_D's Hadamard transform, by down
-    projection.
+    projection; latent: of every compressed vector of latent attention [r, r], by site.
     """
 
     residual: Tensor | None = None
@@ -42,6 +43,7 @@ class Bases:
     value: tuple[Tensor, ...] = ()
     key: tuple[Tensor, ...] = ()
     down: Mapping[Node, BlockBasis] = field(default_factory=dict)
+    latent: Mapping[Site, Tensor] = field(default_factory=dict)
 
 
 def online_matrices(bases: Bases) -> int:
@@ -95,4 +97,7 @@ def rotated(bases: Bases, plan: ColumnPlan, kind: str, seed: int) -> Bases:
         else torch.stack([turn(each, f"key.{i}.{g}", "key", block=i) for g, each in enumerate(u)])
         for i, u in enumerate(bases.key)
     ]
-    return dataclasses.replace(bases, residual=residual, reading=reading, value=tuple(value), key=tuple(key))
+    latent = {site: turn(u, str(site), site.name, block=site.block) for site, u in bases.latent.items()}
+    return dataclasses.replace(
+        bases, residual=residual, reading=reading, value=tuple(value), key=tuple(key), latent=latent
+    )

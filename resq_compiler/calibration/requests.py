@@ -70,17 +70,40 @@ def head_moments(topology: Topology) -> list[Request]:
     found = []
     for block in topology.blocks:
         a, i = block.attention, block.index
-        groups = a.num_kv_heads
         value, key, query = (
             SecondMoment(f"block {i} {what}", width, groups=groups)
-            for what, width in (("values", a.value_dim), ("keys", a.head_dim), ("queries", a.head_dim))
+            for what, width, groups in (
+                ("values", a.value_dim, a.value_heads),
+                ("keys", a.key_dim, a.num_kv_heads),
+                ("queries", a.key_dim, a.num_kv_heads),
+            )
         )
         found += [
-            Request(Site("value", i), value, (a.new_values,), heads_last),
+            Request(Site("value", i), value, (a.values[0],), heads_last),
             Request(Site("key", i), key, (a.new_keys,), heads_last),
-            Request(Site("query", i), query, (a.view.q,), by_key_head(groups)),
+            Request(Site("query", i), query, (a.queries[0],), by_key_head(a.num_kv_heads)),
         ]
-    return found
+    return [*found, *vector_moments(topology)]
+
+
+def vector_moments(topology: Topology) -> list[Request]:
+    """SecondMoment of the compressed vectors of latent attention, as they are written: [r, r]."""
+    return [
+        Request(
+            Site(vector.site, b.index), SecondMoment(f"block {b.index} {vector.site}", vector.width), (vector.written,)
+        )
+        for b in topology.blocks
+        for vector in b.attention.vectors
+    ]
+
+
+def vector_peaks(topology: Topology) -> list[Request]:
+    """Peak of the channels of compressed vectors: [r]."""
+    return [
+        Request(Site(vector.site, b.index), Peak(f"block {b.index} {vector.site}"), (vector.written,))
+        for b in topology.blocks
+        for vector in b.attention.vectors
+    ]
 
 
 def down_sizes(topology: Topology, by: str, all_experts: bool = False) -> list[Request]:
@@ -142,6 +165,8 @@ def linear_inputs(topology: Topology) -> dict[Site, tuple[Node, list[Node]]]:
     for block in topology.blocks:
         o = block.attention.o
         found[Site("o", block.index)] = (source(o), [n for n in (o,) if n not in kept])
+        for vector in block.attention.vectors:
+            found[Site(vector.site, block.index)] = (vector.value, [n for n in vector.linears if n not in kept])
     for site, f in feed_forwards(topology):
         found[site] = (source(f.down), [n for n in (f.down,) if n not in kept])
     return {site: (value, linears) for site, (value, linears) in found.items() if linears}

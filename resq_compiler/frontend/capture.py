@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from resq_compiler.errors import CaptureError
 from resq_compiler.frontend.dynamic_rope import rope_of_positions
+from resq_compiler.frontend.filled import join_filled
 from resq_compiler.ir import graph_tools, values
 from resq_compiler.ir.promises import Promise, Promised
 from resq_compiler.util import torch_state
@@ -272,6 +273,7 @@ def _clean(traced: GraphModule, layers: int) -> GraphModule:
         graph.erase_node(node)  # checks devices of the time of export; shapes are checked by verify
     _read_what_is_written(graph)
     _sizes_of_first_inputs(graph)
+    join_filled(graph)
     for node in graph.nodes:
         node.kwargs = {k: _real_device(v) for k, v in node.kwargs.items()}
         node.args = tuple(_real_device(a) for a in node.args)

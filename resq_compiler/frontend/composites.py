@@ -4,6 +4,7 @@
     the same on x = y - mean(y, -1)                            -> layer_norm(y, weight)
     add(mul(x, cos), mul(cat(neg(x[h:]), x[:h]), sin))         -> rope(x, cos, sin)
     cat(a·cos - b·sin, b·cos + a·sin), a and b halves of x     -> rope(x, cat(cos, cos), cat(sin, sin))
+    (a + ib) · (cos + i sin), a and b every other column of x  -> flatten(stack(a·cos - b·sin, a·sin + b·cos))
     cat(rope(x[:r], cos, sin), x[r:])   (partial rotary)       -> rope(x, cos, sin) with cos narrower than x
 
 A matcher rewrites what it finds at its root and returns None, or it returns why the root is no such thing; "" where it is not even near.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -152,6 +154,68 @@ def _of_halves(a: object, b: object) -> Node | None:
     return source(chunk) if halves and argument(chunk, "dim") in (-1, 3) else None
 
 
+def match_complex_rope(gm: GraphModule, node: Node, made_by: str) -> str | None:
+    """Root at view_as_real(view_as_complex(pairs of x) · polar(1, angle) · scale): the same in real numbers, pairs side by side."""
+    product = source(node)
+    if not is_call(product, aten.mul.Tensor):
+        return f"no rotary embedding: expected a product of complex numbers, got {product.format_node()}"
+    first, second = operands(product)
+    for pairs, turn in ((first, second), (second, first)):
+        x = _of_pairs(pairs)
+        found = None if x is None else _turning(turn, made_by)
+        if x is not None and found is not None:
+            rewrite(node, aten.stack.default, (_turned_pairs(gm, node, x, found, made_by), -1), made_by)
+            return None
+    return f"no rotary embedding: expected pairs of columns times polar(1, angle), got {product.format_node()}"
+
+
+def _of_pairs(value: object) -> Node | None:
+    """x where a value is view_as_complex of its columns, two by two."""
+    pairs = source(value) if is_call(value, aten.view_as_complex.default) else None
+    if pairs is None or not is_call(pairs, aten.reshape.default, aten.view.default):
+        return None
+    before, after = values.shape(source(pairs)), values.shape(pairs)
+    return source(pairs) if after == (*before[:-1], before[-1] // 2, 2) else None
+
+
+def _turned_pairs(
+    gm: GraphModule, like: Node, x: Node, turning: tuple[Node, float], made_by: str
+) -> list[Node]:  # fmt: skip
+    """[a·cos - b·sin, a·sin + b·cos] of the pairs (a, b) of x's columns."""
+    angle, scale = turning
+
+    def put(target: Callable, *args: Any) -> Node:
+        return emit(gm.graph, target, args, like, made_by)
+
+    with gm.graph.inserting_before(like):
+        a, b = (put(aten.slice.Tensor, x, -1, i, WHOLE, 2) for i in (0, 1))
+        cos, sin = (put(f, angle) for f in (aten.cos.default, aten.sin.default))
+        if scale != 1:
+            cos, sin = (put(aten.mul.Tensor, t, scale) for t in (cos, sin))
+        lower = put(aten.sub.Tensor, put(aten.mul.Tensor, a, cos), put(aten.mul.Tensor, b, sin))
+        upper = put(aten.add.Tensor, put(aten.mul.Tensor, a, sin), put(aten.mul.Tensor, b, cos))
+    return [lower, upper]
+
+
+def _turning(turn: object, made_by: str) -> tuple[Node, float] | None:
+    """(angle, scale) of scale · polar(1, angle); what is unsqueezed behind it is unsqueezed before it."""
+    if is_call(turn, aten.to.dtype, aten.to.dtype_layout, aten.to.device):
+        return _turning(source(turn), made_by)
+    if is_call(turn, aten.unsqueeze.default):
+        found = _turning(source(turn), made_by)
+        if found is None:
+            return None
+        with turn.graph.inserting_before(turn):
+            angle = emit(turn.graph, aten.unsqueeze.default, (found[0], argument(turn, "dim")), turn, made_by)
+        return angle, found[1]
+    if is_call(turn, aten.mul.Tensor) and isinstance(factor := operands(turn)[1], (int, float)):
+        found = _turning(operands(turn)[0], made_by)
+        return None if found is None else (found[0], found[1] * float(factor))
+    if not is_call(turn, aten.polar.default) or not is_call(argument(turn, "abs"), aten.ones_like.default):
+        return None
+    return argument(turn, "angle"), 1.0
+
+
 def match_partial_rope(gm: GraphModule, node: Node, made_by: str) -> str | None:
     """Root at cat(rope(x[..., :r]), x[..., r:]); x[..., :r] is x itself where r is the whole width."""
     pieces = argument(node, "tensors")
@@ -171,5 +235,6 @@ ROOTS: dict[Callable[[GraphModule, Node, str], str | None], Callable] = {
     match_rms_norm: aten.rsqrt.default,
     match_rope: aten.add.Tensor,
     match_halves_rope: aten.cat.default,
+    match_complex_rope: aten.view_as_real.default,
     match_partial_rope: aten.cat.default,
 }

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis.topology import Topology
+from resq_compiler.analysis.topology import STREAM_ROLES, Topology
 from resq_compiler.calibration import executor
+from resq_compiler.frontend.latent import cache_site
 from resq_compiler.inspection import statistics
 from resq_compiler.inspection.noise import (
     Quantizer,
@@ -38,7 +39,9 @@ from resq_compiler.inspection.statistics import SiteStatistics
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.views import AppendCache, Linear, QuantizeDequantize
 
-SITE_OF_ROLE = {"q": "attention_input", "k": "attention_input", "v": "attention_input", "o": "o_input", "gate": "mlp_input",
+SITE_OF_ROLE = {**dict.fromkeys(STREAM_ROLES, "attention_input"), "q_b": "qlatent_input", "q_b_rope": "qlatent_input",
+              "k_b": "latent_input", "v_b": "latent_input",
+                "o": "o_input", "gate": "mlp_input",
                 "up": "mlp_input", "down": "down_input"}  # fmt: skip
 RESIDUAL_READERS = ("attention_input", "mlp_input")
 
@@ -106,11 +109,10 @@ def original_sites(topology: Topology) -> dict[str, Node]:
     sites: dict[str, Node] = {}
     for block in topology.blocks:
         where, a = f"blocks.{block.index}", block.attention
-        sites |= {
-            f"{where}.attention_input": Linear.require(a.q).x,
-            f"{where}.key": AppendCache.require(a.key_cache).new,
-        }
-        sites |= {f"{where}.value": AppendCache.require(a.value_cache).new, f"{where}.o_input": Linear.require(a.o).x}
+        sites |= {f"{where}.attention_input": Linear.require(a.readers[0]).x}
+        sites |= {f"{where}.{kind}": AppendCache.require(cache).new for kind, cache in a.caches.items()}
+        sites |= {f"{where}.{v.site}_input": v.value for v in a.vectors}
+        sites |= {f"{where}.o_input": Linear.require(a.o).x}
         for feed_forward in block.feed_forwards:
             first, down = [*feed_forward.gates, *feed_forward.ups][0], feed_forward.down
             sites |= {f"{where}.mlp_input": Linear.require(first).x, f"{where}.down_input": Linear.require(down).x}
@@ -193,7 +195,7 @@ def compiled_sites(gm: GraphModule) -> dict[str, list[Node]]:
             QuantizeDequantize.of(append.new),
         )
         if match:
-            found[f"blocks.{match[2]}.{match[1]}"] = [append.new if image is None else image.x]
+            found[f"blocks.{match[2]}.{cache_site(node) or match[1]}"] = [append.new if image is None else image.x]
     return found
 
 
@@ -303,7 +305,7 @@ def _three_views(raw: Tensor, turned: Tensor) -> dict[str, Tensor]:
 
 def _by_token(name: str, x: Tensor) -> Tensor:
     """Keys and values [B, G, S, D] with one row for each token and head; others as they are."""
-    return x.transpose(1, 2) if name.endswith((".key", ".value")) and x.dim() == 4 else x
+    return x.transpose(1, 2) if name.endswith((".key", ".value", ".latent")) and x.dim() == 4 else x
 
 
 def _tap_together(taps: Taps, nodes: list[Node], see: Callable[[list[Tensor]], None]) -> None:

@@ -87,7 +87,7 @@ class Shapes:
         tensors = [graph_tools.held(gm, node) for node in _tensor_nodes(gm)]
         return cls(
             tuple(tuple(_groups(gm, topology, block)) for block in topology.blocks), topology.hidden_size,
-            values.width(topology.head), attention.num_heads, attention.num_kv_heads, max(attention.head_dim, attention.value_dim),
+            values.width(topology.head), attention.num_heads, attention.value_heads, max(attention.head_dim, attention.value_dim),
             sum(t.numel() for t in tensors), topology.residual.fusable,
         )  # fmt: skip
 
@@ -103,7 +103,7 @@ def _groups(gm: GraphModule, topology: Topology, block: Block) -> Iterator[Group
     counts = {f.down: f.experts for f in block.feed_forwards} | {
         n: f.experts for f in block.feed_forwards for n in (*f.gates, *f.ups)
     }
-    inside = [a.q, a.k, a.v, a.o, *counts]
+    inside = [*a.linears.values(), *counts]
     found: dict[Node, list[Node]] = {}
     for node in (n for n in topology.linears if n in inside):
         found.setdefault(Linear.require(node).x, []).append(node)

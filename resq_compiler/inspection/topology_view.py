@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from resq_compiler.analysis.topology import ROLES
 from resq_compiler.ir import graph_tools, meta, values
 from resq_compiler.ir.views import AppendCache, Embedding, Linear, SplitHeads
 from resq_compiler.numerics.hadamard import hadamard_plan
@@ -69,7 +70,7 @@ def _stream_rows(topology: Topology) -> list[dict[str, Any]]:
 
 def _attention_rows(attention: Attention, where: str) -> list[dict[str, Any]]:
     why = "position embedding stands between the q and k projections and the cache"
-    square = attention.head_dim**2
+    square = attention.key_dim**2
     rows = [_row("U_C", where, why, (attention.num_heads + attention.num_kv_heads) * square, square)]
     if not attention.value_is_linear:
         node = AppendCache.require(attention.value_cache).new
@@ -108,7 +109,8 @@ def _block_dict(block: Block) -> dict[str, Any]:
         "attention": {
             "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
             "value_dim": attention.value_dim, "window": attention.window, "values_fusable": attention.value_is_linear,
-            **{role: _linear(getattr(attention, role)) for role in ("q", "k", "v", "o")},
+            **({"compressed": attention.compressed} if attention.compressed else {}),
+            **{role: _linear(node) for role, node in attention.linears.items()},
         },
         "feed_forward": [
             {
@@ -203,11 +205,13 @@ def _block_lines(blocks: list[dict[str, Any]]) -> list[str]:
     )
     a = first["attention"]
     window = f", window of {a['window']}" if a["window"] else ""
+    roles = [role for role in ROLES if role in a]
+    width = max(4, *map(len, roles))
     basis = "U_B fuses into v and o" if a["values_fusable"] else "U_B stays online"
     lines = [
         f"├─ {title}",
-        f"│  ├─ attention: {a['heads']} heads of {a['head_dim']}, {a['kv_heads']} for keys and values{window}; {basis}",
-        *(f"│  │    {role:<4} {_linear_text(a[role])}" for role in ("q", "k", "v", "o")),
+        f"│  ├─ {_attention_text(a)}{window}; {basis}",
+        *(f"│  │    {role:<{width}} {_linear_text(a[role])}" for role in roles),
     ]
     for i, item in enumerate(first["feed_forward"]):
         branch, stem = ("└─", "  ") if i == len(first["feed_forward"]) - 1 else ("├─", "│ ")
@@ -223,6 +227,16 @@ def _block_lines(blocks: list[dict[str, Any]]) -> list[str]:
         lines += [f"│  {stem}   {role:<4} {_linear_text(n)}" for role in ("gate", "up") for n in item[role]]
         lines.append(f"│  {stem}   down {_linear_text(item['down'])}")
     return lines
+
+
+def _attention_text(a: dict[str, Any]) -> str:
+    """Heads, and what is cached of latent attention."""
+    heads = f"{a['heads']} heads of {a['head_dim']}"
+    if "compressed" not in a:
+        return f"attention: {heads}, {a['kv_heads']} for keys and values"
+    sizes = a["compressed"]
+    queries = f", queries to {sizes['qlatent']}" if "qlatent" in sizes else ""
+    return f"latent attention: {heads}; keys and values compressed to {sizes['latent']} + {sizes['rotary']} rotary columns{queries}"
 
 
 def _linear_text(linear: dict[str, Any]) -> str:

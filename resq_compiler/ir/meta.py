@@ -26,7 +26,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear of the original model. `role` is q, k, v, o, up, gate, down, router or head; found by dataflow."""
+    """A linear of the original model. `role` is q, k, v, o, up, gate, down, router or head; found by dataflow.
+
+    Of latent attention: q_a and kv_a make compressed vectors, of which q_b, k_b and v_b make queries, keys and values; k_rope makes the
+    rotary columns of keys, q_rope or q_b_rope those of queries.
+    """
 
     key: ClassVar[str] = "resq.linear"
     name: str
@@ -58,7 +62,10 @@ class WeightNoise:
 
 @dataclass(frozen=True)
 class Projection:
-    """An orthogonal change of basis: U_A, U_B, U_C or U_D; `inverse` marks the transposed one; `online`: never fused; U_A has no block."""
+    """An orthogonal change of basis: U_A, U_B, U_C, U_D, or U_L of compressed vectors; U_A has no block.
+
+    `inverse` marks the transposed one; `online`: never fused.
+    """
 
     key: ClassVar[str] = "resq.projection"
     basis: str

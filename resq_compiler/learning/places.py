@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import ColumnPlan
-from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.analysis.topology import STREAM_ROLES, Block, Topology
 from resq_compiler.errors import PassError
 from resq_compiler.ir import meta, values
 from resq_compiler.ir.graph_tools import aten, is_call
@@ -31,7 +31,7 @@ from resq_compiler.numerics.transforms import (
     Transform,
 )
 
-READERS, WRITERS = ("q", "k", "v", "gate", "up", "head"), ("o", "down")
+READERS, WRITERS = (*STREAM_ROLES, "gate", "up", "head"), ("o", "down")
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Places:
             return
         width, name = attention.value_dim, f"value{index}"
         sizes = self.plan.sizes(width, "value", "o", block=index)
-        learned.add(name, LearnableHeads(torch.eye(width).repeat(attention.num_kv_heads, 1, 1), sizes))
-        for linear in self.sums(index, "v"):
+        learned.add(name, LearnableHeads(torch.eye(width).repeat(attention.value_heads, 1, 1), sizes))
+        for linear in self.sums(index, "v", "v_b"):
             for target in (*map(weight_of, linear.parts), *bias_of(linear)):
                 learned.change(target, name, into_outputs)
         for linear in self.sums(index, "o"):

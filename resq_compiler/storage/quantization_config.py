@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import Graph
 
 from resq_compiler import __version__
+from resq_compiler.analysis.topology import STREAM_ROLES
 from resq_compiler.errors import CheckpointError, ConfigError
 from resq_compiler.ir import meta
 from resq_compiler.recipes.settings import CompileConfig, without_removed
@@ -57,15 +58,26 @@ def transforms(options: CompileConfig, graph: Graph) -> dict[str, Any]:
             names.append(part.site.name)
     online = {p.basis for p in _facts(graph, meta.Projection)}
     groups: dict[str, Any] = {}
-    readers = [name for role in ("q", "k", "v", "gate", "up") for name in sites.get(role, [])]
+    readers = [name for role in (*STREAM_ROLES, "gate", "up") for name in sites.get(role, [])]
     if options.basis != "none":
         writers = ["embedding", *sites.get("o", []), *sites.get("down", [])]
         first = _place(readers, "input") if "U_A" in online else _place(writers, "weight_output")
         groups["U_A"] = _group(options.basis, [first, _place(readers, "weight_input", inverse=True)], "U_A" in online)
-        places = [_place(sites.get("v", []), "weight_output"), _place(sites.get("o", []), "weight_input", inverse=True)]
+        of_values = [*sites.get("v", []), *sites.get("v_b", [])]
+        places = [_place(of_values, "weight_output"), _place(sites.get("o", []), "weight_input", inverse=True)]
         groups["U_B"] = _group(options.basis, places, "U_B" in online)
+        if compressing := [name for role in ("q_a", "kv_a") for name in sites.get(role, [])]:
+            reading = [name for role in ("q_b", "q_b_rope", "k_b", "v_b") for name in sites.get(role, [])]
+            first = _place(reading, "input") if "U_L" in online else _place(compressing, "weight_output")
+            groups["U_L"] = _group(
+                options.basis, [first, _place(reading, "weight_input", inverse=True)], "U_L" in online
+            )
     if "U_C" in online:
-        places = [_place(sites.get("q", []), "q_attn"), _place(sites.get("k", []), "k_cache")]
+        queries, keys = (
+            [name for role in roles for name in sites.get(role, [])]
+            for roles in (("q", "q_rope", "q_b_rope"), ("k", "k_rope"))
+        )
+        places = [_place(queries, "q_attn"), _place(keys, "k_cache")]
         groups["U_C"] = _group(options.basis, places, True)
     if "U_D" in online:
         places = [_place(sites.get("down", []), "input"), _place(sites.get("down", []), "weight_input", inverse=True)]

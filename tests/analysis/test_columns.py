@@ -79,7 +79,7 @@ def test_cache_parts():
 
 def test_sites_may_have_fractions_of_their_own():
     config = plan(split_down=True, sites="mlp=1/4, o=0,key=1/2,down.1=1/2")
-    assert [config.shares(site).high for site in SITES] == [1 / 8, 1 / 4, 0, 1 / 8, 1 / 2, 1 / 8]
+    assert [config.shares(site).high for site in SITES] == [1 / 8, 1 / 4, 0, 1 / 8, 1 / 2, 1 / 8, 1 / 8, 1 / 8]
     assert [config.shares(*place).high for place in (("down", 1), ("down", 0), ("key", 1))] == [1 / 2, 1 / 8, 1 / 2]
     assert config.cache_parts(16, "key") == (Part(4, 0, 8), Part(8, 8, 16))
     assert [p.start for p in config.linear_parts(64, "mlp")] == [0, 48] and len(config.linear_parts(64, "o")) == 1

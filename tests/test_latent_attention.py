@@ -1,0 +1,180 @@
+"""Latent attention: DeepSeek-V3, whose queries are compressed too, with experts; DeepSeek-V2 and MiniCPM3 are in the tests of families."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import resq_compiler
+from resq_compiler.analysis.topology import Topology
+from resq_compiler.api import trace
+from resq_compiler.errors import BackendError, TopologyError
+from resq_compiler.evaluation.sizes import cache_bytes_per_token
+from resq_compiler.inspection.topology_view import topology_dict, topology_text
+from resq_compiler.ir import meta, ops
+from resq_compiler.ir.graph_tools import aten
+from resq_compiler.ir.views import AppendCache, CodedLinear, QuantizeDequantize
+from resq_compiler.pipeline.run import relative_error
+from resq_compiler.tiny import tiny_tokens
+from tests.families import small
+
+IDS = tiny_tokens(2, 20, seed=5)
+OPTIONS = {"calibration_samples": 8, "calibration_length": 32, "calibration_dtype": "float32", "weight_method": "rtn"}
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """The named float graph and its topology."""
+    return trace(small("deepseek_v3"))
+
+
+@pytest.fixture(scope="module")
+def deepseek():
+    """Of 4 heads of 12 + 8 columns, made from 24 + 8 cached ones; at 4 bits."""
+    return resq_compiler.compile(small("deepseek_v3"), tiny_tokens(8, 32), **OPTIONS)
+
+
+def facts(compiled, kind):
+    return [fact for node in compiled.graph_module.graph.nodes if (fact := meta.get(node, kind)) is not None]
+
+
+def test_the_topology_has_vectors_and_what_reads_them(traced):
+    topology = traced[1].facts.get(Topology)
+    attention = topology.blocks[0].attention
+    assert tuple(attention.linears) == ("q_a", "kv_a", "q_b", "q_b_rope", "k_rope", "k_b", "v_b", "o")
+    assert attention.compressed == {"qlatent": 32, "latent": 24, "rotary": 8}
+    assert [(v.site, v.role, len(v.linears), v.cache is not None) for v in attention.vectors] == [
+        ("qlatent", "q_a", 2, False),
+        ("latent", "kv_a", 2, True),
+    ]
+    text = topology_text("deepseek", topology_dict(topology))
+    assert "latent attention: 4 heads of 20; keys and values compressed to 24 + 8 rotary columns, queries to 32" in text
+
+
+def test_what_is_inspected_can_be_stated(traced):
+    found = topology_dict(traced[1].facts.get(Topology))
+    stated = trace(small("deepseek_v3"), found)[1]
+    assert topology_dict(stated.facts.get(Topology)) == found
+    found["blocks"][0]["attention"]["q_b"] = "lm_head"
+    with pytest.raises(
+        TopologyError, match=r"block 0, attention q_b: the linears of latent attention are those of the graph"
+    ):
+        trace(small("deepseek_v3"), found)
+
+
+def test_the_cache_holds_one_quantized_vector_a_token(deepseek):
+    spec = deepseek.cache_specs[0]
+    assert (spec.num_heads, spec.key_dim, spec.value_dim) == (1, 24, 8)
+    appends = deepseek.graph_module.graph.find_nodes(op="call_function", target=ops.append_cache)
+    entries = [AppendCache.require(node).new for node in appends]
+    parts = {meta.require(n, meta.QuantizerSite).name: QuantizeDequantize.require(n).parts for n in entries}
+    assert parts["blocks.1.latent"] == ((4, 0, 21), (8, 21, 24))
+    assert parts["blocks.1.key"] == ((4, 0, 8),)
+    assert (
+        cache_bytes_per_token(deepseek) < 2 * 4 * (20 + 16) / 2
+    )  # codes of whole keys and values of four heads, without scales
+
+
+def test_bases_of_vectors_are_in_the_weights(deepseek):
+    """A rotation passes a norm without gain; only what stands behind rotary embeddings and activations stays an operator."""
+    assert {p.basis for p in facts(deepseek, meta.Projection)} == {"U_C", "U_D"}
+    assert not any("latent attention stays online" in note for note in deepseek.notes)
+
+
+def test_linears_read_the_codes_that_are_cached(deepseek):
+    """What a cached vector is dequantized to has the same codes when it is quantized again for the linears."""
+    gm = deepseek.graph_module
+    seen = {}
+    sites = {meta.get(n, meta.QuantizerSite): n for n in gm.graph.nodes if meta.get(n, meta.QuantizerSite) is not None}
+    named = {site.name: node for site, node in sites.items()}
+    wanted = {
+        name: named[name] for name in ("blocks.0.latent", "blocks.0.latent_input.part0", "blocks.0.latent_input.part1")
+    }
+
+    class Tap(torch.fx.Interpreter):
+        def run_node(self, node):
+            value = super().run_node(node)
+            seen.update({name: value for name, wanted_node in wanted.items() if wanted_node is node})
+            return value
+
+    past = [torch.zeros(2, 1, 0, w) for s in deepseek.cache_specs for w in (s.key_dim, s.value_dim)]
+    Tap(gm).run(IDS, torch.ones_like(IDS), torch.arange(20).expand(2, 20), *past)
+    image = seen["blocks.0.latent"][:, 0]
+    again = torch.cat([ops.dequantize(seen[f"blocks.0.latent_input.part{i}"]) for i in (0, 1)], -1)
+    assert relative_error(again, image) < 1e-6
+
+
+def test_every_linear_but_routers_has_codes(deepseek):
+    nodes = deepseek.graph_module.graph.nodes
+    assert {p.site.role for n in nodes if CodedLinear.of(n) is not None and (p := meta.require(n, meta.LinearPart))} >= {
+        "q_a", "kv_a", "q_b", "q_b_rope", "k_rope", "k_b", "v_b", "o", "gate", "up", "down",
+    }  # fmt: skip
+    assert len([n for n in nodes if n.target is aten.linear.default]) == 2  # a router, lm_head
+
+
+def test_decoding_computes_what_a_prefill_does(deepseek):
+    whole = deepseek(IDS).logits
+    first = deepseek(IDS[:, :13], use_cache=True)
+    second = deepseek(IDS[:, 13:], past_key_values=first.past_key_values).logits
+    assert relative_error(second, whole[:, 13:]) < 1e-5
+    text = deepseek.generate(IDS[:1, :5], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(text[:, 5:], deepseek(text[:, :-1]).logits[:, 4:].argmax(-1))
+
+
+def test_saved_and_loaded_it_computes_the_same(deepseek, tmp_path):
+    deepseek.save_pretrained(tmp_path)
+    assert torch.equal(resq_compiler.load(tmp_path)(IDS).logits, deepseek(IDS).logits)
+
+
+@pytest.mark.parametrize(("backend", "options"), [("triton", {}), ("cpu", {"engine": "torch"})])
+def test_backends_without_a_kernel_say_so(deepseek, backend, options):
+    with pytest.raises(BackendError, match=r"attention: latent attention, whose keys and values are made from a cache"):
+        deepseek.use_backend(backend, **options)
+
+
+def test_a_gain_that_would_cost_too_much_stays_and_the_basis_behind_it():
+    """A quarter of the channels of compressed vectors are 300 times the others, and the gain of the norm puts them down."""
+    model = small("minicpm3")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.kv_a_proj_with_mqa.weight[3:9] *= 300
+            layer.self_attn.kv_a_layernorm.weight[3:9] /= 300
+    compiled = resq_compiler.compile(model, tiny_tokens(8, 32), **OPTIONS)
+    assert any(
+        re.match(r"the basis of 2 of 4 compressed vectors of latent attention stays online \(.*kv_a_layernorm", n)
+        for n in compiled.notes
+    )
+    online = [p for p in facts(compiled, meta.Projection) if p.basis == "U_L"]
+    assert [(p.online, p.block) for p in online] == [(True, 0), (True, 1)]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_they_say_so_before_the_compile_too(backend, deepseek):
+    with pytest.raises(
+        BackendError, match=rf"backend {backend}: node attention: latent attention, whose keys and values"
+    ):
+        resq_compiler.compile(small("deepseek_v3"), recipe="rtn", backend=backend)
+    assert any(
+        note.startswith("kernels: profile native and the backends cpu and triton will refuse")
+        for note in deepseek.notes
+    )
+
+
+OTHERS = (
+    {"recipe": "rtn"},
+    {"recipe": "quarot"},
+    {"prefix_tokens": [1]},
+    {"average_bits": 4.75},
+    {"weight_bits": 8, "kv_bits": 16},
+    {"recipe": "quik"},
+    {"recipe": "duquant"},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OTHERS, ids=str)
+def test_other_recipes_compile(options):
+    compiled = resq_compiler.compile(small("minicpm3"), tiny_tokens(8, 32), **{**OPTIONS, **options})
+    assert compiled(IDS).logits.isfinite().all()
