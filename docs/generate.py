@@ -31,7 +31,7 @@ GROUPS = {
         "weight_method", "weight_clip", "gptq_damping", "gptq_act_order", "gptq_on_quantized_activations", "gptq_token_weighting",
     ),
     "Activations and cache": ("activation_clip", "kv_clip", "o_proj_granularity", "prefix_tokens"),
-    "Calibration": ("calibration_samples", "calibration_length", "basis_samples", "calibration_dtype", "bos", "seed"),
+    "Calibration": ("calibration_samples", "calibration_length", "basis_samples", "calibration_dtype", "hidden_dtype", "bos", "seed"),
 }  # fmt: skip
 """Headings, and the options below each."""
 

@@ -236,7 +236,7 @@ def _begin(
     bos = about["config"].get_text_config().bos_token_id
     ctx = PassContext(
         captured.example_inputs, windows, overrides, work, None, bos, config.seed, config.calibration_dtype, config.basis_samples,
-        progress=report,
+        config.hidden_dtype, progress=report,
     )  # fmt: skip
     if windows is not None:
         processes.current().part(ctx.statistics_windows)  # too few are an error before any work

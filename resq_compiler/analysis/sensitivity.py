@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor, precision
-from resq_compiler.calibration.aside import put_aside
+from resq_compiler.calibration.aside import put_aside, wide
 from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import DataError
@@ -125,7 +125,7 @@ def backward(
         progress("sensitivity", 2 * len(blocks) - block.index - 1, 2 * len(blocks))
         way = Way(gm, block.start, block.end, wanted, runner.shared[0])
         for i, start in enumerate(starts.pop()):
-            values = way.values(start, runner.shared[i])
+            values = way.values(wide(start), runner.shared[i])
             torch.autograd.backward(values[block.end], gradients[i])
             gradients[i] = found_gradient(values[block.start])
             yield {node: values[node] for node in way.seen}
@@ -164,7 +164,7 @@ def last_gradients(gm: GraphModule, runner: Lockstep, end: Node, draw: torch.Gen
     way = Way(gm, end, logits, set(), runner.shared[0])
     gradients = []
     for state, shared in zip(runner.states, runner.shared, strict=True):
-        values = way.values(state[end], shared)
+        values = way.values(wide(state[end]), shared)
         with torch.enable_grad():
             log_p = values[logits].float().log_softmax(-1).flatten(0, -2)
             drawn = torch.multinomial(log_p.detach().exp().to(draw.device), 1, generator=draw)

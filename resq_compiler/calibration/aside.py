@@ -1,21 +1,47 @@
-"""Hidden states of calibration windows that do not fit into memory: mapped files of the work directory, which nobody has to remove."""
+"""How hidden states of calibration windows are kept between two blocks: in float32 or bfloat16, and, where they do not fit into memory, in
+mapped files of the work directory, which nobody has to remove."""
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from resq_compiler.calibration.precision import DTYPES
 from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import CheckpointError
 from resq_compiler.util import machine, memory
 
 SHARE = 0.25
 """Of the free memory: hidden states that need more lie in files."""
+
+_dtype = torch.float32
+
+
+@contextlib.contextmanager
+def kept_in(dtype: str) -> Iterator[None]:
+    """Inside, hidden states are kept in a dtype: "float32" or "bfloat16"."""
+    global _dtype
+    before, _dtype = _dtype, DTYPES[dtype]
+    try:
+        yield
+    finally:
+        _dtype = before
+
+
+def narrow(value: Any) -> Any:
+    """As a float32 tensor is kept; anything else as it is."""
+    return value.to(_dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+def wide(value: Any) -> Any:
+    """As what was kept is worked with: a graph has no bfloat16 of its own."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 def directory_for(size: int, work: WorkDirectory | None) -> Path | None:

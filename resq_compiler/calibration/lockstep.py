@@ -55,13 +55,13 @@ class Lockstep:
             weights = weights or weights_of(gm, schedule.order)
             env = {**given, **weights}
             schedule.run(env)
-            states.append({start: aside.put_aside(env[start], directory)})
+            states.append({start: aside.put_aside(aside.narrow(env[start]), directory)})
         del weights, env
         return cls(gm, states, [tables[b.shape] for b in batches], ROOM * sum(map(_bytes, states)), directory)
 
     def known(self, batch: int = 0) -> dict[Node, Any]:
         """The values at hand for a batch, in a new dict."""
-        return {**self.shared[batch], **self.states[batch]}
+        return {**self.shared[batch], **{node: aside.wide(value) for node, value in self.states[batch].items()}}
 
     def run(
         self,
@@ -78,7 +78,7 @@ class Lockstep:
         plans: dict[frozenset[Node], Stretch] = {}
         weights: dict[Node, Tensor] = {}
         for i, (state, shared) in enumerate(zip(self.states, self.shared, strict=True)):
-            env = {**shared, **state}
+            env = self.known(i)
             known = frozenset(env)
             if known not in plans:
                 plans[known] = Stretch(self.gm, targets, known, goal, also)
@@ -88,7 +88,7 @@ class Lockstep:
             plan.run(env)
             see(i, env)
             kept = plan.alive if goal in plan.alive else not_cheap(plan.alive, set(shared))
-            after = {n: v for n, v in env.items() if n in kept and n not in shared}
+            after = {n: aside.narrow(v) for n, v in env.items() if n in kept and n not in shared}
             growth = max(_bytes(after) - _bytes(state), 0)
             if goal in kept or spent + growth <= self.room:
                 spent += growth

@@ -72,7 +72,7 @@ def inspect_saved(
     options = compiled.options
     ctx = PassContext(
         captured.example_inputs, data, read_overrides(topology), seed=options.seed, basis_samples=options.basis_samples,
-        calibration_dtype=options.calibration_dtype, progress=request.progress,
+        calibration_dtype=options.calibration_dtype, hidden_dtype=options.hidden_dtype, progress=request.progress,
     )  # fmt: skip
     pipeline = Pipeline(ctx)
     pipeline.start(gm)

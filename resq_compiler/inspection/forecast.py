@@ -269,7 +269,7 @@ class _Plan:
         memory = {
             "weights of a block": FLOAT * s.largest_block,
             "values of a block": FLOAT * length * (3 * widest + 8 * s.hidden + 2 * s.heads * length),
-            "hidden states": FLOAT * windows * length * s.hidden * (len(s.blocks) + 1),
+            "hidden states": self._kept_as * windows * length * s.hidden * (len(s.blocks) + 1),
             "logits": 6 * FLOAT * length * s.vocabulary,
         }
         return Step(
@@ -316,7 +316,12 @@ class _Plan:
         batch = max(TOKENS_PER_BATCH, length)
         widest = max(group.columns * group.choices for group in s.groups)
         inside = batch * (3 * widest + 4 * s.hidden + 2 * s.heads * length)
-        return {"hidden states": FLOAT * tokens * s.hidden, "a batch": FLOAT * inside}
+        return {"hidden states": self._kept_as * tokens * s.hidden, "a batch": FLOAT * inside}
+
+    @property
+    def _kept_as(self) -> int:
+        """Bytes of a number between two blocks."""
+        return FLOAT if self.config.hidden_dtype == "float32" else FLOAT // 2
 
     def _forward(self) -> int:
         """Additions and multiplications for a token."""
@@ -393,7 +398,10 @@ def _advice(step: Step) -> str:
     if step.name == "sensitivities":
         return "equal shares of columns (allocation=equal, no average_bits or model_megabytes) need none of this"
     if part == "hidden states":
-        return "ask for fewer or shorter calibration windows (calibration_samples, calibration_length), or share them among processes"
+        return (
+            "ask for fewer or shorter calibration windows (calibration_samples, calibration_length), hidden_dtype=bfloat16, or share them "
+            "among processes"
+        )
     if part in ("Hessian", "rows at work"):
         return "weights rounded without GPTQ (weight_method=rtn) need less, or take a machine with more memory"
     if part == "a batch":

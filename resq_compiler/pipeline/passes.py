@@ -35,9 +35,9 @@ class PassContext:
 
     example_inputs: of the graph, one tensor for each placeholder. calibration: token ids [n, length] int64, None without. overrides:
     what the user states about the model. work: where finished work of an interrupted compile is kept. saved: statistics that were taken
-    before, for the first pass that asks. bos_token: what the model's
-    texts begin with. seed: of all draws. calibration_dtype: of linears in calibration runs. basis_samples: how many of the windows
-    statistics are taken of. notes: what a user should know. lines: what the running pass adds to its stage, such as a table.
+    before, for the first pass that asks. bos_token: what the model's texts begin with. seed: of all draws. calibration_dtype: of linears
+    in calibration runs, hidden_dtype: of what is kept between two blocks there. basis_samples: how many of the windows statistics are
+    taken of. notes: what a user should know. lines: what the running pass adds to its stage, such as a table.
     """
 
     example_inputs: tuple[Tensor, ...]
@@ -49,6 +49,7 @@ class PassContext:
     seed: int = 0
     calibration_dtype: str = "float32"
     basis_samples: int = 16
+    hidden_dtype: str = "float32"
     facts: Facts = field(default_factory=Facts)
     notes: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.topology import Topology
-from resq_compiler.calibration import executor, precision
+from resq_compiler.calibration import aside, executor, precision
 from resq_compiler.calibration.decode import run_behind
 from resq_compiler.calibration.statistics import Request, Statistics, distinct, take
 from resq_compiler.errors import ConfigError, ModelError, PassError, ResqError, VerifyError
@@ -69,7 +70,7 @@ class Pipeline:
         rewrites = 0
         self.ctx.lines.clear()
         try:
-            with precision.linears_in(self.ctx.calibration_dtype), executor.batches_of(self.ctx.batch_tokens):
+            with self._run_options():
                 self._observe(gm, item, rest)
                 rewrites = item.run(gm, self.ctx)
             if item.rewrites:
@@ -108,6 +109,17 @@ class Pipeline:
             )
         )
 
+    @contextlib.contextmanager
+    def _run_options(self) -> Iterator[None]:
+        """Inside, calibration runs are as the context says."""
+        ctx = self.ctx
+        with (
+            precision.linears_in(ctx.calibration_dtype),
+            aside.kept_in(ctx.hidden_dtype),
+            executor.batches_of(ctx.batch_tokens),
+        ):
+            yield
+
     def _observe(self, gm: GraphModule, item: Pass, rest: Sequence[Pass]) -> None:
         """Take the statistics that a pass asks for and, in the same run, those of later passes that see the same graph."""
         ctx, requests = self.ctx, self._asked(gm, item, rest)
@@ -144,7 +156,7 @@ class Pipeline:
         check_order(passes, self.ctx.facts.kinds())
         for i, item in enumerate(passes):
             self.ctx.progress(item.name, i, len(passes))
-            with precision.linears_in(self.ctx.calibration_dtype):
+            with self._run_options():
                 requests = self._asked(gm, item, passes[i + 1 :])
             if requests:
                 return requests

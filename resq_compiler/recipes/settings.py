@@ -20,7 +20,9 @@ WHOLE_NUMBERS = {
 }  # fmt: skip
 """Options without a list of values, and the least that each may be."""
 
-RUN_OPTIONS = ("calibration_samples", "calibration_length", "basis_samples", "calibration_dtype", "bos", "seed")
+RUN_OPTIONS = (
+    "calibration_samples", "calibration_length", "basis_samples", "calibration_dtype", "hidden_dtype", "bos", "seed",
+)  # fmt: skip
 """Options that are no pass's own: of the calibration run, and of all draws."""
 
 GIVEN = "passes"
@@ -93,6 +95,7 @@ class CompileConfig:
     calibration_length: int = 512
     basis_samples: int = 16
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    hidden_dtype: Literal["float32", "bfloat16"] = "float32"
     bos: Literal["auto", "never"] = "auto"
     seed: int = 0
 

@@ -8,6 +8,7 @@ import torch
 import resq_compiler
 from resq_compiler.calibration import aside, workdir
 from resq_compiler.errors import CheckpointError
+from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_model, tiny_tokens
 from resq_compiler.util import machine, memory
 
@@ -57,3 +58,27 @@ def test_a_compile_with_hidden_states_in_files(short, tmp_path, compiled, monkey
     ours, theirs = found.graph_module.state_dict(), compiled("llama", recipe="resq").graph_module.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert used and all(used) and not list((tmp_path / "w").glob(".hidden*"))
+
+
+def test_bfloat16_is_kept_and_float32_worked_with():
+    value = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    with aside.kept_in("bfloat16"):
+        kept = aside.narrow(value)
+        assert kept.dtype == torch.bfloat16 and torch.equal(aside.wide(kept), value.bfloat16().float())
+        assert aside.narrow(value.double()).dtype == torch.float64 and aside.narrow((value,)) == (value,)
+    assert aside.narrow(value) is value and aside.wide(value) is value
+
+
+def test_a_compile_with_hidden_states_in_bfloat16(compiled, tiny):
+    options = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}
+    bits = {"weight_bits": 8, "activation_bits": 8, "kv_bits": 8}
+    found = resq_compiler.compile(
+        tiny_model("llama"), tiny_tokens(4, 32), recipe="resq", hidden_dtype="bfloat16", **bits, **options
+    )
+    ids = tiny_tokens(2, 24, seed=1)
+    with torch.no_grad():
+        expected = tiny("llama")(ids).logits
+    plain = compiled("llama", recipe="resq", **bits)
+    errors = [relative_error(model(ids).logits, expected) for model in (found, plain)]
+    assert not torch.equal(found(ids).logits, plain(ids).logits) and errors[0] < 1.2 * errors[1]
+    assert found.options.hidden_dtype == "bfloat16"

@@ -34,7 +34,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "learning_steps": ("20", 20), "learning_rate": ("0.01", 0.01),
     "expert_tokens": ("64", 64), "calibrate_all_experts": ("", True), "unreached_experts": ("layer", "layer"),
     "calibration_routing": ("quantized", "quantized"), "spread_outliers": ("", True), "activation_scales": ("static", "static"),
-    "calibration_dtype": ("float32", "float32"), "bos": ("never", "never"), "seed": ("7", 7),
+    "calibration_dtype": ("float32", "float32"), "hidden_dtype": ("bfloat16", "bfloat16"), "bos": ("never", "never"), "seed": ("7", 7),
 }  # fmt: skip
 """What is given for each option on the command line, and what it means; none of them is the default."""
 

@@ -79,6 +79,7 @@ HELP: dict[str, str] = {
     "calibration_length": "tokens in a window",
     "basis_samples": "how many of these windows bases and the order of channels are taken from, spread evenly",
     "calibration_dtype": "of linears and second moments in calibration runs; auto: bfloat16 where the processor has it, else float32",
+    "hidden_dtype": "of hidden states that are kept between two blocks in calibration runs; bfloat16 takes half the memory",
     "bos": "auto: windows of text begin with what the tokenizer puts before a text, such as a beginning-of-sequence token; never: "
     "they do not, as in papers",
     "seed": "of rotations and of self-written calibration text",
