@@ -23,13 +23,26 @@ def residual_readers(gm: GraphModule, groups: Iterable[ReadGroup]) -> Tensor:
     """Sum of Wᵀ W over linears that read the residual stream: float64 [d, d]. An expert counts by the share of tokens that it would get
     if all were chosen equally often."""
     readers = [Linear.require(linear) for group in groups for linear in group.linears]
-    return torch.stack([_reader(gm, linear) for linear in readers]).sum(0)
+    return added(_reader(gm, linear) for linear in readers)
 
 
 def _reader(gm: GraphModule, linear: Linear) -> Tensor:
     weights = (devices.here(weight).float() for weight in matrices(gm, linear))
     found = torch.stack([(w.mT @ w).double() for w in weights])
     return found[0] if linear.indices is None else found.mean(0) * values.width(linear.indices)
+
+
+def added(matrices: Iterable[Tensor]) -> Tensor:
+    """Their sum, one of them in memory at a time; in sums of 16, which is how `torch.stack(...).sum(0)` adds up to 255 of them."""
+    total: Tensor | float = 0.0
+    part: Tensor | float = 0.0
+    for i, matrix in enumerate(matrices, 1):
+        part = part + matrix
+        if i % 16 == 0:
+            total, part = total + part, 0.0
+    found = part + total
+    assert isinstance(found, Tensor), "linears read every value that has a basis"
+    return found
 
 
 def value_readers(gm: GraphModule, attention: Attention) -> Tensor:
