@@ -6,6 +6,9 @@ import re
 
 import pytest
 import torch
+from resq_compiler.backends.onnx import export_onnx
+from resq_compiler.backends.onnx.runtime import OnnxDecoder
+from resq_compiler.passes.insert_prefix import insert
 
 import resq_compiler
 from resq_compiler.analysis.topology import Topology
@@ -128,6 +131,22 @@ def test_saved_and_loaded_it_computes_the_same(deepseek, tmp_path):
     assert torch.equal(resq_compiler.load(tmp_path)(IDS).logits, deepseek(IDS).logits)
 
 
+def test_onnx_generates_the_same_on_a_packed_cache(deepseek, tmp_path):
+    path = export_onnx(deepseek, tmp_path / "model", "ort", embedding="float32", kv_cache="packed")
+    expected = deepseek.generate(IDS[:1, :9], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = OnnxDecoder(path, threads=1).generate(IDS[:1, :9].numpy(), max_new_tokens=4, eos_token_id=[])
+    assert got.tolist() == expected.tolist()
+
+
+def test_no_settings_for_a_runtime_that_knows_one_width(deepseek, tmp_path, caplog):
+    path = export_onnx(deepseek, tmp_path / "model", "qdq")
+    assert not (path / "genai_config.json").exists()
+    assert (
+        "genai_config.json is left out: the two parts of this model's cache have different widths [8, 24]"
+        in caplog.text
+    )
+
+
 @pytest.mark.parametrize(("backend", "options"), [("triton", {}), ("cpu", {"engine": "torch"})])
 def test_backends_without_a_kernel_say_so(deepseek, backend, options):
     with pytest.raises(BackendError, match=r"attention: latent attention, whose keys and values are made from a cache"):
@@ -150,6 +169,19 @@ def test_a_gain_that_would_cost_too_much_stays_and_the_basis_behind_it():
     assert [(p.online, p.block) for p in online] == [(True, 0), (True, 1)]
 
 
+def test_prefix_tokens_stand_before_both_cached_parts():
+    """The graph behind the prefix computes what eager transformers computes for whole texts."""
+    model, prefix = small("minicpm3"), [7, 3, 1]
+    gm, ctx = trace(model)
+    insert(gm, ctx.facts.get(Topology), prefix)
+    gm.recompile()
+    past = [torch.zeros(2, 1, 0, width) for _ in range(2) for width in (24, 8)]
+    with torch.no_grad():
+        expected = model(torch.cat((torch.tensor([prefix]).expand(2, -1), IDS), 1), use_cache=False).logits[:, 3:]
+        got = gm(IDS, torch.ones_like(IDS), torch.arange(20).expand(2, 20), *past)[0]
+    assert relative_error(got, expected) < 1e-5
+
+
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 def test_they_say_so_before_the_compile_too(backend, deepseek):
     with pytest.raises(
@@ -165,7 +197,7 @@ def test_they_say_so_before_the_compile_too(backend, deepseek):
 OTHERS = (
     {"recipe": "rtn"},
     {"recipe": "quarot"},
-    {"prefix_tokens": [1]},
+    {"prefix_tokens": "auto"},
     {"average_bits": 4.75},
     {"weight_bits": 8, "kv_bits": 16},
     {"recipe": "quik"},

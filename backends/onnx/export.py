@@ -213,7 +213,7 @@ def save_model(model: onnx.ModelProto, directory: Path) -> None:
 
 def write_settings(compiled: CompileResult, directory: Path, profile: str, kv_cache: str, tokenizer: Any) -> None:
     """config.json, generation_config.json, the tokenizer and genai_config.json."""
-    from resq_compiler.backends.onnx.genai import genai_config
+    from resq_compiler.backends.onnx.genai import genai_config, genai_takes
     from resq_compiler.backends.onnx.profiles import PROFILES
 
     config = copy.deepcopy(compiled.config)
@@ -225,7 +225,7 @@ def write_settings(compiled: CompileResult, directory: Path, profile: str, kv_ca
     )  # save_pretrained refuses what models come with
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    if kv_cache == "float" or PROFILES[profile].native:
+    if PROFILES[profile].native or (kv_cache == "float" and genai_takes(compiled)):
         settings = genai_config(compiled, profile)
         (directory / "genai_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -47,6 +47,17 @@ def genai_config(compiled: CompileResult, profile: str) -> dict[str, Any]:
     return _native(settings, compiled) if PROFILES[profile].native else settings
 
 
+def genai_takes(compiled: CompileResult) -> bool:
+    """Whether keys and values of all layers have one shape, which is all that genai_config.json can say; a warning where not."""
+    shapes = {(s.num_heads, width) for s in compiled.cache_specs for width in (s.key_dim, s.value_dim)}
+    if len(shapes) > 1:
+        log.warning(
+            "genai_config.json is left out: the two parts of this model's cache have different widths %s, and onnxruntime-genai knows one "
+            "head size; this package's runtime (resq generate) runs the model", sorted(width for _, width in shapes),
+        )  # fmt: skip
+    return len(shapes) == 1
+
+
 def kind_and_context(compiled: CompileResult) -> tuple[str, int]:
     """The model type and the longest text. A LongRoPE model that no type fits ends where its short factors do."""
     text = compiled.config.get_text_config()
