@@ -4,8 +4,8 @@
 
 KIND: ort (a directory with model.onnx: float32, or profile native with its library), genai, llama (a .gguf file), torch-float32,
 torch-bfloat16, openvino (a directory with openvino_model.xml).
-Commands: {"prefill": tokens, "batch": n}, {"decode": steps, "context": tokens, "batch": n}, {"measure": FILE, "reference": FILE},
-{"store": FILE, "measure": FILE}, {"memory": true}.
+Commands: {"prefill": tokens, "batch": n} (with "keep": 0 all logits, where a peer gives those of the last token only),
+{"decode": steps, "context": tokens, "batch": n}, {"measure": FILE, "reference": FILE}, {"store": FILE, "measure": FILE}, {"memory": true}.
 """
 
 from __future__ import annotations
@@ -72,14 +72,18 @@ class OrtPeer:
         else:
             binding.bind_output("logits")
         self.session.run_with_iobinding(binding)
-        return logits if keep == 1 else binding.get_outputs()[-1].numpy()
+        return logits if keep == 1 else self._array(binding.get_outputs()[-1])
 
     def _passed(self, given: dict[str, Any], state: dict[str, Any]) -> np.ndarray:
         names = [o.name for o in self.session.get_outputs()]
         outputs = dict(zip(names, self.session.run_with_ort_values(names, {**given, **state}), strict=True))
         logits = outputs.pop("logits")
         state.update({name.replace("present", "past_key_values"): value for name, value in outputs.items()})
-        return np.from_dlpack(logits._ortvalue) if hasattr(logits._ortvalue, "__dlpack__") else logits.numpy()
+        return self._array(logits)
+
+    def _array(self, value: Any) -> np.ndarray:
+        """Without a copy where this version of ONNX Runtime can."""
+        return np.from_dlpack(value._ortvalue) if hasattr(value._ortvalue, "__dlpack__") else value.numpy()
 
     def all_logits(self, ids: np.ndarray) -> np.ndarray:
         return self.run(ids[None], 0, self.start(1), 0)[0]
@@ -213,10 +217,10 @@ class Worker:
     def prompt(self, batch: int, length: int) -> np.ndarray:
         return np.random.default_rng(0).integers(0, self.vocabulary, (batch, length)).astype(np.int64)
 
-    def prefill(self, length: int, batch: int) -> dict[str, float]:
+    def prefill(self, length: int, batch: int, keep: int = 1) -> dict[str, float]:
         ids, state = self.prompt(batch, length), self.peer.start(batch)
         began = time.perf_counter()
-        self.peer.run(ids, 0, state)
+        self.peer.run(ids, 0, state, keep)
         self.newest = None
         return {"seconds": time.perf_counter() - began}
 
@@ -262,7 +266,7 @@ class Worker:
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         if "prefill" in command:
-            return self.prefill(command["prefill"], command["batch"])
+            return self.prefill(command["prefill"], command["batch"], command.get("keep", 1))
         if "decode" in command:
             return self.decode(command["decode"], command["context"], command["batch"])
         if "measure" in command:

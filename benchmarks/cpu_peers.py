@@ -7,8 +7,10 @@
 --native: a directory of `resq export --profile native`. --float: the float model as transformers saves it; it runs in PyTorch (float32,
 bfloat16) and as float32 in ONNX Runtime, by this package's emitters. The others: benchmarks/cpu_peer_models.py makes them.
 Every round measures every model once, one after the other, so load on the machine hits all alike (llama.cpp's
-threads wait for each other by spinning and need idle cores). Memory is that behind 128 tokens. `speed` prints tokens per second,
-best and median over the rounds, times ONNX Runtime float32. Results are added to what OUT.json has.
+threads wait for each other by spinning and need idle cores). A prefill is what a client pays that generates: ours, PyTorch
+and llama.cpp give logits of the last token then, the graphs of ONNX Runtime float32, onnxruntime-genai and OpenVINO of all; "all
+logits" is the same work for every row that has it. Memory is that behind 128 tokens. `speed` prints tokens per second, best and
+median over the rounds, times ONNX Runtime float32. Results are added to what OUT.json has.
 """
 
 from __future__ import annotations
@@ -99,7 +101,11 @@ def opened(models: list[Model], threads: int, vocabulary: int) -> Iterator[list[
 
 def tasks(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     """What is measured in a round: a name, and the command."""
-    found: dict[str, dict[str, int]] = {f"prefill {arguments.prompt}": {"prefill": arguments.prompt, "batch": 1}}
+    prompt = {"prefill": arguments.prompt, "batch": 1}
+    found: dict[str, dict[str, int]] = {
+        f"prefill {arguments.prompt}": prompt,
+        f"prefill {arguments.prompt}, all logits": prompt | {"keep": 0},
+    }
     for context in arguments.contexts:
         found[f"decode at {context}"] = {"decode": arguments.steps, "context": context, "batch": 1}
     for batch in arguments.batches:
@@ -112,7 +118,7 @@ def tasks(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 
 def speed(arguments: argparse.Namespace, models: list[Model], vocabulary: int) -> dict[str, Any]:
-    """Rounds of all tasks of all models; long contexts and batches only of ours."""
+    """Rounds of all tasks of all models; long contexts and batches only of ours, all logits of those that can leave them out."""
     plan = tasks(arguments)
     seconds: dict[str, dict[str, list[float]]] = {m.name: {} for m in models}
     with opened(models, arguments.threads, vocabulary) as processes:
@@ -132,6 +138,8 @@ def speed(arguments: argparse.Namespace, models: list[Model], vocabulary: int) -
 
 
 def _left_out(task: str, command: dict[str, int], model: Model, arguments: argparse.Namespace) -> bool:
+    if command.get("keep") == 0:
+        return model.kind != "ort" and not model.kind.startswith("torch")
     ordinary = command["batch"] == 1 and command.get("context", 0) <= arguments.contexts[0]
     return not ordinary and (model.kind != "ort" or model.name == BASE)
 

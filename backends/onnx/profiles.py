@@ -14,6 +14,7 @@ from resq_compiler.errors import BackendError
 PREFILL_CHUNK = (
     256  # tokens of a prompt that run at once: scores and sums of more leave the caches, and half the scores are masked
 )
+NATIVE_PREFILL_CHUNK = 1024  # the same of the CPU kernels, whose attention reads no masked keys: this bounds memory
 FLUSH_DENORMALS = {
     "session.set_denormal_as_zero": "1"
 }  # softmax of masked scores leaves denormals, which CPUs multiply slowly

@@ -12,7 +12,7 @@ import numpy as np
 from resq_compiler.backends.onnx import session as ort
 from resq_compiler.backends.onnx.export import LONGEST_KEY, LONGEST_ROW_KEY, MODEL_FILE
 from resq_compiler.backends.onnx.kept_logits import KEEP
-from resq_compiler.backends.onnx.profiles import PREFILL_CHUNK
+from resq_compiler.backends.onnx.profiles import NATIVE_PREFILL_CHUNK, PREFILL_CHUNK
 from resq_compiler.backends.onnx.shared_buffers import BoundSession, GrowingCache
 
 from resq_compiler.errors import BackendError
@@ -178,7 +178,8 @@ class OnnxDecoder:
         positions = np.maximum(mask.cumsum(1) - 1, 0)
         length = ids.shape[1]
         whole = self.short_length is not None and length > self.short_length  # the last position decides for all
-        chunk = length if whole else PREFILL_CHUNK
+        usual = PREFILL_CHUNK if self._bound is None else NATIVE_PREFILL_CHUNK
+        chunk = length if whole else usual
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
             logits = self._step(cache, ids[:, start:stop], mask[:, :stop], positions[:, start:stop])

@@ -77,8 +77,11 @@ static void dense(const float *factor, float *x, int64_t left, int64_t order, in
     for (int64_t c = 0; c < right; c++) {
         const dense_product p = {x + c, factor, size, right, order, order, space, order};
         multiply_dense(&p, left, order);
-        for (int64_t i = 0; i < left * order; i++)
-            x[i * right + c] = space[i];
+        if (right == 1)
+            memcpy(x, space, sizeof(float) * (size_t)(left * order));
+        else
+            for (int64_t i = 0; i < left * order; i++)
+                x[i * right + c] = space[i];
     }
 }
 

@@ -65,6 +65,14 @@ def assert_same(compiled, path):
     assert np.array_equal(got, tokens.numpy())
 
 
+def test_chunks_of_a_prompt_change_nothing(made, monkeypatch):
+    _, path = made()
+    decoder, ids = OnnxDecoder(path, threads=1), tiny_tokens(2, 20, seed=5).numpy()
+    whole = decoder.generate(ids, max_new_tokens=6, eos_token_id=[])
+    monkeypatch.setattr("resq_compiler.backends.onnx.runtime.NATIVE_PREFILL_CHUNK", 7)
+    assert np.array_equal(decoder.generate(ids, max_new_tokens=6, eos_token_id=[]), whole)
+
+
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
     compiled, path = made(family)
