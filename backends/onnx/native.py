@@ -1,6 +1,7 @@
 """Profile `native`: the graph lowered to fused operators, as nodes of the domain `resq` that the CPU kernels' library computes.
 
-What each node takes and gives is written in kernels/src/onnx_linears.c and onnx_attention.c. Weights are stored as the kernels read
+What each node takes and gives is written in kernels/src/onnx_linears.c and onnx_attention.c: a quantizer that one linear reads is one
+node with it, and attention with the rotation and the cache before it. Weights are stored as the kernels read
 them; the cache is uint8 [B, G, P, bytes of a packed row], one tensor for keys and one for values of a layer.
 """
 
@@ -81,11 +82,15 @@ def cache_rows(gm: GraphModule) -> list[int]:
 
 @dataclass(frozen=True)
 class FusedCall:
-    """A quantizer: `kind`Quantize makes codes, `kind`Linear multiplies them as well. inputs: all that the operator has, "" absent."""
+    """A quantizer: `kind`Quantize makes codes, `kind`Linear multiplies them as well.
+
+    inputs: all that the operator has, "" absent.    outputs: behind the linear's own.
+    """
 
     kind: str
     inputs: tuple[str, ...]
     attributes: dict[str, Any]
+    outputs: tuple[str, ...] = ()
 
 
 def only_linear(quantizer: Node) -> Node | None:
@@ -101,6 +106,7 @@ class NativeLowering(Lowering):
     def __init__(self, lowered: Lowered, options: LoweringOptions):
         self.lowered = lowered
         self.quantizers: dict[Node, FusedCall] = {}
+        self.rotations: dict[Node, FusedCall] = {}
         super().__init__(lowered.graph_module, (), IntegerForm(), options)
         self.head = head_reader(graph_tools.output_args(lowered.graph_module.graph)[0])
 
@@ -218,7 +224,8 @@ def mixed_linear(low: Lowering, node: Node) -> Value:
     output = [native.b.fresh("y")]
     call = native.quantizers.get(codes[0].all_input_nodes[0])
     if call is not None:
-        return Value(native.fused(f"{call.kind}Linear", [*call.inputs, *weights], output, **call.attributes)[0])
+        outputs = [*output, *call.outputs]
+        return Value(native.fused(f"{call.kind}Linear", [*call.inputs, *weights], outputs, **call.attributes)[0])
     inputs = [*(native.exact(x) for x in codes), *weights]
     return Value(native.fused("MixedLinear", inputs, output, groups=groups, **_parts(bits, widths))[0])
 
@@ -279,14 +286,17 @@ def rope_cache(low: Lowering, node: Node) -> Value:
     pasts = [native.exact(keys), native.exact(past_values)]
     (reader,) = {user for user in node.users if user.target in (operators.attention, operators.attention_quantize)}
     mask = native.exact(_arguments(reader)[5])
-    inputs = [qkv, native.exact(cos), native.exact(sin), *pasts, mask, *map(native.optional, (u, q_norm, k_norm))]
-    presents = [past.replace("past_key_values.", "present.") for past in pasts]
-    attributes = _heads(key_parts, value_parts) | _count(q, k, key_parts)
-    outputs = native.fused(
-        "RopeCache", inputs, [native.b.fresh("q"), *presents], epsilon=eps, low_clip=clip, high_clip=clip, **attributes
-    )
-    native.env[keys], native.env[past_values] = (Value(name) for name in outputs[1:])
-    return Value(outputs[0])
+    inputs = (qkv, native.exact(cos), native.exact(sin), *pasts, mask, *map(native.optional, (u, q_norm, k_norm)))
+    presents = tuple(past.replace("past_key_values.", "present.") for past in pasts)
+    native.env[keys], native.env[past_values] = (Value(name) for name in presents)
+    attributes = dict(epsilon=eps, cache_clip=clip, key_low_bits=key_parts[2], key_high_bits=key_parts[3])
+    call = FusedCall("Rope", inputs, _heads(key_parts, value_parts) | _count(q, k, key_parts) | attributes, presents)
+    if reader.target is operators.attention_quantize and only_linear(reader) is not None:
+        native.rotations[node] = call
+        return Value("")
+    q_out = native.b.fresh("q")
+    native.fused("RopeCache", call.inputs, [q_out, *presents], **call.attributes)
+    return Value(q_out)
 
 
 def _count(q: Node, k: Node, key_parts: Sequence[int]) -> dict[str, int]:
@@ -327,4 +337,8 @@ def attention_quantize(low: Lowering, node: Node) -> Pieces:
     inputs, attributes = _attended(native, node)
     bits, _, clip, _ = _arguments(node)[15:]
     attributes |= {f"{_side(b)}_bits": b for b in bits} | {"low_clip": clip, "high_clip": clip}
-    return native.codes(node, FusedCall("Attention", tuple(inputs), attributes))
+    before = native.rotations.get(_arguments(node)[0])
+    if before is None:
+        return native.codes(node, FusedCall("Attention", tuple(inputs), attributes))
+    call = FusedCall("Attention", (*before.inputs, *inputs[4:]), before.attributes | attributes, before.outputs)
+    return native.codes(node, call)

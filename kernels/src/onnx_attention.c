@@ -3,7 +3,7 @@
 #include "onnx_call.h"
 
 static rk_head key_head(const node *n) {
-    return (rk_head){(int32_t)n->low_width, (int32_t)n->high_width, (int32_t)n->low_bits, (int32_t)n->high_bits};
+    return (rk_head){(int32_t)n->low_width, (int32_t)n->high_width, (int32_t)n->key_low_bits, (int32_t)n->key_high_bits};
 }
 
 static rk_head value_head(const node *n) {
@@ -16,22 +16,22 @@ static void require_cache(call *c, const tensor *t, int64_t batch, const rk_head
 }
 
 /* The rows of past in a tensor with room for all tokens; past itself where it is the same buffer. */
-static uint8_t *present_of(call *c, size_t output, const tensor *past, int64_t total) {
-    int64_t dims[4];
-    memcpy(dims, past->dims, sizeof dims);
+static tensor present_of(call *c, size_t output, const tensor *past, int64_t total) {
+    tensor present = *past;
+    int64_t *dims = present.dims;
     dims[2] = past->dims[2] < total ? total : past->dims[2];
-    uint8_t *present = make_output(c, output, dims, 4);
-    if (!present || present == past->data)
+    present.data = make_output(c, output, dims, 4);
+    if (!present.data || present.data == past->data)
         return present;
     const size_t before = (size_t)(past->dims[2] * dims[3]), after = (size_t)(dims[2] * dims[3]);
     for (int64_t i = 0; i < dims[0] * dims[1]; i++)
-        memcpy(present + (size_t)i * after, (const uint8_t *)past->data + (size_t)i * before, before);
+        memcpy((uint8_t *)present.data + (size_t)i * after, (const uint8_t *)past->data + (size_t)i * before, before);
     return present;
 }
 
 /* qkv [B, S, heads side by side], cos, sin [B or 1, S, R], past_key, past_value, mask, basis?, q_norm?, k_norm?
- * -> q [B, S, H, D], present_key, present_value */
-void op_rope_cache(call *c) {
+ * -> made: q [B, S, H, D], present_key, present_value, the cache as outputs 1 and 2 */
+static void rope_and_append(call *c, tensor made[3]) {
     const node *n = c->n;
     const tensor *qkv = &c->in[0], *cos = &c->in[1], *sin = &c->in[2], *mask = &c->in[5], *basis = &c->in[6];
     rk_rope_cache_args a = {.heads = n->heads, .kv_heads = n->kv_heads, .key = key_head(n), .value = value_head(n)};
@@ -64,20 +64,25 @@ void op_rope_cache(call *c) {
     a.cos = cos->data, a.sin = sin->data, a.rotary = cos->dims[2];
     a.rotary_batch_stride = cos->dims[0] == 1 ? 0 : a.tokens * a.rotary;
     a.basis = basis->data, a.bases = basis->data && size_of(basis) > d * d ? n->kv_heads : 1;
-    a.q_norm = c->in[7].data, a.k_norm = c->in[8].data, a.epsilon = n->epsilon, a.clip = n->low_clip;
-    const int64_t dims[4] = {a.batch, a.tokens, n->heads, d};
-    a.q_out = make_output(c, 0, dims, 4);
-    a.key_cache = present_of(c, 1, &c->in[3], total);
-    a.value_cache = present_of(c, 2, &c->in[4], total);
-    a.capacity = past < total ? total : past;
-    RUN(c, rope_cache, &a, 32);
+    a.q_norm = c->in[7].data, a.k_norm = c->in[8].data, a.epsilon = n->epsilon, a.clip = n->cache_clip;
+    made[0] = (tensor){NULL, {a.batch, a.tokens, n->heads, d}, 4};
+    made[0].data = n->fused ? make_room(c, 4 * size_of(&made[0])) : make_output(c, 0, made[0].dims, 4);
+    made[1] = present_of(c, 1, &c->in[3], total);
+    made[2] = present_of(c, 2, &c->in[4], total);
+    a.q_out = made[0].data, a.key_cache = made[1].data, a.value_cache = made[2].data;
+    a.capacity = made[1].dims[2];
+    RUN(c, rope_cache, &a, 6);
+}
+
+void op_rope_cache(call *c) {
+    tensor made[3];
+    rope_and_append(c, made);
 }
 
 /* Room for results of chunks of keys, or NULL: then a key head is one unit. */
 static void *make_scratch(call *c, const rk_attention_args *a) {
     const int64_t bytes = c->status ? 0 : rk_attention_scratch(a);
-    void *scratch = bytes ? malloc((size_t)bytes) : NULL;
-    require(c, !bytes || scratch, "scratch", "enough memory");
+    void *scratch = bytes ? make_room(c, bytes) : NULL;
     if (scratch)
         memset(scratch, 0, (size_t)(a->batch * a->kv_heads) * 4);
     return scratch;
@@ -98,9 +103,9 @@ static void read_prefix(call *c, const tensor *keys, const tensor *values, rk_at
 
 /* q, present_key, present_value, mask, sinks?, prefix_key?, prefix_value?, slopes? -> float [B, S, H * columns], or codes. low_bits,
  * high_bits and the clips are those of the result: reading a cache needs only the widths. */
-static void attend(call *c, rk_codes *codes) {
+static void attend(call *c, const tensor *in, rk_codes *codes) {
     const node *n = c->n;
-    const tensor *q = &c->in[0], *keys = &c->in[1], *values = &c->in[2], *mask = &c->in[3];
+    const tensor *q = &in[0], *keys = &in[1], *values = &in[2], *mask = &in[3];
     rk_attention_args a = {.heads = n->heads, .kv_heads = n->kv_heads, .key = key_head(n), .value = value_head(n)};
     require(c, q->rank == 4 && q->dims[2] == n->heads && q->dims[3] == a.key.low + a.key.high, "q", "[batch, tokens, heads, D]");
     require(c, mask->rank == 2 && q->rank == 4 && mask->dims[0] == q->dims[0] && mask->dims[1] >= q->dims[1], "mask",
@@ -108,9 +113,9 @@ static void attend(call *c, rk_codes *codes) {
     require_cache(c, keys, q->dims[0], &a.key, "present_key");
     require_cache(c, values, q->dims[0], &a.value, "present_value");
     require(c, keys->dims[2] == values->dims[2] && keys->dims[2] >= mask->dims[1], "present", "a row for every token of the mask");
-    require_size(c, &c->in[4], n->heads, "sinks");
-    require_size(c, &c->in[7], n->heads, "slopes");
-    read_prefix(c, &c->in[5], &c->in[6], &a);
+    require_size(c, &in[4], n->heads, "sinks");
+    require_size(c, &in[7], n->heads, "slopes");
+    read_prefix(c, &in[5], &in[6], &a);
     if (c->status)
         return;
     a.batch = q->dims[0], a.tokens = q->dims[1];
@@ -120,7 +125,7 @@ static void attend(call *c, rk_codes *codes) {
     a.start = start;
     a.q = q->data, a.key_cache = keys->data, a.value_cache = values->data, a.capacity = keys->dims[2];
     a.mask = mask->data, a.mask_stride = mask->dims[1];
-    a.scale = n->scale, a.softcap = n->softcap, a.window = n->window, a.sinks = c->in[4].data, a.slopes = c->in[7].data;
+    a.scale = n->scale, a.softcap = n->softcap, a.window = n->window, a.sinks = in[4].data, a.slopes = in[7].data;
     const int64_t dims[3] = {a.batch, a.tokens, n->heads * (a.value.low + a.value.high)};
     if (codes) {
         node as_parts = *n; /* the output's parts are split as the values are */
@@ -133,21 +138,26 @@ static void attend(call *c, rk_codes *codes) {
         a.out = make_output(c, 0, dims, 3);
     a.scratch = make_scratch(c, &a);
     RUN(c, attention, &a, 1);
-    free(a.scratch);
     if (codes)
         *codes = a.codes;
 }
 
-void op_attention(call *c) { attend(c, NULL); }
+void op_attention(call *c) { attend(c, c->in, NULL); }
 
 void op_attention_quantize(call *c) {
     rk_codes codes;
-    attend(c, &codes);
+    attend(c, c->in, &codes);
 }
 
-/* q, ..., slopes?, then those of `multiply` */
+/* Operands of rope_and_append, sinks?, prefix_key?, prefix_value?, slopes?, then those of `multiply` -> y, present_key, present_value */
 void op_attention_linear(call *c) {
     rk_codes codes = {0};
-    attend(c, &codes);
-    multiply(c, &codes, c->in[0].dims, 2, c->in + 8);
+    tensor made[8];
+    rope_and_append(c, made);
+    if (c->status)
+        return;
+    made[3] = c->in[5];
+    memcpy(made + 4, c->in + 9, 4 * sizeof(tensor));
+    attend(c, made, &codes);
+    multiply(c, &codes, made[0].dims, 2, c->in + 13);
 }

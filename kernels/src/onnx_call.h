@@ -10,7 +10,8 @@
 #include "resq_kernels.h"
 
 #define MAX_DIMENSIONS 6
-#define MAX_INPUTS 14
+#define MAX_INPUTS 19
+#define MAX_ROOMS 3
 
 typedef struct {
     void *data; /* NULL: an optional input that is absent */
@@ -21,11 +22,12 @@ typedef struct {
 /* A node's attributes; what an operator does not have is 0. */
 typedef struct {
     OrtApi api;
-    int fused; /* the codes that the operator makes are those of its own linear, and no output */
+    int fused; /* what the operator's linear reads is no output */
     int64_t threads;
     int64_t norm, activation, groups, heads, kv_heads, window, stacked;
     int64_t low_width, high_width, low_bits, high_bits, value_low_width, value_high_width, value_low_bits, value_high_bits;
-    float epsilon, low_clip, high_clip, scale, softcap;
+    int64_t key_low_bits, key_high_bits; /* of the cache, where low_bits and high_bits are those of a result */
+    float epsilon, low_clip, high_clip, cache_clip, scale, softcap;
     rk_transform low_transform, high_transform;
 } node;
 
@@ -34,7 +36,8 @@ typedef struct {
     OrtKernelContext *context;
     OrtStatus *status;
     tensor in[MAX_INPUTS];
-    void *codes; /* of a fused operator; freed behind the call */
+    void *room[MAX_ROOMS]; /* freed behind the call */
+    int rooms;
 } call;
 
 /* Errors: the first one of a call is kept; ONNX Runtime adds the node's name. ----------------------------------------------- */
@@ -80,6 +83,15 @@ static inline void read_input(call *c, size_t index, tensor *t) {
     const OrtValue *value = NULL;
     if (keep(c, ORT_INPUT(c->n->api)(c->context, index, &value)) && value)
         read_tensor(c, value, t);
+}
+
+/* Memory for this call; NULL only if the call fails. */
+static inline void *make_room(call *c, int64_t bytes) {
+    void *room = c->status ? NULL : malloc((size_t)bytes + 1);
+    require(c, room != NULL, "a result between kernels", "enough memory");
+    if (room)
+        c->room[c->rooms++] = room;
+    return room;
 }
 
 static inline void *make_output(call *c, size_t index, const int64_t *dims, size_t rank) {
@@ -149,11 +161,9 @@ static inline void keep_codes(call *c, int64_t rows, int64_t groups, rk_codes *o
     int64_t bytes = 8 * runs;
     for (int i = 0; i < out->parts; i++)
         bytes += rows * rk_row_bytes(&out->part[i]);
-    c->codes = c->status ? NULL : malloc((size_t)bytes + 1);
-    require(c, c->codes != NULL, "codes", "enough memory");
+    out->scale = make_room(c, bytes);
     if (c->status)
         return;
-    out->scale = c->codes;
     out->zero_point = (int32_t *)(out->scale + runs);
     int8_t *at = (int8_t *)(out->zero_point + runs);
     for (int i = 0; i < out->parts; at += rows * rk_row_bytes(&out->part[i++]))

@@ -81,9 +81,11 @@ static void read_attributes(const OrtKernelInfo *info, node *n) {
         {"window", &n->window}, {"stacked", &n->stacked}, {"low_width", &n->low_width}, {"high_width", &n->high_width},
         {"low_bits", &n->low_bits}, {"high_bits", &n->high_bits}, {"value_low_width", &n->value_low_width},
         {"value_high_width", &n->value_high_width}, {"value_low_bits", &n->value_low_bits}, {"value_high_bits", &n->value_high_bits},
+        {"key_low_bits", &n->key_low_bits}, {"key_high_bits", &n->key_high_bits},
     };
     struct { const char *name; float *value; } floats[] = {
-        {"epsilon", &n->epsilon}, {"low_clip", &n->low_clip}, {"high_clip", &n->high_clip}, {"scale", &n->scale}, {"softcap", &n->softcap},
+        {"epsilon", &n->epsilon}, {"low_clip", &n->low_clip}, {"high_clip", &n->high_clip},
+        {"cache_clip", &n->cache_clip}, {"scale", &n->scale}, {"softcap", &n->softcap},
     };
     for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
         read_int(info, n->api, ints[i].name, ints[i].value);
@@ -94,6 +96,8 @@ static void read_attributes(const OrtKernelInfo *info, node *n) {
 }
 
 static int sane_bits(int64_t low, int64_t high) { return low >= 2 && low <= 4 && high >= 5 && high <= 8; }
+
+static int sane_clip(float clip) { return clip > 0 && clip <= 1; }
 
 /* Whether widths, bits and numbers of heads can be worked with at all. */
 static int sane(const node *n) {
@@ -107,7 +111,7 @@ static int sane(const node *n) {
                                         n->low_width + n->high_width <= RK_MAX_HEAD && n->value_low_width + n->value_high_width > 0 &&
                                         n->value_low_width + n->value_high_width <= RK_MAX_HEAD);
     return heads_fit && sane_bits(n->low_bits, n->high_bits) && sane_bits(n->value_low_bits, n->value_high_bits) &&
-           n->low_clip > 0 && n->low_clip <= 1 && n->high_clip > 0 && n->high_clip <= 1;
+           sane_bits(n->key_low_bits, n->key_high_bits) && sane_clip(n->low_clip) && sane_clip(n->high_clip) && sane_clip(n->cache_clip);
 }
 
 /* Weights are read once: asking ONNX Runtime for an operand costs a fifth of a microsecond. */
@@ -135,7 +139,7 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
         return ORT_CREATE_STATUS(api)(ORT_INVALID_ARGUMENT, "resq: out of memory");
     k->d = of(op);
     k->n = (node){.api = api, .fused = of(op)->fused, .threads = sysconf(_SC_NPROCESSORS_ONLN), .groups = 1, .low_bits = 4,
-                  .high_bits = 8, .value_low_bits = 4, .value_high_bits = 8, .low_clip = 1, .high_clip = 1, .scale = 1};
+                  .high_bits = 8, .value_low_bits = 4, .value_high_bits = 8, .key_low_bits = 4, .key_high_bits = 8, .low_clip = 1, .high_clip = 1, .cache_clip = 1, .scale = 1};
     read_attributes(info, &k->n);
     OrtStatus *status = sane(&k->n) && (!needs_heads || k->n.heads) ? read_constants(k, info) : refuse_attributes(k);
     *made = status ? NULL : k;
@@ -155,7 +159,8 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
             read_input(&c, i, &c.in[i]);
     if (!c.status)
         k->d->run(&c);
-    free(c.codes);
+    while (c.rooms)
+        free(c.room[--c.rooms]);
     return c.status;
 }
 
@@ -173,7 +178,7 @@ static const description operators[] = {
     OPERATOR("AttentionQuantize", op_attention_quantize, "fuumFFFF", "bbfi", 0),
     OPERATOR("NormLinear", op_norm_linear, "fFF" LINEAR, "f", 1),
     OPERATOR("HadamardLinear", op_hadamard_linear, "fFF" LINEAR, "f", 1),
-    OPERATOR("AttentionLinear", op_attention_linear, "fuumFFFF" LINEAR, "f", 1),
+    OPERATOR("AttentionLinear", op_attention_linear, "fffuumFFF" "FFFF" LINEAR, "fuu", 1),
 };
 
 RK_PUBLIC OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {

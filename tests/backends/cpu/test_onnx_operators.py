@@ -149,19 +149,23 @@ def test_quantizers_with_their_linear(library, rows):
     assert_linear_of(library, "Hadamard", gated, linear_operands(), activation=1, **orders)
 
 
-def test_attention_with_its_linear(library):
-    cache = formats.pack_cache(random(2, 2, 12, 64), HEAD)
-    operands = [
-        random(2, 3, 4, 64),
-        cache,
-        cache,
-        torch.ones(2, 12, dtype=torch.bool),
-        random(4, seed=3),
-        None,
-        None,
-        None,
-    ]
-    assert_linear_of(library, "Attention", operands, linear_operands(4), 4, scale=0.125, low_bits=3, **HEAD_ATTRIBUTES)
+@pytest.mark.parametrize("room", [0, 20])
+def test_attention_with_what_stands_around_it(library, room):
+    """AttentionLinear is RopeCache, AttentionQuantize and then MixedLinear, in bytes."""
+    past, new, d = 12, 3, 64
+    cache = formats.pack_cache(random(2, 2, room or past, d), HEAD)
+    mask, tables = torch.ones(2, past + new, dtype=torch.bool), [random(1, new, 32, seed=n) for n in (1, 2)]
+    rotated = [random(2, new, 8 * d, seed=4), *tables, cache, cache, mask, random(d, d), None, None]
+    sinks, linear, residual = random(4, seed=3), linear_operands(4), random(2, new, 130, seed=8)
+    heads = HEAD_ATTRIBUTES | {"cache_clip": 0.9}
+    made = Node(library, "RopeCache", rotated, 3, **heads).run()
+    options = dict(scale=0.125, low_bits=3, **(heads | {"high_clip": 0.8}))
+    codes = Node(library, "AttentionQuantize", [*made, mask, sinks], 4, **options).run()
+    operands = [*codes, *linear, residual]
+    (y,) = Node(library, "MixedLinear", operands, 1, low_width=56, high_width=8, groups=4).run()
+    operands = [*rotated, sinks, None, None, None, *linear, residual]
+    got = Node(library, "AttentionLinear", operands, 3, **options).run()
+    assert all(torch.equal(a, b) for a, b in zip(got, (y, *made[1:]), strict=True))
 
 
 @pytest.mark.parametrize(("past", "room"), [(0, 0), (9, 0), (9, 20)])

@@ -19,7 +19,7 @@ from resq_compiler.tiny import TINY_FAMILIES, tiny_tokens
 from tests.backends.onnx.conftest import relative
 from tests.conftest import with_layer_norms, with_prefix
 
-BLOCK = dict(NormLinear=2, RopeCache=1, AttentionLinear=1, HadamardLinear=1)
+BLOCK = dict(NormLinear=2, AttentionLinear=1, HadamardLinear=1)
 
 
 @pytest.fixture(autouse=True)
