@@ -24,7 +24,8 @@ HELP: dict[str, str] = {
     "kv_bits": "bits of cached keys and values; 16: stay in float",
     "high_bits": "bits of the high part; 16: stays in float (with outlier_threshold)",
     "high_fraction": "share of columns in the high part, such as 1/8; 0: none",
-    "site_fractions": "shares of single sites (attention, mlp, o, down, key, value), the last four also for one block: "
+    "site_fractions": "shares of single sites (attention, mlp, o, down, key, value; of latent attention latent, qlatent), all but the "
+    "first two also for one block: "
     "SITE[.BLOCK]=HIGH[@BITS][:LOW[@BITS]], "
     "such as mlp=1/4,o=0,down.3=1/2@6",
     "allocation": "sensitivity: high columns go to the sites and blocks where predictions feel them most; widths: at 5 to 8 bits, and "
