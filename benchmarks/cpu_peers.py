@@ -33,6 +33,7 @@ import numpy as np
 
 BASE = "ONNX Runtime float32"
 PEER = Path(__file__).with_name("cpu_peer.py")
+REST = 0.1  # seconds between two models: threads of ONNX Runtime wait for work for some 20 ms before they sleep
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def speed(arguments: argparse.Namespace, models: list[Model], vocabulary: int) -
                 for process in processes:
                     if _left_out(task, command, process.model, arguments):
                         continue
+                    time.sleep(REST)
                     took = process.ask(**command)
                     if number and "seconds" in took:  # the first round warms caches up
                         seconds[process.model.name].setdefault(task, []).append(took["seconds"])
