@@ -4,7 +4,7 @@
 
 #include "resq_kernels.h"
 
-#define LANES 64 /* rows of a unit */
+#define LANES 96 /* rows of a unit */
 #define CHUNK_KEYS 256
 #define FEW_KEYS 64
 

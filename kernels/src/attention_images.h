@@ -5,7 +5,7 @@
 #include "cache_rows.h"
 #include "limbs.h"
 
-#define TILE_KEYS 64
+#define TILE_KEYS 128
 #define SLACK 64                            /* bytes that may be read behind a row */
 #define ROW_SPACE (RK_MAX_HEAD + 16 + SLACK)
 #define QUAD_SPACE (RK_MAX_HEAD / 4 + 4)    /* quads of a key */
