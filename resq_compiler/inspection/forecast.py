@@ -28,8 +28,8 @@ from resq_compiler.util.text import megabytes
 FLOAT, DOUBLE = 4, 8
 BASE = 500 * 10**6
 """Bytes of PyTorch and transformers in memory."""
-MATRICES = 4
-"""Of the width of a group of linears in float64, at a time: the moment, it damped and in order, its factor and the inverse."""
+MATRICES = 2
+"""Of the width of a group of linears in float64, at a time: the moment, then its factor, and the damped one, then the inverse."""
 ROWS = 4
 """Of the weights of a group in float32, at a time: stacked, by columns, errors, codes and their search."""
 
