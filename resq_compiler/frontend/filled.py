@@ -63,8 +63,8 @@ def _pieces(node: Node) -> list[_Piece]:
         span, copy = last_dim_slice(target, node), only_user(target)
         if span is None or argument(target, "step") != 1 or not is_call(copy, aten.copy_.default) or copy.users:
             continue
-        into, source = copy.args[:2]
-        if into is target and isinstance(source, Node):
+        source = argument(copy, "src")
+        if argument(copy, "self") is target and isinstance(source, Node):
             stop = values.width(node) if span[1] == WHOLE else span[1]
             found.append(_Piece(span[0], stop, target, source, copy))
     return sorted(found, key=lambda piece: piece.start)

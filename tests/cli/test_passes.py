@@ -41,7 +41,7 @@ def test_the_recipe_file_gives_them_back(place, capsys):
     file = place / "out" / "resq_recipe.yaml"
     values = yaml.safe_load(file.read_text())
     assert values.pop("passes") == TEXT and values.pop("seed") == 3
-    assert all(name.startswith(("calibration", "basis", "bos")) for name in values)
+    assert all(name.startswith(("calibration", "basis", "bos", "hidden_dtype")) for name in values)
     capsys.readouterr()
     assert main.main(["compile", str(place / "float"), "--config", str(file), "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -118,7 +118,7 @@ def test_what_folding_costs_is_what_quantizing_in_a_rotated_basis_shows():
 
 def test_folding_costs_nothing_where_gains_are_alike(build):
     built = build("llama", "fold-norms")
-    costs = [cost for _, cost in measure_costs(built.gm, built.topology, 1 / 8, built.ctx)]
+    costs = [cost for _, cost in measure_costs(built.gm, built.topology.readers, 1 / 8, built.ctx)]
     assert len(costs) == 4 and all(abs(cost.lost) < 1 for cost in costs)  # dB; gains of 1, give or take 0.2
     built.ctx.calibration = None  # nothing to measure with: folded
     assert FoldNorms(most_lost=0.0).run(built.gm, built.ctx) == 5

@@ -68,6 +68,13 @@ def test_extremes(target):
     check_call(target, X)
 
 
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("target", [aten.max.dim, aten.min.dim], ids=str)
+def test_extremes_along_a_dimension(target, output):
+    for options in ((-1,), (0, True), (2, False)):
+        check({"x": X}, lambda graph, x, o=options: graph.call(operator.getitem, graph.call(target, x, *o), output))
+
+
 @pytest.mark.parametrize("target", emit_aten.LOGICAL, ids=str)
 def test_logic(target):
     check_call(target, MASK, MASK[:1].logical_not())
@@ -216,5 +223,6 @@ def test_every_emitter_of_this_module_is_tested():
         aten.silu.default, aten.gelu.default, aten.expm1.default, aten.to.dtype, aten._to_copy.default, aten.to.device,
         aten.linear.default, aten.embedding.default, aten.max.default, aten.min.default, aten.clamp.default, aten.softmax.int,
         aten.sum.dim_IntList, aten.topk.default, aten.scatter.value, aten.zeros_like.default, aten.ones_like.default,
+        aten.max.dim, aten.min.dim,
     }  # fmt: skip
     assert tested == {target for target, emitter in EMITTERS.items() if emitter.__module__ == emit_aten.__name__}
