@@ -242,7 +242,9 @@ class Worker:
         return {"seconds": seconds}
 
     def accuracy(self, windows: Path, reference: Path | None, store: Path | None) -> dict[str, float]:
-        """Sums over the predicted tokens of windows [n, L]: negative log-likelihood, KL(reference || this) and equal top-1."""
+        """Sums over the predicted tokens of windows [n, L]: negative log-likelihood, KL(reference || this) and equal top-1.
+
+        Without a reference this is it."""
         ids = np.load(windows)
         shape = (len(ids), ids.shape[1] - 1, self.vocabulary)
         theirs = np.load(reference, mmap_mode="r") if reference else None
@@ -257,10 +259,9 @@ class Worker:
                 sums["tokens"] += len(log_p)
                 if ours is not None:
                     ours[n, start : start + len(log_p)] = log_p
-                if theirs is not None:
-                    log_q = theirs[n, start : start + len(log_p)]
-                    sums["kl"] += float((np.exp(log_q) * (log_q - log_p)).sum(dtype=np.float64))
-                    sums["same"] += float((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+                log_q = log_p if theirs is None else theirs[n, start : start + len(log_p)]
+                sums["kl"] += float((np.exp(log_q) * (log_q - log_p)).sum(dtype=np.float64))
+                sums["same"] += float((log_q.argmax(-1) == log_p.argmax(-1)).sum())
         count = sums["tokens"]
         return {"perplexity": math.exp(sums["nll"] / count), "kl": sums["kl"] / count, "top1": sums["same"] / count}
 

@@ -33,6 +33,7 @@ import numpy as np
 
 BASE = "ONNX Runtime float32"
 PEER = Path(__file__).with_name("cpu_peer.py")
+LABEL_WIDTH, LABEL_HEIGHT = 140, 11  # of the picture, in points
 REST = 0.1  # seconds between two models: threads of ONNX Runtime wait for work for some 20 ms before they sleep
 
 
@@ -215,17 +216,34 @@ def picture(result: dict[str, Any], output: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 6))
-    rows = {name: row for name, row in result.items() if "rates" in row and "accuracy" in row}
-    for name, row in rows.items():
-        task = next(task for task in row["rates"] if task.startswith("decode"))
-        x, y = row["rates"][task]["median"], row["accuracy"]["perplexity"]
-        size = sum(row["resident"].values()) / 2**20
+    points = []
+    for name, row in result.items():
+        if "rates" in row and "accuracy" in row:
+            task = next(task for task in row["rates"] if task.startswith("decode"))
+            size = sum(row["resident"].values()) / 2**20
+            points.append((row["rates"][task]["median"], row["accuracy"]["perplexity"], size, name))
+    for x, y, size, name in points:
         axes.scatter(x, y, s=size, alpha=0.5, color="tab:red" if name.startswith("resq") else "tab:blue")
-        axes.annotate(f"{name}\n{size:.0f} MiB", (x, y), fontsize=7, ha="center", va="center")
-    axes.set_xlabel("tokens a second, decode (median)")
-    axes.set_ylabel("perplexity")
-    axes.set_title("speed, accuracy and resident memory (area)")
-    axes.margins(0.15)
+    axes.set(
+        yscale="log",
+        xlabel="tokens a second, decode (median)",
+        ylabel="perplexity",
+        title="Decode, accuracy, and resident memory (area)",
+    )
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.margins(x=0.25, y=0.18)
+    placed: list[tuple[float, float]] = []  # labels, in points of 1/72 inch: one that would lie on another goes up
+    for x, y, size, name in sorted(points, key=lambda point: point[1]):
+        left, low = axes.transData.transform((x, y)) * 72 / figure.dpi
+        at = low
+        while any(abs(left - other) < LABEL_WIDTH and abs(at - height) < LABEL_HEIGHT for other, height in placed):
+            at += 1
+        placed.append((left, at))
+        axes.annotate(
+            f"{name}, {size:.0f} MiB", (x, y), (12, at - low), textcoords="offset points", fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "gray"},
+        )  # fmt: skip
     figure.tight_layout()
     figure.savefig(output, dpi=120)
 
