@@ -23,12 +23,14 @@ void op_norm_quantize(call *c) {
     norm_quantize(c, &codes);
 }
 
-/* x, weight?, bias?, then those of `multiply` */
-void op_norm_linear(call *c) {
+/* The three operands of a quantizer, then those of `multiply`. */
+static void quantize_and_multiply(call *c, void (*quantize)(call *, rk_codes *)) {
     rk_codes codes = {0};
-    norm_quantize(c, &codes);
+    quantize(c, &codes);
     multiply(c, &codes, c->in[0].dims, c->in[0].rank - 1, c->in + 3);
 }
+
+void op_norm_linear(call *c) { quantize_and_multiply(c, norm_quantize); }
 
 void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, const tensor *in) {
     if (c->status)
@@ -128,9 +130,4 @@ void op_hadamard_quantize(call *c) {
     hadamard_quantize(c, &codes);
 }
 
-/* gate, up?, factors?, then those of `multiply` */
-void op_hadamard_linear(call *c) {
-    rk_codes codes = {0};
-    hadamard_quantize(c, &codes);
-    multiply(c, &codes, c->in[0].dims, c->in[0].rank - 1, c->in + 3);
-}
+void op_hadamard_linear(call *c) { quantize_and_multiply(c, hadamard_quantize); }

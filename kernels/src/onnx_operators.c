@@ -138,8 +138,9 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
     if (!k)
         return ORT_CREATE_STATUS(api)(ORT_INVALID_ARGUMENT, "resq: out of memory");
     k->d = of(op);
-    k->n = (node){.api = api, .fused = of(op)->fused, .threads = sysconf(_SC_NPROCESSORS_ONLN), .groups = 1, .low_bits = 4,
-                  .high_bits = 8, .value_low_bits = 4, .value_high_bits = 8, .key_low_bits = 4, .key_high_bits = 8, .low_clip = 1, .high_clip = 1, .cache_clip = 1, .scale = 1};
+    k->n = (node){.api = api, .fused = of(op)->fused, .threads = sysconf(_SC_NPROCESSORS_ONLN), .groups = 1, .low_bits = 4, .high_bits = 8,
+                  .value_low_bits = 4, .value_high_bits = 8, .key_low_bits = 4, .key_high_bits = 8,
+                  .low_clip = 1, .high_clip = 1, .cache_clip = 1, .scale = 1};
     read_attributes(info, &k->n);
     OrtStatus *status = sane(&k->n) && (!needs_heads || k->n.heads) ? read_constants(k, info) : refuse_attributes(k);
     *made = status ? NULL : k;

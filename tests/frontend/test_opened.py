@@ -14,7 +14,7 @@ from resq_compiler.tiny import tiny_model
 from tests.gguf_files import small_llama
 
 
-def compared(source):
+def assert_opened_as_read_whole(source):
     """Open a model that nobody reads whole, and compare it with the one that transformers reads."""
     expected = load_model(source).model
     with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +36,7 @@ def assert_as_read(opened, model):
 def test_directories(family, dtype, size, tmp_path):
     tiny_model(family).to(dtype).save_pretrained(tmp_path, max_shard_size=size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (size == "20KB")
-    compared(tmp_path)
+    assert_opened_as_read_whole(tmp_path)
 
 
 @pytest.mark.parametrize("size", ["20KB", "1GB"])
@@ -52,7 +52,7 @@ def test_bin_files(family, size, tmp_path):
         for file in set(files.values()):
             torch.save({name: values[name] for name in values if files[name] == file}, tmp_path / file)
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    compared(tmp_path)
+    assert_opened_as_read_whole(tmp_path)
 
 
 def test_a_bin_file_that_is_cut_off(tmp_path):
@@ -80,7 +80,7 @@ def test_a_hub_id(tmp_path, monkeypatch):
 
 
 def test_gguf(tmp_path):
-    compared(small_llama(tmp_path / "model.gguf"))
+    assert_opened_as_read_whole(small_llama(tmp_path / "model.gguf"))
 
 
 def test_a_missing_and_a_cut_shard(tmp_path):

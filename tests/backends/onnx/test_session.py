@@ -36,7 +36,8 @@ def exported(compile_tiny, tmp_path_factory):
 
 
 def test_the_first_session_of_a_process(exported):
-    subprocess.run([sys.executable, "-c", FIRST, exported / "model.onnx"], check=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", FIRST, exported / "model.onnx"], timeout=300, check=False)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("before", [False, True])
