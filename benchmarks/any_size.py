@@ -76,6 +76,9 @@ def parse() -> argparse.Namespace:
     one.add_argument("--length", type=int, default=512)
     one.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="other options of the compiler")
     one.add_argument("--save", type=Path, help="write the compiled model there")
+    one.add_argument(
+        "--work-dir", type=Path, help="an interrupted compile goes on from there; its row is of the rest alone"
+    )
     one.add_argument("--output", type=Path, default=Path("any-size.jsonl"))
     one.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     made = commands.add_parser("make", help="write a model with random weights")
@@ -154,7 +157,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
     model = resq_compiler.compile(
         source, arguments.text or tokens, recipe=arguments.recipe, calibration_samples=arguments.samples,
-        calibration_length=arguments.length, on_stage=lambda stage: marks.set(stage.name), **options,
+        calibration_length=arguments.length, on_stage=lambda stage: marks.set(stage.name),
+        work_dir=arguments.work_dir, **options,
     )  # fmt: skip
     marks.set("check")
     if arguments.save:
