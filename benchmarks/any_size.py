@@ -37,6 +37,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
     "smollm2-135m": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
@@ -95,6 +101,7 @@ def make(shape: dict[str, Any], blocks: int | None, directory: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig
+    from transformers.core_model_loading import revert_weight_conversion
 
     from resq_compiler.frontend.opened import skeleton_of
 
@@ -106,6 +113,7 @@ def make(shape: dict[str, Any], blocks: int | None, directory: Path) -> None:
     for name, parameter in skeleton.named_parameters():
         block = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest"
         files.setdefault(f"model-{block}.safetensors", {})[name] = parameter.shape
+    where: dict[str, str] = {}
     for file, names in files.items():
         values = {
             name: torch.ones(size, dtype=torch.bfloat16)
@@ -113,8 +121,10 @@ def make(shape: dict[str, Any], blocks: int | None, directory: Path) -> None:
             else (SPREAD * torch.randn(size, generator=generator)).bfloat16()
             for name, size in names.items()
         }
-        save_file(values, directory / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
+        values = revert_weight_conversion(skeleton, values)  # as it is published: every expert has tensors of its own
+        where |= dict.fromkeys(values, file)
+        save_file({name: value.contiguous() for name, value in values.items()}, directory / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config.architectures = [type(skeleton).__name__]
     config.save_pretrained(directory)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from resq_compiler.errors import ModelError
+from resq_compiler.frontend.merged import Sources, sources_of
 from resq_compiler.frontend.source import ModelSource
-from resq_compiler.ir.promises import Promise, Stored, in_memory
+from resq_compiler.ir.promises import Promise, Stacked, Stored, in_memory
 from resq_compiler.util import memory
 
 log = logging.getLogger(__name__)
@@ -107,21 +108,17 @@ def safetensors_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str,
     files = _files(directory, INDEX, SINGLE)
     if files is None:
         return None
-    keys = _renamed(sorted(files), skeleton)
-    if keys is None:
-        return None
     shapes = {file: _header(directory / file) for file in sorted(set(files.values()))}
-    found: dict[str, Promise] = {}
-    for name, key in keys.items():
+
+    def stored(key: str) -> Stored:
         shape = shapes[files[key]].get(key)
         if shape is None:
             raise ModelError(
                 f"model {directory}: {INDEX} says that {files[key]} holds {key}, and it does not; the files do not belong together"
             )
-        if shape != tuple(skeleton.get_parameter(name).shape):
-            return None  # transformers says which, and what to do
-        found[name] = Stored(shape, torch.float32, _reader(directory / files[key], key))
-    return _with_tied(found, skeleton)
+        return Stored(shape, torch.float32, _reader(directory / files[key], key))
+
+    return _promised(sorted(files), stored, skeleton)
 
 
 def bin_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str, Promise] | None:
@@ -135,10 +132,7 @@ def bin_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str, Promise
             values |= torch.load(directory / file, map_location="cpu", mmap=True, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError):
             return None  # of a format before torch 1.6, or damaged, which transformers says
-    keys = _renamed(sorted(values), skeleton)
-    if keys is None or any(values[key].shape != skeleton.get_parameter(name).shape for name, key in keys.items()):
-        return None
-    return _with_tied({name: in_memory(values[key]) for name, key in keys.items()}, skeleton)
+    return _promised(sorted(values), lambda key: in_memory(values[key]), skeleton)
 
 
 def _files(directory: Path, index: str, single: str) -> dict[str, str] | None:
@@ -182,31 +176,44 @@ def _reader(file: Path, name: str) -> Callable[[int, int], Tensor]:
     return read
 
 
-def _renamed(keys: list[str], skeleton: PreTrainedModel) -> dict[str, str] | None:
-    """The tensor of a checkpoint for each parameter; None where some have no place, or are merged, turned or split on the way in."""
-    if _converted(keys, skeleton):
+def _promised(
+    keys: list[str], stored: Callable[[str], Promise], skeleton: PreTrainedModel
+) -> dict[str, Promise] | None:  # fmt: skip
+    """A promise of every parameter from the tensors of a checkpoint, and values of buffers, in the skeleton; None where transformers does
+    more with them than stack experts, or would complain of a shape."""
+    sources = _named(keys, skeleton)
+    if sources is None:
+        return None
+    buffers = dict(skeleton.named_buffers())
+    found, named = dict[str, Promise](), {**buffers, **dict(skeleton.named_parameters(remove_duplicate=False))}
+    for name, source in sources.items():
+        pieces = [[stored(key) for key in expert] for expert in source.keys]
+        if source.stacked and len({tuple(p.shape for p in expert) for expert in pieces}) > 1:
+            return None
+        found[name] = Stacked(pieces) if source.stacked else pieces[0][0]
+        if found[name].shape != named[name].shape:
+            return None  # transformers says which, and what to do
+    for name in buffers.keys() & found.keys():
+        buffers[name].copy_(found.pop(name).whole())
+    return _with_tied(found, skeleton)
+
+
+def _named(keys: list[str], skeleton: PreTrainedModel) -> dict[str, Sources] | None:
+    """The tensors of a checkpoint for each parameter; None where some have no place, or are turned or split on the way in."""
+    sources = sources_of(keys, skeleton)
+    if sources is None:
         return None
     expected = set(skeleton.state_dict())
     prefix = f"{skeleton.base_model_prefix}."
     ignored = [re.compile(p) for p in skeleton._keys_to_ignore_on_load_unexpected or ()]
-    found: dict[str, str] = {}
-    for key in keys:
+    found: dict[str, Sources] = {}
+    for key, source in sources.items():
         name = next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in expected), None)
         if name is None and not any(pattern.search(key) for pattern in ignored):
             return None
         if name is not None:
-            found[name] = key
-    buffers = {name for name, _ in skeleton.named_buffers()}
-    return None if buffers & set(found) else found
-
-
-def _converted(keys: list[str], skeleton: PreTrainedModel) -> bool:
-    """Whether transformers has rules for this class of model that touch any of these tensors."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return any(
-        rule.rename_source_key(key) != (key, None) for rule in get_model_conversion_mapping(skeleton) for key in keys
-    )
+            found[name] = source
+    return found
 
 
 def _with_tied(found: dict[str, Promise], skeleton: PreTrainedModel) -> dict[str, Promise] | None:

@@ -142,6 +142,28 @@ class Stored(Promise):
         return self._read(0, self.shape[0] if self.shape else 1).to(self.dtype)
 
 
+class Stacked(Promise):
+    """Matrices [E, N, K] of the experts of a mixture, each of others below each other: `experts` has those of every expert."""
+
+    def __init__(self, experts: Sequence[Sequence[Promise]]):
+        rows = sum(matrix.shape[0] for matrix in experts[0])
+        super().__init__((len(experts), rows, *experts[0][0].shape[1:]), experts[0][0].dtype)
+        self._experts = experts
+
+    def pieces(self) -> Iterator[Tensor]:
+        for matrices in self._experts:
+            yield torch.cat([matrix.whole() for matrix in matrices])[None]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return torch.cat([torch.cat([matrix.whole() for matrix in self._experts[i]])[None] for i in ids.tolist()])
+
+    def _whole(self) -> Tensor:
+        value = torch.empty(self.shape, dtype=self.dtype)
+        for place, piece in zip(value, self.pieces(), strict=True):
+            place.copy_(piece[0])
+        return value
+
+
 class Kept(Stored):
     """Rows, the second last dimension, of a tensor of a safetensors file, in its own dtype."""
 

@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from resq_compiler.errors import ModelError
 from resq_compiler.frontend import models
 from resq_compiler.frontend.models import load_model, open_model
+from resq_compiler.ir.promises import Stacked
 from resq_compiler.tiny import tiny_model
+from tests.families import MIXTURES, small
 from tests.gguf_files import small_llama
 
 
@@ -19,7 +22,9 @@ def assert_opened_as_read_whole(source):
     expected = load_model(source).model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "_read", lambda *_: pytest.fail("the model was read whole"))
-        assert_as_read(open_model(source), expected)
+        opened = open_model(source)
+        assert_as_read(opened, expected)
+    return opened
 
 
 def assert_as_read(opened, model):
@@ -37,6 +42,28 @@ def test_directories(family, dtype, size, tmp_path):
     tiny_model(family).to(dtype).save_pretrained(tmp_path, max_shard_size=size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (size == "20KB")
     assert_opened_as_read_whole(tmp_path)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_that_lie_one_by_one(family, tmp_path):
+    """A tensor for each expert, as checkpoints are published; transformers stacks them."""
+    model = small(family).to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    opened = assert_opened_as_read_whole(tmp_path)
+    files = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    one_by_one = any(".experts.3." in name for name in files)
+    assert one_by_one == any(isinstance(weight, Stacked) for weight in opened.weights.values())
+    assert one_by_one == (family not in ("granitemoe", "gpt_oss"))
+
+
+def test_an_expert_that_lacks_a_projection(tmp_path):
+    """transformers is asked, which says what is missing."""
+    small("qwen2_moe").save_pretrained(tmp_path)
+    values, lost = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.experts.2.up_proj.weight"
+    assert values.pop(lost).shape == (32, 64)
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="transformers could not load the weights"):
+        open_model(tmp_path)
 
 
 @pytest.mark.parametrize("size", ["20KB", "1GB"])
