@@ -77,12 +77,14 @@ class Form(ABC):
 
     def cache_codes(self, low: Lowering, view: QuantizeDequantize, value: Value) -> Emitted:
         """The float image of cache codes of token-major heads, every part of every head on its own."""
-        pieces = low.b.split(low.by_head(value), [stop - start for _, start, stop in view.parts])
+        grouped = value.heads > 1  # what quantize takes for one group has three dimensions
+        source = low.by_head(value) if grouped else low.tokens(value)
+        pieces = low.b.split(source, [stop - start for _, start, stop in view.parts])
         images = []
         for piece, (bits, start, stop) in zip(pieces, view.parts, strict=True):
             codes = self.quantize(low, view.node, piece, bits, value.heads, stop - start, view.clip)
             images.append(self.image(low, codes))
-        return Value(low.b.join(images), value.heads, split=True, by_head=True)
+        return Value(low.b.join(images), value.heads, split=True, by_head=grouped)
 
     def settled(self, low: Lowering, value: Emitted) -> Emitted:
         """A value whose emission was put off, emitted on its own."""

@@ -21,7 +21,13 @@ from resq_compiler.recipes.settings import CHOICES, CompileConfig
 from resq_compiler.tiny import TINY_FAMILIES, tiny_model, tiny_tokens
 from tests.fuzz.damage import FEW, LEAVES, MANY
 
-COMPILES, MANY_COMPILES = hypothesis.settings(FEW, max_examples=4), hypothesis.settings(MANY, max_examples=300)
+FOUND_AS_DRAWN = (
+    hypothesis.Phase.explicit,
+    hypothesis.Phase.reuse,
+    hypothesis.Phase.generate,
+)  # a compile takes too long to shrink
+COMPILES = hypothesis.settings(FEW, max_examples=4)
+MANY_COMPILES = hypothesis.settings(MANY, max_examples=300, phases=FOUND_AS_DRAWN)
 NUMBERS = st.sampled_from([0, 1, -1, 3, 16, 0.0, 0.1, 1 / 8, 0.25, 0.3, 0.5, 1.0, float("nan"), float("inf")])
 TEXTS = st.sampled_from(["mlp=1/4,o=0", "mlp=", "o=2", "all=1/8", "mse", "input", "divergence", ""])
 SMALL = {"calibration_samples": 2, "calibration_length": 12, "learning_steps": 1, "basis_samples": 1}

@@ -88,11 +88,12 @@ PARTS = [((4, 0, 14), (8, 14, 16)), ((4, 0, 16),), ((2, 0, 3), (4, 3, 12), (8, 1
 @FORMS
 @pytest.mark.parametrize("clip", [1.0, 0.95])
 @pytest.mark.parametrize("parts", PARTS, ids=str)
-def test_cache_images_are_the_laws(form, parts, clip):
-    inputs = {"input_ids": IDS, "x": rows(32)}
+@pytest.mark.parametrize("heads", [1, 2])
+def test_cache_images_are_the_laws(form, heads, parts, clip):
+    inputs = {"input_ids": IDS, "x": rows(16 * heads)}
 
     def build(graph, ids, x):
-        return graph.call(ops.quantize_dequantize, graph.call(ops.split_heads, x, 2), parts, clip)
+        return graph.call(ops.quantize_dequantize, graph.call(ops.split_heads, x, heads), parts, clip)
 
     check(inputs, build, form(), tolerance=2e-7)
 
