@@ -10,13 +10,13 @@ by two sums for each cell, H_c of h and M_c of h u, and all errors are two matri
 
     error_i = sum_c H_c (m_c - l_ci)^2 + 2 (M_c - m_c H_c) (m_c - l_ci) + (the same for all i)
 
-One by one otherwise. The error of the clipped weights alone grows as the shrink falls: a row in which it exceeds the best error is done.
+One by one otherwise. The error of the clipped weights alone grows as the shrink falls: a row in which it exceeds the best error is done
+and leaves. Both work in buffers, and with operators that threads share by rows: what one thread has written, it reads.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import FLT_MIN, QuantSpec
-from resq_compiler.util.threads import map_threads
 
 Clip = Literal["mse", "max"]
 SHRINKS = tuple(round(1 - 0.01 * i, 2) for i in range(80))
 
-CHUNK = 2**17  # weights that are searched at a time: temporaries stay in a 2 MB cache, whatever the layer's size
+CHUNK = 2**18  # weights that are searched at a time: enough for threads to share an operator, few enough for a cache
 CELLS_PER_COLUMN = 8  # more, and trying each shrink is faster
+CHECKED = (3, 4, 6, 8, 12, *range(16, len(SHRINKS), 8))  # where the error of clipping is looked at, one by one
 
 
 def search_scale(w: Tensor, bits: int, *, clip: Clip = "mse", column_weight: Tensor | None = None) -> Tensor:
@@ -49,30 +49,42 @@ def search_scale(w: Tensor, bits: int, *, clip: Clip = "mse", column_weight: Ten
         raise QuantError(f"search_scale: clip must be 'mse' or 'max', got clip={clip!r}")
     spec = QuantSpec(bits)
     weighting = _column_weight(column_weight, w)
-    best = _search_of(spec, w)
+    w = w.detach()
+    if clip == "max":
+        return (_largest(w).float() / spec.qmax).clamp_(min=FLT_MIN)
+    way = way_of(spec, weighting)
+    rows = _rows_at_a_time(len(w), w.shape[1], way)
+    best, buffer = way(rows, spec, weighting), weighting.new_empty(rows, w.shape[1])
 
-    def of_chunk(chunk: Tensor) -> Tensor:
-        chunk = chunk.float()
-        largest = torch.maximum(chunk.amax(1), chunk.amin(1).neg_())
-        if clip == "max":
-            return largest / spec.qmax
-        # in units of the row's largest weight the errors cannot underflow
-        return best(chunk / largest.clamp(min=FLT_MIN)[:, None], spec, weighting) * largest / spec.qmax
+    def of_piece(piece: Tensor) -> Tensor:
+        unit = buffer[: len(piece)].copy_(piece)
+        largest = _largest(unit)
+        unit /= largest.clamp(min=FLT_MIN)[:, None]  # in units of the row's largest weight the errors cannot underflow
+        return best(unit) * largest / spec.qmax
 
-    chunks = w.detach().split(max(CHUNK // w.shape[1], 1))
-    scales = map_threads(of_chunk, chunks) if w.device.type == "cpu" else [of_chunk(chunk) for chunk in chunks]
-    return torch.cat(scales).clamp_(min=FLT_MIN)
+    return torch.cat([of_piece(piece) for piece in w.split(rows)]).clamp_(min=FLT_MIN)
 
 
-def _search_of(spec: QuantSpec, w: Tensor) -> Callable[[Tensor, QuantSpec, Tensor], Tensor]:
+def _largest(w: Tensor) -> Tensor:
+    return torch.maximum(w.amax(1), w.amin(1).neg_())
+
+
+def _rows_at_a_time(rows: int, columns: int, way: type[ByCells | OneByOne]) -> int:
+    """Of pieces of one size. The sums by cell of a short row take more room than the row."""
+    width = max(columns, 512) if way is ByCells else columns
+    pieces = -(-rows * width // CHUNK)
+    return -(-rows // min(pieces, rows))
+
+
+def way_of(spec: QuantSpec, weighting: Tensor) -> type[ByCells | OneByOne]:
     """The faster way for a weight. Sums by cell are for CPUs: on GPUs their order is not the same in every run."""
-    few = spec.bits <= 4 and len(cells_of(spec.bits).squares) <= CELLS_PER_COLUMN * w.shape[1]
-    return best_by_cells if few and w.device.type == "cpu" else best_one_by_one
+    few = spec.bits <= 4 and len(cells_of(spec.bits).squares) <= CELLS_PER_COLUMN * len(weighting)
+    return ByCells if few and weighting.device.type == "cpu" else OneByOne
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of a number of bits. cell: of each of `2 steps + 1` grid steps over [-1, 1], int32.
+    """The cells of a number of bits. cell: of each of `2 steps + 1` grid steps over [-1, 1], int64.
 
     middles: m_c in float32 [C]. squares: (m_c - l_ci)^2; slopes: 2 (m_c - l_ci); float32 [C, 80].
     """
@@ -98,48 +110,66 @@ def cells_of(bits: int) -> Cells:
     scales = torch.tensor(SHRINKS, dtype=torch.float64) / spec.qmax
     off = middles[:, None] - (middles[:, None] / scales).round_().clamp_(spec.qmin, spec.qmax) * scales
     last = cell[-1:]  # of u = 1 itself
-    return Cells(steps, torch.cat([cell, last]).int(), middles.float(), off.square().float(), (2 * off).float())
+    return Cells(steps, torch.cat([cell, last]), middles.float(), off.square().float(), (2 * off).float())
 
 
-def best_by_cells(unit: Tensor, spec: QuantSpec, weighting: Tensor) -> Tensor:
-    """unit: [R, K] in [-1, 1]. Returns the best shrink of each row, float32 [R]."""
-    cells = cells_of(spec.bits)
-    rows, count = len(unit), len(cells.middles)
-    step = (unit * cells.steps).add_(cells.steps).int()
-    index = cells.cell.index_select(0, step.flatten()).view_as(step)
-    index += torch.arange(rows, dtype=torch.int32)[:, None] * count
-    total, moment = (
-        torch.bincount(index.flatten(), values.flatten(), rows * count).view(rows, count)
-        for values in (weighting.expand_as(unit), unit * weighting)
-    )
-    errors = (total @ cells.squares).addmm_(moment.sub_(total.mul_(cells.middles)), cells.slopes)
-    return torch.tensor(SHRINKS)[errors.argmin(1)]
+class ByCells:
+    """The best shrink of rows by sums of cells. rows: at most; weighting: h, float32 [K]."""
+
+    def __init__(self, rows: int, spec: QuantSpec, weighting: Tensor) -> None:
+        self.cells, self.weighting = cells_of(spec.bits), weighting
+        columns, count = len(weighting), len(self.cells.middles)
+        self.scaled, self.step = torch.empty(rows, columns), torch.empty(rows, columns, dtype=torch.int64)
+        self.index = torch.empty_like(self.step)
+        self.total, self.moment = torch.empty(2, rows, count)
+        self.errors = torch.empty(rows, len(SHRINKS))
+
+    def __call__(self, unit: Tensor) -> Tensor:
+        """unit: [R, K] in [-1, 1]. Returns the best shrink of each row, float32 [R]."""
+        cells, rows = self.cells, len(unit)
+        scaled, total, moment, errors = (t[:rows] for t in (self.scaled, self.total, self.moment, self.errors))
+        step = self.step[:rows].copy_(torch.mul(unit, cells.steps, out=scaled).add_(cells.steps))
+        index = torch.gather(cells.cell.expand(rows, -1), 1, step, out=self.index[:rows])
+        total.zero_().scatter_add_(1, index, self.weighting.expand_as(unit))
+        moment.zero_().scatter_add_(1, index, torch.mul(unit, self.weighting, out=scaled))
+        torch.mm(total, cells.squares, out=errors)
+        errors.addmm_(moment.sub_(total.mul_(cells.middles)), cells.slopes)
+        return torch.tensor(SHRINKS)[errors.argmin(1)]
 
 
-def best_one_by_one(unit: Tensor, spec: QuantSpec, weighting: Tensor) -> Tensor:
-    """The same; ends once every row is done."""
-    best = torch.full_like(unit[:, 0], torch.inf)
-    shrink = torch.ones_like(best)
-    scaled, error = torch.empty_like(unit), torch.empty_like(unit)
-    for i, candidate in enumerate(SHRINKS):
-        torch.mul(unit, spec.qmax / candidate, out=scaled)
-        factor = (candidate / spec.qmax) ** 2
-        if i in (1, 2, 4) or (i and i % 8 == 0):
-            clipped = _row_error(scaled, scaled, error, spec, weighting).mul_(factor)
-            if bool((clipped > best * 1.001).all()):  # 0.1 % covers the rounding of float32 sums
+class OneByOne:
+    """The same by trying one shrink after the other. A row is done where the error of clipping alone exceeds its best."""
+
+    def __init__(self, rows: int, spec: QuantSpec, weighting: Tensor) -> None:
+        self.spec, self.weighting = spec, weighting
+        self.scaled, self.error = weighting.new_empty(2, rows, len(weighting))
+
+    def __call__(self, unit: Tensor) -> Tensor:
+        """The same; unit is overwritten."""
+        shrink = torch.ones_like(unit[:, 0])
+        best = torch.full_like(shrink, torch.inf)
+        left, error = torch.arange(len(unit), device=unit.device), self.error[: len(unit)]
+        for i, candidate in enumerate(SHRINKS):
+            if i in CHECKED:
+                keep = (self._error(unit, error, candidate, clipped=True) <= best * 1.001).nonzero()[:, 0]
+                if len(keep) < len(left):  # 0.1 % covers the rounding of float32 sums
+                    left, best = left[keep], best[keep]
+                    unit, error = torch.index_select(unit, 0, keep, out=error[: len(keep)]), unit[: len(keep)]
+            if not len(left):
                 break
-        torch.round(scaled, out=error)
-        total = _row_error(scaled, error, error, spec, weighting).mul_(factor)
-        shrink[total < best] = candidate
-        torch.minimum(best, total, out=best)
-    return shrink
+            total = self._error(unit, error, candidate)
+            shrink[left[total < best]] = candidate
+            torch.minimum(best, total, out=best)
+        return shrink
 
-
-def _row_error(scaled: Tensor, codes: Tensor, out: Tensor, spec: QuantSpec, weighting: Tensor) -> Tensor:
-    """sum_k h_k (scaled - clamp(codes))^2 for each row; `out` is scratch and may be `codes`."""
-    torch.clamp(codes, spec.qmin, spec.qmax, out=out)
-    torch.sub(scaled, out, out=out).square_()
-    return out @ weighting
+    def _error(self, unit: Tensor, error: Tensor, candidate: float, clipped: bool = False) -> Tensor:
+        """[R] sums over k of h_k (unit - s q(unit))^2, or that of the clipped weights alone; `error` is scratch."""
+        spec = self.spec
+        scaled = torch.mul(unit, spec.qmax / candidate, out=self.scaled[: len(unit)])
+        codes = scaled if clipped else torch.round(scaled, out=error)
+        torch.clamp(codes, spec.qmin, spec.qmax, out=error)
+        torch.sub(scaled, error, out=error).square_().mul_(self.weighting)
+        return error.sum(1).mul_((candidate / spec.qmax) ** 2)  # not a product with h, which one thread would do
 
 
 def _column_weight(column_weight: Tensor | None, w: Tensor) -> Tensor:

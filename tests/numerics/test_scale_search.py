@@ -10,10 +10,11 @@ from resq_compiler.numerics import scale_search
 from resq_compiler.numerics.quantized import QuantSpec
 from resq_compiler.numerics.scale_search import (
     SHRINKS,
-    best_by_cells,
-    best_one_by_one,
+    ByCells,
+    OneByOne,
     cells_of,
     search_scale,
+    way_of,
 )
 
 
@@ -42,14 +43,16 @@ def test_grid_is_the_published_one() -> None:
     assert len(SHRINKS) == 80 and SHRINKS[0] == 1.0 and SHRINKS[1] == 0.99 and SHRINKS[-1] == 0.21
 
 
-@pytest.mark.parametrize("search", [best_by_cells, best_one_by_one])
+@pytest.mark.parametrize("way", [ByCells, OneByOne])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("heavy", [False, True])
-def test_search_finds_the_exhaustive_minimum(search, bits: int, weighted: bool, heavy: bool) -> None:
+def test_search_finds_the_exhaustive_minimum(
+    way: type[ByCells | OneByOne], bits: int, weighted: bool, heavy: bool
+) -> None:
     w = weight(100, 200, heavy)
     h = column_weight(200) if weighted else torch.ones(200)
-    shrink = search(w / w.abs().amax(1, keepdim=True), QuantSpec(bits), h)
+    shrink = way(120, QuantSpec(bits), h)(w / w.abs().amax(1, keepdim=True))
     errors = all_errors(w.numpy(), bits, h.double().numpy())
     chosen = np.abs(shrink.numpy()[:, None] - np.array(SHRINKS)).argmin(1)
     # 1e-5: float32 sums of 200 terms may order two candidates that are closer than that
@@ -58,15 +61,21 @@ def test_search_finds_the_exhaustive_minimum(search, bits: int, weighted: bool, 
 
 
 @pytest.mark.parametrize(
-    ("bits", "columns", "by_cells"), [(4, 576, True), (4, 64, False), (2, 64, True), (8, 2048, False)]
+    ("bits", "columns", "way"), [(4, 576, ByCells), (4, 64, OneByOne), (2, 64, ByCells), (8, 2048, OneByOne)]
 )
-def test_few_bits_and_many_columns_go_by_cells(monkeypatch, bits: int, columns: int, by_cells: bool) -> None:
-    used = []
-    for name in ("best_by_cells", "best_one_by_one"):
-        real = getattr(scale_search, name)
-        monkeypatch.setattr(scale_search, name, lambda *a, name=name, real=real: used.append(name) or real(*a))
-    search_scale(weight(3, columns), bits)
-    assert used == ["best_by_cells" if by_cells else "best_one_by_one"]
+def test_few_bits_and_many_columns_go_by_cells(bits: int, columns: int, way: type[ByCells | OneByOne]) -> None:
+    assert way_of(QuantSpec(bits), torch.ones(columns)) is way
+
+
+def test_rows_that_end_at_different_shrinks_do_not_meet() -> None:
+    """Rows of zeros and rows of one outlier are done at once, rows whose largest weight counts nothing at last."""
+    w = torch.cat([weight(20, 60), torch.zeros(3, 60), weight(20, 60, heavy=True), torch.eye(60)[:20] + 1e-4])
+    w[-10:, 0] = 5.0
+    h = column_weight(60)
+    h[0] = 0
+    for bits in (4, 8):
+        together = search_scale(w, bits, column_weight=h)
+        assert torch.equal(together, torch.cat([search_scale(row, bits, column_weight=h) for row in w.split(1)]))
 
 
 def test_every_shrink_has_one_level_in_a_cell() -> None:
@@ -90,14 +99,14 @@ def test_search_is_scale_free_and_the_same_in_chunks(monkeypatch: pytest.MonkeyP
     assert (search_scale(w, 4) == scale).float().mean() > 0.98
 
 
-def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale_search, "CHUNK", 6000)
-    w, h = weight(64, 600), column_weight(600)
-    alone = search_scale(w, 4, column_weight=h)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_threads_change_nothing(bits: int) -> None:
+    w, h = weight(300, 600), column_weight(600)  # more than 32,768 weights: threads share an operator
     before = torch.get_num_threads()
     try:
+        torch.set_num_threads(1)
+        alone = search_scale(w, bits, column_weight=h)
         torch.set_num_threads(3)
-        assert torch.equal(search_scale(w, 4, column_weight=h), alone)
-        assert torch.get_num_threads() == 3
+        assert torch.equal(search_scale(w, bits, column_weight=h), alone)
     finally:
         torch.set_num_threads(before)
