@@ -7,7 +7,7 @@
 
 #define TILE_KEYS 128
 #define SLACK 64                            /* bytes that may be read behind a row */
-#define ROW_SPACE (RK_MAX_HEAD + 16 + SLACK)
+#define ROW_BYTES (RK_MAX_HEAD + 10)     /* of a cached head, at most */
 #define QUAD_SPACE (RK_MAX_HEAD / 4 + 4)    /* quads of a key */
 #define QUERY_SPACE (RK_MAX_HEAD + 16)      /* bytes of a query's limb */
 #define COLUMN_SPACE (RK_MAX_HEAD + 2 * 16) /* columns of a value */
@@ -34,62 +34,58 @@ typedef struct {
     int64_t bytes, left; /* left: bytes of the whole cache from `row` on */
 } cache_reader;
 
-/* The next row, with SLACK bytes behind it that may be read; copied to `space` if the cache ends there. */
-RK_INLINE const uint8_t *next_row(cache_reader *r, uint8_t space[ROW_SPACE]) {
-    const uint8_t *row = r->row;
-    if (r->left < r->bytes + SLACK)
-        row = memcpy(space, row, (size_t)r->bytes);
-    r->row += r->bytes, r->left -= r->bytes;
-    return row;
-}
-
 /* What a tile's codes are multiplied with, and what is subtracted from them before. */
 typedef struct {
     float scale[2][TILE_KEYS];
     uint8_t zero_point[2][TILE_KEYS];
 } tile_scales;
 
-/* The next RK_WIDTH rows of a cache that has `left` more; zeros where it has none. */
-typedef struct {
-    const uint8_t *row[RK_WIDTH];
-    uint8_t space[RK_WIDTH][ROW_SPACE];
-} some_rows;
-
-RK_INLINE void next_rows(cache_reader *r, int64_t left, some_rows *rows) {
-    static const uint8_t nothing[ROW_SPACE];
-    for (int64_t i = 0; i < RK_WIDTH; i++)
-        rows->row[i] = i < left ? next_row(r, rows->space[i]) : nothing;
+/* The next RK_WIDTH rows of a cache that has `keys` more, zeros where it has none, with SLACK bytes behind them that may be read: copied
+ * to `space` where the cache ends before. Asks for the rows that the next tile has in this place. */
+RK_INLINE const uint8_t *next_rows(cache_reader *r, int64_t keys, uint8_t space[RK_WIDTH * ROW_BYTES + SLACK]) {
+    const uint8_t *rows = r->row;
+    const int64_t bytes = RK_WIDTH * r->bytes;
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(rows + TILE_KEYS * r->bytes + i, 0, 2);
+    if (keys < RK_WIDTH || r->left < bytes + SLACK) {
+        const int64_t there = rk_min(keys, RK_WIDTH) * r->bytes;
+        memcpy(space, rows, (size_t)there);
+        memset(space + there, 0, (size_t)(bytes - there));
+        rows = space;
+    }
+    r->row += bytes, r->left -= bytes;
+    return rows;
 }
 
-/* Four bytes from `at` on, and the twelve behind them, of every row. */
-RK_INLINE void tails(const some_rows *rows, int64_t at, u32v tail[4]) {
+/* 16 bytes of row i and of every fourth one behind it. */
+RK_INLINE i32v every_fourth(const uint8_t *rows, int64_t stride, int i) {
+    i32v v;
 #if defined(__AVX512F__)
-    i32v v[4], u[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        __m512i four = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows->row[i] + at)));
-        four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows->row[i + 4] + at)), 1);
-        four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows->row[i + 8] + at)), 2);
-        v[i] = (i32v)_mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows->row[i + 12] + at)), 3);
-    }
-    u[0] = ACROSS(unpacklo_epi32, v[0], v[1]), u[1] = ACROSS(unpackhi_epi32, v[0], v[1]);
-    u[2] = ACROSS(unpacklo_epi32, v[2], v[3]), u[3] = ACROSS(unpackhi_epi32, v[2], v[3]);
-    tail[0] = (u32v)ACROSS(unpacklo_epi64, u[0], u[2]), tail[1] = (u32v)ACROSS(unpackhi_epi64, u[0], u[2]);
-    tail[2] = (u32v)ACROSS(unpacklo_epi64, u[1], u[3]), tail[3] = (u32v)ACROSS(unpackhi_epi64, u[1], u[3]);
+    __m512i four = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows + i * stride)));
+    four = _mm512_mask_broadcast_i32x4(four, 0x00f0, _mm_loadu_si128((const __m128i *)(rows + (i + 4) * stride)));
+    four = _mm512_mask_broadcast_i32x4(four, 0x0f00, _mm_loadu_si128((const __m128i *)(rows + (i + 8) * stride)));
+    v = (i32v)_mm512_mask_broadcast_i32x4(four, 0xf000, _mm_loadu_si128((const __m128i *)(rows + (i + 12) * stride)));
 #else
-    for (int i = 0; i < RK_WIDTH; i++) {
-        uint32_t four[4];
-        memcpy(four, rows->row[i] + at, sizeof four);
-        for (int j = 0; j < 4; j++)
-            tail[j][i] = four[j];
-    }
+    for (int j = 0; j < RK_WIDTH / 4; j++)
+        memcpy((char *)&v + 16 * j, rows + (i + 4 * j) * stride, 16);
 #endif
+    return v;
+}
+
+/* 16 bytes of RK_WIDTH rows as four quads, row i in lane i. */
+RK_INLINE void four_quads(const uint8_t *rows, int64_t stride, i32v quads[4]) {
+    i32v v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        v[i] = every_fourth(rows, stride, i);
+    rk_transpose_fours(v, quads);
 }
 
 /* Zero points and scales of some rows, the first being the j-th of the tile. */
-RK_INLINE void read_scales(const head_layout l, const some_rows *rows, int64_t j, tile_scales *s) {
-    u32v t[4];
-    tails(rows, l.bytes[0] + l.bytes[1], t);
+RK_INLINE void read_scales(const head_layout l, const uint8_t *rows, int64_t stride, int64_t j, tile_scales *s) {
+    i32v quads[4];
+    four_quads(rows + l.bytes[0] + l.bytes[1], stride, quads);
+    const u32v t[3] = {(u32v)quads[0], (u32v)quads[1], (u32v)quads[2]};
     const int both = l.width[0] && l.width[1];
     const u32v first = both ? t[0] >> 16 | t[1] << 16 : t[0] >> 8 | t[1] << 24, second = both ? t[1] >> 16 | t[2] << 16 : first;
     rk_store_bytes(s->zero_point[0] + j, (i32v)(t[0] & 255));
@@ -98,73 +94,73 @@ RK_INLINE void read_scales(const head_layout l, const some_rows *rows, int64_t j
     rk_store(s->scale[1] + j, (f32v)second);
 }
 
-/* Quads of some rows from a byte on, row i in lane i: quads [quad][TILE_KEYS]. */
-RK_INLINE void spread(const some_rows *rows, int64_t at, int64_t count, int32_t *quads) {
-    for (int64_t first = 0; first < count; first += RK_WIDTH) {
-        i32v v[RK_WIDTH];
-#pragma GCC unroll 16
-        for (int i = 0; i < RK_WIDTH; i++)
-            memcpy(&v[i], rows->row[i] + at + 4 * first, sizeof v[i]);
-        rk_transpose(v);
-        for (int64_t i = 0; i < rk_min(RK_WIDTH, count - first); i++)
-            rk_store_i32(quads + (first + i) * TILE_KEYS, v[i]);
+/* Quads of some rows, row i in lane i: quads [quad][TILE_KEYS]. */
+RK_INLINE void spread(const uint8_t *rows, int64_t stride, int64_t count, int32_t *quads) {
+    for (int64_t first = 0; first < count; first += 4) {
+        i32v v[4];
+        four_quads(rows + 4 * first, stride, v);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            if (first + i < count)
+                rk_store_i32(quads + (first + i) * TILE_KEYS, v[i]);
     }
 }
 
 /* Codes of a tile of keys: quads [quad][TILE_KEYS], up to whole vectors of keys. Bytes that lie behind a part in its last quad are
  * multiplied with zeros of the query. */
 static void read_keys(const head_layout l, cache_reader r, int64_t keys, int32_t *quads, tile_scales *s) {
-    some_rows rows;
+    const int64_t together = l.bytes[0] % 4 == 0 ? l.quads[1] : 0;
+    uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < keys; j += RK_WIDTH) {
-        next_rows(&r, keys - j, &rows);
-        read_scales(l, &rows, j, s);
-        const int together = l.bytes[0] % 4 == 0;
-        spread(&rows, 0, l.quads[0] + (together ? l.quads[1] : 0), quads + j);
-        if (!together)
-            spread(&rows, l.bytes[0], l.quads[1], quads + l.quads[0] * TILE_KEYS + j);
+        const int64_t bytes = r.bytes;
+        const uint8_t *rows = next_rows(&r, keys - j, space);
+        read_scales(l, rows, bytes, j, s);
+        spread(rows, bytes, l.quads[0] + together, quads + j);
+        spread(rows + l.bytes[0], bytes, l.quads[1] - together, quads + l.quads[0] * TILE_KEYS + j);
     }
 }
 
 /* Bytes of four rows side by side, RK_WIDTH lanes. */
-RK_INLINE i32v four_rows(const uint8_t *const rows[4], int64_t at) {
+RK_INLINE i32v four_rows(const uint8_t *rows, int64_t stride) {
 #if defined(__AVX512F__)
     const __m512i bring = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    __m512i four = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows[0] + at)));
-    four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows[1] + at)), 1);
-    four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows[2] + at)), 2);
-    four = _mm512_inserti32x4(four, _mm_loadu_si128((const __m128i *)(rows[3] + at)), 3);
+    __m512i four = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)rows));
+    four = _mm512_mask_broadcast_i32x4(four, 0x00f0, _mm_loadu_si128((const __m128i *)(rows + stride)));
+    four = _mm512_mask_broadcast_i32x4(four, 0x0f00, _mm_loadu_si128((const __m128i *)(rows + 2 * stride)));
+    four = _mm512_mask_broadcast_i32x4(four, 0xf000, _mm_loadu_si128((const __m128i *)(rows + 3 * stride)));
     return (i32v)_mm512_shuffle_epi8(_mm512_permutexvar_epi32(bring, four), turn);
 #else
-    return rk_load_bytes(rows[0] + at) | rk_load_bytes(rows[1] + at) << 8 | rk_load_bytes(rows[2] + at) << 16 |
-           (i32v)((u32v)rk_load_bytes(rows[3] + at) << 24);
+    return rk_load_bytes(rows) | rk_load_bytes(rows + stride) << 8 | rk_load_bytes(rows + 2 * stride) << 16 |
+           (i32v)((u32v)rk_load_bytes(rows + 3 * stride) << 24);
 #endif
 }
 
 /* Every column of four values. Whole vectors are written. */
-RK_INLINE void value_quads(const head_layout l, const uint8_t *const rows[4], int32_t *quads) {
+RK_INLINE void value_quads(const head_layout l, const uint8_t *rows, int64_t stride, int32_t *quads) {
     const int64_t half = l.width[0] / 2;
     i32v codes[RK_MAX_HEAD / 2 / RK_WIDTH];
     for (int64_t i = 0; i < half; i += RK_WIDTH) {
-        codes[i / RK_WIDTH] = four_rows(rows, i);
+        codes[i / RK_WIDTH] = four_rows(rows + i, stride);
         rk_store_i32(quads + i, codes[i / RK_WIDTH] & 0x0f0f0f0f);
     }
     for (int64_t i = 0; i < half; i += RK_WIDTH)
         rk_store_i32(quads + half + i, codes[i / RK_WIDTH] >> 4 & 0x0f0f0f0f);
     if (l.width[0] % 2)
-        quads[l.width[0] - 1] = four_rows(rows, half)[0];
+        quads[l.width[0] - 1] = four_rows(rows + half, stride)[0];
     for (int64_t i = 0; i < l.width[1]; i += RK_WIDTH)
-        rk_store_i32(quads + l.column_at[1] + i, four_rows(rows, l.bytes[0] + i));
+        rk_store_i32(quads + l.column_at[1] + i, four_rows(rows + l.bytes[0] + i, stride));
 }
 
 /* A tile of values: quads [quad of keys][column]. What is missing has a scale of 0. */
 static void read_values(const head_layout l, cache_reader r, int64_t keys, int32_t *quads, tile_scales *s) {
-    some_rows rows;
+    uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
-        next_rows(&r, keys - j, &rows);
-        read_scales(l, &rows, j, s);
+        const int64_t bytes = r.bytes;
+        const uint8_t *rows = next_rows(&r, keys > j ? keys - j : 0, space);
+        read_scales(l, rows, bytes, j, s);
         for (int64_t i = 0; i < rk_min(RK_WIDTH, keys - j); i += 4)
-            value_quads(l, rows.row + i, quads + (j + i) / 4 * l.columns);
+            value_quads(l, rows + i * bytes, bytes, quads + (j + i) / 4 * l.columns);
     }
 }
 

@@ -52,35 +52,17 @@ RK_INLINE i32v rk_dot_quads(i32v sum, i32v a, i32v b, const int nibbles) {
 #define ACROSS(name, a, b, ...) (i32v)_mm256_##name((__m256i)(a), (__m256i)(b), ##__VA_ARGS__)
 #endif
 
-/* Lane k of v[i] becomes lane i of v[k]. */
-RK_INLINE void rk_transpose(i32v v[RK_WIDTH]) {
-    i32v u[RK_WIDTH];
+/* Four vectors of rows of four lanes, v[i] with rows i, i + 4, ...: lane k of row j becomes lane j of quads[k]. */
+RK_INLINE void rk_transpose_fours(const i32v v[4], i32v quads[4]) {
 #if defined(__AVX2__)
-#pragma GCC unroll 4
-    for (int i = 0; i < RK_WIDTH; i += 4) {
-        const i32v a = ACROSS(unpacklo_epi32, v[i], v[i + 1]), b = ACROSS(unpackhi_epi32, v[i], v[i + 1]);
-        const i32v c = ACROSS(unpacklo_epi32, v[i + 2], v[i + 3]), d = ACROSS(unpackhi_epi32, v[i + 2], v[i + 3]);
-        u[i] = ACROSS(unpacklo_epi64, a, c), u[i + 1] = ACROSS(unpackhi_epi64, a, c);
-        u[i + 2] = ACROSS(unpacklo_epi64, b, d), u[i + 3] = ACROSS(unpackhi_epi64, b, d);
-    }
-#endif
-#if defined(__AVX512F__)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const i32v a = ACROSS(shuffle_i32x4, u[i], u[i + 4], 0x88), b = ACROSS(shuffle_i32x4, u[i], u[i + 4], 0xdd);
-        const i32v c = ACROSS(shuffle_i32x4, u[i + 8], u[i + 12], 0x88), d = ACROSS(shuffle_i32x4, u[i + 8], u[i + 12], 0xdd);
-        v[i] = ACROSS(shuffle_i32x4, a, c, 0x88), v[i + 8] = ACROSS(shuffle_i32x4, a, c, 0xdd);
-        v[i + 4] = ACROSS(shuffle_i32x4, b, d, 0x88), v[i + 12] = ACROSS(shuffle_i32x4, b, d, 0xdd);
-    }
-#elif defined(__AVX2__)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-        v[i] = ACROSS(permute2x128_si256, u[i], u[i + 4], 0x20), v[i + 4] = ACROSS(permute2x128_si256, u[i], u[i + 4], 0x31);
+    const i32v a = ACROSS(unpacklo_epi32, v[0], v[1]), b = ACROSS(unpackhi_epi32, v[0], v[1]);
+    const i32v c = ACROSS(unpacklo_epi32, v[2], v[3]), d = ACROSS(unpackhi_epi32, v[2], v[3]);
+    quads[0] = ACROSS(unpacklo_epi64, a, c), quads[1] = ACROSS(unpackhi_epi64, a, c);
+    quads[2] = ACROSS(unpacklo_epi64, b, d), quads[3] = ACROSS(unpackhi_epi64, b, d);
 #else
-    memcpy(u, v, sizeof u);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        v[i] = (i32v){u[0][i], u[1][i], u[2][i], u[3][i]};
+        quads[i] = (i32v){v[0][i], v[1][i], v[2][i], v[3][i]};
 #endif
 }
 
