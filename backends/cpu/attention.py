@@ -149,7 +149,7 @@ def attention(
 
     Args:    q: float32 [B, S, H, D].    mask: bool or uint8 [B, slots], 0 = padding; slots at least start + S.
              window: 0 = all.    softcap: 0 = none.    sinks: float32 [H].    parts: None, or what every head's result becomes:
-             parts split as the values are, a run for each of the H heads.
+             parts of its columns, a run for each of the H heads.
              prefix: keys [G, P, D] and values [G, P, value columns], float32, that every query sees besides.
              slopes: float32 [H]; slopes[h] * (slot of the key - slot of the query) is added to scores.
     Returns: float32 [B, S, H, value columns], or codes of B * S rows.
@@ -197,6 +197,8 @@ def _prefix(prefix: tuple[Tensor, Tensor] | None, cache: LayerCache) -> tuple[in
 
 
 def _check_parts(parts: Sequence[CodePart], heads: int, values: CachedHead) -> None:
-    got, expected = [(p.width, p.groups) for p in parts], [(stop - start, heads) for _, start, stop in values.spans]
-    if got != expected:
-        raise BackendError(f"attention: output parts {got} (width, groups), the values are split as {expected}")
+    got = [(p.width, p.groups) for p in parts]
+    if sum(p.width for p in parts) != values.columns or any(p.groups != heads for p in parts):
+        raise BackendError(
+            f"attention: output parts {got} (width, groups); expected {values.columns} columns in all and {heads} groups"
+        )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resq_compiler.errors import BackendError
 
-VERSION = 3
+VERSION = 4
 MAX_PARTS = 4
 MAX_FACTORS = 6
 MAX_HEAD = 256

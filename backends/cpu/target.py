@@ -32,12 +32,12 @@ class TiledCodes(CodeFormat):
         return formats.unpack_rows(rows, part.width, part.groups)
 
     def pack_weight(self, codes: Tensor, part: InputPart) -> Tensor:
-        return formats.pack_weight(codes, part.bits, part.groups).view(torch.int8)
+        return formats.pack_weight(codes, part.weight_bits, part.groups).view(torch.int8)
 
     def unpack_weight(self, packed: Tensor, part: InputPart, start: int, stop: int) -> Tensor:
         tiles = packed[start // formats.TILE : -(-stop // formats.TILE)].view(torch.uint8)
         first = start // formats.TILE * formats.TILE
-        return formats.unpack_weight(tiles, stop - first, part.width, part.bits, part.groups)[start - first :]
+        return formats.unpack_weight(tiles, stop - first, part.width, part.weight_bits, part.groups)[start - first :]
 
 
 class RowCache(plain.RowCache):
@@ -99,7 +99,7 @@ class CpuKernels(Kernels):
         widths, groups = tuple(p.width for p in parts), tuple(p.groups for p in parts)
         rows = RowParts(tuple(_rows(x.of(p)) for p in parts), widths, groups, _rows(x.scale), _rows(x.zero_point))
         tiles = tuple(weight.of(p).view(torch.uint8) for p in parts)
-        packed = LinearWeight(tiles, tuple(p.bits for p in parts), weight.scale, weight.row_sum)
+        packed = LinearWeight(tiles, tuple(p.weight_bits for p in parts), weight.scale, weight.row_sum)
         extra = None if residual is None else _rows(residual)
         y = kernels.mixed_linear(libraries.library(), rows, packed, bias, extra, _threads())
         return y.view(*x.scale.shape[:-1], weight.out_features)
@@ -170,5 +170,13 @@ def why_not_head(columns: int) -> str | None:
 
 
 CPU = Target(
-    "cpu", TiledCodes(), RowCache(), CpuKernels(), why_not_columns, why_not_transform, why_not_head, ALL_SCORES
+    "cpu",
+    TiledCodes(),
+    RowCache(),
+    CpuKernels(),
+    why_not_columns,
+    why_not_transform,
+    why_not_head,
+    ALL_SCORES,
+    any_parts=True,
 )

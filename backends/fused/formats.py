@@ -1,7 +1,8 @@
 """What the operands of fused operators are, and what a target has to say about the bytes that hold them.
 
-Codes are signed (numerics/quantized.py). A linear's input has at most two parts in one operator: codes of up to 4 bits ("low") and
-codes of 5 to 8 bits ("high"), low first. Bytes differ from target to target, everything else is the same for all:
+Codes are signed (numerics/quantized.py). A linear's input has at most two parts in one operator, "low" and "high", low first. Low is what
+is multiplied with weight codes of up to 4 bits, high what is multiplied with wider ones; targets that pack activations and weights
+alike call the activations' bits those of the weights. Bytes differ from target to target, everything else is the same for all:
 
     activations low, high [..., row bytes] int8      scale, zero_point [..., parts * groups] float32, int32;  [low groups | high groups]
     weights     low, high: bytes of N output rows    scale [parts, N] float32    row_sum [parts * groups, N] int32, sums of codes
@@ -23,29 +24,38 @@ from torch import Tensor
 from resq_compiler.errors import QuantError
 
 LOW_BITS = 4
-"""Codes of up to so many bits lie in the low tensor, wider ones in the high tensor."""
+"""Weight codes of up to so many bits lie in the low tensor, wider ones in the high tensor; activations where their weights do."""
 
 
 @dataclass(frozen=True)
 class InputPart:
-    """One precision of a linear's input: `groups` runs of `width` columns of `bits`-bit codes, a scale and zero point for each run."""
+    """One precision of a linear's input: `groups` runs of `width` columns of `bits`-bit codes, a scale and zero point for each run.
+
+    weight_bits: what each of the weights' codes has room for; 0 stands for as many as the activations have.
+    """
 
     bits: int
     width: int
     groups: int = 1
+    weight_bits: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight_bits", self.weight_bits or self.bits)
 
     @property
     def is_low(self) -> bool:
-        return self.bits <= LOW_BITS
+        return self.weight_bits <= LOW_BITS
 
     @property
     def columns(self) -> int:
         return self.width * self.groups
 
 
-def input_parts(bits: Sequence[int], widths: Sequence[int], groups: int) -> tuple[InputPart, ...]:
+def input_parts(
+    bits: Sequence[int], weight_bits: Sequence[int], widths: Sequence[int], groups: int
+) -> tuple[InputPart, ...]:
     """The parts that an operator's flat lists describe."""
-    return tuple(InputPart(b, w, groups) for b, w in zip(bits, widths, strict=True))
+    return tuple(InputPart(b, w, groups, wb) for b, wb, w in zip(bits, weight_bits, widths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def pack_weight(code_format: CodeFormat, parts: Sequence[tuple[Tensor, Tensor, I
     """
     is_low = [part.is_low for _, _, part in parts]
     if is_low not in ([True], [False], [True, False]):
-        bits = [part.bits for _, _, part in parts]
+        bits = [part.weight_bits for _, _, part in parts]
         raise QuantError(f"pack_weight: parts of {bits} bits; expected one of <= 4 and/or one of > 4")
     sums = [q.unflatten(-1, (p.groups, p.width)).sum(-1, dtype=torch.int32).T for q, _, p in parts]
     packed = {p.is_low: code_format.pack_weight(q, p) for q, _, p in parts}

@@ -100,4 +100,5 @@ class Kernels(ABC):
     def attention_quantize(
         self, q: Tensor, cache: LayerCache, scores: Scores, parts: tuple[InputPart, ...], clip: float
     ) -> Codes:
-        """The same, quantized per token and head, split as values are: columns [low of all heads | high of all heads]."""
+        """The same, quantized per token and head in parts of its columns: [low of all heads | high of all heads]. Only targets with
+        `any_parts` are asked for others than the values' own."""

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from resq_compiler.backends.fused.formats import HeadParts, InputPart
+from resq_compiler.backends.fused.patterns import part_of
 from resq_compiler.backends.fused.source import CodesAt
 from resq_compiler.backends.fused.target import Target
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir.views import Quantize
 
 aten = torch.ops.aten
 
@@ -38,7 +40,8 @@ class Lowering:
     """reasons: quantized nodes that no operator takes.    left: float nodes that PyTorch computes though an operator could have.
 
     caches: key and value parts of each layer, None where its cache is float.    heads: heads and columns of each cache input.
-    places: where weight codes went.
+    places: where weight codes went.    weight_bits: of the widest weights that are multiplied with what a quantizer makes, where a target
+    packs these apart.
     """
 
     def __init__(self, gm: GraphModule, target: Target, dtype: torch.dtype):
@@ -47,6 +50,7 @@ class Lowering:
         self.reasons: dict[str, str] = {}
         self.left: dict[str, str] = {}
         self.places: dict[str, CodesAt] = {}
+        self.weight_bits: dict[Node, int] = {}
         self.codes: dict[tuple[Node, ...], list[CodesNodes]] = {}
         self.attention_sites: dict[Node, AttentionSite] = {}
         self.inputs = graph_tools.placeholders(gm.graph)
@@ -71,6 +75,10 @@ class Lowering:
         """The four results of a quantizing operator."""
         low, high, scale, zero_point = (self.emit(operator.getitem, (node, i), node) for i in range(4))
         return CodesNodes(parts, (low, high, scale, zero_point))
+
+    def part_of(self, quantizer: Quantize) -> InputPart:
+        """What a quantizer makes."""
+        return part_of(quantizer, self.weight_bits.get(quantizer.node, 0))
 
     def tensor(self, target: str, value: Tensor) -> Node:
         """A new tensor of the graph."""

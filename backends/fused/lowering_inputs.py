@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from resq_compiler.backends.fused import operators
+from resq_compiler.backends.fused.formats import LOW_BITS, HeadParts
 from resq_compiler.backends.fused.lowering import CodesNodes, Lowering
-from resq_compiler.backends.fused.patterns import Inputs, calls, common_source, gated, part_of, split_hadamard
+from resq_compiler.backends.fused.patterns import Inputs, calls, common_source, gated, split_hadamard
 from torch.fx import Node
 
 from resq_compiler.ir.views import Columns, MergeHeads, Norm
@@ -23,25 +24,29 @@ def codes_for(low: Lowering, inputs: Inputs, before: Node) -> list[CodesNodes]:
 
 
 def _make(low: Lowering, inputs: Inputs) -> list[CodesNodes]:
-    groups = calls([part_of(one) for one in inputs])
+    groups = calls([low.part_of(one) for one in inputs])
     if len(groups) > 1:
         return _in_pieces(low, inputs, [len(parts) for parts in groups])
     fused = _of_attention(low, inputs) or _of_hadamard(low, inputs)
     return [fused or _of_norm(low, inputs)]
 
 
-def _flat(inputs: Inputs) -> tuple[list[int], list[int], int, list[float]]:
-    """bits, widths, groups and clips as attributes."""
-    parts = [part_of(one) for one in inputs]
-    return [p.bits for p in parts], [p.width for p in parts], parts[0].groups, [one.clip for one in inputs]
+def _lists(low: Lowering, inputs: Inputs) -> tuple[list[int], list[int], list[int]]:
+    """bits, weight_bits and widths as attributes."""
+    parts = [low.part_of(one) for one in inputs]
+    return [p.bits for p in parts], [p.weight_bits for p in parts], [p.width for p in parts]
+
+
+def _clips(inputs: Inputs) -> list[float]:
+    return [one.clip for one in inputs]
 
 
 def _quantize(low: Lowering, inputs: Inputs, x: Node, norm: Norm | None = None) -> CodesNodes:
     """norm_quantize of x, whose columns are those of the inputs."""
     normed = (None, None, "none", 0.0) if norm is None else (norm.gain, norm.bias, _kind(norm), norm.eps)
-    arguments = (x, *normed, *_flat(inputs), low.target.name)
+    arguments = (x, *normed, *_lists(low, inputs), inputs[0].groups, _clips(inputs), low.target.name)
     node = low.emit(operators.norm_quantize, arguments, inputs[-1].node)
-    return low.codes_of(node, tuple(part_of(one) for one in inputs))
+    return low.codes_of(node, tuple(low.part_of(one) for one in inputs))
 
 
 def _kind(norm: Norm) -> str:
@@ -78,7 +83,7 @@ def _of_norm(low: Lowering, inputs: Inputs) -> CodesNodes:
 
 
 def _of_attention(low: Lowering, inputs: Inputs) -> CodesNodes | None:
-    """o's input: every part merge_heads(columns(attention)), split as values are."""
+    """o's input: every part merge_heads(columns(attention)), split as values are or as the target likes."""
     spans: list[tuple[int, int]] = []
     nodes: set[Node] = set()
     for one in inputs:
@@ -86,23 +91,32 @@ def _of_attention(low: Lowering, inputs: Inputs) -> CodesNodes | None:
         if merged is None:
             return None
         columns = Columns.of(merged.x)
-        spans.append((0, part_of(one).width) if columns is None else (columns.start, columns.stop))
+        spans.append((0, low.part_of(one).width) if columns is None else (columns.start, columns.stop))
         nodes.add(merged.x if columns is None else columns.x)
     site = low.attention_sites.get(nodes.pop()) if len(nodes) == 1 else None
     if site is None:
         return None
-    expected = site.values.spans
-    same_columns = spans == [(start, stop) for _, start, stop in expected]
-    clips = {one.clip for one in inputs}
-    if not same_columns or [one.bits > 4 for one in inputs] != [bits > 4 for bits, _, _ in expected] or len(clips) > 1:
+    clips = set(_clips(inputs))
+    if len(clips) > 1 or not _fits(low, inputs, spans, site.values):
         low.left[inputs[0].node.name] = (
-            f"the input of the output projection is split as {spans} and values as {expected}: it is quantized apart from attention"
+            f"the input of the output projection is split as {spans} and values as {site.values.spans}: it is quantized apart from "
+            "attention"
         )
         return None
-    bits, widths, _, _ = _flat(inputs)
-    arguments = (*site.arguments, bits, widths, clips.pop(), low.target.name)
+    arguments = (*site.arguments, *_lists(low, inputs), clips.pop(), low.target.name)
     quantized = low.emit(operators.attention_quantize, arguments, inputs[-1].node)
-    return low.codes_of(quantized, tuple(part_of(one) for one in inputs))
+    return low.codes_of(quantized, tuple(low.part_of(one) for one in inputs))
+
+
+def _fits(low: Lowering, inputs: Inputs, spans: list[tuple[int, int]], of_values: HeadParts) -> bool:
+    """Whether attention quantizes its result in these parts."""
+    if low.target.any_parts:
+        edges = [0, *(stop for _, stop in spans)]
+        return [start for start, _ in spans] == edges[:-1] and edges[-1] == of_values.head_dim
+    same_columns = spans == [(start, stop) for _, start, stop in of_values.spans]
+    return same_columns and [one.bits > LOW_BITS for one in inputs] == [
+        bits > LOW_BITS for bits, _, _ in of_values.spans
+    ]
 
 
 def _of_hadamard(low: Lowering, inputs: Inputs) -> CodesNodes | None:
@@ -116,10 +130,9 @@ def _of_hadamard(low: Lowering, inputs: Inputs) -> CodesNodes | None:
             low.left[one.x.name] = f"its Hadamard transform is computed by PyTorch: {reason}"
         return None
     gate, up, activation = gated(transform.x)
-    bits, widths, _, clips = _flat(inputs)
-    arguments = (gate, up, activation, transform.transpose, bits, widths, clips, low.target.name)
+    arguments = (gate, up, activation, transform.transpose, *_lists(low, inputs), _clips(inputs), low.target.name)
     node = low.emit(operators.hadamard_quantize, arguments, inputs[-1].node)
-    return low.codes_of(node, tuple(part_of(one) for one in inputs))
+    return low.codes_of(node, tuple(low.part_of(one) for one in inputs))
 
 
 def _why_not_transformed(low: Lowering, inputs: Inputs) -> str | None:

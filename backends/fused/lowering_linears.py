@@ -11,7 +11,7 @@ from resq_compiler.backends.fused.patterns import Inputs, coded_parts, inputs_of
 from resq_compiler.backends.fused.source import CodesAt
 from torch.fx import Node
 
-from resq_compiler.ir import ops
+from resq_compiler.ir import meta, ops
 from resq_compiler.ir.linears import LinearSum, linear_sums
 
 aten = torch.ops.aten
@@ -28,8 +28,19 @@ def lower_linears(low: Lowering) -> None:
         else:
             key = inputs if low.target.stacked else linear.root
             groups.setdefault(key, (inputs, []))[1].append(linear)
+    if low.target.any_parts:
+        for inputs, linears in groups.values():
+            _note_weight_bits(low, inputs, linears)
     for inputs, linears in groups.values():
         _replace(low, inputs, linears)
+
+
+def _note_weight_bits(low: Lowering, inputs: Inputs, linears: list[LinearSum]) -> None:
+    """Remember what the weights behind each quantizer need."""
+    for linear in linears:
+        for one, part in zip(inputs, coded_parts(linear), strict=True):
+            bits = meta.require(part.node, meta.LinearPart).weight_bits
+            low.weight_bits[one.node] = max(bits, low.weight_bits.get(one.node, 0))
 
 
 def _why_not_wide(low: Lowering, inputs: Inputs) -> str | None:
@@ -67,8 +78,8 @@ def _replace(low: Lowering, inputs: Inputs, linears: list[LinearSum]) -> None:
 
 
 def _emit(low: Lowering, made: CodesNodes, weight: list[Node], bias: Node | None, y: Node | None, like: Node) -> Node:
-    bits, widths = [part.bits for part in made.parts], [part.width for part in made.parts]
-    parts = (bits, widths, made.parts[0].groups)
+    lists = ([getattr(part, name) for part in made.parts] for name in ("bits", "weight_bits", "width"))
+    parts = (*lists, made.parts[0].groups)
     return low.emit(operators.mixed_linear, (*made.values, *weight, bias, y, *parts, low.dtype, low.target.name), like)
 
 

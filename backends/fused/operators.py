@@ -1,8 +1,8 @@
 """The fused operators `torch.ops.resq.*`: a lowered graph is an FX graph like any other, with shapes and types known without running it.
 
-Attributes are plain numbers, strings and lists of them: bits = [4, 8], widths = [504, 72] (columns of a group), parts of a cached head
-= [low, high, low_bits, high_bits]. `target` names the kernels that compute, and the bytes of their operands. What an operator computes
-is said in `kernels`, what its operands are in `formats`.
+Attributes are plain numbers, strings and lists of them: bits = [4, 8] of activations, weight_bits = [4, 8], widths = [504, 72] (columns of
+a group), parts of a cached head = [low, high, low_bits, high_bits]. `target` names the kernels that compute, and the bytes of their
+operands. What an operator computes is said in `kernels`, what its operands are in `formats`.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ def _fake_codes(x: Tensor, lead: tuple[int, ...], parts: tuple[InputPart, ...], 
 
 def _fake_norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
-    bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
 ) -> Codes:  # fmt: skip
-    return _fake_codes(x, x.shape[:-1], input_parts(bits, widths, groups), target)
+    return _fake_codes(x, x.shape[:-1], input_parts(bits, weight_bits, widths, groups), target)
 
 
 @_operator(_fake_norm_quantize)
 def norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
-    bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
 ) -> _FourTensors:  # fmt: skip
     """x [..., K] -> (low, high, scale, zero_point)."""
-    parts = input_parts(bits, widths, groups)
+    parts = input_parts(bits, weight_bits, widths, groups)
     return find_target(target).kernels.norm_quantize(x, parts, Norm(norm, weight, bias, eps), tuple(clips))
 
 
 def _fake_mixed_linear(
     low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor,
     weight_low: Tensor, weight_high: Tensor, weight_scale: Tensor, row_sum: Tensor, bias: Tensor | None, residual: Tensor | None,
-    bits: list[int], widths: list[int], groups: int, dtype: torch.dtype, target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, dtype: torch.dtype, target: str,
 ) -> Tensor:  # fmt: skip
     return scale.new_empty(*scale.shape[:-1], weight_scale.shape[1], dtype=dtype)
 
@@ -72,28 +72,30 @@ def _fake_mixed_linear(
 def mixed_linear(
     low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor,
     weight_low: Tensor, weight_high: Tensor, weight_scale: Tensor, row_sum: Tensor, bias: Tensor | None, residual: Tensor | None,
-    bits: list[int], widths: list[int], groups: int, dtype: torch.dtype, target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, dtype: torch.dtype, target: str,
 ) -> Tensor:  # fmt: skip
     """Packed activations times stacked packed weights -> [..., N] of dtype."""
-    weight = PackedWeight(weight_low, weight_high, weight_scale, row_sum, input_parts(bits, widths, groups))
+    weight = PackedWeight(
+        weight_low, weight_high, weight_scale, row_sum, input_parts(bits, weight_bits, widths, groups)
+    )
     codes = Codes(low, high, scale, zero_point)
     return find_target(target).kernels.mixed_linear(codes, weight, bias, residual, dtype)
 
 
 def _fake_hadamard_quantize(
     gate: Tensor, up: Tensor | None, activation: str, transpose: bool,
-    bits: list[int], widths: list[int], clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], clips: list[float], target: str,
 ) -> Codes:  # fmt: skip
-    return _fake_codes(gate, gate.shape[:-1], input_parts(bits, widths, 1), target)
+    return _fake_codes(gate, gate.shape[:-1], input_parts(bits, weight_bits, widths, 1), target)
 
 
 @_operator(_fake_hadamard_quantize)
 def hadamard_quantize(
     gate: Tensor, up: Tensor | None, activation: str, transpose: bool,
-    bits: list[int], widths: list[int], clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], clips: list[float], target: str,
 ) -> _FourTensors:  # fmt: skip
     """gate, up [..., n] -> (low, high, scale, zero_point) of the transformed product."""
-    parts = input_parts(bits, widths, 1)
+    parts = input_parts(bits, weight_bits, widths, 1)
     return find_target(target).kernels.hadamard_quantize(gate, up, parts, activation, transpose, tuple(clips))
 
 
@@ -161,9 +163,9 @@ def _fake_attention_quantize(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, start: Tensor, mask: Tensor,
     key_parts: list[int], value_parts: list[int], scale: float, window: int | None, softcap: float | None,
     sinks: Tensor | None, prefix_keys: Tensor | None, prefix_values: Tensor | None, slopes: Tensor | None,
-    bits: list[int], widths: list[int], clip: float, target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], clip: float, target: str,
 ) -> Codes:  # fmt: skip
-    return _fake_codes(q, q.shape[:2], input_parts(bits, widths, q.shape[2]), target)
+    return _fake_codes(q, q.shape[:2], input_parts(bits, weight_bits, widths, q.shape[2]), target)
 
 
 @_operator(_fake_attention_quantize)
@@ -171,11 +173,11 @@ def attention_quantize(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor | None, start: Tensor, mask: Tensor,
     key_parts: list[int], value_parts: list[int], scale: float, window: int | None, softcap: float | None,
     sinks: Tensor | None, prefix_keys: Tensor | None, prefix_values: Tensor | None, slopes: Tensor | None,
-    bits: list[int], widths: list[int], clip: float, target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], clip: float, target: str,
 ) -> _FourTensors:  # fmt: skip
     """The same, quantized per token and head for the output projection: (low, high, scale, zero_point) of [B, S]."""
     cache = LayerCache(keys, values, table, start, HeadParts(*key_parts), HeadParts(*value_parts))
-    parts = input_parts(bits, widths, q.shape[2])
+    parts = input_parts(bits, weight_bits, widths, q.shape[2])
     kernels = find_target(target).kernels
     return kernels.attention_quantize(
         q, cache, _scores(mask, scale, window, softcap, sinks, prefix_keys, prefix_values, slopes), parts, clip

@@ -69,13 +69,13 @@ def inputs_of(linear: LinearSum) -> Inputs | str:
     return tuple(quantizers) if len(set(groups)) == 1 else f"its parts differ in groups: {groups}"
 
 
-def part_of(quantizer: Quantize) -> InputPart:
-    """What a quantizer makes."""
-    return InputPart(quantizer.bits, quantizer.columns // quantizer.groups, quantizer.groups)
+def part_of(quantizer: Quantize, weight_bits: int = 0) -> InputPart:
+    """What a quantizer makes for weights of so many bits."""
+    return InputPart(quantizer.bits, quantizer.columns // quantizer.groups, quantizer.groups, weight_bits)
 
 
 def calls(parts: Sequence[InputPart]) -> list[tuple[InputPart, ...]]:
-    """Cut parts of ascending bits into operators of at most one low and one high part; the last takes two."""
+    """Cut parts into operators of at most one low and one high part; the last takes two."""
     two = len(parts) > 1 and [part.is_low for part in parts[-2:]] == [True, False]
     cut = max(0, len(parts) - 2) if two else len(parts)
     return [*((part,) for part in parts[:cut]), *((tuple(parts[cut:]),) if two else ())]

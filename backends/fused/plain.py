@@ -84,4 +84,6 @@ class RowCache(CacheFormat):
         return torch.cat(pieces, -1)
 
 
-TORCH = Target("torch", PlainCodes(), RowCache(), TorchKernels(PlainCodes(), RowCache()), takes=ALL_SCORES)
+TORCH = Target(
+    "torch", PlainCodes(), RowCache(), TorchKernels(PlainCodes(), RowCache()), takes=ALL_SCORES, any_parts=True
+)

@@ -25,6 +25,8 @@ class Target:
     why_not_transform: why no kernel multiplies rows of so many columns by a Hadamard matrix, or None; PyTorch does it then.
     why_not_head: why no kernel attends with heads of so many columns, or None.
     takes: which of `sinks`, `prefix` and `slopes` its attention takes (Scores).
+    any_parts: how activations are split and packed is not bound to their readers and makers: weights of 4 bits are low beside activations
+    of 8, and attention gives parts of any widths, not only those of its values.
     stacked: linears of one input become one operator (q, k and v; gate and up).
     """
 
@@ -36,4 +38,5 @@ class Target:
     why_not_transform: Callable[[int], str | None] = takes_any
     why_not_head: Callable[[int], str | None] = takes_any
     takes: frozenset[str] = frozenset()
+    any_parts: bool = False
     stacked: bool = True

@@ -76,7 +76,7 @@ class TorchKernels(Kernels):
         self, q: Tensor, cache: LayerCache, scores: Scores, parts: tuple[InputPart, ...], clip: float
     ) -> Codes:
         output = self._attended(q, cache, scores)
-        pieces = [output[..., start:stop].flatten(2) for _, start, stop in cache.value_parts.spans]
+        pieces = [piece.flatten(2) for piece in output.split([part.width for part in parts], -1)]
         return self._quantized(pieces, parts, (clip,) * len(parts))
 
     def _attended(self, q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:

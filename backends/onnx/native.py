@@ -185,18 +185,19 @@ def _arguments(node: Node) -> tuple[Any, ...]:
     return cast("tuple[Any, ...]", node.args)
 
 
-def _parts(bits: Sequence[int], widths: Sequence[int], clips: Sequence[float] = ()) -> dict[str, Any]:
+def _parts(
+    bits: Sequence[int], weight_bits: Sequence[int], widths: Sequence[int], clips: Sequence[float] = ()
+) -> dict[str, Any]:
     """Attributes of the parts of a row."""
     found: dict[str, Any] = {}
-    for i, (b, width) in enumerate(zip(bits, widths, strict=True)):
-        side = _side(b)
-        found |= {f"{side}_bits": b, f"{side}_width": width}
+    for i, (b, side) in enumerate(zip(bits, _sides(weight_bits), strict=True)):
+        found |= {f"{side}_bits": b, f"{side}_width": widths[i]}
         found |= {f"{side}_clip": clips[i]} if clips else {}
     return found
 
 
-def _side(bits: int) -> str:
-    return "low" if bits <= LOW_BITS else "high"
+def _sides(weight_bits: Sequence[int]) -> list[str]:
+    return ["low" if bits <= LOW_BITS else "high" for bits in weight_bits]
 
 
 def _heads(key_parts: Sequence[int], value_parts: Sequence[int]) -> dict[str, int]:
@@ -208,17 +209,17 @@ def _heads(key_parts: Sequence[int], value_parts: Sequence[int]) -> dict[str, in
 
 @emits(operators.norm_quantize)
 def norm_quantize(low: Lowering, node: Node) -> Pieces:
-    x, weight, bias, norm, eps, bits, widths, groups, clips, _ = _arguments(node)
+    x, weight, bias, norm, eps, bits, weight_bits, widths, groups, clips, _ = _arguments(node)
     native = _native(low)
     inputs = (native.exact(x), native.optional(weight), native.optional(bias))
-    attributes = dict(norm=NORMS.index(norm), epsilon=eps, groups=groups, **_parts(bits, widths, clips))
+    attributes = dict(norm=NORMS.index(norm), epsilon=eps, groups=groups, **_parts(bits, weight_bits, widths, clips))
     return native.codes(node, FusedCall("Norm", inputs, attributes))
 
 
 @emits(operators.mixed_linear)
 def mixed_linear(low: Lowering, node: Node) -> Value:
     native, (codes, rest) = _native(low), (_arguments(node)[:4], _arguments(node)[4:])
-    weight_low, weight_high, scale, row_sum, bias, residual, bits, widths, groups, _, _ = rest
+    weight_low, weight_high, scale, row_sum, bias, residual, bits, weight_bits, widths, groups, _, _ = rest
     weights = [native.tiles(weight_low), native.tiles(weight_high), native.exact(scale), native.exact(row_sum)]
     weights += [native.optional(bias), native.optional(residual)]
     output = [native.b.fresh("y")]
@@ -227,28 +228,30 @@ def mixed_linear(low: Lowering, node: Node) -> Value:
         outputs = [*output, *call.outputs]
         return Value(native.fused(f"{call.kind}Linear", [*call.inputs, *weights], outputs, **call.attributes)[0])
     inputs = [*(native.exact(x) for x in codes), *weights]
-    return Value(native.fused("MixedLinear", inputs, output, groups=groups, **_parts(bits, widths))[0])
+    return Value(native.fused("MixedLinear", inputs, output, groups=groups, **_parts(bits, weight_bits, widths))[0])
 
 
 @emits(operators.hadamard_quantize)
 def hadamard_quantize(low: Lowering, node: Node) -> Pieces:
-    gate, up, activation, transpose, bits, widths, clips, _ = _arguments(node)
+    gate, up, activation, transpose, bits, weight_bits, widths, clips, _ = _arguments(node)
     native = _native(low)
-    attributes, dense = _transforms(bits, widths, transpose)
+    attributes, dense = _transforms(weight_bits, widths, transpose)
     together = None if up is None else _tiled([gate, up])
     products = (native.exact(gate), native.optional(up)) if together is None else (native.exact(together), "")
     inputs = (*products, native.b.constant(dense) if dense.size else "")
-    attributes |= _parts(bits, widths, clips)
+    attributes |= _parts(bits, weight_bits, widths, clips)
     attributes |= {"activation": ACTIVATIONS.index(activation), "stacked": int(together is not None)}
     return native.codes(node, FusedCall("Hadamard", inputs, attributes))
 
 
-def _transforms(bits: Sequence[int], widths: Sequence[int], transpose: bool) -> tuple[dict[str, Any], np.ndarray]:
+def _transforms(
+    weight_bits: Sequence[int], widths: Sequence[int], transpose: bool
+) -> tuple[dict[str, Any], np.ndarray]:
     """Attributes of the transform of each part, and the matrices of orders that are not powers of two."""
     attributes: dict[str, Any] = {}
     dense = [np.zeros(0, np.float32)]
-    for b, width in zip(bits, widths, strict=True):
-        plan, side = hadamard_plan(width), _side(b)
+    for side, width in zip(_sides(weight_bits), widths, strict=True):
+        plan = hadamard_plan(width)
         attributes |= {f"{side}_order{i}": order for i, order in enumerate(plan.orders)}
         attributes[f"{side}_blocks"] = plan.blocks
         for factor, order in zip(plan.factors, plan.orders, strict=True):
@@ -332,11 +335,12 @@ def attention(low: Lowering, node: Node) -> Value:
 
 @emits(operators.attention_quantize)
 def attention_quantize(low: Lowering, node: Node) -> Pieces:
-    """low_bits and high_bits are those of the result; reading the cache needs only its widths."""
+    """low_bits and high_bits are those of the result; reading the cache needs only its widths, low_width and high_width."""
     native = _native(low)
     inputs, attributes = _attended(native, node)
-    bits, _, clip, _ = _arguments(node)[15:]
-    attributes |= {f"{_side(b)}_bits": b for b in bits} | {"low_clip": clip, "high_clip": clip}
+    bits, weight_bits, widths, clip, _ = _arguments(node)[15:]
+    for side, b, width in zip(_sides(weight_bits), bits, widths, strict=True):
+        attributes |= {f"{side}_bits": b, f"{side}_clip": clip, f"result_{side}_width": width}
     before = native.rotations.get(_arguments(node)[0])
     if before is None:
         return native.codes(node, FusedCall("Attention", tuple(inputs), attributes))

@@ -128,8 +128,8 @@ static void attend(call *c, const tensor *in, rk_codes *codes) {
     a.scale = n->scale, a.softcap = n->softcap, a.window = n->window, a.sinks = in[4].data, a.slopes = in[7].data;
     const int64_t dims[3] = {a.batch, a.tokens, n->heads * (a.value.low + a.value.high)};
     if (codes) {
-        node as_parts = *n; /* the output's parts are split as the values are */
-        as_parts.low_width = n->value_low_width, as_parts.high_width = n->value_high_width;
+        node as_parts = *n;
+        as_parts.low_width = n->result_low_width, as_parts.high_width = n->result_high_width;
         const node *kept = c->n;
         c->n = &as_parts;
         make_codes(c, dims, 2, n->heads, &a.codes);

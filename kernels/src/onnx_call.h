@@ -27,6 +27,7 @@ typedef struct {
     int64_t norm, activation, groups, heads, kv_heads, window, stacked;
     int64_t low_width, high_width, low_bits, high_bits, value_low_width, value_high_width, value_low_bits, value_high_bits;
     int64_t key_low_bits, key_high_bits; /* of the cache, where low_bits and high_bits are those of a result */
+    int64_t result_low_width, result_high_width; /* of what attention quantizes, where low_width and high_width are those of keys */
     float epsilon, low_clip, high_clip, cache_clip, scale, softcap;
     rk_transform low_transform, high_transform;
 } node;

@@ -1,5 +1,6 @@
 /* The operators of linears and what stands before them. Codes are four tensors: low int8 [..., row bytes], high int8, scale float
- * [..., runs], zero_point int32; a part that is not there has a width of 0 and a tensor without columns. A fused operator is a quantizer
+ * [..., runs], zero_point int32; a part that is not there has a width of 0 and a tensor without columns. Low parts meet weights of up
+ * to 4 bits, high ones wider weights; low_bits and high_bits are those of activations. A fused operator is a quantizer
  * and the linear that alone reads its codes, which are no tensors then: every tensor and node costs a microsecond or two. */
 #include "onnx_call.h"
 
@@ -42,10 +43,10 @@ void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, 
     rk_mixed_linear_args a = {.rows = rows, .channels = channels, .parts = codes->parts};
     for (int i = 0; i < a.parts; i++) {
         const rk_part *part = &codes->part[i];
-        const int high = part->bits > 4;
-        require(c, size_of(&in[high]) == tiles * rk_tile_bytes(part, part->bits), high ? "weight_high" : "weight_low",
-                "tiles of packed codes for its width and bits");
-        a.part[i] = (rk_linear_part){*part, part->bits, codes->rows[i], in[high].data};
+        const int high = i == 1 || !size_of(&in[0]), weight_bits = high ? 8 : 4;
+        require(c, size_of(&in[high]) == tiles * rk_tile_bytes(part, weight_bits), high ? "weight_high" : "weight_low",
+                "tiles of packed codes for its width");
+        a.part[i] = (rk_linear_part){*part, weight_bits, codes->rows[i], in[high].data};
     }
     require_size(c, &in[2], channels * a.parts, "weight_scale");
     require_size(c, &in[3], channels * groups * a.parts, "weight_sum");
@@ -65,7 +66,7 @@ void op_mixed_linear(call *c) {
     rk_codes codes = {.scale = in[2].data, .zero_point = in[3].data};
     codes.parts = parts_of(c->n, c->n->groups, codes.part);
     for (int i = 0; i < codes.parts; i++) {
-        const int high = codes.part[i].bits > 4;
+        const int high = i == 1 || !c->n->low_width;
         require(c, size_of(&in[high]) == rows * rk_row_bytes(&codes.part[i]), high ? "high" : "low", "rows of packed codes");
         codes.rows[i] = in[high].data;
     }

@@ -82,6 +82,7 @@ static void read_attributes(const OrtKernelInfo *info, node *n) {
         {"low_bits", &n->low_bits}, {"high_bits", &n->high_bits}, {"value_low_width", &n->value_low_width},
         {"value_high_width", &n->value_high_width}, {"value_low_bits", &n->value_low_bits}, {"value_high_bits", &n->value_high_bits},
         {"key_low_bits", &n->key_low_bits}, {"key_high_bits", &n->key_high_bits},
+        {"result_low_width", &n->result_low_width}, {"result_high_width", &n->result_high_width},
     };
     struct { const char *name; float *value; } floats[] = {
         {"epsilon", &n->epsilon}, {"low_clip", &n->low_clip}, {"high_clip", &n->high_clip},
@@ -91,27 +92,31 @@ static void read_attributes(const OrtKernelInfo *info, node *n) {
         read_int(info, n->api, ints[i].name, ints[i].value);
     for (size_t i = 0; i < sizeof floats / sizeof floats[0]; i++)
         read_float(info, n->api, floats[i].name, floats[i].value);
+    if (!n->result_low_width && !n->result_high_width)
+        n->result_low_width = n->value_low_width, n->result_high_width = n->value_high_width;
     read_transform(info, n->api, "low", &n->low_transform);
     read_transform(info, n->api, "high", &n->high_transform);
 }
 
-static int sane_bits(int64_t low, int64_t high) { return low >= 2 && low <= 4 && high >= 5 && high <= 8; }
+static int sane_bits(int64_t low, int64_t high) { return low >= 2 && low <= 8 && high >= 2 && high <= 8; }
+static int sane_cached_bits(int64_t low, int64_t high) { return sane_bits(low, high) && low <= 4 && high >= 5; }
 
 static int sane_clip(float clip) { return clip > 0 && clip <= 1; }
 
 /* Whether widths, bits and numbers of heads can be worked with at all. */
 static int sane(const node *n) {
-    const int64_t widths[] = {n->low_width, n->high_width, n->value_low_width, n->value_high_width};
-    for (int i = 0; i < 4; i++)
+    const int64_t widths[] = {n->low_width, n->high_width, n->value_low_width, n->value_high_width, n->result_low_width, n->result_high_width};
+    for (int i = 0; i < 6; i++)
         if (widths[i] < 0 || widths[i] > RK_MAX_COLUMNS || (n->heads && widths[i] > RK_MAX_HEAD))
             return 0;
     if (n->low_width + n->high_width < 1 || n->groups < 1 || n->groups > RK_MAX_COLUMNS || n->window < 0)
         return 0;
     const int heads_fit = !n->heads || (n->heads > 0 && n->kv_heads > 0 && n->heads % n->kv_heads == 0 &&
                                         n->low_width + n->high_width <= RK_MAX_HEAD && n->value_low_width + n->value_high_width > 0 &&
-                                        n->value_low_width + n->value_high_width <= RK_MAX_HEAD);
-    return heads_fit && sane_bits(n->low_bits, n->high_bits) && sane_bits(n->value_low_bits, n->value_high_bits) &&
-           sane_bits(n->key_low_bits, n->key_high_bits) && sane_clip(n->low_clip) && sane_clip(n->high_clip) && sane_clip(n->cache_clip);
+                                        n->value_low_width + n->value_high_width <= RK_MAX_HEAD &&
+                                        n->result_low_width + n->result_high_width == n->value_low_width + n->value_high_width);
+    return heads_fit && sane_bits(n->low_bits, n->high_bits) && sane_cached_bits(n->value_low_bits, n->value_high_bits) &&
+           sane_cached_bits(n->key_low_bits, n->key_high_bits) && sane_clip(n->low_clip) && sane_clip(n->high_clip) && sane_clip(n->cache_clip);
 }
 
 /* Weights are read once: asking ONNX Runtime for an operand costs a fifth of a microsecond. */
@@ -127,8 +132,8 @@ static OrtStatus *read_constants(kernel *k, const OrtKernelInfo *info) {
 
 static OrtStatus *refuse_attributes(const kernel *k) {
     char text[256];
-    snprintf(text, sizeof text, "resq: attributes of a %s node do not fit: expected low bits 2 to 4, high bits 5 to 8, widths of at "
-             "least one column, clips in (0, 1], and heads a multiple of kv_heads with at most 256 columns", k->d->name);
+    snprintf(text, sizeof text, "resq: attributes of a %s node do not fit: expected bits 2 to 8 (in a cache low ones to 4, high ones "
+             "from 5), widths of at least one column, clips in (0, 1], and heads a multiple of kv_heads with at most 256 columns", k->d->name);
     return ORT_CREATE_STATUS(k->n.api)(ORT_INVALID_ARGUMENT, text);
 }
 

@@ -23,7 +23,7 @@
 
 #include <stdint.h>
 
-#define RK_VERSION 3
+#define RK_VERSION 4
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
 #define RK_MAX_FACTORS 6
@@ -146,7 +146,7 @@ typedef struct {
  * the slots t with slot - window < t <= slot (window 0: all t <= slot) and mask[t] != 0. softcap c > 0: scores are c tanh(score / c).
  * slopes: slopes[head] * (t - slot) is added to scores. sinks: a further score of every head that has no value. prefix: tokens that every
  * query sees besides, in float. A query that sees nothing gives 0.
- * The result goes to out, or if codes.parts is not 0 to codes, a run for each head: its parts are split as the values are.
+ * The result goes to out, or if codes.parts is not 0 to codes, a run for each head, cut into the parts' columns.
  * A unit is a few queries of the heads that share a key head. Where few queries see many keys, these are cut into chunks, which are
  * units, if there is scratch: rk_attention_scratch bytes, aligned to 4, the first batch * kv_heads * 4 of them zero. Products with
  * codes of the cache are exact, of 23-bit codes: of each query's part, and of each tile's weights times their value's scale. */

@@ -232,18 +232,19 @@ def test_heads_of_other_shapes(library, isa, name, head):
     torch.testing.assert_close(got, reference(q, cache, *options, total), **CLOSE)
 
 
+@pytest.mark.parametrize("split", [((4, 56), (8, 8)), ((8, 40), (8, 24))], ids=["of values", "another"])
 @pytest.mark.parametrize("name", ["decode", "prefill"])
-def test_codes_for_the_output_projection(library, isa, name):
-    """The same as quantizing the float result, heads in order, all low runs before all high ones."""
+def test_codes_for_the_output_projection(library, isa, name, split):
+    """The same as quantizing the float result, heads in order, all runs of a part before those of the next."""
     q, cache, options, _ = case(name)
-    heads, parts = q.shape[2], [CodePart(4, 56, q.shape[2]), CodePart(8, 8, q.shape[2])]
+    heads, parts = q.shape[2], [CodePart(bits, width, q.shape[2]) for bits, width in split]
     got = attention(library, q, cache, *options, parts)
     y = attention(library, q, cache, *options)
-    columns = torch.cat((y[..., :56].flatten(2), y[..., 56:].flatten(2)), -1).flatten(0, 1)
+    columns = torch.cat([piece.flatten(2) for piece in y.split([p.width for p in parts], -1)], -1).flatten(0, 1)
     expected = norm_quantize(library, columns.contiguous(), parts)
     assert all(torch.equal(a, b) for a, b in zip(got.rows, expected.rows, strict=True))
     assert torch.equal(got.scale, expected.scale) and torch.equal(got.zero_point, expected.zero_point)
-    assert got.scale.shape == (2 * q.shape[1], 2 * heads)
+    assert got.scale.shape == (2 * q.shape[1], len(parts) * heads)
 
 
 @given(
@@ -291,8 +292,8 @@ def test_operands_that_do_not_fit(library):
         attention(library, random(2, 9, 6, 64), cache, 1.0)
     with pytest.raises(BackendError, match=r"mask \(2, 4\); expected \[2, at least 131\]"):
         attention(library, q, cache, 1.0, torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(BackendError, match="output parts .* the values are split as"):
-        attention(library, q, cache, 1.0, parts=[CodePart(4, 64, 6)])
+    with pytest.raises(BackendError, match="output parts .*expected 64 columns in all and 6 groups"):
+        attention(library, q, cache, 1.0, parts=[CodePart(4, 60, 6)])
     with pytest.raises(BackendError, match=r"prefix values is .*expected contiguous torch.float32 \(2, 1, 64\)"):
         attention(library, q, cache, 1.0, prefix=(random(2, 1, 64), random(2, 2, 64)))
     with pytest.raises(BackendError, match="5 query heads for 2 key heads"):

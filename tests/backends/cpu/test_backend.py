@@ -81,6 +81,7 @@ def test_every_operator_computes_its_integers_and_generates_the_same_tokens(fami
         ("llama", dict(kv_bits=8)),
         ("llama", dict(lm_head_bits=8)),
         ("llama", dict(activation_bits=8)),
+        ("llama", dict(activation_bits=8, kv_bits=8)),
         ("opt", dict(recipe=with_layer_norms())),
         ("llama", dict(recipe=with_prefix())),
     ],

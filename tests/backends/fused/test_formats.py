@@ -14,9 +14,14 @@ def _codes(bits, shape, generator):
 
 
 def test_parts_of_flat_lists():
-    parts = input_parts([4, 8], [504, 72], 1)
+    parts = input_parts([4, 8], [4, 8], [504, 72], 1)
     assert parts == (InputPart(4, 504), InputPart(8, 72)) and [part.is_low for part in parts] == [True, False]
     assert InputPart(3, 13, 4).columns == 52
+    assert (
+        InputPart(8, 504).weight_bits == 8
+        and InputPart(8, 504, weight_bits=4).is_low
+        and not InputPart(4, 9, 1, 8).is_low
+    )
 
 
 def test_parts_of_a_cached_head():

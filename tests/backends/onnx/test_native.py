@@ -82,6 +82,25 @@ def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
     assert_same(compiled, path)
 
 
+@pytest.mark.parametrize("kv_bits", [4, 8])
+def test_weights_of_four_bits_are_packed_beside_activations_of_eight(kv_bits, made):
+    compiled, path = made(activation_bits=8, kv_bits=kv_bits)
+    graph = onnx.load(path / "model.onnx").graph
+    fused = [node for node in graph.node if node.domain == "resq"]
+    layers = len(compiled.cache_specs)
+    assert Counter(node.op_type for node in fused) == {k: layers * n for k, n in BLOCK.items()}
+    for node in fused:
+        attributes = {a.name: a.i for a in node.attribute}
+        assert attributes.get("result_low_width", attributes["low_width"]) > 0
+        assert {attributes["low_bits"], attributes.get("high_bits", 8)} == {8}
+    low, high = (
+        sum(len(t.raw_data) for t in graph.initializer if t.name.endswith(f".{side}")) for side in ("low", "high")
+    )
+    _, path = made(activation_bits=4, kv_bits=kv_bits)
+    tensors = onnx.load(path / "model.onnx").graph.initializer
+    assert low == sum(len(t.raw_data) for t in tensors if t.name.endswith(".low")) and high > 0
+
+
 def test_quantizers_in_nodes_of_their_own(made, monkeypatch):
     """As where several linears read the codes: the same logits to the bit."""
     _, path = made()
@@ -106,6 +125,7 @@ def test_quantizers_in_nodes_of_their_own(made, monkeypatch):
         ("llama", dict(recipe="resq+", allocation="equal")),
         ("llama", dict(key_basis="head", site_fractions="mlp=1/4,o=0,value=0")),
         ("llama", dict(kv_bits=8, activation_bits=8)),
+        ("llama", dict(activation_bits=8)),
         ("llama", dict(lm_head_bits=8)),
         ("opt", dict(recipe=with_layer_norms())),
         ("llama", dict(recipe=with_prefix())),
