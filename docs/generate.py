@@ -153,8 +153,10 @@ def _pass_default(field: dataclasses.Field) -> str:
 
 def _pass_values(kind: type[Pass], field: dataclasses.Field) -> str:
     allowed = pass_options.alternatives(pass_options.option_types(kind)[field.name])
-    return pass_options.expected(allowed, field).replace(
-        "SiteShares", "shares of sites, such as `mlp=1/4,down.3=1/2@6`"
+    return (
+        pass_options.expected(allowed, field)
+        .replace("SiteShares", "shares of sites, such as `mlp=1/4,down.3=1/2@6`")
+        .replace("ExpertBits", "bits of experts, such as `0=4432/8866`")
     )
 
 

@@ -5,6 +5,9 @@ budget each. `kind` says what splits there are: "sensitivity", shares of columns
 them, and shares of columns at the plan's low bits, so that the paper's 8/4/2 and 6/4/2 are among them. The budget is `average_bits` or
 `megabytes`, or what the plan's equal shares cost, and then the shares stay equal where the forecast gains less than `worth`. The table
 is in this stage's text in a dump.
+
+Experts of a mixture read the same codes, so shares of columns are theirs together; what their weights take is then shared out among all
+experts of the model (analysis/expert_choices.py), so that those that predictions do not feel, or that few tokens reach, may have fewer.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis import sensitivity, size_budget
+from resq_compiler.analysis import expert_places, sensitivity, size_budget
 from resq_compiler.analysis.columns import ColumnPlan
+from resq_compiler.analysis.expert_choices import as_bits, spend_on_experts
+from resq_compiler.analysis.expert_choices import describe as describe_experts
 from resq_compiler.analysis.site_shares import SiteShares, least_average
 from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.splits import Choice, Menu, Split, spend
@@ -88,7 +93,9 @@ class AllocateBits(Pass):
         if nothing_to_share(plan, self.asked):
             ctx.lines.append("nothing to share out: all columns have the same bits")
             return 0
-        found, averages = self._spend_budgets(gm, ctx, plan)
+        measured = sensitivity.measure(gm, ctx.facts.get(Topology), ctx.windows, ctx.seed, ctx.progress, ctx.work)
+        felt = {site: processes.current().from_first(moment) for site, moment in measured.moments.items()}
+        found, averages = self._spend_budgets(gm, ctx, plan, felt)
         errors = [
             (c.error(split), c.error(c.equal(plan, averages[is_cache(c)]))) for c, split in found.items()
         ]  # fmt: skip
@@ -99,14 +106,30 @@ class AllocateBits(Pass):
             shares = (s.share(c.site, c.width, plan.common.high_bits) for c, s in found.items())
             ctx.facts.put(dataclasses.replace(plan, sites=SiteShares(tuple(shares))))
         ctx.lines += [self._result(fall, worth), *describe(found, plan, averages).splitlines()]
-        return len(found) if worth else 0
+        return (len(found) if worth else 0) + self._share_among_experts(gm, ctx, found, measured)
+
+    def _share_among_experts(
+        self, gm: GraphModule, ctx: PassContext, found: dict[Choice, Split], measured: sensitivity.Felt
+    ) -> int:
+        """Give experts the bits of weights that pay, no more of them together than their columns have; the number of these experts."""
+        plan, energies = ctx.facts.get(ColumnPlan), {choice.site: choice.energies for choice in found}
+        main, high = plan.weight_bits, plan.common.high_bits
+        choices = [] if main >= high else expert_places.choices(gm, ctx.facts.get(Topology), plan, energies, measured)
+        if not choices:
+            return 0
+        least = min(main, plan.common.low_bits) if self.kind == "widths" else main
+        bits = spend_on_experts(choices, (main, high), least)
+        fall = 1 - sum(c.error(pair) for c, pair in bits.items()) / sum(c.error((main, high)) for c in choices)
+        worth = self.asked or fall >= self.worth
+        if worth:
+            ctx.facts.put(dataclasses.replace(plan, experts=as_bits(bits)))
+        ctx.lines += [self._result(fall, worth, "experts"), *describe_experts(bits, (main, high))]
+        return len(choices) if worth else 0
 
     def _spend_budgets(
-        self, gm: GraphModule, ctx: PassContext, plan: ColumnPlan
+        self, gm: GraphModule, ctx: PassContext, plan: ColumnPlan, felt: Felt
     ) -> tuple[dict[Choice, Split], tuple[float | None, float | None]]:
         """The split of every site, and the average bits of linears and of the cache."""
-        measured = sensitivity.measure(gm, ctx.facts.get(Topology), ctx.windows, ctx.seed, ctx.progress, ctx.work)
-        felt = {site: processes.current().from_first(moment) for site, moment in measured.items()}
         averages = (self._linear_average(gm, ctx, plan), self.average_bits)
         menu = Menu(
             self.kind == "widths", plan.common.low_bits, plan.rank_multiple, self.steps, self.down_steps
@@ -199,12 +222,13 @@ class AllocateBits(Pass):
             total += energy.sort(-1, descending=True).values.sum(0)
         return total * (weighted.sum() / total.sum().clamp_min(torch.finfo(total.dtype).tiny))
 
-    def _result(self, fall: float, worth: bool) -> str:
-        """The first line of the stage's text."""
+    def _result(self, fall: float, worth: bool, whose: str = "") -> str:
+        """The line before a table."""
+        what, equal = ("error of experts' weights", "bits") if whose else ("error", "shares")
         stays = (
-            f": below {100 * self.worth:g} %, so the shares stay equal, and the table says what they would have been"
+            f": below {100 * self.worth:g} %, so the {equal} stay equal, and the table says what they would have been"
         )
-        return f"forecast of the error: {100 * fall:.1f} % lower than with equal shares{'' if worth else stays}"
+        return f"forecast of the {what}: {100 * fall:.1f} % lower than with equal {equal}{'' if worth else stays}"
 
 
 def nothing_to_share(plan: ColumnPlan, asked: bool) -> bool:

@@ -9,6 +9,7 @@ become [low of all heads | high of all heads]. Nothing is quantized yet: the sum
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import ColumnPart, ColumnPlan
 from resq_compiler.analysis.topology import STREAM_ROLES, Topology
+from resq_compiler.errors import ConfigError
 from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.args import source
 from resq_compiler.ir.graph_tools import aten, emit, replace
@@ -42,19 +44,41 @@ class PartitionLinears(Pass):
         if any(meta.get(node, meta.LinearPart) for node in gm.graph.nodes):
             return 0
         topology, plan = ctx.facts.get(Topology), ctx.facts.get(ColumnPlan)
+        check_experts(plan, topology)
         pieces: dict[tuple, Node] = {}
         done = 0
         for linear in topology.linears:
             site = meta.require(linear, meta.LinearSite)
             parts, heads = parts_of(values.width(source(linear)), site, topology, plan)
-            done += split(gm, linear, site, parts, heads, pieces)
+            view = Linear.require(linear)
+            count = values.shape(view.weight)[0] if view.of_experts else 0
+            experts = [plan.expert_bits(part, site.block, count, site.name) if count else None for part in parts]
+            done += split(gm, linear, site, parts, experts, heads, pieces)
             memory.trim()
         if (bits := plan.lm_head_bits) is not None:
             site = meta.require(topology.head, meta.LinearSite)
             whole = ColumnPart(0, topology.hidden_size, bits, bits)
-            done += split(gm, topology.head, site, (whole,), 1, pieces)
+            done += split(gm, topology.head, site, (whole,), [None], 1, pieces)
         graph_tools.delete_unused_tensors(gm)
         return done
+
+
+def check_experts(plan: ColumnPlan, topology: Topology) -> None:
+    """Raise ConfigError where bits are said of experts that there are none of, or of high columns that experts do not have."""
+    for said in plan.experts.items:
+        widths = {
+            (values.width(source(n)), SITE_OF_ROLE[meta.require(n, meta.LinearSite).role])
+            for block, f, _ in topology.mixtures if block.index == said.block for n in (*f.gates, *f.ups, f.down)
+        }  # fmt: skip
+        if not widths:
+            raise ConfigError(
+                f"option expert_bits: expected a block with experts; got block {said.block}, which has none"
+            )
+        split_up = any(part.kind == "high" for w, site in widths for part in plan.linear_parts(w, site, said.block))
+        if said.high and not split_up:
+            raise ConfigError(
+                f"option expert_bits: expected no bits of high columns, block {said.block} has none of them; got {said}"
+            )
 
 
 def parts_of(
@@ -69,9 +93,10 @@ def parts_of(
 
 
 def split(
-    gm: GraphModule, linear: Node, site: meta.LinearSite, parts: tuple[ColumnPart, ...], heads: int, pieces: dict[tuple, Node]
+    gm: GraphModule, linear: Node, site: meta.LinearSite, parts: tuple[ColumnPart, ...], experts: Sequence[tuple[int, ...] | None],
+    heads: int, pieces: dict[tuple, Node],
 ) -> int:  # fmt: skip
-    """Replace a linear by its parts; pieces of inputs that several linears read are shared."""
+    """Replace a linear by its parts; pieces of inputs that several linears read are shared. experts: bits of each one, for every part."""
     view = Linear.require(linear)
     x, bias, rows = view.x, view.bias, view.weight_shape(gm)[:-1]
     total: Node | None = None
@@ -82,7 +107,8 @@ def split(
         tensor = graph_tools.derive_tensor(gm, view.weight, name, change, shape, PartitionLinears.name)
         with gm.graph.inserting_before(linear):
             y = view.like(gm.graph, piece, tensor, None, PartitionLinears.name)
-            fact = meta.LinearPart(site, i, part.start, part.stop, part.weight_bits, part.activation_bits, heads)
+            most = part.weight_bits if experts[i] is None else max(experts[i] or ())
+            fact = meta.LinearPart(site, i, part.start, part.stop, most, part.activation_bits, heads, experts[i])
             meta.put(y, fact)
             total = y if total is None else emit(gm.graph, aten.add.Tensor, (total, y), linear, PartitionLinears.name)
     assert total is not None

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import ColumnPlan
+from resq_compiler.analysis.expert_bits import ExpertBits
 from resq_compiler.analysis.site_shares import Shares, SiteShares
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
@@ -24,7 +25,8 @@ class PlanColumns(Pass):
     The main bits hold for the columns outside the high part (`high_fraction` of them, at `high_bits`) and the low part (`low_fraction`,
     at `low_bits`). sites: shares of single sites. rank_multiple: columns of these parts are a multiple of it. split_down: inputs of
     down projections have parts too. lm_head_bits: none leaves lm_head in float. weight_group_size: columns of a part whose weights
-    share a scale (the last group of a part may be smaller; lm_head has a scale a row); none: a row has one.
+    share a scale (the last group of a part may be smaller; lm_head has a scale a row); none: a row has one. experts: bits of the weights
+    of single experts.
     """
 
     name: ClassVar[str] = "plan-columns"
@@ -43,6 +45,7 @@ class PlanColumns(Pass):
     split_down: bool = False
     lm_head_bits: Literal[8] | None = None
     weight_group_size: Literal[32, 64, 128] | None = None
+    experts: ExpertBits = ExpertBits()
 
     @property
     def plan(self) -> ColumnPlan:
@@ -50,7 +53,7 @@ class PlanColumns(Pass):
         return ColumnPlan(
             self.weight_bits, self.activation_bits, self.kv_bits,
             Shares(self.high_fraction, self.high_bits, self.low_fraction, self.low_bits),
-            self.sites, self.rank_multiple, self.split_down, self.lm_head_bits, self.weight_group_size,
+            self.sites, self.rank_multiple, self.split_down, self.lm_head_bits, self.weight_group_size, self.experts,
         )  # fmt: skip
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:

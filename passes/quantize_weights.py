@@ -65,9 +65,9 @@ class Site:
         """in_features of each part."""
         return [values.width(x) for x in self.inputs]
 
-    def parts(self) -> list[Part]:
-        """Weight bits and columns of each part, in the order that the parts' inputs have side by side."""
-        bits = [meta.require(node, meta.LinearPart).weight_bits for node in self.nodes]
+    def parts(self, expert: int = 0) -> list[Part]:
+        """Weight bits (of an expert, where it is one of experts) and columns of each part, in the order of their inputs side by side."""
+        bits = [meta.require(node, meta.LinearPart).bits_of(expert) for node in self.nodes]
         stops = list(itertools.accumulate(self.columns))
         return [Part(b, stop - width, stop) for b, stop, width in zip(bits, stops, self.columns, strict=True)]
 
@@ -190,12 +190,11 @@ def rounded(
     gm: GraphModule, site: Site, clip: Literal["mse", "max"], group_size: int | None
 ) -> list[weight_core.QuantizedWeight]:
     """Codes of a linear, or of those of experts, without a look at their inputs."""
-    parts, weight = site.parts(), site.weight(gm)
+    weight = site.weight(gm)
 
-    def rows(weight: Tensor) -> list[weight_core.QuantizedWeight]:
-        return weight_core.quantize_weight_rtn(weight, parts, clip=clip, group_size=group_size)
-
-    def quantize(_: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
+    def quantize(expert: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
+        parts = site.parts(expert)
+        rows = functools.partial(weight_core.quantize_weight_rtn, parts=parts, clip=clip, group_size=group_size)
         return quantize_shared(weight, parts, group_size, rows)
 
     return quantize(0, weight) if site.indices is None else quantize_each([weight], quantize)
@@ -297,10 +296,12 @@ def quantize_experts(
     inputs = inputs_of_experts(group[0], block, stream, options.all_experts)
     moments = ExpertMoments(inputs, runner, block.end, 1 if options.all_experts else options.expert_tokens)
     check_reached(moments.count(), inputs.experts, options.unreached == "layer")
-    hessians, parts = moments.each(), group[0].parts()
+    hessians = moments.each()
 
     def quantize(expert: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
-        return quantize_rows(weight, next(hessians), parts, f"expert {expert} of {group[0].fact.name}", ctx, options)
+        return quantize_rows(
+            weight, next(hessians), group[0].parts(expert), f"expert {expert} of {group[0].fact.name}", ctx, options
+        )
 
     codes = quantize_each([site.weight(gm) for site in group], quantize)
     return codes, ExpertReport(moments.counts, moments.own(), options.all_experts)

@@ -127,7 +127,8 @@ def compile(
         ctx.note_processes()
         plan = ctx.facts.find(ColumnPlan) or ColumnPlan()
         result = CompileResult(
-            gm, named.settled(begun.config, str(plan.sites)), begun.captured.cache, **about, stages=tuple(pipeline.stages),
+            gm, named.settled(begun.config, str(plan.sites), str(plan.experts)), begun.captured.cache, **about,
+            stages=tuple(pipeline.stages),
             notes=tuple(ctx.notes), topology=ctx.facts.find(Topology),
             sample_ids=None if ctx.calibration is None else ctx.calibration[:1], passes=to_text(begun.passes),
         )  # fmt: skip

@@ -72,12 +72,12 @@ def _order(low: Lowering, keys: str, count: str) -> str:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The weights that read one input, of several linears side by side: codes int8 [E, K, N] of `bits` and scales float32 [E, N], or
-    [E, groups, N] of `group_size` columns each; of float weights the array [E, K, N] alone."""
+    """The weights that read one input, of several linears side by side: codes int8 [E, K, N] of `bits`, those of each expert, and scales
+    float32 [E, N], or [E, groups, N] of `group_size` columns each; of float weights the array [E, K, N] alone."""
 
     name: str
     array: np.ndarray
-    bits: int = 16
+    bits: tuple[int, ...] = ()
     scales: np.ndarray | None = None
     group_size: int | None = None
 
@@ -90,8 +90,20 @@ class ExpertWeights:
         """All of the array; codes of up to 4 bits are INT4 in the file, and int8 when the model is loaded. Made outside of a loop."""
         if self.scales is None:
             return low.b.constant(self.array, name=f"{self.name}.T")
-        codes = stored_codes(low.b, self.array, self.bits, self.name)
-        return low.b.op("Cast", codes, to=TensorProto.INT8) if self.bits <= 4 else codes
+        narrow, wide = ([e for e, b in enumerate(self.bits) if (b <= 4) == small] for small in (True, False))
+        if not narrow or not wide:
+            return self._kept(low, self.array, self.name, bool(narrow))
+        pieces = (
+            self._kept(low, self.array[which], f"{self.name}.{label}", label == "narrow")
+            for label, which in (("narrow", narrow), ("wide", wide))
+        )
+        return low.b.op("Gather", low.b.op("Concat", *pieces, axis=0), low.b.constant(np.argsort([*narrow, *wide])))
+
+    def _kept(self, low: Lowering, codes: np.ndarray, name: str, narrow: bool) -> str:
+        """Codes of some experts."""
+        bits = 4 if narrow else 8
+        stored = stored_codes(low.b, codes, bits, name)
+        return low.b.op("Cast", stored, to=TensorProto.INT8) if narrow else stored
 
     def stored_scales(self, low: Lowering) -> str:
         """All scales."""
@@ -118,7 +130,8 @@ def expert_weights(low: Lowering, parts: Sequence[Linear | CodedLinear]) -> Expe
         return ExpertWeights(name, turned([low.tensor(part.weight) for part in floats]))
     coded = [part for part in parts if isinstance(part, CodedLinear)]
     scales = [low.tensor(part.scale) for part in coded]
-    bits = max(meta.require(part.node, meta.LinearPart).weight_bits for part in coded)
+    facts = [meta.require(part.node, meta.LinearPart) for part in coded]
+    bits = tuple(max(fact.bits_of(e) for fact in facts) for e in range(len(scales[0])))
     stacked = turned(scales) if scales[0].ndim == 3 else np.concatenate(scales, -1)
     return ExpertWeights(name, turned([low.tensor(part.qdata) for part in coded]), bits, stacked, coded[0].group_size)
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
+from resq_compiler.analysis.expert_bits import ExpertBits
 from resq_compiler.analysis.site_shares import Shares, SiteShares
+from resq_compiler.errors import ConfigError
 from resq_compiler.numerics.quantized import Part, parts_for
 
 FLOAT_BITS = 16  # stands for: not quantized
+KINDS: dict[int, Literal["low", "main", "high"]] = {2: "low", 4: "main", 8: "high"}  # by the bits in `column_parts`
 
 
 @dataclass(frozen=True)
 class ColumnPart:
-    """Columns start:stop of a linear's input with the bits of its weights and of its activations (16 = float)."""
+    """Columns start:stop of a linear's input with the bits of its weights and of its activations (16 = float), and which part they are."""
 
     start: int
     stop: int
     weight_bits: int
     activation_bits: int
+    kind: Literal["low", "main", "high"] = "main"
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class ColumnPlan:
     weight_bits, activation_bits, kv_bits: the main bits. common: shares with other bits at every site; sites: at single ones.
     rank_multiple: columns of these shares are a multiple of it. split_down: inputs of down projections have parts, too; else they are
     quantized whole, at the main bits. lm_head_bits: None where lm_head stays in float. weight_group_size: columns of a part whose weights
-    share a scale; None: all of a row.
+    share a scale; None: all of a row. experts: bits of the weights of single experts of a mixture.
     """
 
     weight_bits: int = 4
@@ -40,6 +45,7 @@ class ColumnPlan:
     split_down: bool = False
     lm_head_bits: int | None = None
     weight_group_size: int | None = None
+    experts: ExpertBits = ExpertBits()
 
     def shares(self, site: str, block: int | None = None) -> Shares:
         """Of a site, in a block where blocks differ."""
@@ -66,9 +72,24 @@ class ColumnPlan:
             return (ColumnPart(0, width, weight, activation),)
         bits = {2: shares.low_bits, 8: shares.high_bits}
         return tuple(
-            ColumnPart(p.start, p.stop, _bits(weight, bits.get(p.bits)), _bits(activation, bits.get(p.bits)))
+            ColumnPart(
+                p.start, p.stop, _bits(weight, bits.get(p.bits)), _bits(activation, bits.get(p.bits)), KINDS[p.bits]
+            )
             for p in self.column_parts(width, site, block)
         )
+
+    def expert_bits(self, part: ColumnPart, block: int | None, experts: int, where: str) -> tuple[int, ...] | None:
+        """Bits of each expert's weights in a part; None where all have those of the part. Raises ConfigError: said of other experts."""
+        said = self.experts.find(block)
+        if said is None or part.kind == "low" or part.weight_bits == FLOAT_BITS:
+            return None
+        bits = said.main if part.kind == "main" else said.high
+        if len(bits) != experts:
+            raise ConfigError(
+                f"option expert_bits: block {block} has {experts} experts ({where}); expected a digit for each, of {part.kind} columns "
+                f"too; got {said}"
+            )
+        return bits
 
     def cache_parts(self, width: int, site: str, block: int | None = None) -> tuple[Part, ...]:
         """Parts of a cached key or value (the site) of one head."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.sites import Site
-from resq_compiler.analysis.topology import Topology
+from resq_compiler.analysis.topology import Experts, Topology
 from resq_compiler.calibration import executor, precision
 from resq_compiler.calibration.aside import put_aside, wide
 from resq_compiler.calibration.lockstep import Lockstep
@@ -38,11 +38,15 @@ LENGTH = 256  # of a window: bounds what is kept for the backward pass
 
 @dataclass(frozen=True)
 class Place:
-    """A value whose rows are quantized in groups: [B, S, groups * width], or [B, groups, S, width] as keys and values are."""
+    """A value whose rows are quantized in groups: [B, S, groups * width], or [B, groups, S, width] as keys and values are.
+
+    Of experts, [B, S, k, width] with `indices`, which says whose rows are whose.
+    """
 
     node: Node
     groups: int = 1
     channels: bool = False  # of the moment, the diagonal is all that is wanted
+    experts: Experts | None = None
 
     def rows(self, x: Tensor) -> Tensor:
         """[tokens, groups, width], float64."""
@@ -62,7 +66,9 @@ def places(topology: Topology) -> dict[Site, list[Place]]:
             x = source((*f.gates, *f.ups)[0])
             found.setdefault(Site("mlp", i, j) if x in alone else Site("mlp"), []).append(Place(x))
         found[Site("o", i)] = [Place(source(a.o), a.num_heads)]
-        found[Site("down", i)] = [Place(source(f.down), channels=True) for _, f in block.main_feed_forwards]
+        found[Site("down", i)] = [
+            Place(source(f.down), channels=True, experts=f.experts) for _, f in block.main_feed_forwards
+        ]
         found[Site("key", i)] = [Place(a.new_keys, a.num_kv_heads)]
         found[Site("value", i)] = [Place(a.values[0], a.value_heads)]
         for vector in a.vectors:
@@ -70,10 +76,20 @@ def places(topology: Topology) -> dict[Site, list[Place]]:
     return found
 
 
+@dataclass(frozen=True)
+class Felt:
+    """What `measure` finds: moments of sites, and how far predictions are moved by an error as large as what an expert's down projection
+    reads, [experts] by the node of that projection's input: of what every expert's own tokens add to it, in nats a token. tokens: seen."""
+
+    moments: dict[Site, Tensor]
+    experts: dict[Node, Tensor]
+    tokens: int
+
+
 def measure(
     gm: GraphModule, topology: Topology, windows: Tensor, seed: int, progress: Callable[[str, int, int], None],
     work: WorkDirectory | None = None,
-) -> dict[Site, Tensor]:  # fmt: skip
+) -> Felt:  # fmt: skip
     """Second moments of every site, a row counting by half the mean square of its gradient: float64 [groups, width, width].
 
     Of down projections only the diagonal, [groups, width]. Where rows lose a share h of their energy in the directions of an orthogonal
@@ -85,21 +101,27 @@ def measure(
     sites = places(topology)
     length = min(LENGTH, windows.shape[1])
     windows = windows[:, :length][: max(1, TOKENS // length)]
-    wanted = {p.node for where in sites.values() for p in where}
+    all_places = [p for where in sites.values() for p in where]
+    wanted = {p.node for p in all_places} | {p.experts.indices for p in all_places if p.experts is not None}
     total: dict[Site, Tensor] = {}
+    experts: dict[Node, Tensor] = {}
     for values in backward(gm, topology, windows.split(1), wanted, generator(seed, "sensitivity"), progress, work):
         for site, where in sites.items():
             for place in where:
                 if place.node in values:
                     found = weighted_moment(values[place.node], place).cpu() / windows.numel()
                     total[site] = total[site].add_(found) if site in total else found
+                    if place.experts is not None:
+                        shares = expert_shares(values[place.node], values[place.experts.indices], place.experts.count)
+                        before = experts.setdefault(place.node, torch.zeros(place.experts.count, dtype=torch.float64))
+                        before += shares.cpu() / windows.numel()
         del values
         memory.trim()
     if bad := [site for site, moment in total.items() if not bool(moment.isfinite().all())]:
         raise DataError(
             f"sensitivity of {bad[0]}: the gradient is not finite on the calibration data; check the model and the text"
         )
-    return total
+    return Felt(total, experts, windows.numel())
 
 
 def backward(
@@ -150,7 +172,7 @@ class Way:
             for node in self.schedule.order:
                 if node not in env:
                     env[node] = executor.run_node(self.gm, node, env)
-                if node in self.seen:
+                if node in self.seen and env[node].is_floating_point():
                     env[node].retain_grad()
                 for dead in self.schedule.release.get(node, ()):
                     if dead is not self.start:
@@ -186,3 +208,11 @@ def weighted_moment(x: Tensor, place: Place) -> Tensor:
     rows, gradient = place.rows(x.detach()), place.rows(x.grad)
     weight = gradient.square().mean(-1, keepdim=True) / 2
     return (rows.square() * weight).sum(0) if place.channels else torch.einsum("tgi,tgj->gij", rows * weight, rows)
+
+
+def expert_shares(x: Tensor, indices: Tensor, experts: int) -> Tensor:
+    """Sum over the rows of each expert of |x|² |g|² / (2 width): float64 [experts]; x [B, S, k, width], g is x.grad, indices [..., k]."""
+    assert x.grad is not None
+    rows, gradient = x.detach().flatten(0, -2).double(), x.grad.flatten(0, -2).double()
+    felt = rows.square().sum(-1) * gradient.square().mean(-1) / 2
+    return felt.new_zeros(experts).index_add_(0, indices.flatten(), felt)

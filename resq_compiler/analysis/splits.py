@@ -15,7 +15,9 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +25,9 @@ from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.site_shares import MOST_LOW, SiteShare
 from resq_compiler.analysis.sites import Site
 from resq_compiler.errors import PassError
+
+Option = TypeVar("Option")
+Chooser = TypeVar("Chooser")
 
 WIDTHS = (5, 6, 7, 8)  # of the high part, where its bits are free
 
@@ -121,41 +126,49 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A split of a choice, with its price and error."""
+class Row(Generic[Option]):
+    """What a choice may become, with its price and error."""
 
     price: float
     error: float
     index: int
-    split: Split
+    split: Option
 
 
 def spend(choices: list[Choice], extra: float, menu: Menu) -> dict[Choice, Split]:
-    """The split of every site: from the cheapest on, always the change that lowers the error most for its price.
+    """The split of every site, from the cheapest on (`climb`). extra: bits a column beyond the main ones, on average.
 
-    extra: bits a column beyond the main ones, on average. Among a site's splits that walks the lower convex hull of error over price, so
-    that the result is optimal up to the last change that fits. Raises PassError: not even the cheapest splits fit.
+    Raises PassError: not even the cheapest splits fit.
     """
-    rows = {c: [_Row(c.price(s), c.error(s), i, s) for i, s in enumerate(menu.splits(c))] for c in choices}
+    rows = {c: [Row(c.price(s), c.error(s), i, s) for i, s in enumerate(menu.splits(c))] for c in choices}
     options = {c: sorted(found, key=lambda row: (row.price, row.error, row.index)) for c, found in rows.items()}
-    found = {c: each[0] for c, each in options.items()}
-    left = sum(c.cost * c.width for c in choices) * extra - sum(row.price for row in found.values())
+    left = sum(c.cost * c.width for c in choices) * extra - sum(each[0].price for each in options.values())
     if left < 0:
         raise PassError(
             f"a budget of {choices[0].main_bits + extra:.2f} average bits is less than the {choices[0].main_bits} main bits take; raise "
             "it, lower weight_bits, or say allocation=widths, which may also take bits away"
         )
-    order = itertools.count()
-    waiting: list[tuple[float, int, Choice, _Row]] = []
+    return {choice: row.split for choice, row in climb(options, left).items()}
 
-    def offer(choice: Choice) -> None:
+
+def climb(options: Mapping[Chooser, Sequence[Row[Option]]], left: float) -> dict[Chooser, Row[Option]]:
+    """The row of every choice: from the first ones on, always the change that lowers the error most for its price, while `left` lasts.
+
+    Among the rows of a choice that walks the lower convex hull of error over price, so that the result is optimal up to the last change
+    that fits. Rows are sorted by price.
+    """
+    found = {c: each[0] for c, each in options.items()}
+    order = itertools.count()
+    waiting: list[tuple[float, int, Chooser, Row[Option]]] = []
+
+    def offer(choice: Chooser) -> None:
         now = found[choice]
         better = [r for r in options[choice] if r.error < now.error and now.price < r.price <= now.price + left]
         if better:
             row = min(better, key=lambda r: (r.error - now.error) / (r.price - now.price))
             heapq.heappush(waiting, ((row.error - now.error) / (row.price - now.price), next(order), choice, row))
 
-    for choice in choices:
+    for choice in options:
         offer(choice)
     while waiting:
         _, _, choice, row = heapq.heappop(waiting)
@@ -163,4 +176,4 @@ def spend(choices: list[Choice], extra: float, menu: Menu) -> dict[Choice, Split
             left -= row.price - found[choice].price
             found[choice] = row
         offer(choice)
-    return {choice: row.split for choice, row in found.items()}
+    return found

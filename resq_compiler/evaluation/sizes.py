@@ -77,7 +77,7 @@ def average_bits(compiled: CompileResult) -> AverageBits:
         coded = isinstance(view, CodedLinear)
         *rows, columns = graph_tools.held(gm, view.qdata if isinstance(view, CodedLinear) else view.weight).shape
         scales = graph_tools.held(gm, view.scale).numel() if isinstance(view, CodedLinear) else 0
-        weights.add(math.prod(rows) * columns, part.weight_bits if coded else FLOAT_BITS, scales * SCALE_BITS)
+        weights.add(math.prod(rows) * columns, part.mean_weight_bits if coded else FLOAT_BITS, scales * SCALE_BITS)
         if view.x not in inputs:
             inputs.add(view.x)
             quantizer = Quantize.of(view.x)
@@ -121,8 +121,7 @@ def active_part(compiled: CompileResult) -> dict[str, dict[str, int]]:
         held = graph_tools.held(gm, view.qdata if isinstance(view, CodedLinear) else view.weight)
         size = held.nbytes
         if isinstance(view, CodedLinear):
-            codes = math.prod(held.shape[:-1]) * packed_length(held.shape[-1], part.weight_bits)
-            size = codes + graph_tools.held(gm, view.scale).nbytes
+            size = packed_bytes(held.shape, part) + graph_tools.held(gm, view.scale).nbytes
         choices, experts = (1, 1) if view.indices is None else (values.width(view.indices), held.shape[0])
         for name, total in (("weights", held.numel()), ("bytes", size)):
             found[name] += total
@@ -175,12 +174,7 @@ def _tensors(gm: GraphModule) -> Iterator[tuple[Node, str, int]]:
     for node, part in _parts(gm):
         head, view = part.site.role == "head", read_part(node)
         if isinstance(view, CodedLinear):
-            *rows, columns = view.codes(gm).shape
-            yield (
-                view.qdata,
-                "head" if head else "weight_codes",
-                math.prod(rows) * packed_length(columns, part.weight_bits),
-            )
+            yield view.qdata, "head" if head else "weight_codes", packed_bytes(view.codes(gm).shape, part)
             yield view.scale, "head" if head else "weight_scales", _bytes(gm, view.scale)
         else:
             yield view.weight, "head" if head else "weight_codes", _bytes(gm, view.weight)
@@ -191,6 +185,12 @@ def _tensors(gm: GraphModule) -> Iterator[tuple[Node, str, int]]:
             yield weight, "head", _bytes(gm, weight)
     for node in gm.graph.find_nodes(op="get_attr"):
         yield node, _kind(node), _bytes(gm, node)
+
+
+def packed_bytes(shape: torch.Size, part: meta.LinearPart) -> int:
+    """Of codes [..., columns], every row packed at its width."""
+    bits = part.expert_bits or (part.weight_bits,)
+    return sum(math.prod(shape[:-1]) // len(bits) * packed_length(shape[-1], b) for b in bits)
 
 
 def _kind(tensor: Node) -> str:

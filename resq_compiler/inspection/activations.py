@@ -274,9 +274,9 @@ def _add_noise(result: Diagnostics, gm: GraphModule, energies: dict[str, tuple[f
 
 def mean_bits(gm: GraphModule) -> dict[str, float]:
     """Bits of the columns of each block, averaged: blocks.N.weights, blocks.N.activations, blocks.N.KV cache."""
-    counts: dict[str, list[int]] = {}
+    counts: dict[str, list[float]] = {}
 
-    def count(block: int, kind: str, bits: int, columns: int) -> None:
+    def count(block: int, kind: str, bits: float, columns: int) -> None:
         pair = counts.setdefault(f"blocks.{block}.{kind}", [0, 0])
         pair[0] += bits * columns
         pair[1] += columns
@@ -285,7 +285,7 @@ def mean_bits(gm: GraphModule) -> dict[str, float]:
         part, site = meta.get(node, meta.LinearPart), meta.get(node, meta.QuantizerSite)
         if part is not None and part.site.block is not None:
             columns = (part.stop - part.start) * part.heads
-            count(part.site.block, "weights", part.weight_bits, columns)
+            count(part.site.block, "weights", part.mean_weight_bits, columns)
             count(part.site.block, "activations", part.activation_bits, columns)
         elif site is not None and site.kind == "kv" and site.block is not None:
             for bits, start, stop in QuantizeDequantize.require(node).parts:

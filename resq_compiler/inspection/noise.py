@@ -69,11 +69,11 @@ def noise_by_name(gm: GraphModule, ids: Tensor) -> dict[str, dict[str, Any]]:
     for node in gm.graph.nodes:
         site, part = meta.get(node, meta.QuantizerSite), meta.get(node, meta.LinearPart)
         if site is not None:
-            entry = {"kind": site.kind, "block": site.block, "bits": site.bits}
+            entry: dict[str, Any] = {"kind": site.kind, "block": site.block, "bits": site.bits}
             found[site.name] = {**entry, "sqnr_db": ratio_db(*energies[site.name])}
         name = part_name(part) if part is not None else ""
         if part is not None and name in weights:
-            entry = {"kind": "weight", "block": part.site.block, "bits": part.weight_bits}
+            entry = {"kind": "weight", "block": part.site.block, "bits": part.mean_weight_bits}
             found[name] = {**entry, "sqnr_db": weights[name]}
     return found
 

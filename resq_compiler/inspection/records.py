@@ -98,10 +98,13 @@ def bits_of(node: Node) -> str:
     part = meta.get(node, meta.LinearPart)
     coded = CodedLinear.of(node)
     if part is not None and coded is not None:
-        return f"W{part.weight_bits}A{part.activation_bits}" if coded.on_codes else f"W{part.weight_bits}"
+        bits = part.weight_bits_text
+        return f"W{bits}A{part.activation_bits}" if coded.on_codes else f"W{bits}"
     if node.op == "get_attr":
-        parts = {p.weight_bits for u in node.users if (p := meta.get(u, meta.LinearPart)) and u.target in CODE_LINEARS}
-        return str(parts.pop()) if len(parts) == 1 else ""
+        parts = {
+            p.weight_bits_text for u in node.users if (p := meta.get(u, meta.LinearPart)) and u.target in CODE_LINEARS
+        }
+        return parts.pop() if len(parts) == 1 else ""
     return ""
 
 

@@ -5,13 +5,14 @@ Values are frozen dataclasses: copies of a graph share them, so they must not ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from torch.fx import Node
 
 from resq_compiler.errors import VerifyError
 
+RARE = "rare"  # marks a field of a fact that is written only where it says something
 VALUE = "val"  # torch.fx's own key for the fake value of a node; read it through values.py
 
 
@@ -40,7 +41,10 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class LinearPart:
-    """One of the same-precision pieces of linear `site`: columns start:stop (of each of `heads` heads for o); 16 bits = float."""
+    """One of the same-precision pieces of linear `site`: columns start:stop (of each of `heads` heads for o); 16 bits = float.
+
+    expert_bits: of the weights of each expert, where these differ; weight_bits is the most of them.
+    """
 
     key: ClassVar[str] = "resq.part"
     site: LinearSite
@@ -50,6 +54,21 @@ class LinearPart:
     weight_bits: int
     activation_bits: int
     heads: int = 1
+    expert_bits: tuple[int, ...] | None = field(default=None, metadata={RARE: True})
+
+    @property
+    def mean_weight_bits(self) -> float:
+        """Of its weights, those of all experts."""
+        return self.weight_bits if self.expert_bits is None else sum(self.expert_bits) / len(self.expert_bits)
+
+    @property
+    def weight_bits_text(self) -> str:
+        """Such as 4, or 2-6 where experts differ."""
+        return str(self.weight_bits) if self.expert_bits is None else f"{min(self.expert_bits)}-{self.weight_bits}"
+
+    def bits_of(self, expert: int) -> int:
+        """Of the weights of an expert; of other linears, of all weights."""
+        return self.weight_bits if self.expert_bits is None else self.expert_bits[expert]
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,13 @@ def _node_to_dict(node: Node, tensor_info: Mapping[str, Mapping[str, Any]]) -> d
 def _facts(node: Node) -> dict[str, Any]:
     """Facts by their class; the origin is written beside them."""
     found: list[Any] = [fact for fact in meta.facts(node) if not isinstance(fact, meta.Origin)]
-    return {type(fact).__name__: dataclasses.asdict(fact) for fact in found}
+    return {type(fact).__name__: _fact_to_dict(fact) for fact in found}
+
+
+def _fact_to_dict(fact: Any) -> dict[str, Any]:
+    """All fields, but those that most nodes have nothing to say in."""
+    rare = {field.name for field in dataclasses.fields(fact) if field.metadata.get(meta.RARE)}
+    return {name: value for name, value in dataclasses.asdict(fact).items() if value is not None or name not in rare}
 
 
 def describe_value(value: Any) -> Any:
@@ -240,4 +246,10 @@ def _make_node(graph: Graph, item: Mapping[str, Any], made: Mapping[str, Node]) 
 
 def _make_fact(cls: type, fields: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
-    return cls(**{k: _make_fact(hints[k], v) if isinstance(v, dict) else v for k, v in fields.items()})
+
+    def value(name: str, given: Any) -> Any:
+        if isinstance(given, dict):
+            return _make_fact(hints[name], given)
+        return tuple(given) if isinstance(given, list) else given
+
+    return cls(**{name: value(name, given) for name, given in fields.items()})

@@ -142,7 +142,7 @@ RECIPES: dict[str, Recipe] = {
 }
 """A recipe of one's own is added here: RECIPES["mine"] = Recipe({"weight_bits": 8})."""
 
-SHARES_STATED = {"site_fractions": "", "low_fraction": 0.0, "basis": "pca"}
+SHARES_STATED = {"site_fractions": "", "expert_bits": "", "low_fraction": 0.0, "basis": "pca"}
 """Options that leave nothing to share out, and their usual values."""
 
 
@@ -226,18 +226,18 @@ def described(passes: tuple[Pass, ...], options: Mapping[str, Any]) -> CompileCo
             values |= {
                 name: getattr(item, name) for name in (*same, "rank_multiple", "lm_head_bits", "weight_group_size")
             }
-            values["site_fractions"] = str(item.sites)
+            values["site_fractions"], values["expert_bits"] = str(item.sites), str(item.experts)
         elif isinstance(item, ComputeBases):
             values["basis"] = "hadamard" if item.basis == "orthogonal" else item.basis
     return CompileConfig(**values, **options)
 
 
-def settled(settings: CompileConfig, sites: str) -> CompileConfig:
-    """Settings that give the same model without sharing out bits again: with the shares that were found."""
+def settled(settings: CompileConfig, sites: str, experts: str = "") -> CompileConfig:
+    """Settings that give the same model without sharing out bits again: with the shares, and bits of experts, that were found."""
     if not settings.allocates:
         return settings
     return dataclasses.replace(
-        settings, allocation="equal", average_bits=None, model_megabytes=None, site_fractions=sites
+        settings, allocation="equal", average_bits=None, model_megabytes=None, site_fractions=sites, expert_bits=experts,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from resq_compiler.analysis.expert_bits import ExpertBits
 from resq_compiler.analysis.site_shares import SiteShares, least_average
 from resq_compiler.errors import ConfigError
 
@@ -52,6 +53,7 @@ class CompileConfig:
     high_bits: HighBits = 8
     high_fraction: float = 1 / 8
     site_fractions: str = ""
+    expert_bits: str = ""
     allocation: Literal["equal", "sensitivity", "widths"] = "equal"
     average_bits: float | None = None
     model_megabytes: float | None = None
@@ -125,7 +127,10 @@ class CompileConfig:
         self._check_combinations()
         if not isinstance(self.site_fractions, str):
             raise ConfigError(f"option site_fractions: expected text such as mlp=1/4,o=0; got {self.site_fractions!r}")
+        if not isinstance(self.expert_bits, str):
+            raise ConfigError(f"option expert_bits: expected text such as 0=4432/8866; got {self.expert_bits!r}")
         SiteShares.parse(self.site_fractions)
+        ExpertBits.parse(self.expert_bits)
 
     def _check_allocation(self) -> None:
         if self.average_bits is not None:
@@ -141,14 +146,15 @@ class CompileConfig:
                     "option model_megabytes: expected no average_bits beside it, and weight_bits below high_bits; got "
                     f"average_bits={self.average_bits}, weight_bits={self.weight_bits}, high_bits={self.high_bits}"
                 )
-        if self.allocates and (self.basis != "pca" or self.low_fraction or self.site_fractions):
+        stated = next((n for n in ("site_fractions", "expert_bits") if getattr(self, n)), "site_fractions")
+        if self.allocates and (self.basis != "pca" or self.low_fraction or getattr(self, stated)):
             option = next(
                 (n for n in ("average_bits", "model_megabytes") if getattr(self, n) is not None), "allocation"
             )
             raise ConfigError(
-                f"option {option}: shares out columns along a pca basis; expected basis=pca, low_fraction=0 and no site_fractions, or "
+                f"option {option}: shares out columns along a pca basis; expected basis=pca, low_fraction=0 and no {stated}, or "
                 f"allocation=equal without average_bits and model_megabytes; got basis={self.basis}, low_fraction={self.low_fraction}, "
-                f"site_fractions={self.site_fractions!r}"
+                f"{stated}={getattr(self, stated)!r}"
             )
 
     def _check_combinations(self) -> None:
@@ -192,6 +198,11 @@ class CompileConfig:
     def sites(self) -> SiteShares:
         """What `site_fractions` says."""
         return SiteShares.parse(self.site_fractions)
+
+    @property
+    def experts(self) -> ExpertBits:
+        """What `expert_bits` says."""
+        return ExpertBits.parse(self.expert_bits)
 
     def _check_whole(self, name: str, least: int | None) -> None:
         value = getattr(self, name)

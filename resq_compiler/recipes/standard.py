@@ -85,7 +85,7 @@ def plan_columns(s: CompileConfig) -> PlanColumns:
         weight_bits=s.weight_bits, activation_bits=s.activation_bits, kv_bits=s.kv_bits, high_bits=s.high_bits,
         high_fraction=s.high_fraction, low_bits=s.low_bits, low_fraction=s.low_fraction, sites=s.sites,
         rank_multiple=s.rank_multiple, split_down=s.down_proj in SPLIT_DOWN, lm_head_bits=s.lm_head_bits,
-        weight_group_size=s.weight_group_size,
+        weight_group_size=s.weight_group_size, experts=s.experts,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Tensors of a compiled graph on disk: safetensors files, with codes below 8 bits packed (numerics/packing.py).
 
-`describe` says how each tensor is kept: {"dtype", "shape"} as in memory, "bits" where codes are packed, "same_as" where two names
-share one tensor. The description is written with the graph, and `read` checks the files against it.
+`describe` says how each tensor is kept: {"dtype", "shape"} as in memory, "bits" where codes are packed, for each expert where they differ,
+"same_as" where two names share one tensor. The description is written with the graph, and `read` checks the files against it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from resq_compiler.ir import graph_tools, meta
 from resq_compiler.ir.promises import Promised, Stored
 from resq_compiler.ir.views import CodedLinear
 from resq_compiler.numerics.packing import pack, packed_length, unpack
+from resq_compiler.storage import packed_experts
 from resq_compiler.storage.streaming import NAMES, save_file
 from resq_compiler.util import memory
 
@@ -52,13 +53,17 @@ def _identity(value: Tensor) -> tuple:
     return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
-def _code_bits(gm: GraphModule) -> dict[str, int]:
-    """Bits of the weight codes that pack into fewer bytes, by tensor name."""
-    bits: dict[str, int] = {}
+def _code_bits(gm: GraphModule) -> dict[str, int | list[int]]:
+    """Bits of the weight codes that pack into fewer bytes, by tensor name; a list where experts differ."""
+    bits: dict[str, int | list[int]] = {}
     for node in gm.graph.nodes:
         part = meta.get(node, meta.LinearPart)
         linear = CodedLinear.of(node)
-        if linear is not None and part is not None and part.weight_bits in PACKED_BITS:
+        if linear is None or part is None:
+            continue
+        if part.expert_bits is not None:
+            bits[str(linear.qdata.target)] = list(part.expert_bits)
+        elif part.weight_bits in PACKED_BITS:
             bits[str(linear.qdata.target)] = part.weight_bits
     return bits
 
@@ -88,12 +93,18 @@ def _like(fields: Mapping[str, Any]) -> Tensor:
 def _on_disk(fields: Mapping[str, Any]) -> tuple[list[int], str]:
     """Shape and type in a file."""
     shape, bits = list(fields["shape"]), fields.get("bits")
+    if isinstance(bits, list):
+        return [packed_experts.stops(bits, shape)[-1]], "uint8"
     return ([*shape[:-1], packed_length(shape[-1], bits)], "uint8") if bits else (shape, str(fields["dtype"]))
 
 
 def _packed(gm: GraphModule, name: str, fields: Mapping[str, Any]) -> Tensor:
     value = graph_tools.made(gm, name)
-    packed = pack(value.cpu(), fields["bits"]) if "bits" in fields else value.cpu().contiguous()
+    bits = fields.get("bits")
+    if isinstance(bits, list):
+        packed = packed_experts.pack(value.cpu(), bits)
+    else:
+        packed = value.cpu().contiguous() if bits is None else pack(value.cpu(), bits)
     if packed.data_ptr() != value.data_ptr():
         memory.page_out_tensor(value)
     return packed
@@ -173,6 +184,8 @@ def _lying(value: Tensor, fields: Mapping[str, Any]) -> Tensor:
     """A tensor as it was in memory: the mapped one, or a promise of the codes that are packed in it."""
     if "bits" not in fields:
         return value
+    if isinstance(fields["bits"], list):
+        return Promised(packed_experts.promise(value, fields["bits"], fields["shape"]))
     bits, length = int(fields["bits"]), int(fields["shape"][-1])
     unpacked = Stored(fields["shape"], torch.int8, lambda start, stop: unpack(value[start:stop], bits, length))
     return Promised(unpacked)

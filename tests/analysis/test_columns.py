@@ -92,7 +92,7 @@ def test_sites_may_have_bits_of_their_own():
     config = plan(split_down=True, sites="mlp=1/4@6,down.1=1/8:1/4@3,key=1/4@5,attention=0:1/8")
     assert config.sites.find("down", 1) == SiteShare(Site("down", 1), 1 / 8, None, 1 / 4, 3)
     assert config.shares("down", 1) == Shares(1 / 8, 8, 1 / 4, 3) and config.shares("value") == Shares(1 / 8, 8, 0.0, 2)
-    assert config.linear_parts(64, "mlp") == (ColumnPart(0, 48, 4, 4), ColumnPart(48, 64, 6, 6))
+    assert config.linear_parts(64, "mlp") == (ColumnPart(0, 48, 4, 4, "main"), ColumnPart(48, 64, 6, 6, "high"))
     assert [(p.start, p.weight_bits) for p in config.linear_parts(64, "down", block=1)] == [(0, 3), (16, 4), (56, 8)]
     assert [(p.start, p.weight_bits) for p in config.linear_parts(64, "attention")] == [(0, 2), (8, 4)]
     assert config.cache_parts(16, "key") == (Part(4, 0, 12), Part(5, 12, 16))

@@ -25,7 +25,7 @@ SITES = (Site("attention"), Site("mlp"), Site("o", 1), Site("down", 0), Site("ke
 
 
 def measure(built, seed: int = 0) -> dict[Site, torch.Tensor]:
-    return sensitivity.measure(built.gm, built.topology, built.ctx.windows, seed, built.ctx.progress)
+    return sensitivity.measure(built.gm, built.topology, built.ctx.windows, seed, built.ctx.progress).moments
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "opt"])

@@ -28,8 +28,9 @@ HELP: dict[str, str] = {
     "first two also for one block: "
     "SITE[.BLOCK]=HIGH[@BITS][:LOW[@BITS]], "
     "such as mlp=1/4,o=0,down.3=1/2@6",
-    "allocation": "sensitivity: high columns go to the sites and blocks where predictions feel them most; widths: at 5 to 8 bits, and "
-    "low columns too",
+    "expert_bits": "bits of the weights of single experts: BLOCK=MAIN[/HIGH], a digit for every expert, such as 0=4432/8866",
+    "allocation": "sensitivity: high columns go to the sites and blocks where predictions feel them most, and bits of weights to the "
+    "experts; widths: at 5 to 8 bits, and low columns too",
     "average_bits": "a budget to share out in that way in any case, such as 4.5; with widths also below the main bits",
     "model_megabytes": "the same, as the size of the compiled model in MB, embeddings and all",
     "low_bits": "bits of the low part",
