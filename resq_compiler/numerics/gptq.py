@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resq_compiler.errors import QuantError
+from resq_compiler.numerics import inverse_factor
 from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts
 from resq_compiler.numerics.scale_search import Clip, check_weight
 from resq_compiler.numerics.weights import QuantizedWeight, part_scale
@@ -61,7 +62,7 @@ def gptq(
              by rounding only.    damping: fraction of mean(diag H).    act_order: within each part, columns by
              descending diag H.    clip: see search_scale; weighted_clip weighs its errors by diag H.
              group_size: columns of a part that share a scale; None: all. With act_order a column keeps the scale of its own group.
-             overwrite: the memory of a float64 hessian is used for its factor: one matrix of this size less.
+             overwrite: the memory of a float64 hessian is used for its factor: no other matrix of this size is made.
     Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N], or [N, groups].
     Raises:  QuantError: shapes, options or values not usable; H not positive definite even with 100x the damping.
     Source:  GPTQ (arXiv 2210.17323) algorithm 1. Differs: errors move on by recursive halving; dead columns are rounded, not zeroed.
@@ -71,13 +72,12 @@ def gptq(
     moment = hessian.to(torch.float64)
     diagonal = moment.diagonal().clone()
     order = _column_order(diagonal, parts, act_order)
-    upper, used = _inverse_factor(moment, order, damping, overwrite)
+    upper, used = _inverse_factor(moment if overwrite or moment is not hessian else moment.clone(), order, damping)
     weighting = diagonal if weighted_clip else None
     scales = [_part_scale(w, p, clip, weighting, group_size) for p in parts]
     columns = w.t()[order].contiguous()
     each = [column for p, s in zip(parts, scales, strict=True) for column in _columns(p, s, group_size)]
     loop = _Loop(columns, upper, [each[j] for j in order.tolist()], block_size)
-    del upper
     loop.run(0, w.shape[1])
     found, row_loss = loop.codes, loop.errors.double().square_().sum(0)
     codes = torch.empty_like(found)
@@ -90,7 +90,10 @@ def gptq(
 
 
 class _Loop:
-    """State of one run, columns as contiguous rows: weights, errors and codes are [K, N]. columns: scale [N] and code of each."""
+    """State of one run, columns as contiguous rows: weights, errors and codes are [K, N]. columns: scale [N] and code of each.
+
+    upper: U, of which only the upper triangle is looked at, every block of it once.
+    """
 
     def __init__(
         self,
@@ -105,25 +108,30 @@ class _Loop:
         self.block_size = block_size
         self.columns = columns
         self.inverse_diagonal = (1 / upper.diagonal()).tolist()
-        # transposed, so that what column j receives from the earlier ones is the contiguous row [j, :j]
-        self.spread = torch.empty(upper.shape, dtype=torch.float32, device=upper.device).copy_(upper.t())
+        self.upper = upper
 
     def run(self, start: int, stop: int) -> None:
         """Quantize columns [start, stop); errors of earlier columns are already in their weights."""
         if stop - start <= self.block_size:
+            spread = self._spread(slice(start, stop), slice(start, stop))
             for j in range(start, stop):
-                self._column(start, j)
+                self._column(start, j, spread[j - start])
             return
         middle = (start + stop) // 2
         self.run(start, middle)
         rest, done = slice(middle, stop), slice(start, middle)
-        self.weights[rest].addmm_(self.spread[rest, done], self.errors[done], alpha=-1)
+        self.weights[rest].addmm_(self._spread(rest, done), self.errors[done], alpha=-1)
         self.run(middle, stop)
 
-    def _column(self, start: int, j: int) -> None:
+    def _spread(self, to: slice, done: slice) -> Tensor:
+        """What columns receive from the errors of earlier ones: float32, a contiguous row for each that receives."""
+        block = self.upper[done, to].t()
+        return torch.empty(block.shape, dtype=torch.float32, device=block.device).copy_(block)
+
+    def _column(self, start: int, j: int, spread: Tensor) -> None:
         column = self.weights[j]
         if j > start:
-            column.addmv_(self.errors[start:j].t(), self.spread[j, start:j], alpha=-1)
+            column.addmv_(self.errors[start:j].t(), spread[: j - start], alpha=-1)
         scale, spec = self.columns[j]
         code = (column / scale).round_().clamp_(spec.qmin, spec.qmax)
         self.codes[j] = code
@@ -152,40 +160,26 @@ def _column_order(diagonal: Tensor, parts: Sequence[Part], act_order: bool) -> T
     return torch.cat(pieces)
 
 
-def _inverse_factor(moment: Tensor, order: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, float]:
-    """U upper triangular with U^T U = (H + damping)^-1, rows and columns of H in the given order, and the damping used.
+def _inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U with U^T U = (H + damping)^-1, rows and columns of H in the given order, and the damping used.
 
-    Factoring H with rows and columns reversed gives H = M M^T, M upper triangular; U = M^-1. One Cholesky factorization
-    and one triangular inverse in place: H^-1 itself is never formed, and two matrices of this size exist at a time beside H, or with it
-    where H is overwritten, which holds U then.
+    It is the upper triangle of the matrix that is returned, the one that was given; the lower one holds other values.
     """
-    backwards = order.flip(0)
-    damped = moment[backwards[:, None], backwards]
-    lower = moment if overwrite else torch.empty_like(moment)
-    found = damped.diagonal().clone()
+    if not torch.equal(order, torch.arange(len(order), device=order.device)):
+        inverse_factor.reorder(moment, order)
+    found = moment.diagonal().clone()
     found += found == 0  # a dead column counts as 1
-    info = torch.empty((), dtype=torch.int32, device=moment.device)
     for retry in range(_DAMPING_RETRIES):
         used = damping * 10**retry
-        damped.diagonal().copy_(found + used * found.mean())
-        torch.linalg.cholesky_ex(damped, out=(lower.mT, info))  # columns are contiguous, as LAPACK has them
-        if int(info) == 0:
-            inverse = torch.eye(len(lower), out=damped)
-            torch.linalg.solve_triangular(lower.mT, inverse, upper=False, out=inverse)
-            return _turned(inverse, lower), used
+        moment.diagonal().copy_(found + used * found.mean())
+        if inverse_factor.invert(moment):
+            return moment, used
+        inverse_factor.restore(moment)
     raise QuantError(
         f"gptq: the [{len(moment)}, {len(moment)}] second moment is not positive definite with damping {used:g} * "
         f"mean(diag) (diagonal from {float(found.min()):g}, mean {float(found.mean()):g}); check that it is "
         "sum x^T x, or raise damping"
     )
-
-
-def _turned(matrix: Tensor, into: Tensor, rows: int = 256) -> Tensor:
-    """matrix.flip(0, 1), in the memory of another one."""
-    for start in range(0, len(matrix), rows):
-        piece = matrix[start : start + rows]
-        into[len(matrix) - start - len(piece) : len(matrix) - start] = piece.flip(0, 1)
-    return into
 
 
 def _check(w: Tensor, hessian: Tensor, parts: Sequence[Part], block_size: int, damping: float) -> None:
