@@ -26,13 +26,13 @@ from typing import Any
 import accuracy
 import torch
 
-from resq_compiler import api
 from resq_compiler.calibration import precision
 from resq_compiler.calibration.data import calibration_windows, text_windows
 from resq_compiler.cli import environment
 from resq_compiler.cli.commands.common import model_source
 from resq_compiler.evaluation.predictions import evaluate
 from resq_compiler.frontend import models
+from resq_compiler.frontend.capture import capture
 from resq_compiler.model import CompiledModel
 from resq_compiler.pipeline.passes import PassContext
 from resq_compiler.pipeline.run import Pipeline
@@ -175,7 +175,7 @@ class Bench:
                 f"error: {self.text}: {len(self.windows)} windows, expected {arguments.windows}; give a longer text"
             )
         self.logits = {tuple(w.tolist()): self.loaded.model(w[None]) for w in self.windows}
-        captured = api._capture_float32(self.loaded.model, False, lambda *step: None)
+        captured = capture(self.loaded.model)
         self.gm, self.cache = captured.graph_module, captured.cache
         sizes = {n: getattr(arguments, n) for n in ("calibration_samples", "calibration_length")}
         self.config = settings("resq+", **sizes)
