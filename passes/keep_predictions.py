@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.learning.end_to_end import teach
+from resq_compiler.learning.holding import hold
 from resq_compiler.learning.losses import Teacher
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
@@ -34,6 +35,7 @@ class KeepPredictions(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         topology = ctx.facts.get(Topology)
+        hold(gm, ctx.work)
         found = teach(gm, topology, ctx.windows, self.top, lambda i, n: ctx.progress("float predictions", i, n))
         ctx.facts.put(Teacher(found))
         return 0

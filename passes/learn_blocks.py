@@ -26,6 +26,7 @@ from resq_compiler.ir.views import Linear
 from resq_compiler.learning.blockwise import BlockTask, advance
 from resq_compiler.learning.clipped_weights import ClippedWeights, coded_parts
 from resq_compiler.learning.end_to_end import Model
+from resq_compiler.learning.holding import hold
 from resq_compiler.learning.learned import Learned
 from resq_compiler.learning.loop import Plan, Task, held_back, learn, report
 from resq_compiler.learning.places import Places
@@ -63,6 +64,7 @@ class LearnBlocks(Pass):
         topology, windows = ctx.facts.get(Topology), ctx.windows[: self.windows]
         held_back(len(windows), self.name)
         Places(gm, topology, ctx.facts.get(ColumnPlan)).check(self.name, pairs=True)
+        hold(gm, ctx.work)
         model = Model(gm, topology)
         start = [model.stream_start(Run(gm), ids) for ids in windows.split(1)]
         exact, quantized = start, start

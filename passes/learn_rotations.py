@@ -22,7 +22,7 @@ from resq_compiler.analysis.columns import ColumnPlan
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.learning.end_to_end import Loss, Model
 from resq_compiler.learning.learned import Learned
-from resq_compiler.learning.loop import Plan
+from resq_compiler.learning.loop import Plan, judge_every
 from resq_compiler.learning.losses import Teacher, cross_entropy, divergence
 from resq_compiler.learning.places import Places
 from resq_compiler.pipeline.learning_end_to_end import learn_end_to_end
@@ -34,8 +34,8 @@ from resq_compiler.pipeline.passes import Pass, PassContext
 class LearnRotations(Pass):
     """Learn, and multiply what was learned into the weights; the start stays where nothing better was found.
 
-    loss: what falls; "divergence" needs keep-predictions before. scales: of channels, too. steps: at most. rate: of the first step.
-    batch: windows a step. patience: judgements, one every 10 steps, without a better one that end learning.
+    loss: what falls; "divergence" needs keep-predictions before. scales: of channels, too. steps: at most. rate: the highest.
+    batch: windows a step. patience: judgements, 20 in all or one every 10 steps, without a better one that end learning.
     """
 
     name: ClassVar[str] = "learn-rotations"
@@ -60,7 +60,7 @@ class LearnRotations(Pass):
         places = Places(gm, topology, ctx.facts.get(ColumnPlan))
         places.check(self.name, pairs=True)
         learned = self._places(places, ctx)
-        plan = Plan(self.steps, self.rate, self.batch, patience=self.patience, optimizer=self.optimizer)
+        plan = Plan(self.steps, self.rate, self.batch, judge_every(self.steps), self.patience, self.optimizer)
         return learn_end_to_end(self.name, Model(gm, topology), learned, self._loss_of(ctx), plan, ctx)
 
     def _places(self, places: Places, ctx: PassContext) -> Learned:

@@ -41,9 +41,10 @@ LAYOUT = 3  # of these files
 class WorkDirectory:
     """Named sets of tensors of one compile."""
 
-    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any]):
-        """Open or make the directory. Raises ConfigError: it belongs to another compile, or to something else."""
-        self.path = Path(path).expanduser()
+    def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], temporary: bool = False):
+        """Open or make the directory. temporary: nobody goes on from it. Raises ConfigError: it belongs to another compile, or to
+        something else."""
+        self.path, self.temporary = Path(path).expanduser(), temporary
         known = self._read_fingerprint()
         if known is None:
             self._write(FINGERPRINT, lambda file: file.write_text(json.dumps(fingerprint, indent=1)))
@@ -118,7 +119,7 @@ def temporary(owner: object) -> WorkDirectory:
     """A work directory that nobody goes on from: it is removed with its owner."""
     path = tempfile.mkdtemp(prefix="resq-")
     weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
-    return WorkDirectory(path, {"temporary": True})
+    return WorkDirectory(path, {"temporary": True}, temporary=True)
 
 
 def fingerprint(

@@ -1,6 +1,7 @@
 """Learning against the predictions of the float model, with the memory of one block whatever the model's depth.
 
-Forward, only the stream between blocks is kept; backward, every block runs once more and passes the gradient of its input on.
+Forward, only the stream between blocks is kept; backward, every block runs once more and passes the gradient of its input on. Where there
+is memory for it, the insides of the blocks are kept too, and run once.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis.topology import Topology
+from resq_compiler.analysis.topology import Block, Topology
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools
 from resq_compiler.learning.learned import Learned
 from resq_compiler.learning.losses import TopPredictions
 from resq_compiler.learning.running import Run, shared_values
-from resq_compiler.util import memory
+from resq_compiler.util import machine, memory
 
 
 class Loss(Protocol):
@@ -36,6 +37,7 @@ class Model:
     gm: GraphModule
     topology: Topology
     _shared: dict[torch.Size, dict[Node, Any]] = field(default_factory=dict)
+    _fits: dict[torch.Size, bool] = field(default_factory=dict)
 
     @property
     def logits(self) -> Node:
@@ -72,22 +74,56 @@ class Model:
 
     def backward(self, run: Run, ids: Tensor, losses: Sequence[Callable[[Tensor], Tensor]]) -> float:
         """The mean loss of windows [B, length]; its gradients are added to the leaves that the run reads."""
-        blocks, shared, kept = self.topology.blocks, self.shared(run, ids), self.stream(run, ids)
-        last, total = kept.pop().requires_grad_(), 0.0
+        blocks, kept = self.topology.blocks, self._forward(run, ids)
+        last, total = kept[-1][1].detach().requires_grad_(), 0.0
         for i, loss_of in enumerate(losses):  # one at a time: logits are the largest values of all
             loss = loss_of(self.predictions(run, ids[i : i + 1], last[i : i + 1])) / len(losses)
             loss.backward()
             total += float(loss.detach())
         gradient = last.grad
-        for block, value in zip(reversed(blocks), reversed(kept), strict=True):
-            start = value.detach().requires_grad_()
-            end = run.to([block.end], {**shared, block.start: start})[block.end]
+        for block in reversed(blocks):
+            start, end = kept.pop()
+            if not end.requires_grad:
+                end = self._behind(run, ids, block, start)
             end.backward(gradient)
             gradient = start.grad
-        first = run.to([blocks[0].start], dict(shared))[blocks[0].start]
+        first = run.to([blocks[0].start], self.shared(run, ids))[blocks[0].start]
         if first.requires_grad:
             first.backward(gradient)
         return total
+
+    def _behind(self, run: Run, ids: Tensor, block: Block, start: Tensor) -> Tensor:
+        """The stream behind a block."""
+        found: Tensor = run.to([block.end], {**self.shared(run, ids), block.start: start})[block.end]
+        return found
+
+    def _forward(self, run: Run, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The stream before and behind every block; with what gradients need of its inside, where a quarter of free memory holds it."""
+        value, kept, blocks = self.stream_start(run, ids), [], self.topology.blocks
+        if ids.shape not in self._fits:
+            needed = saved_bytes(lambda: self._behind(run, ids, blocks[0], value.detach().requires_grad_()))
+            self._fits[ids.shape] = needed * len(blocks) < (machine.free_memory() or 0) / 4
+        for block in blocks:
+            start = value.detach().requires_grad_()
+            with torch.set_grad_enabled(self._fits[ids.shape]):
+                value = self._behind(run, ids, block, start)
+            kept.append((start, value))
+        return kept
+
+
+def saved_bytes(compute: Callable[[], Tensor]) -> int:
+    """How much memory a computation keeps for its gradients."""
+    sizes: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        result = compute()  # held until the sizes are known: memory that is free again would be counted once
+    del result
+    return sum(sizes.values())
 
 
 @dataclass

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from resq_compiler.calibration import precision
 from resq_compiler.ir import graph_tools
 from resq_compiler.ir.args import set_argument
 from resq_compiler.ir.views import Embedding, Norm, Quantize, QuantizeDequantize
 from resq_compiler.learning.clipped_weights import ClippedWeights
+from resq_compiler.learning.learned_codes import LearnedCodes
 from resq_compiler.learning.running import Run
 from resq_compiler.numerics.transforms import HeadRotation, Learnable, Rotation, Scaling, Transform
 
@@ -36,8 +38,8 @@ class Change:
 class Learned(nn.Module):
     """Learned transforms by name, the tensors that they change, and learned clips of quantizers.
 
-    weights: scales of codes, learned too. norms: whose values transforms scale. embeddings: whose rows they change; these are looked up
-    first while learning, because tables are large.
+    weights: scales of codes that are made of float weights, learned too. codes: codes, learned too. norms: whose values transforms scale.
+    embeddings: whose rows they change; these are looked up first while learning, because tables are large.
 
     One step: `begin`, any number of runs and backward passes, `end`. Between them the transforms are leaves, so that every block may run
     backward on its own.
@@ -48,10 +50,13 @@ class Learned(nn.Module):
         self.transforms = nn.ModuleDict()
         self.shares = nn.ParameterDict()
         self.changes: dict[str, list[Change]] = {}
+        self.late: dict[str, list[Change]] = {}
+        self.undone: dict[Node, str] = {}
         self.norms: dict[Node, str] = {}
         self.embeddings: dict[Node, str] = {}
         self.quantizers: dict[Node, str] = {}
         self.weights: ClippedWeights | None = None
+        self.codes: LearnedCodes | None = None
         self._made: dict[str, Transform] = {}
         self._leaves: dict[str, Transform] = {}
 
@@ -62,6 +67,11 @@ class Learned(nn.Module):
     def change(self, target: str, learned: str, apply: Callable[[Transform, Tensor], Tensor]) -> None:
         """Let a tensor of the model go through a transform."""
         self.changes.setdefault(target, []).append(Change(learned, apply))
+
+    def undo(self, node: Node, target: str, learned: str, apply: Callable[[Transform, Tensor], Tensor]) -> None:
+        """While learning, let a value go back through a transform, because the tensor that reads it is large: it is changed at the end."""
+        self.undone[node] = learned
+        self.late.setdefault(target, []).append(Change(learned, apply))
 
     def add_clip(self, node: Node, clip: float) -> None:
         """Learn the share of its range that a quantizer covers."""
@@ -76,6 +86,8 @@ class Learned(nn.Module):
 
     def begin(self) -> None:
         """Take the transforms of the parameters as they are now."""
+        if self.codes is not None:
+            self.codes.begin()
         with torch.enable_grad():
             self._made = {name: transform_of(module) for name, module in self.transforms.items()}
         self._leaves = {name: leaf_of(transform) for name, transform in self._made.items()}
@@ -94,24 +106,32 @@ class Learned(nn.Module):
     def run(self, gm: GraphModule) -> Run:
         """How to run the graph with what was learned so far."""
         behind = {node: self._behind(name) for node, name in (self.norms | self.embeddings).items()}
+        behind |= {node: self._back(name) for node, name in self.undone.items()}
         clips = {node: self.shares[name].clamp(LEAST_CLIP, 1.0) for node, name in self.quantizers.items()}
         return Run(gm, tensor=self.tensor, behind=behind, clips=clips)
 
     def _behind(self, name: str) -> Callable[[Tensor], Tensor]:
         return lambda value: self._leaves[name].forward(value)
 
+    def _back(self, name: str) -> Callable[[Tensor], Tensor]:
+        return lambda value: self._leaves[name].inverse(value)
+
     def tensor(self, target: str, value: Tensor) -> Tensor:
-        """A tensor of the model, changed."""
-        for change in self.changes.get(target, ()):
+        """A tensor of the model, changed; in the dtype that linears round it to anyway, unless codes are made of it."""
+        changes = self.changes.get(target, ())
+        if changes and self.weights is None and precision.dtype() != torch.float32:
+            value = value.to(precision.dtype())
+        for change in changes:
             value = change.apply(self._leaves[change.learned], value)
+        value = value if self.codes is None else self.codes.tensor(target, value)
         return value if self.weights is None else self.weights.tensor(target, value)
 
     @torch.no_grad()
     def write(self, gm: GraphModule, made_by: str) -> None:
-        """Put what was learned into the graph: weights, gains of norms, clips."""
+        """Put what was learned into the graph: weights, codes, gains of norms, clips."""
         exact = {name: exactly(transform_of(module)) for name, module in self.transforms.items()}
         nodes = {str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}
-        for target, changes in self.changes.items():
+        for target, changes in (self.changes | self.late).items():
             graph_tools.change_tensor(gm, nodes[target], functools.partial(changed, changes=changes, exact=exact))
         for node, name in self.embeddings.items():
             Embedding.require(node).change_rows(gm, exact[name].forward)
@@ -119,6 +139,8 @@ class Learned(nn.Module):
             write_gain(gm, node, exact[name], made_by)
         for node, name in self.quantizers.items():
             set_argument(node, "clip", round(float(self.shares[name].clamp(LEAST_CLIP, 1.0)), 6))
+        if self.codes is not None:
+            self.codes.write(gm)
 
 
 def changed(value: Tensor, changes: list[Change], exact: Mapping[str, Transform]) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import DataError
 from resq_compiler.numerics.seeds import generator
 
+WARM_UP = 10  # steps until the rate is whole: the first steps of Adam are as long as the rate, whatever the gradient
 RETREATS = 3  # after so many steps that were not finite, learning ends
 
 
 @dataclass(frozen=True)
 class Plan:
-    """steps: at most. rate: of the first step; it falls to zero as a cosine. batch: windows a step. patience: judgements without a
-    better one that end learning. judge_every: steps. optimizer: "adam", or "sgd" with momentum 0.9.
+    """steps: at most. rate: the highest; it rises for WARM_UP steps and falls to zero as a cosine. batch: windows a step. judge_every:
+    steps. patience: judgements without a better one that end learning. optimizer: "adam", or "sgd" with momentum 0.9.
     """
 
     steps: int
@@ -51,7 +52,8 @@ class Outcome:
 @dataclass(frozen=True)
 class Task:
     """What is learned. name: of files, draws and messages. module: its parameters. step: from the numbers of windows to the loss, whose
-    gradients are then in the parameters. judge: the loss on windows that are not trained on.
+    gradients are then in the parameters. judge: the loss on windows that are not trained on. factors: of the rate, by the first part of
+    a parameter's name.
     """
 
     name: str
@@ -59,6 +61,14 @@ class Task:
     windows: int
     step: Callable[[list[int]], float]
     judge: Callable[[], float]
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters by the factor of their rate, as optimizers take them."""
+        found: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.module.named_parameters():
+            found.setdefault(self.factors.get(name.partition(".")[0], 1.0), []).append(parameter)
+        return [{"params": parameters, "factor": factor} for factor, parameters in found.items()]
 
 
 def learn(
@@ -97,11 +107,10 @@ class _State:
 
     @classmethod
     def begin(cls, task: Task, plan: Plan) -> _State:
-        parameters = list(task.module.parameters())
         if plan.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=plan.rate, momentum=0.9)
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(task.groups(), lr=plan.rate, momentum=0.9)
         else:
-            optimizer = torch.optim.Adam(parameters, lr=plan.rate, betas=(0.9, 0.95))
+            optimizer = torch.optim.Adam(task.groups(), lr=plan.rate, betas=(0.9, 0.95), fused=True)
         loss = task.judge()
         if not math.isfinite(loss):
             raise DataError(f"{task.name}: the loss is {loss} before the first step; check the model and the text")
@@ -109,9 +118,10 @@ class _State:
 
     def advance(self, seed: int) -> None:
         """One step."""
-        rate = self.plan.rate * 0.5**self.retreats * (1 + math.cos(math.pi * self.step / self.plan.steps)) / 2
+        falling = (1 + math.cos(math.pi * self.step / self.plan.steps)) / 2
+        rate = self.plan.rate * 0.5**self.retreats * falling * min(1.0, (self.step + 1) / WARM_UP)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad()
         draw = generator(seed, self.task.name, self.step)
         picked = torch.randint(self.task.windows, (self.plan.batch,), generator=draw).tolist()
@@ -151,8 +161,8 @@ class _State:
         return self.outcome
 
     def keep(self, work: WorkDirectory | None) -> None:
-        """Write everything that the next step depends on, if there is a work directory."""
-        if work is None:
+        """Write everything that the next step depends on, if there is a work directory that somebody may go on from."""
+        if work is None or work.temporary:
             return
         tensors = {f"now.{n}": t for n, t in self.task.module.state_dict().items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()}
@@ -178,6 +188,11 @@ class _State:
                 self.optimizer.state[parameter] = found
         self.outcome.start, self.outcome.best = tensors["numbers"].tolist()
         self.outcome.step, self.step, self.stale, self.retreats = (int(n) for n in tensors["counts"])
+
+
+def judge_every(steps: int) -> int:
+    """Judgements take time too: 20 of them, or one every 10 steps where these are fewer than 200."""
+    return max(10, steps // 20)
 
 
 def held_back(windows: int, name: str) -> int:

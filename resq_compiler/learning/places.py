@@ -47,7 +47,7 @@ class Places:
         if self.topology.mixtures or self.topology.routers:
             raise PassError(
                 f"{name}: the model has experts, whose quantized operators have no gradients here; compile it without learning "
-                "(learn_rotations=none, learn_blocks=false, learn_scales=false)"
+                "(learn_rotations=none, learn_blocks=false, learn_scales=false, learn_codes=false)"
             )
         if pairs and self.topology.floats:
             raise PassError(
@@ -78,8 +78,12 @@ class Places:
         for linear in self.sums(None, *READERS):
             for part, fact in zip(linear.parts, linear.facts, strict=True):
                 learned.change(weight_of(part), "stream", into_columns(fact.start, fact.stop))
-        if meta.get(topology.head, meta.LinearPart) is None and Linear.of(topology.head) is not None:
-            learned.change(weight_of(topology.head), "stream", into_inputs)
+        head = Linear.of(topology.head)
+        if meta.get(topology.head, meta.LinearPart) is None and head is not None:
+            if len(head.x.users) == 1:
+                learned.undo(head.x, weight_of(topology.head), "stream", into_inputs)
+            else:
+                learned.change(weight_of(topology.head), "stream", into_inputs)
         for linear in self.sums(None, *WRITERS):
             for target in (*map(weight_of, linear.parts), *bias_of(linear)):
                 learned.change(target, "stream", into_outputs)
@@ -142,10 +146,8 @@ class Places:
 
     def add_codes(self, learned: Learned) -> None:
         """Factors of the scales of weight codes of the blocks."""
-        for node in self.gm.graph.nodes:
-            coded, fact = CodedLinear.of(node), meta.get(node, meta.LinearPart)
-            if coded is None or fact is None or fact.site.block is None:
-                continue
+        for node in coded_nodes(self.gm):
+            coded = CodedLinear.require(node)
             name = f"codes{len(learned.transforms)}"
             learned.add(name, LearnableScaling(torch.ones_like(coded.scales(self.gm))))
             learned.change(str(coded.scale.target), name, forward)
@@ -158,6 +160,12 @@ class Places:
                 name = f"gain{len(learned.transforms)}"
                 learned.add(name, LearnableScaling(torch.ones(values.width(norm))))
                 learned.norms[norm] = name
+
+
+def coded_nodes(gm: GraphModule) -> list[Node]:
+    """Parts of the linears of blocks that are on weight codes."""
+    facts = ((node, meta.get(node, meta.LinearPart)) for node in gm.graph.nodes if CodedLinear.of(node) is not None)
+    return [node for node, fact in facts if fact is not None and fact.site.block is not None]
 
 
 Apply = Callable[[Transform, Tensor], Tensor]

@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.calibration import executor
-from resq_compiler.ir import graph_tools
+from resq_compiler.calibration import executor, precision
+from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.views import CodedLinear, Dequantize, Quantize, QuantizeDequantize
 from resq_compiler.learning import straight_through as ste
-from resq_compiler.numerics.quantized import column_scales
 
 
 def unchanged(target: str, value: Tensor) -> Tensor:
@@ -33,7 +31,8 @@ class Run:
 
     quantized: with quantizers; else values pass them, which is the float model as long as weights are float. tensor: from the name and
     value of a tensor of the model to what is to be taken for it. behind: what to do to the values of some nodes. clips: shares of the
-    range of quantizers, in place of those of the graph.
+    range of quantizers, in place of those of the graph. substitutes: operators to call in the place of others, by default linears in the
+    dtype of calibration.
     """
 
     gm: GraphModule
@@ -41,6 +40,7 @@ class Run:
     tensor: Callable[[str, Tensor], Tensor] = unchanged
     behind: Mapping[Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     clips: Mapping[Node, Tensor] = field(default_factory=dict)
+    substitutes: Mapping[object, Callable[..., Tensor]] = field(default_factory=precision.substitutes)
 
     def node(self, node: Node, env: Mapping[Node, Any]) -> Any:
         """The value of one node."""
@@ -58,9 +58,13 @@ class Run:
         if (image := Dequantize.of(node)) is not None:
             return env[image.codes]
         if (coded := CodedLinear.of(node)) is not None:
-            weight = env[coded.qdata] * column_scales(env[coded.scale], env[coded.qdata].shape[1], coded.group_size)
-            return F.linear(env[coded.x], weight.to(env[coded.x].dtype))
-        return graph_tools.run_node(self.gm, node, env)
+            return self._coded(coded, env)
+        return executor.run_node(self.gm, node, env, self.substitutes)
+
+    def _coded(self, coded: CodedLinear, env: Mapping[Node, Any]) -> Tensor:
+        """A linear on codes that were made float again."""
+        linear = self.substitutes.get(ops.weight_only_linear, ste.linear_of_codes)
+        return linear(env[coded.x], env[coded.qdata], env[coded.scale], coded.group_size)
 
     def _image(self, quantizer: Quantize, env: Mapping[Node, Any]) -> Tensor:
         x: Tensor = env[quantizer.x]

@@ -115,9 +115,12 @@ RECIPES: dict[str, Recipe] = {
     "resq++": Recipe(
         {
             **PLUS,
+            "allocation": "widths",
+            "key_basis": "head",
             "gptq_on_quantized_activations": True,
-            "learn_rotations": "divergence",
             "learn_scales": True,
+            "learn_codes": True,
+            "learning_steps": 400,
         }
     ),
     "resq-cpu": Recipe(
@@ -127,6 +130,8 @@ RECIPES: dict[str, Recipe] = {
             "kv_bits": 8,
             "gptq_on_quantized_activations": True,
             "learn_scales": True,
+            "learn_codes": True,
+            "learning_steps": 400,
         }
     ),
     "prefixquant": Recipe(

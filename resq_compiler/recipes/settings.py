@@ -29,7 +29,7 @@ RUN_OPTIONS = (
 GIVEN = "passes"
 """The name of the recipe where the passes themselves were given: other options than those of a run mean nothing then."""
 
-LEARNING = ("learn_rotations", "learn_pairs", "learn_blocks", "learn_scales")
+LEARNING = ("learn_rotations", "learn_pairs", "learn_blocks", "learn_scales", "learn_codes")
 """Options that learn something."""
 
 REMOVED: dict[str, object] = {
@@ -89,6 +89,7 @@ class CompileConfig:
     learn_pairs: bool = False
     learn_blocks: bool = False
     learn_scales: bool = False
+    learn_codes: bool = False
     learning_steps: int = 100
     learning_rate: float | None = None
     weight_group_size: Literal[32, 64, 128] | None = None
@@ -177,6 +178,7 @@ class CompileConfig:
             ("learn_pairs", False, {"learn_rotations": ("divergence", "cross-entropy")}),
             ("learn_blocks", False, {**learned, "weight_method": ("rtn",), "learn_scales": (False,)}),
             ("learn_scales", False, learned),
+            ("learn_codes", False, {"learn_scales": (True,)}),
         )  # fmt: skip
         for name, usual, needed in rules:
             for other, allowed in needed.items() if getattr(self, name) != usual else ():

@@ -153,7 +153,9 @@ def learned_before(s: CompileConfig) -> tuple[Pass, ...]:
 
 def learned_behind(s: CompileConfig) -> tuple[Pass, ...]:
     """What is learned when weights are codes."""
-    scales = LearnScales(steps=s.learning_steps)
     if not s.learn_scales:
         return ()
-    return (scales if s.learning_rate is None else dataclasses.replace(scales, rate=s.learning_rate),)
+    usual = LearnScales(codes=s.learn_codes, steps=s.learning_steps)
+    if s.learning_rate is None:
+        return (usual,)
+    return (dataclasses.replace(usual, rate=s.learning_rate, code_rate=usual.code_rate / usual.rate * s.learning_rate),)

@@ -31,6 +31,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "calibration_samples": ("8", 8), "calibration_length": ("64", 64), "basis_samples": ("4", 4),
     "weight_group_size": ("64", 64), "smooth_alpha": ("0.75", 0.75), "scale_search": ("", True), "outlier_threshold": ("5", 5.0),
     "learn_rotations": ("divergence", "divergence"), "learn_pairs": ("", True), "learn_blocks": ("", True), "learn_scales": ("", True),
+    "learn_codes": ("", True),
     "learning_steps": ("20", 20), "learning_rate": ("0.01", 0.01),
     "expert_tokens": ("64", 64), "calibrate_all_experts": ("", True), "unreached_experts": ("layer", "layer"),
     "calibration_routing": ("quantized", "quantized"), "spread_outliers": ("", True), "activation_scales": ("static", "static"),
@@ -51,6 +52,7 @@ def test_every_option_has_a_sample():
 BESIDE = {
     "smooth_alpha": ["rtn"], "scale_search": ["rtn"], "spread_outliers": ["rtn"], "outlier_threshold": ["llm-int8"],
     "learn_rotations": ["spinquant"], "learn_pairs": ["spinquant"], "learn_scales": ["resq-trained"],
+    "learn_codes": ["resq-trained", "--learn-scales"],
     "learn_blocks": ["rtn", "--gptq-on-quantized-activations"],
 }  # fmt: skip
 """Recipes, and flags, that options go with which do not go with the recipe resq."""

@@ -10,17 +10,22 @@ import torch
 from resq_compiler.passes import LearnRotations, LearnScales
 
 from resq_compiler.calibration import executor
+from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import ConfigError, PassError
 from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir.promises import Changed, Promised, Stored, in_memory, ledger
 from resq_compiler.ir.transforms import TARGETS
 from resq_compiler.ir.views import CodedLinear, Quantize
 from resq_compiler.learning.end_to_end import Model, teach
+from resq_compiler.learning.holding import hold
 from resq_compiler.learning.learned import Learned
+from resq_compiler.learning.loop import held_back
 from resq_compiler.learning.losses import Teacher, TopPredictions, divergence
 from resq_compiler.learning.places import Places
 from resq_compiler.learning.running import Run
 from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_tokens
+from resq_compiler.util import machine
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
 
@@ -87,7 +92,9 @@ def test_pairs_leave_the_float_model_as_it_is(family, options, build):
     torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_by_blocks_are_those_of_the_whole(build):
+@pytest.mark.parametrize("free", [0, 2**40], ids=["blocks run again", "blocks are kept"])
+def test_gradients_by_blocks_are_those_of_the_whole(free, build, monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: free)
     built = build("llama", "quantize-weights", gptq_on_quantized_activations=True)
     ids = built.ctx.windows[:2]
     learned, model = all_places(built), Model(built.gm, built.topology)
@@ -154,9 +161,9 @@ def test_learning_lowers_its_loss_on_other_windows_and_costs_nothing(recipe, bas
     assert all(CodedLinear.of(n) is not None for n in built.gm.graph.nodes if meta.get(n, meta.LinearPart) is not None)
 
 
-def with_text(built, exact):
+def with_text(built, exact, windows=16):
     """More to learn from, with the float model's predictions for it."""
-    ctx = dataclasses.replace(built.ctx, calibration=tiny_tokens(16, 64, seed=1))
+    ctx = dataclasses.replace(built.ctx, calibration=tiny_tokens(windows, 64, seed=1))
     quiet = lambda done, total: None  # noqa: E731
     ctx.facts.put(Teacher(teach(exact.gm, exact.topology, ctx.windows, 1000, quiet)))
     return ctx
@@ -164,7 +171,13 @@ def with_text(built, exact):
 
 def test_rotations_are_found(build):
     """Principal directions that nothing has turned yet leave much to find: the loss on windows that were not trained on falls."""
-    options = {"recipe": "resq++", "allocation": "equal", "activation_clip": 1.0, "rotation": "none"}
+    options = {
+        "recipe": "resq++",
+        "allocation": "equal",
+        "activation_clip": 1.0,
+        "rotation": "none",
+        "learn_rotations": "divergence",
+    }
     built, exact = build("llama", "learn-rotations", **options), build("llama", "quantize-activations", **options)
     ctx = with_text(built, exact)
     assert LearnRotations(steps=30, rate=0.02, batch=2).run(built.gm, ctx) == 3, (
@@ -194,6 +207,52 @@ def test_learned_scales_leave_the_codes_alone(build):
     assert made == {"learned_weight"}  # gains of norms, which fold-norms took away
     moved = [n for n in built.gm.graph.nodes if (q := Quantize.of(n)) is not None and q.clip != clips[n.name]]
     assert moved and all(0.3 <= Quantize.require(n).clip <= 1 for n in moved)
+
+
+def test_learned_codes_move_inside_their_range(build):
+    """Codes and scales, and no float weight; what a run computes with while learning is what is written."""
+    options = {"recipe": "resq+", "weight_method": "rtn", "allocation": "equal", "gptq_on_quantized_activations": True}
+    built, exact = build("llama", **options), build("llama", "quantize-activations", **options)
+    ctx = with_text(built, exact, 64)
+    codes = {c.name: c.codes(built.gm) for n in built.gm.graph.nodes if (c := CodedLinear.of(n)) is not None}
+    assert LearnScales(codes=True, steps=60, code_rate=0.004, gains=False, clips=False).run(built.gm, ctx) > 0, (
+        ctx.lines
+    )
+    moved = 0
+    for node in built.gm.graph.nodes:
+        if (coded := CodedLinear.of(node)) is not None:
+            found, bits = coded.codes(built.gm), meta.require(node, meta.LinearPart).weight_bits
+            assert (
+                found.dtype == torch.int8
+                and -(2 ** (bits - 1)) <= int(found.min())
+                and int(found.max()) < 2 ** (bits - 1)
+            )
+            moved += int((found != codes[coded.name]).sum())
+    assert moved > 0
+    start, best = re.search(r"trained on (\S+) at the start, (\S+) at step", ctx.lines[-1]).groups()
+    windows = ctx.windows[-held_back(len(ctx.windows), "test") :]
+    teacher = ctx.facts.get(Teacher).windows[-len(windows) :]
+    logits = logits_of(built.gm, windows, Run(built.gm))
+    written = sum(float(divergence(*pair)) for pair in zip(logits, teacher, strict=True)) / len(windows)
+    assert float(best) < float(start) and written == pytest.approx(float(best), rel=1e-3)
+
+
+def test_promised_weights_are_made_once_before_learning(build, tmp_path):
+    """In memory, or in files of a work directory; there they stay promises, and so do what learning makes of them."""
+    for work in (None, WorkDirectory(tmp_path / "work", {})):
+        built = build("llama", "quantize-activations", recipe="resq", gptq_on_quantized_activations=True)
+        expected = {}
+        for name, value in list(built.gm.named_buffers()):
+            expected[name] = value
+            changed = Changed(in_memory(value / 2), lambda half: half * 2)
+            graph_tools.set_tensor(built.gm, name, Promised(changed))
+        hold(built.gm, work)
+        before = ledger.made
+        for name, value in built.gm.named_buffers():
+            assert isinstance(value, Promised) == (work is not None)
+            assert torch.equal(graph_tools.made(built.gm, name), expected[name])
+            assert not isinstance(getattr(getattr(value, "promise", None), "of", None), Stored)
+        assert work is None or ledger.made == before + len(expected)
 
 
 def test_a_stream_that_cannot_be_rotated_is_told(build):
@@ -246,6 +305,7 @@ def test_a_linear_that_stays_float_is_told(build):
         ({"recipe": "spinquant", "basis": "none"}, "learn_rotations: expected basis=pca or weights or hadamard beside it; got basis=none"),
         ({"recipe": "resq", "learn_pairs": True}, "learn_pairs: expected learn_rotations=divergence or cross-entropy beside it"),
         ({"recipe": "omniquant", "weight_method": "gptq"}, "learn_blocks: expected weight_method=rtn beside it"),
+        ({"recipe": "resq", "learn_codes": True}, "learn_codes: expected learn_scales=True beside it"),
         ({"recipe": "resq++", "learning_steps": 0}, "learning_steps: expected a whole number of at least 1"),
         ({"recipe": "resq++", "activation_scales": "static"}, "expected activation_scales=dynamic beside it"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -97,6 +98,20 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):
     again = Point()
     outcome = learn(task(again), plan, 3, work, quiet)
     assert torch.equal(again.x, whole.x) and outcome.done == 30 and outcome.start == 13
+
+
+def test_rates_have_factors():
+    """Adam's first step is as long as its rate, of which the warm-up leaves a tenth."""
+    point = Point()
+    learn(dataclasses.replace(task(point), factors={"x": 0.5}), Plan(1, 1.0), 0, None, quiet)
+    torch.testing.assert_close(point.x.detach(), torch.tensor([2.95, -1.95]))
+
+
+def test_a_temporary_work_directory_keeps_no_steps(tmp_path):
+    """Nobody goes on from it."""
+    work = WorkDirectory(tmp_path / "work", {}, temporary=True)
+    learn(task(Point()), Plan(20, 0.1, judge_every=5), 0, work, quiet)
+    assert [f.name for f in work.path.iterdir()] == ["fingerprint.json"]
 
 
 def test_windows_that_are_held_back():

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from resq_compiler.learning import straight_through as ste
-from resq_compiler.numerics.quantized import dequantize, quantize_activation, quantize_dequantize, quantize_static
+from resq_compiler.numerics.quantized import (
+    FLT_MIN,
+    QuantSpec,
+    dequantize,
+    quantize_activation,
+    quantize_dequantize,
+    quantize_static,
+)
 from resq_compiler.numerics.weights import QuantizedWeight, part_scale, round_to_codes
 
 
@@ -53,3 +60,29 @@ def test_gradients():
     clip = torch.tensor(0.8, requires_grad=True)
     ste.image(draw(4, 64), 4, 1, clip).square().sum().backward()
     assert float(clip.grad) > 0  # a wider range keeps more energy
+
+
+def composed_image(x, bits, groups, clip):
+    """The law in operators that torch differentiates."""
+    spec, grouped = QuantSpec(bits, symmetric=False), x.unflatten(-1, (groups, -1))
+    low, high = grouped.amin(-1, keepdim=True).clamp(max=0) * clip, grouped.amax(-1, keepdim=True).clamp(min=0) * clip
+    scale = ((high - low) / spec.levels).clamp(min=FLT_MIN)
+    zero_point = ste.rounded(-low / scale) + spec.qmin
+    codes = (ste.rounded(grouped / scale) + zero_point).clamp(spec.qmin, spec.qmax)
+    return ((codes - zero_point) * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("shift", [0.0, 10.0], ids=["both signs", "one sign"])
+@pytest.mark.parametrize("bits, groups, clip", [(2, 1, 0.6), (4, 1, 1.0), (4, 3, 0.8), (8, 1, 0.9)])
+def test_gradients_are_those_of_the_law_in_single_operators(bits, groups, clip, shift):
+    """Of values and of the clip; rows of zeros have no range and give no gradient but their own."""
+    x, weights = draw(4, 5, 24) + shift, torch.randn(4, 5, 24, generator=torch.Generator().manual_seed(1))
+    x[0, 0] = 0
+    found = []
+    for image in (composed_image, ste.image):
+        value, share = x.clone().requires_grad_(), torch.tensor(clip, requires_grad=True)
+        (image(value, bits, groups, share) * weights).sum().backward()
+        found.append((value.grad, share.grad))
+    (expected, of_clip), (got, got_clip) = found
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got_clip, of_clip, rtol=1e-3, atol=1e-2)

@@ -40,7 +40,7 @@ def test_a_compile_refuses_before_any_work(tiny):
 
 
 def test_learned_weights_cannot_be_compared_with_those_of_the_exact_passes():
-    """What attribution and on_float would do; learned scales leave float weights alone."""
+    """What attribution and on_float would do; learned scales and codes leave float weights alone."""
     with pytest.raises(ConfigError, match="learn-rotations: it changes float weights behind the exact passes"):
-        check_comparable(passes_for(resolve("resq++")))
-    check_comparable(passes_for(resolve("resq-cpu")))
+        check_comparable(passes_for(resolve("resq-trained")))
+    check_comparable(passes_for(resolve("resq++")))
