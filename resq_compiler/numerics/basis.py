@@ -6,7 +6,7 @@ The moment is the uncentred sum of xᵀx over tokens, so moments of batches, fil
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from resq_compiler.errors import DataError, QuantError
 _ROWS_PER_CHUNK = 4096
 """Rows multiplied in float32 before their product joins the float64 sum: bounds the rounding of long batches."""
 _STRIPE = 288
-"""Rows of a moment that are computed at a time, from the diagonal on: the rest is their mirror image."""
+"""Rows of a moment that are computed, and kept, as one part, from the diagonal on: the rest is their mirror image."""
 _TOKENS_PENDING = 8192
 """Tokens whose float32 products are summed in float32 before the sum joins the float64 one, whose addition costs as much as a product."""
 _LOUD = 8
@@ -30,7 +30,7 @@ class SecondMoment:
     site: name used in messages. dim: d. groups: G when every token has G vectors with a moment each (heads), else None.
     total: float64 [d, d], or [G, d, d]. tokens: how many tokens were added. dtype: bfloat16 rounds float32 tokens and the
     product of each chunk to it (not with groups, and not the loudest tokens); the sums inside a product are float32.
-    Sums are on the device of the tokens.
+    Sums are on the device of the tokens. Beside the total there is half a matrix in float32.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class SecondMoment:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.site, self.dim, self.groups, self.tokens = site, dim, groups, 0
-        self._gram = _rounded_gram if dtype == torch.bfloat16 and groups is None else _gram
-        self._room = math.inf if self._gram is _rounded_gram else _TOKENS_PENDING
+        self._rounded = dtype == torch.bfloat16 and groups is None
+        self._room = math.inf if self._rounded else _TOKENS_PENDING
         self._total: Tensor | None = None
-        self._pending: Tensor | None = None
+        self._pending: list[Tensor] = []
         self._tokens_pending = 0
 
     @property
@@ -58,7 +58,7 @@ class SecondMoment:
 
     @total.setter
     def total(self, value: Tensor) -> None:
-        self._total, self._pending, self._tokens_pending = value, None, 0
+        self._total, self._pending, self._tokens_pending = value, [], 0
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -73,28 +73,33 @@ class SecondMoment:
                 f"got {x.dtype} {tuple(x.shape)}"
             )
         rows = x.detach().reshape(-1, *tail)
-        first, *others = rows.split(_ROWS_PER_CHUNK)
-        addition = self._gram(first)  # apart from the sums, which a rejected batch must not touch
-        for chunk in others:
-            addition = addition.double() + self._gram(chunk)
-        self._require_finite(addition, rows)
-        self._add(addition, rows.shape[0])
+        chunks = rows.split(_ROWS_PER_CHUNK)
+        for chunk in chunks:  # all of them before the sums, which a rejected batch must not touch
+            self._require_finite(chunk, rows)
+        for chunk in chunks:
+            self._add(chunk)
+        self.tokens += len(rows)
 
-    def _add(self, addition: Tensor, tokens: int) -> None:
-        self.tokens += tokens
-        if addition.dtype == torch.float64 or tokens > self._room:
+    def _add(self, rows: Tensor) -> None:
+        exact = rows.dtype == torch.float64
+        if exact or self._tokens_pending + len(rows) > self._room:
             self._flush()
-            self._total = addition.double() if self._total is None else self._total.add_(addition)
-            return
-        if self._tokens_pending + tokens > self._room:
+        for i, part in enumerate(_rounded_parts(rows) if self._rounded else _parts(rows)):
+            if i == len(self._pending):
+                self._pending.append(part if exact else part.float())
+            else:
+                self._pending[i].add_(part)
+        self._tokens_pending += len(rows)
+        if exact:
             self._flush()
-        self._pending = addition.float() if self._pending is None else self._pending.add_(addition)
-        self._tokens_pending += tokens
 
     def _flush(self) -> None:
-        if self._pending is not None:
-            self._total = self._pending.double() if self._total is None else self._total.add_(self._pending)
-            self._pending, self._tokens_pending = None, 0
+        parts = self._pending
+        self._pending, self._tokens_pending = [], 0
+        if self.groups is not None and parts:
+            self._total = parts[0].double() if self._total is None else self._total.add_(parts[0])
+        elif parts:
+            self._total = _add_stripes(self._total, parts)
 
     def mean(self) -> Tensor:
         """total / tokens, float64. Raises: DataError: no token was added."""
@@ -131,9 +136,10 @@ class SecondMoment:
         if self.tokens == 0:
             raise DataError(f"second moment of {self.site}: no tokens were seen; give calibration data that reaches it")
 
-    def _require_finite(self, addition: Tensor, rows: Tensor) -> None:
-        # A NaN or infinity anywhere in a column reaches that column's square sum: d values to look at, not tokens x d.
-        if torch.isfinite(addition.diagonal(dim1=-2, dim2=-1)).all():
+    def _require_finite(self, chunk: Tensor, rows: Tensor) -> None:
+        # a NaN or infinity anywhere in a column reaches the size of that column, as squares do that overflow
+        size = torch.linalg.vector_norm(_wide(chunk), dim=0)
+        if torch.isfinite(size).all():
             return
         bad = ~torch.isfinite(rows)
         if bad.any():
@@ -163,37 +169,46 @@ def principal_basis(moment: Tensor) -> tuple[Tensor, Tensor]:
     return vectors * _canonical_signs(vectors), eigenvalues
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """xᵀx of rows [T, d] -> [d, d], or of [T, G, d] -> [G, d, d]."""
+def _parts(rows: Tensor) -> Iterator[Tensor]:
+    """xᵀx of rows [T, d], stripe by stripe of its upper half; of rows [T, G, d] -> [G, d, d]."""
     wide = _wide(rows)
     if wide.dim() == 3:
         wide = wide.transpose(0, 1)
-        return wide.mT @ wide
-    return _by_stripes(wide)
+        yield wide.mT @ wide
+        return
+    for i in range(0, wide.shape[1], _STRIPE):
+        yield wide[:, i : i + _STRIPE].mT @ wide[:, i:]
 
 
-def _rounded_gram(rows: Tensor) -> Tensor:
-    """xᵀx of rows [T, d] with products in bfloat16 -> bfloat16 [d, d]; float32 where a few loud rows are added in float32."""
+def _rounded_parts(rows: Tensor) -> Iterator[Tensor]:
+    """Stripes with products in bfloat16, in bfloat16; in float32 where a few loud rows are added in float32."""
     if rows.dtype != torch.float32:
-        return _gram(rows)
+        yield from _parts(rows)
+        return
     size = torch.linalg.vector_norm(rows, dim=1)
     loud = size > _LOUD * size.median()
     rounded = rows.bfloat16()
-    if not bool(loud.any()):
-        return _by_stripes(rounded)
-    return _by_stripes(rounded.masked_fill_(loud[:, None], 0)).float() + _by_stripes(rows[loud])
+    if bool(loud.any()):
+        rounded = rounded.masked_fill_(loud[:, None], 0)
+    stripes = (rounded[:, i : i + _STRIPE].mT @ rounded[:, i:] for i in range(0, rows.shape[1], _STRIPE))
+    if bool(loud.any()):
+        yield from (quiet.float() + part for quiet, part in zip(stripes, _parts(rows[loud]), strict=True))
+    else:
+        yield from stripes
 
 
-def _by_stripes(wide: Tensor) -> Tensor:
-    """xᵀx of rows [T, d], one half computed and the other copied."""
-    gram = wide.new_empty(wide.shape[1], wide.shape[1])
-    for i in range(0, len(gram), _STRIPE):
-        here = slice(i, i + _STRIPE)
-        torch.mm(wide[:, here].mT, wide[:, i:], out=gram[here, i:])
-    for i in range(_STRIPE, len(gram), _STRIPE):
-        here = slice(i, i + _STRIPE)
-        gram[here, :i] = gram[:i, here].mT
-    return gram
+def _add_stripes(total: Tensor | None, stripes: list[Tensor]) -> Tensor:
+    """The sum in the memory of a matrix, or in a new float64 one; stripes of the upper half are let go one by one."""
+    first = stripes[0]
+    into = first.new_empty(first.shape[1], first.shape[1], dtype=torch.float64) if total is None else total
+    for i in range(0, len(into), _STRIPE):
+        here, part = slice(i, i + _STRIPE), stripes.pop(0)
+        if total is None:
+            into[here, i:] = part
+        else:
+            into[here, i:] += part
+        into[here, :i] = into[:i, here].mT
+    return into
 
 
 def _wide(rows: Tensor) -> Tensor:
