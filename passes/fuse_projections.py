@@ -130,7 +130,10 @@ def change_outputs(gm: GraphModule, linear: Linear, transform: Transform) -> Non
         return transform.into_outputs(value.double()).to(value.dtype)
 
     bias = linear.bias_tensor(gm)
-    linear.change_weight(gm, lambda w: each(w, change) if linear.of_experts else change(w))
+    if linear.of_experts:
+        linear.change_experts(gm, lambda w, _: each(w, change))
+    else:
+        linear.change_weight(gm, change)
     if bias is not None:
         linear.set_bias(gm, each(bias, change) if linear.of_experts else change(bias), FuseProjections.name)
 

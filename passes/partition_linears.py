@@ -104,7 +104,7 @@ def split(
         piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)
         name, shape = f"{site.name}.part{i}.weight", (*rows, heads * (part.stop - part.start))
         change = functools.partial(take, part=part, heads=heads)
-        tensor = graph_tools.derive_tensor(gm, view.weight, name, change, shape, PartitionLinears.name)
+        tensor = graph_tools.derive_tensor(gm, view.weight, name, change, shape, PartitionLinears.name, view.of_experts)
         with gm.graph.inserting_before(linear):
             y = view.like(gm.graph, piece, tensor, None, PartitionLinears.name)
             most = part.weight_bits if experts[i] is None else max(experts[i] or ())

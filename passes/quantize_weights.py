@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +32,7 @@ from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.calibration.statistics import pool
 from resq_compiler.ir import graph_tools, meta, ops, promises, values
 from resq_compiler.ir.args import source
+from resq_compiler.ir.expert_views import matrices, matrix_of
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
 from resq_compiler.ir.views import Dequantize, Linear
 from resq_compiler.numerics import gptq as gptq_core
@@ -79,6 +81,10 @@ class Site:
     def weight(self, gm: GraphModule) -> Tensor:
         """Columns of all parts side by side: [N, K], or [E, N, K] of experts; on the device that computes."""
         return torch.cat([devices.here(Linear.require(node).weight_tensor(gm)) for node in self.nodes], -1)
+
+    def expert_weight(self, gm: GraphModule, expert: int) -> Tensor:
+        """The same of one expert, [N, K], without those of others."""
+        return torch.cat([devices.here(matrix_of(gm, Linear.require(node), expert)) for node in self.nodes], -1)
 
 
 @dataclass(frozen=True)
@@ -190,14 +196,22 @@ def rounded(
     gm: GraphModule, site: Site, clip: Literal["mse", "max"], group_size: int | None
 ) -> list[weight_core.QuantizedWeight]:
     """Codes of a linear, or of those of experts, without a look at their inputs."""
-    weight = site.weight(gm)
 
     def quantize(expert: int, weight: Tensor) -> list[weight_core.QuantizedWeight]:
         parts = site.parts(expert)
         rows = functools.partial(weight_core.quantize_weight_rtn, parts=parts, clip=clip, group_size=group_size)
         return quantize_shared(weight, parts, group_size, rows)
 
-    return quantize(0, weight) if site.indices is None else quantize_each([weight], quantize)
+    if site.indices is None:
+        return quantize(0, site.weight(gm))
+    return quantize_each(experts_of(gm, [site]), quantize)
+
+
+def experts_of(gm: GraphModule, group: list[Site]) -> Iterator[Tensor]:
+    """The weights of experts, one after the other: rows of all sites [N, K]."""
+    count, *_ = values.shape(Linear.require(group[0].nodes[0]).weight)
+    for expert in range(int(count)):
+        yield torch.cat([site.expert_weight(gm, expert) for site in group])
 
 
 def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight]) -> list[list[str]]:
@@ -222,7 +236,7 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
         noise = relative_error(devices.here(piece.dequantize()), devices.here(linear.weight_tensor(gm)))
         coded = CODED
     else:
-        noise, coded, experts = relative_noise(piece, linear.weight_tensor(gm)), CODED_EXPERTS, (linear.indices,)
+        noise, coded, experts = relative_noise(piece, matrices(gm, linear)), CODED_EXPERTS, (linear.indices,)
     if image is None:
         new = rewrite(node, coded[0], (linear.x, *tensors, *experts), QuantizeWeights.name)
     else:
@@ -303,7 +317,7 @@ def quantize_experts(
             weight, next(hessians), group[0].parts(expert), f"expert {expert} of {group[0].fact.name}", ctx, options
         )
 
-    codes = quantize_each([site.weight(gm) for site in group], quantize)
+    codes = quantize_each(experts_of(gm, group), quantize)
     return codes, ExpertReport(moments.counts, moments.own(), options.all_experts)
 
 

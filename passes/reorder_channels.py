@@ -77,8 +77,15 @@ def reorder(gm: GraphModule, feed_forward: FeedForward, order: Tensor) -> None:
     """Permute the hidden channels of a feed-forward: order [width], or [E, width] for each expert."""
     for linear in (*feed_forward.gates, *feed_forward.ups):
         reorder_rows(gm, linear, order)
-    down = Linear.require(feed_forward.down)
-    down.change_weight(gm, lambda w: taken(w, order, -1))
+    change(gm, Linear.require(feed_forward.down), order, -1)
+
+
+def change(gm: GraphModule, linear: Linear, order: Tensor, dim: int) -> None:
+    """Permute rows (-2) or columns (-1) of a weight, of each expert by an order of its own."""
+    if linear.of_experts and order.dim() == 2:
+        linear.change_experts(gm, lambda w, experts: taken(w, order[experts], dim))
+    else:
+        linear.change_weight(gm, lambda w: taken(w, order, dim))
 
 
 def taken(value: Tensor, order: Tensor, dim: int) -> Tensor:
@@ -91,7 +98,7 @@ def taken(value: Tensor, order: Tensor, dim: int) -> Tensor:
 def reorder_rows(gm: GraphModule, node: Node, order: Tensor) -> None:
     """Permute the output features of a linear."""
     linear = Linear.require(node)
-    linear.change_weight(gm, lambda w: taken(w, order, -2))
+    change(gm, linear, order, -2)
     bias = linear.bias_tensor(gm)
     if bias is not None:
         linear.set_bias(gm, taken(bias, order, -1), ReorderChannels.name)

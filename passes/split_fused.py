@@ -198,7 +198,7 @@ def part_linear(gm: GraphModule, node: Node, rows: Tensor, index: int) -> Node:
     *experts, _, columns = linear.weight_shape(gm)
     name, shape = f"{linear.name}.split{index}", (*experts, len(rows), columns)
     weight = graph_tools.derive_tensor(
-        gm, linear.weight, f"{name}.weight", lambda w: w[..., rows, :], shape, SplitFused.name
+        gm, linear.weight, f"{name}.weight", lambda w: w[..., rows, :], shape, SplitFused.name, linear.of_experts
     )
     parts = [weight]
     if (bias := linear.bias_tensor(gm)) is not None:

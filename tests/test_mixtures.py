@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.fx import GraphModule
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import resq_compiler
 from resq_compiler.errors import BackendError, DataError
 from resq_compiler.evaluation.sizes import average_bits, describe, memory_bytes
+from resq_compiler.ir import promises
 from resq_compiler.ir.views import CodedLinear, Linear
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
@@ -132,3 +134,28 @@ def test_triton_says_so_before_the_compile_too():
         BackendError, match=r"backend triton: node expert_linear\w*: a linear of experts: there is no grouped"
     ):
         resq_compiler.compile(small("mixtral"), recipe="rtn", backend="triton")
+
+
+def test_a_compile_makes_a_few_experts_at_a_time(monkeypatch, tmp_path):
+    """As they lie in a checkpoint. Only the graph as it was captured has the experts of a layer together."""
+    monkeypatch.setattr(promises, "TABLE", 2**17)
+    monkeypatch.setattr(promises, "ROWS", 64)
+    config = CONFIG_MAPPING["qwen3_moe"](
+        hidden_size=64, moe_intermediate_size=32, num_experts=64, num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=131, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    gate = 64 * 32 * 64 * 4
+    most = {}
+
+    def see(stage):
+        most[stage.name] = promises.ledger.most - promises.ledger.held
+        promises.ledger.reset()
+
+    promises.ledger.reset()
+    options = {**FOUR, "recipe": "resq+", "weight_method": "rtn", "unreached_experts": "layer", "allocation": "equal"}
+    resq_compiler.compile(tmp_path, tiny_tokens(4, 32), on_stage=see, **options)
+    assert {"fuse-projections", "partition-linears", "quantize-weights"} <= most.keys()
+    captured = ("capture", "canonicalize")
+    assert max(most[name] for name in captured) <= 2 * gate
+    assert {name: size for name, size in most.items() if size > gate / 2 and name not in captured} == {}

@@ -28,8 +28,10 @@ def residual_readers(gm: GraphModule, groups: Iterable[ReadGroup]) -> Tensor:
 
 def _reader(gm: GraphModule, linear: Linear) -> Tensor:
     weights = (devices.here(weight).float() for weight in matrices(gm, linear))
-    found = torch.stack([(w.mT @ w).double() for w in weights])
-    return found[0] if linear.indices is None else found.mean(0) * values.width(linear.indices)
+    found = added((w.mT @ w).double() for w in weights)
+    if linear.indices is None:
+        return found
+    return found / values.shape(linear.weight)[0] * values.width(linear.indices)
 
 
 def added(matrices: Iterable[Tensor]) -> Tensor:

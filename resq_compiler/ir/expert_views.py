@@ -5,24 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import node_arg, tensor_arg
 from resq_compiler.ir.views import CodedLinear, Linear, View
 from resq_compiler.numerics.quantized import column_scales
 
 
 def matrices(gm: GraphModule, linear: Linear | CodedLinear) -> Iterator[Tensor]:
-    """The weight [N, K] of a linear, or that of each expert; the float image of codes."""
+    """The weight [N, K] of a linear, or those of experts, each made when it is asked for; the float image of codes."""
     if isinstance(linear, Linear):
-        weight = linear.weight_tensor(gm)
-        yield from weight if linear.of_experts else (weight,)
+        if linear.of_experts:
+            yield from (matrix_of(gm, linear, expert) for expert in range(int(values.shape(linear.weight)[0])))
+        else:
+            yield linear.weight_tensor(gm)
         return
     codes, scales = linear.codes(gm), linear.scales(gm)
     for code, scale in zip(codes, scales, strict=True) if linear.of_experts else ((codes, scales),):
         yield code * column_scales(scale, code.shape[-1], linear.group_size)
+
+
+def matrix_of(gm: GraphModule, linear: Linear, expert: int) -> Tensor:
+    """The weight [N, K] of one expert, without those of the others."""
+    matrix: Tensor = graph_tools.rows_of(graph_tools.held(gm, linear.weight), torch.tensor([expert]))[0]
+    return matrix
 
 
 @dataclass(frozen=True)

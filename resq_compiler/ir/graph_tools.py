@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from resq_compiler.ir import meta
-from resq_compiler.ir.promises import Changed, ChangedRows, Promise, Promised, is_table, written
+from resq_compiler.ir import meta, ops
+from resq_compiler.ir.promises import Changed, ChangedEach, ChangedRows, Promise, Promised, is_stack, is_table, written
 from resq_compiler.numerics.float64 import by_row_chunks
 
 aten = torch.ops.aten
@@ -117,14 +117,33 @@ def substituted(gm: GraphModule, tensors: Mapping[Node, Tensor]) -> Iterator[Non
             set_tensor(gm, str(node.target), value)
 
 
+def change_experts(gm: GraphModule, node: Node, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """`change_tensor` of [E, ...] with a function of the values of some experts, each for itself, and of their numbers."""
+    value = held(gm, node)
+    changed = (
+        Promised(ChangedEach(value.promise, change))
+        if isinstance(value, Promised)
+        else change(value, torch.arange(len(value)))
+    )
+    set_tensor(gm, str(node.target), changed)
+
+
 def derive_tensor(
-    gm: GraphModule, node: Node, target: str, change: Callable[[Tensor], Tensor], shape: Sequence[int], made_by: str
-) -> Node:
-    """A new get_attr node for what `change` makes of another one's tensor, which stays as it is."""
+    gm: GraphModule, node: Node, target: str, change: Callable[[Tensor], Tensor], shape: Sequence[int], made_by: str,
+    of_experts: bool = False,
+) -> Node:  # fmt: skip
+    """A new get_attr node for what `change` makes of another one's tensor, which stays as it is. of_experts: of each one for itself."""
     value = held(gm, node)
     if isinstance(value, Promised):
         value.promise.children += 1
+        if of_experts:
+            return add_tensor(gm, target, Promised(ChangedEach(value.promise, lambda w, _: change(w), shape)), made_by)
     return add_tensor(gm, target, _changed(value, change, shape), made_by)
+
+
+def rows_of(value: Tensor, ids: Tensor) -> Tensor:
+    """Some rows of a tensor, or of one that is promised, which are all that is made."""
+    return value.promise.rows(ids) if isinstance(value, Promised) else value[ids]
 
 
 def _changed(value: Tensor, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None) -> Tensor:
@@ -275,6 +294,8 @@ def run_node(
     if node.op == "get_attr":
         value = held(gm, node)
         if is_table(value) and all(is_call(user, *BY_ROWS) for user in node.users):
+            return value
+        if is_stack(value) and all(is_call(user, ops.expert_linear) for user in node.users):
             return value
         return get_tensor(gm, node) if device is None else get_tensor(gm, node).to(device)
     if node.op != "call_function":

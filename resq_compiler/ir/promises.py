@@ -2,6 +2,7 @@
 
     Stored        where it lies: a file, a tensor of a model in memory
     ChangedRows   a float64 function of the rows of another promise, each for itself
+    ChangedEach   a function of another promise, each expert of [E, N, K] for itself
     Changed       any function of another promise
 
 A graph module holds a `Promised` in the place of the tensor: it has shape, dtype and device, and no values. `graph_tools.get_tensor` makes
@@ -127,9 +128,9 @@ class Stored(Promise):
         self._read = read
 
     def pieces(self) -> Iterator[Tensor]:
-        count = self.shape[0] if self.shape else 1
-        for start in range(0, count, ROWS):
-            yield self._read(start, min(start + ROWS, count)).to(self.dtype)
+        count, step = self.shape[0] if self.shape else 1, max(1, ROWS // math.prod(self.shape[1:-1]))
+        for start in range(0, count, step):
+            yield self._read(start, min(start + step, count)).to(self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         value = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype)
@@ -158,10 +159,7 @@ class Stacked(Promise):
         return torch.cat([torch.cat([matrix.whole() for matrix in self._experts[i]])[None] for i in ids.tolist()])
 
     def _whole(self) -> Tensor:
-        value = torch.empty(self.shape, dtype=self.dtype)
-        for place, piece in zip(value, self.pieces(), strict=True):
-            place.copy_(piece[0])
-        return value
+        return filled(self)
 
 
 class Kept(Stored):
@@ -195,11 +193,29 @@ class ChangedRows(Promise):
         return value
 
     def _whole(self) -> Tensor:
-        value, start = torch.empty(self.shape, dtype=self.dtype), 0
-        for piece in self.pieces():
-            value[start : start + len(piece)] = piece
+        return filled(self)
+
+
+class ChangedEach(Promise):
+    """change: a function of the matrices of some experts [n, ...], each for itself, and of the numbers of these experts."""
+
+    def __init__(self, of: Promise, change: Callable[[Tensor, Tensor], Tensor], shape: Sequence[int] | None = None):
+        super().__init__(of.shape if shape is None else shape, of.dtype)
+        self.of, self._change = of, change
+
+    def pieces(self) -> Iterator[Tensor]:
+        start = 0
+        for piece in self.of.pieces():
+            yield self._change(piece, torch.arange(start, start + len(piece)))
             start += len(piece)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        value = self._change(self.of.rows(ids), ids)
+        ledger.enter(value)
         return value
+
+    def _whole(self) -> Tensor:
+        return filled(self)
 
 
 class Changed(Promise):
@@ -216,6 +232,16 @@ class Changed(Promise):
         value = self._change(self.of.whole())
         assert value.shape == self.shape, f"{tuple(value.shape)} where {tuple(self.shape)} was announced"
         return value
+
+
+def filled(promise: Promise) -> Tensor:
+    """The whole value, from its pieces."""
+    value, start = torch.empty(promise.shape, dtype=promise.dtype), 0
+    for piece in promise.pieces():
+        value[start : start + len(piece)] = piece
+        start += len(piece)
+    assert start == promise.shape[0], f"{start} of {promise.shape[0]} rows were made"
+    return value
 
 
 def written(promise: Promise, file: Path) -> Tensor:
@@ -293,8 +319,10 @@ class Promised(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Lookups and products in tables make no more of them than they need at a time."""
+        """Lookups and products in tables, and in what has a matrix for each expert, make no more of them than they need at a time."""
         with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.__getitem__ and is_stack(args[0]) and isinstance(args[1], int):
+                return args[0].promise.rows(torch.tensor([args[1]]))[0]
             if func is aten.embedding.default and is_table(args[0]):
                 return looked_up(args[0].promise, args[1])
             if func is aten.linear.default and is_table(args[1]):
@@ -317,3 +345,8 @@ class Promised(Tensor):
 def is_table(value: Any) -> TypeGuard[Promised]:
     """Whether a value is promised, and a matrix too large to be made whole for a few rows, or for a product."""
     return isinstance(value, Promised) and len(value.promise.shape) == 2 and value.promise.nbytes >= TABLE
+
+
+def is_stack(value: Any) -> TypeGuard[Promised]:
+    """Whether a value is promised, and holds the matrices of experts, too large to be made whole for those that are used."""
+    return isinstance(value, Promised) and len(value.promise.shape) == 3 and value.promise.nbytes >= TABLE

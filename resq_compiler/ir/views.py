@@ -134,6 +134,10 @@ class Linear(View):
         """W <- change(W) in float64, for a function of rows, each for itself; rounded once."""
         graph_tools.change_rows(gm, self.weight, change)
 
+    def change_experts(self, gm: GraphModule, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """W[i] <- change(W[i], i), for some experts i at a time."""
+        graph_tools.change_experts(gm, self.weight, change)
+
     def bias_tensor(self, gm: GraphModule) -> Tensor | None:
         """[N], or None."""
         return None if self.bias is None else graph_tools.get_tensor(gm, self.bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,34 +12,28 @@ from resq_compiler.numerics.weights import QuantizedWeight
 
 
 def quantize_each(
-    weights: Sequence[Tensor], quantize: Callable[[int, Tensor], list[QuantizedWeight]]
+    weights: Iterable[Tensor], quantize: Callable[[int, Tensor], list[QuantizedWeight]]
 ) -> list[QuantizedWeight]:
-    """Quantize expert by expert the rows of several linears [E, N, K] stacked; `quantize` takes an expert's number and its rows [N, K].
+    """Quantize the weights [N, K] of one expert after the other; `quantize` takes an expert's number and its weight.
 
-    Returns: a QuantizedWeight for each part, qdata [E, N, K_part], scale [E, N].
+    Returns: a QuantizedWeight for each part, qdata [E, N, K_part], scale [E, N], of the most bits that an expert has.
     """
-    result: list[QuantizedWeight] = []
-    for expert in range(len(weights[0])):
-        parts = quantize(expert, torch.cat([weight[expert] for weight in weights]))
-        result = result or [_empty(part, len(weights[0])) for part in parts]
-        for whole, part in zip(result, parts, strict=True):
-            whole.qdata[expert], whole.scale[expert] = part.qdata, part.scale
-    return result
+    each = [quantize(expert, weight) for expert, weight in enumerate(weights)]
+    return [
+        QuantizedWeight(
+            torch.stack([part.qdata for part in parts]),
+            torch.stack([part.scale for part in parts]),
+            max(part.bits for part in parts),
+            parts[0].group_size,
+        )
+        for parts in zip(*each, strict=True)
+    ]
 
 
-def _empty(part: QuantizedWeight, experts: int) -> QuantizedWeight:
-    return QuantizedWeight(
-        part.qdata.new_empty(experts, *part.qdata.shape),
-        part.scale.new_empty(experts, *part.scale.shape),
-        part.bits,
-        part.group_size,
-    )
-
-
-def relative_noise(part: QuantizedWeight, weight: Tensor) -> float:
-    """Frobenius norm of what rounding changed, over that of the weight [E, N, K]; no more than one expert at a time in float64."""
+def relative_noise(part: QuantizedWeight, weights: Iterable[Tensor]) -> float:
+    """Frobenius norm of what rounding changed, over that of the weights [N, K] of all experts; no more than one of them at a time."""
     lost = kept = 0.0
-    for codes, scale, exact in zip(part.qdata, part.scale, weight, strict=True):
+    for codes, scale, exact in zip(part.qdata, part.scale, weights, strict=True):
         wide = exact.to(codes.device).double()
         lost += float((codes * column_scales(scale, codes.shape[1], part.group_size) - wide).square().sum())
         kept += float(wide.square().sum())

@@ -58,7 +58,7 @@ def expert_linear(x: Tensor, weight: Tensor, indices: Tensor, bias: Tensor | Non
     flat = x.flatten(0, -2)
 
     def compute(expert: int, rows: Tensor) -> Tensor:
-        return F.linear(flat[rows], weight[expert], None if bias is None else bias[expert])
+        return F.linear(flat[rows], weight[expert].to(x.device), None if bias is None else bias[expert])
 
     return _each(x, indices, weight.shape[0], weight.shape[1], x.dtype, compute)
 

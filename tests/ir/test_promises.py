@@ -7,7 +7,7 @@ import copy
 import torch
 from torch.fx import Graph, GraphModule
 
-from resq_compiler.ir import graph_tools, promises
+from resq_compiler.ir import graph_tools, ops, promises
 from resq_compiler.ir.promises import Changed, ChangedRows, Promised, in_memory
 
 
@@ -39,6 +39,44 @@ def test_changes_of_a_promise_are_those_of_the_tensor() -> None:
         graph_tools.change_rows(gm, weight, lambda w: w * 0.1)
     assert isinstance(graph_tools.held(later, promised), Promised)
     assert torch.equal(graph_tools.get_tensor(later, promised), graph_tools.get_tensor(now, node))
+
+
+def test_one_expert_is_made_of_what_it_comes_from() -> None:
+    """A stack of matrices, turned, split, and permuted by an order for each expert."""
+    matrices = [[counted((4, 6)) for _ in range(2)] for _ in range(5)]
+    whole = promises.Stacked([[promise for promise, _ in each] for each in matrices])
+    value = torch.stack([torch.cat([promise.whole() for promise, _ in each]) for each in matrices])
+    order = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    u = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    now, node = graph_of(value)
+    later, promised = graph_of(Promised(whole))
+    found = []
+    for gm, weight in ((now, node), (later, promised)):
+        graph_tools.change_rows(gm, weight, lambda w: w @ u)
+        half = graph_tools.derive_tensor(
+            gm, weight, "middle", lambda w: w[..., 2:5, :], (5, 3, 6), "test", of_experts=True
+        )
+        graph_tools.change_experts(
+            gm, half, lambda w, i: torch.stack([a[:, b] for a, b in zip(w, order[i], strict=True)])
+        )
+        found.append(half)
+    for _, reads in (one for each in matrices for one in each):
+        reads.clear()
+    third = graph_tools.rows_of(graph_tools.held(later, found[1]), torch.tensor([3]))
+    assert torch.equal(third, graph_tools.get_tensor(now, found[0])[3:4])
+    assert [len(reads) for each in matrices for _, reads in each] == [0] * 6 + [1, 1] + [0] * 2
+    assert torch.equal(graph_tools.get_tensor(later, found[1]), graph_tools.get_tensor(now, found[0]))
+
+
+def test_experts_that_no_token_chose_are_not_made(monkeypatch) -> None:
+    monkeypatch.setattr(promises, "TABLE", 1)
+    promise, reads = counted((5, 3, 4))
+    value, x = promise.whole(), torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(1))
+    reads.clear()
+    indices = torch.tensor([[1], [3]])
+    found = ops.expert_linear(x, Promised(promise), indices)
+    assert reads == [(1, 2), (3, 4)]
+    assert torch.equal(found, ops.expert_linear(x, value, indices))
 
 
 def test_shape_is_known_and_nothing_is_read() -> None:
