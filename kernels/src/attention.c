@@ -55,11 +55,14 @@ static row_state begin_values(const query_tile *t, int64_t row, float *values) {
 }
 
 static void begin_row(const query_tile *t, attention_space *w, int64_t row) {
-    const float *q = query_of(t, row), factor = score_factor(t->args);
     float values[RK_MAX_HEAD], *sums = w->sums + row * COLUMN_SPACE;
     w->state[row] = begin_values(t, row, values);
     memcpy(sums, values, sizeof(float) * (size_t)w->value.width[0]);
     memcpy(sums + w->value.column_at[1], values + w->value.width[0], sizeof(float) * (size_t)w->value.width[1]);
+}
+
+static void code_query(const query_tile *t, attention_space *w, int64_t row) {
+    const float *q = query_of(t, row), factor = score_factor(t->args);
     int8_t *limbs = w->queries + row * LIMBS * QUERY_SPACE;
     w->codes[row][0] = code_low(q, w->key.width[0], w->key.quads[0], limbs);
     w->codes[row][1] = code_high(q + w->key.width[0], w->key.width[1], w->key.quads[1], limbs + 8 * w->key.quads[0]);
@@ -158,15 +161,15 @@ static void attend_tile(const query_tile *t, attention_space *w, int64_t first, 
         }
 }
 
-static void attend(const query_tile *t) {
-    attention_space w;
-    w.key = layout_of(&t->args->key), w.value = layout_of(&t->args->value);
+static void attend(const query_tile *t, attention_space *w, int same_queries) {
+    for (int64_t row = 0; row < t->rows && !same_queries; row++)
+        code_query(t, w, row);
     for (int64_t row = 0; row < t->rows; row++)
-        begin_row(t, &w, row);
+        begin_row(t, w, row);
     for (int64_t key = t->first_key; key < t->last_key; key += TILE_KEYS)
-        attend_tile(t, &w, key, rk_min(TILE_KEYS, t->last_key - key));
+        attend_tile(t, w, key, rk_min(TILE_KEYS, t->last_key - key));
     for (int64_t row = 0; row < t->rows; row++)
-        end_row(t, &w, row);
+        end_row(t, w, row);
 }
 
 /* Units ------------------------------------------------------------------------------------------------------------------- */
@@ -198,9 +201,11 @@ static void finish_chunk(const query_tile *t) {
 
 static void attention(const rk_attention_args *a, int64_t begin, int64_t end) {
     const uint64_t mode = rk_enter();
+    attention_space w;
+    w.key = layout_of(&a->key), w.value = layout_of(&a->value);
     for (int64_t unit = begin; unit < end; unit++) {
         const query_tile t = tile_of(a, unit);
-        attend(&t);
+        attend(&t, &w, t.chunk > 0 && unit > begin); /* the chunk before had the same queries */
         if (t.chunks > 1)
             finish_chunk(&t);
     }
