@@ -19,6 +19,7 @@ from resq_compiler.calibration.executor import TOKENS_PER_BATCH
 from resq_compiler.inspection.rates import Rates
 from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.ir.views import Linear
+from resq_compiler.numerics import inverse_factor
 from resq_compiler.passes import AllocateBits, ComputeBases, QuantizeWeights
 from resq_compiler.pipeline.passes import Pass
 from resq_compiler.recipes.settings import CompileConfig
@@ -28,8 +29,8 @@ from resq_compiler.util.text import megabytes
 FLOAT, DOUBLE = 4, 8
 BASE = 500 * 10**6
 """Bytes of PyTorch and transformers in memory."""
-MATRICES = 2
-"""Of the width of a group of linears in float64, at a time: the moment, then its factor, and the damped one, then the inverse."""
+MOMENT = 10
+"""Bytes for each entry of the moment of a group: its float64 sum, whose memory its factor is made in, and half of a float32 one."""
 ROWS = 4
 """Of the weights of a group in float32, at a time: stacked, by columns, errors, codes and their search."""
 
@@ -283,8 +284,8 @@ class _Plan:
         if not item.by_block:
             memory["rows at work"] = max(FLOAT * ROWS * group.weights // group.experts for group in s.groups)
             return Step("round", memory, seconds=self._time(lambda r: s.linears * r.search / self.processes))
-        matrices = max(MATRICES * DOUBLE * group.columns**2 for group in s.groups)
-        memory |= {**self._running(tokens), "Hessian": matrices}
+        moment = max(MOMENT * group.columns**2 for group in s.groups)
+        memory |= {**self._running(tokens), "Hessian": moment}
         memory["rows at work"] = max(FLOAT * ROWS * group.rows * group.columns for group in s.groups)
         return Step("GPTQ" if item.method == "gptq" else "round by output", memory, seconds=self._time(self._gptq(tokens)),
                     sent=self._sent(sum(DOUBLE * g.columns**2 * g.experts for g in s.groups) + s.linears))  # fmt: skip
@@ -295,7 +296,7 @@ class _Plan:
         def seconds(r: Rates) -> float:
             moments = sum(tokens * g.choices * g.columns**2 for g in s.groups)
             run = (tokens * self._forward() + moments) / r.products
-            factors = sum(g.experts * g.columns**3 for g in s.groups) * r.factor
+            factors = sum(g.experts * inverse_factor.work(g.columns) for g in s.groups) * r.factor
             spread = sum(g.weights * g.columns for g in s.groups) / r.products
             return run + factors + (s.linears * (r.search + r.columns) + spread) / self.processes
 

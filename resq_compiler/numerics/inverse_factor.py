@@ -59,6 +59,12 @@ def restore(matrix: Tensor) -> None:
         matrix[here, here] = lower + lower.mT
 
 
+def work(width: int) -> float:
+    """Operations of `invert`, as those of one block of so large a width: by blocks, half of a triangular inverse falls away."""
+    alone = min(width, BLOCK) / width
+    return width**3 * (1 + alone**2) / 2
+
+
 def _pairs(blocks: list[slice]) -> Iterator[tuple[slice, slice]]:
     """Blocks of columns in order, each with the blocks of rows above it."""
     for i, block in enumerate(blocks):
