@@ -61,7 +61,8 @@ class LearnRotations(Pass):
         places.check(self.name, pairs=True)
         learned = self._places(places, ctx)
         plan = Plan(self.steps, self.rate, self.batch, judge_every(self.steps), self.patience, self.optimizer)
-        return learn_end_to_end(self.name, Model(gm, topology), learned, self._loss_of(ctx), plan, ctx)
+        windows, loss = self._loss_of(ctx)
+        return learn_end_to_end(self.name, Model(gm, topology), learned, windows, loss, plan, ctx)
 
     def _places(self, places: Places, ctx: PassContext) -> Learned:
         """What is learned."""
@@ -76,17 +77,18 @@ class LearnRotations(Pass):
                 places.add_hidden(learned, block)
         return learned
 
-    def _loss_of(self, ctx: PassContext) -> Loss:
+    def _loss_of(self, ctx: PassContext) -> tuple[Tensor, Loss]:
+        """The windows to learn from, and what falls on them."""
         windows = ctx.windows
 
         def text(logits: Tensor, index: int) -> Tensor:
             return cross_entropy(logits, windows[index])
 
         if self.loss == "cross-entropy":
-            return text
+            return windows, text
         teacher = ctx.facts.get(Teacher)
 
         def model(logits: Tensor, index: int) -> Tensor:
             return divergence(logits, teacher.windows[index])
 
-        return model
+        return teacher.ids, model

@@ -45,7 +45,7 @@ class LearnScales(Pass):
     codes: bool = False
     steps: int = option(100, 1)
     rate: float = option(0.0003, 0)
-    code_rate: float = option(0.001, 0)
+    code_rate: float = option(0.0007, 0)
     batch: int = option(1, 1)
     patience: int = option(5, 1)
 
@@ -72,4 +72,4 @@ class LearnScales(Pass):
 
         plan = Plan(self.steps, self.rate, self.batch, judge_every(self.steps), self.patience)
         factors = {"codes": self.code_rate / self.rate if self.rate else 0.0}
-        return learn_end_to_end(self.name, Model(gm, topology), learned, loss, plan, ctx, factors)
+        return learn_end_to_end(self.name, Model(gm, topology), learned, teacher.ids, loss, plan, ctx, factors)

@@ -73,10 +73,10 @@ class Learned(nn.Module):
         self.undone[node] = learned
         self.late.setdefault(target, []).append(Change(learned, apply))
 
-    def add_clip(self, node: Node, clip: float) -> None:
-        """Learn the share of its range that a quantizer covers."""
-        name = node.name
-        self.shares[name] = nn.Parameter(torch.tensor(float(clip)))
+    def add_clip(self, node: Node, name: str, clip: float) -> None:
+        """Learn the share of its range that a quantizer covers; quantizers of one name have one in common."""
+        if name not in self.shares:
+            self.shares[name] = nn.Parameter(torch.tensor(float(clip)))
         self.quantizers[node] = name
 
     @property

@@ -123,8 +123,7 @@ class _State:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad()
-        draw = generator(seed, self.task.name, self.step)
-        picked = torch.randint(self.task.windows, (self.plan.batch,), generator=draw).tolist()
+        picked = [self._window(seed, self.step * self.plan.batch + i) for i in range(self.plan.batch)]
         loss = self.task.step(picked)
         self.step += 1
         gradients = [p.grad for p in self.task.module.parameters() if p.grad is not None]
@@ -132,6 +131,12 @@ class _State:
             self.optimizer.step()
         else:
             self._retreat(f"step {self.step} of {self.task.name}: loss {loss} or a gradient of it is not finite")
+
+    def _window(self, seed: int, index: int) -> int:
+        """The window at a place in the order of all steps: every window once, in a random order, and again in another."""
+        round_, place = divmod(index, self.task.windows)
+        order = torch.randperm(self.task.windows, generator=generator(seed, self.task.name, round_))
+        return int(order[place])
 
     def judge(self) -> None:
         """Compare with the best state so far."""

@@ -25,8 +25,12 @@ class TopPredictions:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A fact: what the float model predicts for every calibration window."""
+    """A fact: what the float model predicts for windows: those that it wrote itself, and then all of the calibration text.
 
+    ids: [n, length] int64. windows: the predictions for each.
+    """
+
+    ids: Tensor
     windows: tuple[TopPredictions, ...]
 
 

@@ -138,11 +138,12 @@ class Places:
             learned.change(weight_of(part), name, out_of_hidden(fact.start, fact.stop, turn is not None))
 
     def add_clips(self, learned: Learned, nodes: list[Node]) -> None:
-        """Shares of the range of quantizers."""
+        """Shares of the range of quantizers; keys and values of a block have one in common, as kernels want it."""
         for node in nodes:
-            clip = may_learn_clip(node)
+            clip, site = may_learn_clip(node), meta.get(node, meta.QuantizerSite)
             if clip is not None:
-                learned.add_clip(node, clip)
+                of_cache = site is not None and site.kind == "kv"
+                learned.add_clip(node, f"cache{site.block}" if site is not None and of_cache else node.name, clip)
 
     def add_codes(self, learned: Learned) -> None:
         """Factors of the scales of weight codes of the blocks."""

@@ -120,7 +120,6 @@ RECIPES: dict[str, Recipe] = {
             "gptq_on_quantized_activations": True,
             "learn_scales": True,
             "learn_codes": True,
-            "learning_steps": 400,
         }
     ),
     "resq-cpu": Recipe(
@@ -131,7 +130,6 @@ RECIPES: dict[str, Recipe] = {
             "gptq_on_quantized_activations": True,
             "learn_scales": True,
             "learn_codes": True,
-            "learning_steps": 400,
         }
     ),
     "prefixquant": Recipe(

@@ -16,7 +16,8 @@ PartBits = Literal[2, 3, 4, 5, 6, 7, 8]
 HighBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
 WHOLE_NUMBERS = {
-    "rank_multiple": 1, "learning_steps": 1, "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "expert_tokens": 1,
+    "rank_multiple": 1, "learning_steps": 1, "learning_windows": 0,
+    "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "expert_tokens": 1,
     "seed": None,
 }  # fmt: skip
 """Options without a list of values, and the least that each may be."""
@@ -91,6 +92,7 @@ class CompileConfig:
     learn_scales: bool = False
     learn_codes: bool = False
     learning_steps: int = 100
+    learning_windows: int = 0
     learning_rate: float | None = None
     weight_group_size: Literal[32, 64, 128] | None = None
     lm_head_bits: Literal[8] | None = None

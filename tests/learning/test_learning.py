@@ -15,7 +15,7 @@ from resq_compiler.errors import ConfigError, PassError
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.promises import Changed, Promised, Stored, in_memory, ledger
 from resq_compiler.ir.transforms import TARGETS
-from resq_compiler.ir.views import CodedLinear, Quantize
+from resq_compiler.ir.views import CodedLinear, Quantize, QuantizeDequantize
 from resq_compiler.learning.end_to_end import Model, teach
 from resq_compiler.learning.holding import hold
 from resq_compiler.learning.learned import Learned
@@ -23,6 +23,8 @@ from resq_compiler.learning.loop import held_back
 from resq_compiler.learning.losses import Teacher, TopPredictions, divergence
 from resq_compiler.learning.places import Places
 from resq_compiler.learning.running import Run
+from resq_compiler.learning.written import write_windows
+from resq_compiler.numerics.seeds import generator
 from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_tokens
 from resq_compiler.util import machine
@@ -141,6 +143,36 @@ def test_the_teacher_is_the_float_model(build):
     assert all(torch.equal(f.ids.long(), ids) for f, ids in zip(found, top.indices, strict=True))
 
 
+def test_windows_that_the_model_writes(build):
+    """They begin with text, and every further token is the draw from what the graph predicts for all before it, in one piece."""
+    built = build("llama", "quantize-activations", recipe="resq++", allocation="equal")
+    windows = built.ctx.windows
+    found = write_windows(built.gm, windows, 40, 3, lambda done, total: None)
+    assert found.shape == (40, windows.shape[1]) and found.dtype == torch.int64
+    begun = windows.shape[1] // 16
+    assert all((windows.unfold(1, begun, 1) == row[:begun]).all(-1).any() for row in found)
+    draw = generator(3, "written windows")
+    (
+        torch.randint(len(windows), (40,), generator=draw),
+        torch.randint(windows.shape[1] - begun + 1, (40,), generator=draw),
+    )
+    for batch in found.split(32):
+        predicted = logits_of(built.gm, batch).softmax(-1)
+        for position in range(begun, windows.shape[1]):
+            assert torch.equal(
+                torch.multinomial(predicted[:, position - 1], 1, generator=draw)[:, 0], batch[:, position]
+            )
+
+
+def test_predictions_of_written_windows_come_first(build):
+    """The last windows are the text, of which some are for judging alone."""
+    built = build("llama", "quantize-activations", recipe="resq++", allocation="equal", learning_windows=3)
+    teacher, windows = built.ctx.facts.get(Teacher), built.ctx.windows
+    assert len(teacher.windows) == len(teacher.ids) == 3 + len(windows) and torch.equal(teacher.ids[3:], windows)
+    top = logits_of(built.gm, teacher.ids[:1])[0].topk(5)
+    assert torch.equal(teacher.windows[0].ids[:, :5].long(), top.indices)
+
+
 def online(built):
     return sum(n.target in TARGETS for n in built.gm.graph.nodes)
 
@@ -165,7 +197,7 @@ def with_text(built, exact, windows=16):
     """More to learn from, with the float model's predictions for it."""
     ctx = dataclasses.replace(built.ctx, calibration=tiny_tokens(windows, 64, seed=1))
     quiet = lambda done, total: None  # noqa: E731
-    ctx.facts.put(Teacher(teach(exact.gm, exact.topology, ctx.windows, 1000, quiet)))
+    ctx.facts.put(Teacher(ctx.windows, teach(exact.gm, exact.topology, ctx.windows, 1000, quiet)))
     return ctx
 
 
@@ -207,6 +239,10 @@ def test_learned_scales_leave_the_codes_alone(build):
     assert made == {"learned_weight"}  # gains of norms, which fold-norms took away
     moved = [n for n in built.gm.graph.nodes if (q := Quantize.of(n)) is not None and q.clip != clips[n.name]]
     assert moved and all(0.3 <= Quantize.require(n).clip <= 1 for n in moved)
+    caches = [c for n in built.gm.graph.nodes if (c := QuantizeDequantize.of(n)) is not None]
+    assert [c.clip for c in caches[::2]] == [c.clip for c in caches[1::2]] and caches[
+        0
+    ].clip != 1  # kernels have one for both
 
 
 def test_learned_codes_move_inside_their_range(build):

@@ -100,6 +100,15 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path):
     assert torch.equal(again.x, whole.x) and outcome.done == 30 and outcome.start == 13
 
 
+def test_every_window_once_before_any_again():
+    picked = []
+    point = Point()
+    one = task(point)
+    kept = dataclasses.replace(one, step=lambda numbers: picked.extend(numbers) or one.step(numbers))
+    learn(kept, Plan(5, 0.1, batch=2), 0, None, quiet)
+    assert sorted(picked[:4]) == sorted(picked[4:8]) == [0, 1, 2, 3]
+
+
 def test_rates_have_factors():
     """Adam's first step is as long as its rate, of which the warm-up leaves a tenth."""
     point = Point()
