@@ -111,5 +111,5 @@ def test_attributes_that_do_not_fit(directory):
     node = next(node for node in model.graph.node if node.op_type == "NormLinear")
     next(a for a in node.attribute if a.name == "low_bits").i = 9
     onnx.save(model, path)
-    with pytest.raises(BackendError, match="attributes of a NormLinear node do not fit: expected low bits 2 to 4"):
+    with pytest.raises(BackendError, match="attributes of a NormLinear node do not fit: expected bits 2 to 8"):
         OnnxDecoder(directory)
