@@ -44,7 +44,7 @@ def _record(node: Node, block: int | None) -> dict[str, Any]:
         "block": block,
         "bits": bits,
         "precision": precision_of(bits),
-        "facts": {type(f).__name__: dataclasses.asdict(f) for f in meta.facts(node) if dataclasses.is_dataclass(f)
+        "facts": {type(f).__name__: meta.to_dict(f) for f in meta.facts(node) if dataclasses.is_dataclass(f)
                   and not isinstance(f, (meta.Origin, type))},
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ Values are frozen dataclasses: copies of a graph share them, so they must not ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from torch.fx import Node
@@ -126,6 +126,12 @@ def require(node: Node, fact: type[Fact]) -> Fact:
 def key_of(fact: Any) -> str:
     """The key of a kind of fact."""
     return fact.key
+
+
+def to_dict(fact: Any) -> dict[str, Any]:
+    """All fields of a fact, but those that most nodes have nothing to say in."""
+    rare = {each.name for each in fields(fact) if each.metadata.get(RARE)}
+    return {name: value for name, value in asdict(fact).items() if value is not None or name not in rare}
 
 
 def put(node: Node, value: object) -> Node:

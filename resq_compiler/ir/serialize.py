@@ -10,7 +10,6 @@ compute values from values are accepted (none that mutates its arguments or touc
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import operator
@@ -145,13 +144,7 @@ def _node_to_dict(node: Node, tensor_info: Mapping[str, Mapping[str, Any]]) -> d
 def _facts(node: Node) -> dict[str, Any]:
     """Facts by their class; the origin is written beside them."""
     found: list[Any] = [fact for fact in meta.facts(node) if not isinstance(fact, meta.Origin)]
-    return {type(fact).__name__: _fact_to_dict(fact) for fact in found}
-
-
-def _fact_to_dict(fact: Any) -> dict[str, Any]:
-    """All fields, but those that most nodes have nothing to say in."""
-    rare = {field.name for field in dataclasses.fields(fact) if field.metadata.get(meta.RARE)}
-    return {name: value for name, value in dataclasses.asdict(fact).items() if value is not None or name not in rare}
+    return {type(fact).__name__: meta.to_dict(fact) for fact in found}
 
 
 def describe_value(value: Any) -> Any:

@@ -152,3 +152,9 @@ def test_damaged_graphs_are_refused(change, message):
 def test_what_is_no_graph_is_refused(data):
     with pytest.raises(CheckpointError, match="list of nodes"):
         dict_to_graph(data)
+
+
+def test_bits_of_experts_are_written_where_they_are_said():
+    site = meta.LinearSite("mlp.down", "down", 0)
+    assert "expert_bits" not in meta.to_dict(meta.LinearPart(site, 0, 0, 8, 4, 4))
+    assert meta.to_dict(meta.LinearPart(site, 0, 0, 8, 6, 4, 1, (4, 6)))["expert_bits"] == (4, 6)
