@@ -20,6 +20,7 @@ from resq_compiler.tiny import tiny_model, tiny_tokenizer, tiny_tokens
 SAMPLES: dict[str, tuple[str, object]] = {
     "recipe": ("quarot", "quarot"), "weight_bits": ("3", 3), "activation_bits": ("8", 8), "kv_bits": ("16", 16),
     "high_bits": ("6", 6), "high_fraction": ("1/16", 1 / 16), "site_fractions": ("mlp=1/4", "mlp=1/4"),
+    "expert_bits": ("0=4432/8866", "0=4432/8866"),
     "allocation": ("sensitivity", "sensitivity"), "average_bits": ("4.75", 4.75), "model_megabytes": ("0.5", 0.5),
     "low_bits": ("3", 3), "low_fraction": ("1/16", 1 / 16), "rank_multiple": ("16", 16), "basis": ("hadamard", "hadamard"),
     "basis_weighting": ("readers", "readers"), "key_basis": ("head", "head"), "online_basis": ("shared", "shared"),
