@@ -75,9 +75,9 @@ def parse() -> argparse.Namespace:
 
 def settings_of(recipe: str, wanted: list[str]) -> list[str]:
     """The settings of a recipe: W4A4KV4 alone where that is its usual one."""
-    usual = named.resolve(recipe)
-    found = ["W4A4KV4"] if usual.scheme == "W4A4KV4" else list(SETTINGS)
-    return [setting for setting in found if setting in wanted]
+    if named.resolve(recipe).scheme == "W4A4KV4":
+        return ["W4A4KV4"]
+    return [setting for setting in SETTINGS if setting in wanted]
 
 
 def job(arguments: argparse.Namespace, recipe: str, setting: str, seed: int) -> dict[str, Any]:
