@@ -228,7 +228,8 @@ def _begin(
     captured = capture_promised(loaded.skeleton, loaded.weights)
     report("capture", 1, 1)
     if isinstance(model, (str, Path)):
-        check_causal_graph(captured.graph_module, loaded.where)
+        vocabulary = loaded.skeleton.config.get_text_config().vocab_size
+        check_causal_graph(captured.graph_module, vocabulary, loaded.where)
     del loaded, model
     memory.release(captured.graph_module)  # torch.export leaves the model in a reference cycle
     if work is None and graph_tools.promised_bytes(captured.graph_module) >= memory.LARGE_MODEL:

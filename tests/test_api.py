@@ -87,6 +87,14 @@ def test_more_bits_give_less_error(compile_tiny, tiny, tokens):
     assert errors == sorted(errors)
 
 
+def test_a_vocabulary_of_four_tokens(tmp_path):
+    """Fewer than the token ids that causality is asked with."""
+    model, tokens = tiny_model("llama", vocab_size=4, pad_token_id=None), tiny_tokens(2, 12, vocab_size=4)
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        assert resq_compiler.compile(source, tokens, recipe="rtn")(tokens).logits.shape == (2, 12, 4)
+
+
 def test_seeds(compile_tiny, tiny):
     """Same seed: same bytes. Another seed: other rotations. The global generator is where it was."""
     model = tiny("llama")

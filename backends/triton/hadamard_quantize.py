@@ -101,7 +101,7 @@ def _store_row(codes, p_codes, PACKED: tl.constexpr,
     else:
         stored = codes
     WIDTH: tl.constexpr = C // 2 if PACKED else C
-    REAL: tl.constexpr = RC // 2 if PACKED else RC
+    REAL: tl.constexpr = (RC + 1) // 2 if PACKED else RC
     o_r = tl.arange(0, ROWS)[:, None]
     o_x = tl.arange(0, A * B * WIDTH // ROWS)[None, :]
     if B > 1:
@@ -202,11 +202,11 @@ def _orders(plan: HadamardPlan) -> tuple[int, ...]:
 
 
 def transform_shape(n: int) -> dict[str, int]:
-    """Orders RA, RB, RC of the factors and their padded sizes A, B, C; 1 where there are fewer than three."""
+    """Orders RA, RB, RC of the factors and their padded sizes A, B, C; A and B are 1 where there are fewer than three."""
     orders = _orders(hadamard_plan(n))
     ra, rb, rc = {1: (1, 1, *orders), 2: (orders[0], 1, orders[-1])}.get(len(orders), orders[:3])
-    padded = [1 if order == 1 else max(MIN_ORDER, next_power_of_two(order)) for order in (ra, rb, rc)]
-    return dict(RA=ra, RB=rb, RC=rc, A=padded[0], B=padded[1], C=padded[2])
+    a, b, c = (max(MIN_ORDER, next_power_of_two(order)) for order in (ra, rb, rc))
+    return dict(RA=ra, RB=rb, RC=rc, A=a if ra > 1 else 1, B=b if rb > 1 else 1, C=c)
 
 
 @lru_cache(maxsize=64)

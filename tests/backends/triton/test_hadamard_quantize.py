@@ -12,7 +12,7 @@ from resq_compiler.numerics.hadamard import hadamard_matrix
 from resq_compiler.numerics.quantized import quantize_activation
 
 
-@pytest.mark.parametrize("n", [16, 256, 1024, 4096])
+@pytest.mark.parametrize("n", [1, 4, 16, 256, 1024, 4096])
 def test_bit_exact_where_arithmetic_is_exact(n, generator, kernels, reference):
     """Integers, and sqrt(n) a power of two: every sum is exact, so codes must not differ anywhere."""
     gate, up = (torch.randint(-6, 7, (3, n), generator=generator).float() for _ in range(2))
