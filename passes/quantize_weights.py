@@ -183,9 +183,10 @@ def round_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], clip: Lit
         made, names = [] if finished is None else finished[0], []
         for i, site in enumerate(here):
             ctx.progress("quantize weights", done + i, total)
-            if finished is None:
-                made.append(rounded(gm, site, clip, size))
-            names.append(store(gm, [site], made[i]))
+            with promises.keeping(until_end=True):
+                if finished is None:
+                    made.append(rounded(gm, site, clip, size))
+                names.append(store(gm, [site], made[i]))
         if finished is None:
             workdir.keep_block(work, block or 0, made, [])
         workdir.put_away(gm, work, block or 0, names)
@@ -295,9 +296,10 @@ def quantize_block(
                 del hessian
                 names.append(store(gm, group, made[-1]))
         else:
-            codes, reports[group[0].fact.name] = quantize_experts(gm, group, block, stream, runner, ctx, options)
-            made.append(codes)
-            names.append(store(gm, group, codes))
+            with promises.keeping(until_end=True):
+                codes, reports[group[0].fact.name] = quantize_experts(gm, group, block, stream, runner, ctx, options)
+                made.append(codes)
+                names.append(store(gm, group, codes))
     workdir.keep_block(ctx.work, block.index, made, ctx.notes[before:])
     workdir.put_away(gm, ctx.work, block.index, names)
     return reports

@@ -140,12 +140,13 @@ def test_a_compile_makes_a_few_experts_at_a_time(monkeypatch, tmp_path):
     """As they lie in a checkpoint. Only the graph as it was captured has the experts of a layer together."""
     monkeypatch.setattr(promises, "TABLE", 2**17)
     monkeypatch.setattr(promises, "ROWS", 64)
+    gate = 64 * 32 * 64 * 4
+    monkeypatch.setattr(promises, "HELD_ROWS", gate // 8)
     config = CONFIG_MAPPING["qwen3_moe"](
         hidden_size=64, moe_intermediate_size=32, num_experts=64, num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, vocab_size=131, pad_token_id=0,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    gate = 64 * 32 * 64 * 4
     most = {}
 
     def see(stage):

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 ROWS = 4096  # made at a time; the rows of vocabularies are many
 TABLE = 64 * 2**20  # bytes of a matrix from which on it is worked on by rows
+HELD_ROWS = 2**30  # bytes of the matrices of single experts that are held for those who ask again
 
 
 @dataclass
@@ -54,10 +55,30 @@ class Ledger:
         self.made, self.most = 0, self.held
 
 
+class Held:
+    """Values that are asked for again, and how often: of whole promises (None), and of single experts while these are within HELD_ROWS."""
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[Promise, int | None], tuple[Tensor, float]] = {}
+        self._bytes_of_rows = 0
+
+    def get(self, promise: Promise, expert: int | None, make: Callable[[], Tensor], asked: float) -> Tensor:
+        """The value that is held, or a made one, which is held if it is asked for more than once."""
+        key = promise, expert
+        value, left = self._values.pop(key, (None, asked))
+        if value is None:
+            value = make()
+        elif expert is not None:
+            self._bytes_of_rows -= value.nbytes
+        if left > 1 and (expert is None or self._bytes_of_rows + value.nbytes <= HELD_ROWS):
+            self._values[key] = value, left - 1
+            self._bytes_of_rows += 0 if expert is None else value.nbytes
+        return value
+
+
 ledger = Ledger()
 aten = torch.ops.aten
-_kept: dict[Promise, tuple[Tensor, float]] | None = None
-"""Values that are asked for again, and how often."""
+_held: Held | None = None
 _until_end = False
 
 
@@ -67,13 +88,13 @@ def keeping(until_end: bool = False) -> Iterator[None]:
 
     until_end: those and the ones that nothing was derived from are held to the end of this.
     """
-    global _kept, _until_end
-    before = _kept, _until_end
-    _kept, _until_end = {} if _kept is None or until_end else _kept, _until_end or until_end
+    global _held, _until_end
+    before = _held, _until_end
+    _held, _until_end = Held() if _held is None or until_end else _held, _until_end or until_end
     try:
         yield
     finally:
-        _kept, _until_end = before
+        _held, _until_end = before
 
 
 class Promise(ABC):
@@ -92,7 +113,12 @@ class Promise(ABC):
         """The value, some thousands of rows at a time where it can be made so."""
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Some rows of the value: [n, ...] for ids [n] int64."""
+        """Some rows of the value, [n, ...] for ids [n] int64; of an expert whose value is held, that one. What is only read is not held."""
+        if _held is None or self.children < 2 or len(self.shape) < 3 or len(ids) > 1:
+            return self._rows(ids)
+        return _held.get(self, int(ids), lambda: self._rows(ids), self._asked())
+
+    def _rows(self, ids: Tensor) -> Tensor:
         return self.whole()[ids]
 
     def counted_pieces(self) -> Iterator[Tensor]:
@@ -102,13 +128,13 @@ class Promise(ABC):
             yield piece
 
     def whole(self) -> Tensor:
-        """The value, or the one that is kept."""
-        value, left = (None, self._asked()) if _kept is None else _kept.pop(self, (None, self._asked()))
-        if value is None:
-            value = self._whole()
-            ledger.enter(value)
-        if _kept is not None and left > 1:
-            _kept[self] = value, left - 1
+        """The value, or the one that is held."""
+        return self.made() if _held is None else _held.get(self, None, self.made, self._asked())
+
+    def made(self) -> Tensor:
+        """The value, made now and not held."""
+        value = self._whole()
+        ledger.enter(value)
         return value
 
     def _asked(self) -> float:
@@ -153,10 +179,10 @@ class Stacked(Promise):
 
     def pieces(self) -> Iterator[Tensor]:
         for matrices in self._experts:
-            yield torch.cat([matrix.whole() for matrix in matrices])[None]
+            yield torch.cat([matrix.made() for matrix in matrices])[None]
 
     def rows(self, ids: Tensor) -> Tensor:
-        return torch.cat([torch.cat([matrix.whole() for matrix in self._experts[i]])[None] for i in ids.tolist()])
+        return torch.cat([torch.cat([matrix.made() for matrix in self._experts[i]])[None] for i in ids.tolist()])
 
     def _whole(self) -> Tensor:
         return filled(self)
@@ -167,12 +193,12 @@ class Kept(Stored):
 
     def __init__(self, file: Path, name: str, like: Tensor, start: int):
         super().__init__(like.shape, like.dtype, lambda first, last: self.mapped()[first:last].clone())
-        self.file, self.name, self._rows = file, name, slice(start, start + like.shape[-2])
+        self.file, self.name, self._place = file, name, slice(start, start + like.shape[-2])
 
     def mapped(self) -> Tensor:
         """The value in its file: pages are read when somebody looks at them."""
         with safe_open(self.file, framework="pt") as opened:
-            value: Tensor = opened.get_tensor(self.name)[..., self._rows, :]
+            value: Tensor = opened.get_tensor(self.name)[..., self._place, :]
             return value
 
 
@@ -187,7 +213,7 @@ class ChangedRows(Promise):
         for piece in self.of.pieces():
             yield self._change(piece.double()).to(self.dtype)
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor) -> Tensor:
         value = self._change(self.of.rows(ids).double()).to(self.dtype)
         ledger.enter(value)
         return value
@@ -209,7 +235,7 @@ class ChangedEach(Promise):
             yield self._change(piece, torch.arange(start, start + len(piece)))
             start += len(piece)
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def _rows(self, ids: Tensor) -> Tensor:
         value = self._change(self.of.rows(ids), ids)
         ledger.enter(value)
         return value

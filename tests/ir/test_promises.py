@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch.fx import Graph, GraphModule
 
@@ -126,6 +127,28 @@ def test_what_several_come_from_is_made_once() -> None:
             for part in parts:
                 graph_tools.get_tensor(gm, part)
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize(("experts", "changes"), [(5, 5), (2, 2 + 2 * 3)])
+def test_an_expert_that_several_ask_for_is_made_once_while_there_is_room(
+    monkeypatch, experts: int, changes: int
+) -> None:
+    """experts: how many there is room for."""
+    monkeypatch.setattr(promises, "HELD_ROWS", experts * 4 * 6 * 4)
+    value, turned = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0)), []
+    gm, weight = graph_of(Promised(in_memory(value)))
+    graph_tools.change_rows(gm, weight, lambda w: (turned.append(len(w)), w * 2)[1])
+    parts = [
+        graph_tools.derive_tensor(gm, weight, f"part{i}", lambda w, i=i: w[..., 3 * i : 3 * i + 3].clone(), (5, 4, 3), "test", True)
+        for i in range(2)
+    ]  # fmt: skip
+    with promises.keeping():
+        found = [
+            torch.cat([graph_tools.rows_of(graph_tools.held(gm, part), torch.tensor([e])) for e in range(5)])
+            for part in parts
+        ]
+    assert torch.equal(torch.cat(found, -1), value * 2)
+    assert len(turned) == changes
 
 
 def test_a_value_is_written_piece_by_piece(tmp_path) -> None:
