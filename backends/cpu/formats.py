@@ -131,6 +131,11 @@ def pack_weight(codes: Tensor, bits: int, groups: int = 1) -> Tensor:
     return blocks.flatten(1).contiguous()
 
 
+def tile_shape(channels: int, width: int, bits: int, groups: int = 1) -> tuple[int, int]:
+    """Of what `pack_weight` makes: tiles and bytes of one."""
+    return -(-channels // TILE), groups * stride(width) * (TILE // 2 if bits <= NIBBLE_BITS else TILE)
+
+
 def unpack_weight(tiles: Tensor, channels: int, width: int, bits: int, groups: int = 1) -> Tensor:
     """Inverse of `pack_weight`: [channels, groups * width] int8."""
     blocks = stride(width) // 8

@@ -27,7 +27,7 @@ from resq_compiler.numerics.hadamard import HadamardPlan, hadamard_plan
 from resq_compiler.numerics.hadamard_orders import is_power_of_two
 
 NORMS = ("none", "rms", "layer")
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu", "clamped")
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,15 @@ def hadamard_quantize(
     up: Tensor | None,
     parts: Sequence[CodePart],
     activation: str = "none",
-    transpose: bool = False,
+    transpose: bool | None = False,
     threads: int = 1,
+    limit: float = 0.0,
+    slope: float = 0.0,
 ) -> RowParts:
     """activation(gate) * up, a Hadamard transform of every part of the columns, and codes (formula in resq_kernels.h).
 
-    Args:    gate, up: float32 [M, K], K the columns of all parts.    activation: one of ACTIVATIONS.    transpose: use Hᵀ.
+    Args:    gate, up: float32 [M, K], K the columns of all parts.    activation: one of ACTIVATIONS.    transpose: use Hᵀ; None: no
+             transform.    limit, slope: of the activation `clamped`.
     Raises:  BackendError: operands that do not fit each other, or more columns than MAX_COLUMNS.
     """
     rows, columns = gate.shape[0], sum(p.width for p in parts)
@@ -172,10 +175,12 @@ def hadamard_quantize(
     check_operand("hadamard_quantize", "up", up, torch.float32, (rows, columns))
     result, out = codes_out("hadamard_quantize", library, rows, parts)
     plans = [hadamard_plan(p.width) for p in parts]
-    factors = [_dense_factors(plan, transpose) for plan in plans]
+    factors = [_dense_factors(plan, bool(transpose)) for plan in plans]
     transforms = (Transform * MAX_PARTS)(*map(_transform, plans, factors))
-    index = ACTIVATIONS.index(activation)
-    arguments = HadamardQuantizeArgs(rows, address(gate), address(up), columns, columns, index, transforms, out)
+    if transpose is None:
+        transforms = (Transform * MAX_PARTS)(*(Transform(p.width, 0) for p in parts))
+    numbers = (columns, columns, ACTIVATIONS.index(activation), limit, slope)
+    arguments = HadamardQuantizeArgs(rows, address(gate), address(up), *numbers, transforms, out)
     library.run("hadamard_quantize", arguments, threads)
     return result
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resq_compiler.errors import BackendError
 
-VERSION = 4
+VERSION = 5
 MAX_PARTS = 4
 MAX_FACTORS = 6
 MAX_HEAD = 256
@@ -42,6 +42,21 @@ class MixedLinearArgs(ctypes.Structure):
         ("scale", POINTER), ("zero_point", POINTER), ("weight_scale", POINTER), ("weight_sum", POINTER), ("bias", POINTER),
         ("residual", POINTER), ("residual_stride", INT64), ("y", POINTER), ("y_stride", INT64),
     ]  # fmt: skip
+
+
+class GroupedLinearArgs(ctypes.Structure):
+    """rk_grouped_linear_args."""
+
+    _fields_ = [
+        ("linear", MixedLinearArgs), ("groups", INT64), ("expert", POINTER), ("first_row", POINTER), ("weight_at", POINTER),
+        ("weight_bits", POINTER),
+    ]  # fmt: skip
+
+
+class CombinedLinearArgs(ctypes.Structure):
+    """rk_combined_linear_args."""
+
+    _fields_ = [("grouped", GroupedLinearArgs), ("tokens", INT64), ("token", POINTER), ("share", POINTER)]
 
 
 class CodesOut(ctypes.Structure):
@@ -77,7 +92,7 @@ class HadamardQuantizeArgs(ctypes.Structure):
 
     _fields_ = [
         ("rows", INT64), ("gate", POINTER), ("up", POINTER), ("gate_stride", INT64), ("up_stride", INT64), ("activation", INT32),
-        ("transform", Transform * MAX_PARTS), ("out", CodesOut),
+        ("limit", FLOAT), ("slope", FLOAT), ("transform", Transform * MAX_PARTS), ("out", CodesOut),
     ]  # fmt: skip
 
 
@@ -113,6 +128,8 @@ class AttentionArgs(ctypes.Structure):
 
 KERNELS: dict[str, type[ctypes.Structure]] = {
     "mixed_linear": MixedLinearArgs,
+    "grouped_linear": GroupedLinearArgs,
+    "combined_linear": CombinedLinearArgs,
     "norm_quantize": NormQuantizeArgs,
     "hadamard_quantize": HadamardQuantizeArgs,
     "rope_cache": RopeCacheArgs,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from resq_compiler.backends.cpu import attention, formats, kernels
 from resq_compiler.backends.cpu import library as libraries
+from resq_compiler.backends.cpu.experts import ExpertWeight, combined_linear, grouped_linear, sort_rows
 from resq_compiler.backends.cpu.formats import CachedHead
 from resq_compiler.backends.cpu.kernels import CodePart, LinearWeight, RowParts
 from resq_compiler.backends.fused import plain
+from resq_compiler.backends.fused.experts import Between, PackedExperts, Routing
 from resq_compiler.backends.fused.formats import CodeFormat, Codes, HeadParts, InputPart, PackedWeight
 from resq_compiler.backends.fused.kernels import Kernels, LayerCache, Norm, Rotation, Scores
 from resq_compiler.backends.fused.target import ALL_SCORES, Target
@@ -17,6 +20,9 @@ from torch import Tensor
 
 from resq_compiler.errors import BackendError
 from resq_compiler.numerics.hadamard import hadamard_plan
+
+TRANSPOSED = {"none": None, "hadamard": False, "transposed": True}
+"""What the kernel is asked for, by the name of a transform (fused.experts.TRANSFORMS)."""
 
 
 class TiledCodes(CodeFormat):
@@ -33,6 +39,9 @@ class TiledCodes(CodeFormat):
 
     def pack_weight(self, codes: Tensor, part: InputPart) -> Tensor:
         return formats.pack_weight(codes, part.weight_bits, part.groups).view(torch.int8)
+
+    def weight_shape(self, part: InputPart, out_features: int) -> tuple[int, ...]:
+        return formats.tile_shape(out_features, part.width, part.weight_bits, part.groups)
 
     def unpack_weight(self, packed: Tensor, part: InputPart, start: int, stop: int) -> Tensor:
         tiles = packed[start // formats.TILE : -(-stop // formats.TILE)].view(torch.uint8)
@@ -77,6 +86,21 @@ def _codes(made: RowParts, parts: Sequence[InputPart], lead: torch.Size) -> Code
     return Codes(low, high, made.scale.view(*lead, -1), made.zero_point.view(*lead, -1))
 
 
+def _check_float32(operator: str, dtype: torch.dtype) -> None:
+    if dtype != torch.float32:
+        raise BackendError(f"cpu kernels: {operator} gives float32, not {dtype}; lower with dtype=torch.float32")
+
+
+def _row_parts(x: Codes, parts: Sequence[InputPart]) -> RowParts:
+    """Quantized rows, without leading dimensions."""
+    widths, groups = tuple(p.width for p in parts), tuple(p.groups for p in parts)
+    return RowParts(tuple(_rows(x.of(p)) for p in parts), widths, groups, _rows(x.scale), _rows(x.zero_point))
+
+
+def _expert_weight(weight: PackedExperts) -> ExpertWeight:
+    return ExpertWeight(weight.codes.view(torch.uint8), weight.scale, weight.row_sum, weight.bits, weight.bias)
+
+
 def _cache(cache: LayerCache) -> attention.LayerCache:
     tensors = (cache.keys.view(torch.uint8), cache.values.view(torch.uint8))
     return attention.LayerCache(*tensors, _head(cache.key_parts), _head(cache.value_parts), cache.start)
@@ -93,11 +117,8 @@ class CpuKernels(Kernels):
     def mixed_linear(
         self, x: Codes, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        if dtype != torch.float32:
-            raise BackendError(f"cpu kernels: mixed_linear gives float32, not {dtype}; lower with dtype=torch.float32")
-        parts = weight.parts
-        widths, groups = tuple(p.width for p in parts), tuple(p.groups for p in parts)
-        rows = RowParts(tuple(_rows(x.of(p)) for p in parts), widths, groups, _rows(x.scale), _rows(x.zero_point))
+        _check_float32("mixed_linear", dtype)
+        parts, rows = weight.parts, _row_parts(x, weight.parts)
         tiles = tuple(weight.of(p).view(torch.uint8) for p in parts)
         packed = LinearWeight(tiles, tuple(p.weight_bits for p in parts), weight.scale, weight.row_sum)
         extra = None if residual is None else _rows(residual)
@@ -111,6 +132,27 @@ class CpuKernels(Kernels):
         other = None if up is None else _rows(up)
         operands = (_rows(gate), other, _parts(parts, clips), activation, transpose)
         return _codes(kernels.hadamard_quantize(libraries.library(), *operands, _threads()), parts, gate.shape[:-1])
+
+    def experts(
+        self, x: Codes, routing: Routing, gate_up: PackedExperts, down: PackedExperts, between: Between, dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
+        _check_float32("experts", dtype)
+        library, tokens, choices = libraries.library(), x.scale.shape[:-1].numel(), routing.indices.shape[-1]
+        groups, order = sort_rows(routing.indices.view(tokens, choices), gate_up.scale.shape[0])
+        token, share = order // choices, routing.weights.flatten().float()[order]
+        rows = _row_parts(x, gate_up.parts)
+        mine = replace(
+            rows, rows=tuple(r[token] for r in rows.rows), scale=rows.scale[token], zero_point=rows.zero_point[token]
+        )
+        h = grouped_linear(library, mine, _expert_weight(gate_up), groups, _threads())
+        gate, up = [piece.contiguous() for piece in h.chunk(2, -1)] if between.gated else (h, None)
+        hidden = kernels.hadamard_quantize(
+            library, gate, up, _parts(between.parts, between.clips), between.activation, TRANSPOSED[between.transform],
+            _threads(), between.limit, between.slope,
+        )  # fmt: skip
+        weight = _expert_weight(down)
+        y = combined_linear(library, hidden, weight, groups, token.int(), share, tokens, threads=_threads())
+        return y.view(*x.scale.shape[:-1], down.out_features)
 
     def rope_cache(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, cache: LayerCache, clip: float) -> Tensor:
         d, u = cache.key_parts.head_dim, rotation.u
@@ -179,4 +221,5 @@ CPU = Target(
     why_not_head,
     ALL_SCORES,
     any_parts=True,
+    experts=True,
 )

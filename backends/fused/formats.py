@@ -151,6 +151,10 @@ class CodeFormat(ABC):
         """Weight codes [N, part.columns] int8 -> an int8 tensor of any shape."""
 
     @abstractmethod
+    def weight_shape(self, part: InputPart, out_features: int) -> tuple[int, ...]:
+        """Of what `pack_weight` makes of so many rows."""
+
+    @abstractmethod
     def unpack_weight(self, packed: Tensor, part: InputPart, start: int, stop: int) -> Tensor:
         """Inverse of `pack_weight` for the output rows start:stop: [stop - start, part.columns] int8."""
 

@@ -10,11 +10,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from resq_compiler.backends.fused.experts import Between, PackedExperts, Routing
 from resq_compiler.backends.fused.formats import Codes, HeadParts, InputPart, PackedWeight
 from torch import Tensor
 
 NORMS = ("none", "rms", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
+EXPERT_ACTIVATIONS = (*ACTIVATIONS, "clamped")
+"""clamped: g * sigmoid(slope * g) of g = min(gate, limit), times 1 + up, up being clamped to [-limit, limit] (gpt-oss)."""
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,9 @@ class Kernels(ABC):
     ) -> Codes:
         """The same, quantized per token and head in parts of its columns: [low of all heads | high of all heads]. Only targets with
         `any_parts` are asked for others than the values' own."""
+
+    def experts(
+        self, x: Codes, routing: Routing, gate_up: PackedExperts, down: PackedExperts, between: Between, dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
+        """[..., N] of dtype: the formula in `experts`, x [...] with a row for each token. Only targets with `experts` are asked."""
+        raise NotImplementedError

@@ -5,6 +5,7 @@
     hadamard(act(gate) * up) + quantize                  -> hadamard_quantize
     norms, rope, U_C, quantize_dequantize, append_cache  -> rope_cache       past keys and values become packed, written in place
     attention (+ the quantization of o's input)          -> attention, attention_quantize
+    linears of experts and what lies between them        -> experts              one for each mixture, routing outside
 
 Everything else in the graph (embedding, lm_head, the last norm) is PyTorch and stays. A quantized node that cannot be taken is listed
 with the reason, and so is a float node next to one that stays though an operator could have taken it.
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 
 import torch
 from resq_compiler.backends.fused import operators
+from resq_compiler.backends.fused.experts import ExpertCodesAt
 from resq_compiler.backends.fused.formats import HeadParts
 from resq_compiler.backends.fused.lowering import Lowering
 from resq_compiler.backends.fused.lowering_attention import lower_attentions
+from resq_compiler.backends.fused.lowering_experts import lower_experts
 from resq_compiler.backends.fused.lowering_linears import lower_linears
 from resq_compiler.backends.fused.patterns import leftover
 from resq_compiler.backends.fused.source import CodesAt
@@ -54,7 +57,7 @@ class Lowered:
     target: Target
     caches: tuple[tuple[HeadParts, HeadParts] | None, ...]
     heads: tuple[tuple[int, int], ...]
-    places: dict[str, CodesAt]
+    places: dict[str, CodesAt | ExpertCodesAt]
     reasons: dict[str, str]
     left: dict[str, str]
 
@@ -68,6 +71,7 @@ def lower(gm: GraphModule, target: Target, dtype: torch.dtype = torch.float32, a
     """
     low = Lowering(gm, target, dtype)
     lower_attentions(low)
+    lower_experts(low)
     lower_linears(low)
     _finish(low)
     if not allow_fallback:

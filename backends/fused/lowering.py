@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from resq_compiler.backends.fused.experts import ExpertCodesAt
 from resq_compiler.backends.fused.formats import HeadParts, InputPart
 from resq_compiler.backends.fused.patterns import part_of
 from resq_compiler.backends.fused.source import CodesAt
@@ -40,7 +41,8 @@ class Lowering:
     """reasons: quantized nodes that no operator takes.    left: float nodes that PyTorch computes though an operator could have.
 
     caches: key and value parts of each layer, None where its cache is float.    heads: heads and columns of each cache input.
-    places: where weight codes went.    weight_bits: of the widest weights that are multiplied with what a quantizer makes, where a target
+    places: where weight codes went.    mixtures: why no operator takes the experts that these indices choose.
+    weight_bits: of the widest weights that are multiplied with what a quantizer makes, where a target
     packs these apart.
     """
 
@@ -49,9 +51,10 @@ class Lowering:
         self.made_by = f"lower-{target.name}"
         self.reasons: dict[str, str] = {}
         self.left: dict[str, str] = {}
-        self.places: dict[str, CodesAt] = {}
+        self.places: dict[str, CodesAt | ExpertCodesAt] = {}
+        self.mixtures: dict[Node | None, str] = {}
         self.weight_bits: dict[Node, int] = {}
-        self.codes: dict[tuple[Node, ...], list[CodesNodes]] = {}
+        self.codes: dict[object, list[CodesNodes]] = {}
         self.attention_sites: dict[Node, AttentionSite] = {}
         self.inputs = graph_tools.placeholders(gm.graph)
         self.ids, self.mask, self.positions, *self.cache_inputs = self.inputs

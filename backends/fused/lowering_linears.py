@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from resq_compiler.backends.fused import operators
+from resq_compiler.backends.fused.foreseen import EXPERTS
 from resq_compiler.backends.fused.formats import InputPart, PackedWeight, pack_weight
 from resq_compiler.backends.fused.lowering import CodesNodes, Lowering
 from resq_compiler.backends.fused.lowering_inputs import codes_for
@@ -12,7 +13,7 @@ from resq_compiler.backends.fused.source import CodesAt
 from torch.fx import Node
 
 from resq_compiler.ir import meta, ops
-from resq_compiler.ir.linears import LinearSum, linear_sums
+from resq_compiler.ir.linears import LinearSum, linear_sums, read_part
 
 aten = torch.ops.aten
 
@@ -21,7 +22,7 @@ def lower_linears(low: Lowering) -> None:
     """Replace every linear that an operator takes; the pieces of the others get a reason."""
     groups: dict[object, tuple[Inputs, list[LinearSum]]] = {}
     for linear in _find(low):
-        inputs = inputs_of(linear)
+        inputs = inputs_of(linear, low.mixtures.get(read_part(linear.parts[0]).indices, EXPERTS))
         reason = inputs if isinstance(inputs, str) else _why_not_wide(low, inputs)
         if isinstance(inputs, str) or reason is not None:
             low.reasons |= {part.name: str(reason) for part in linear.parts}

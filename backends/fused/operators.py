@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from resq_compiler.backends.fused.experts import Between, PackedExperts, Routing
 from resq_compiler.backends.fused.formats import Codes, HeadParts, InputPart, PackedWeight, input_parts
 from resq_compiler.backends.fused.kernels import LayerCache, Norm, Rotation, Scores
 from resq_compiler.backends.fused.targets import find_target
@@ -182,3 +183,37 @@ def attention_quantize(
     return kernels.attention_quantize(
         q, cache, _scores(mask, scale, window, softcap, sinks, prefix_keys, prefix_values, slopes), parts, clip
     )
+
+
+def _fake_experts(
+    low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor, indices: Tensor, weights: Tensor,
+    gate_up: Tensor, gate_up_scale: Tensor, gate_up_sum: Tensor, gate_up_bits: Tensor, gate_up_bias: Tensor | None,
+    down: Tensor, down_scale: Tensor, down_sum: Tensor, down_bits: Tensor, down_bias: Tensor | None,
+    activation: str, gated: bool, limit: float, slope: float, transform: str,
+    bits: list[int], weight_bits: list[int], widths: list[int],
+    hidden_bits: list[int], hidden_weight_bits: list[int], hidden_widths: list[int], hidden_clips: list[float],
+    dtype: torch.dtype, target: str,
+) -> Tensor:  # fmt: skip
+    return scale.new_empty(*scale.shape[:-1], down_scale.shape[2], dtype=dtype)
+
+
+@_operator(_fake_experts)
+def experts(
+    low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor, indices: Tensor, weights: Tensor,
+    gate_up: Tensor, gate_up_scale: Tensor, gate_up_sum: Tensor, gate_up_bits: Tensor, gate_up_bias: Tensor | None,
+    down: Tensor, down_scale: Tensor, down_sum: Tensor, down_bits: Tensor, down_bias: Tensor | None,
+    activation: str, gated: bool, limit: float, slope: float, transform: str,
+    bits: list[int], weight_bits: list[int], widths: list[int],
+    hidden_bits: list[int], hidden_weight_bits: list[int], hidden_widths: list[int], hidden_clips: list[float],
+    dtype: torch.dtype, target: str,
+) -> Tensor:  # fmt: skip
+    """Packed rows of tokens [...] through their experts, indices and weights [..., k] -> [..., N] of dtype."""
+    parts, hidden = (
+        input_parts(bits, weight_bits, widths, 1),
+        input_parts(hidden_bits, hidden_weight_bits, hidden_widths, 1),
+    )
+    inner = PackedExperts(gate_up, gate_up_scale, gate_up_sum, gate_up_bits, gate_up_bias, parts)
+    outer = PackedExperts(down, down_scale, down_sum, down_bits, down_bias, hidden)
+    between = Between(activation, gated, limit, slope, transform, hidden, tuple(hidden_clips))
+    codes, routing = Codes(low, high, scale, zero_point), Routing(indices, weights)
+    return find_target(target).kernels.experts(codes, routing, inner, outer, between, dtype)

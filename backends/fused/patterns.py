@@ -46,14 +46,14 @@ def coded_parts(linear: LinearSum) -> tuple[CodedLinear, ...]:
     return tuple(part for part in map(read_part, linear.parts) if isinstance(part, CodedLinear))
 
 
-def inputs_of(linear: LinearSum) -> Inputs | str:
-    """The quantizers of the parts, or why no operator takes this linear."""
+def inputs_of(linear: LinearSum, experts: str | None = EXPERTS) -> Inputs | str:
+    """The quantizers of the parts, or why no operator takes this linear. experts: why it takes no linear of experts, if it does not."""
     quantizers: list[Quantize] = []
     for part in map(read_part, linear.parts):
         if not isinstance(part, CodedLinear):
             return "some of its parts have float weights"
-        if part.of_experts:
-            return EXPERTS
+        if part.of_experts and experts is not None:
+            return experts
         if not part.on_codes:
             return "16-bit activations: there is no weight-only kernel; compile with activation_bits=4 or 8"
         if part.group_size is not None:

@@ -32,6 +32,9 @@ class PlainCodes(CodeFormat):
     def pack_weight(self, codes: Tensor, part: InputPart) -> Tensor:
         return codes
 
+    def weight_shape(self, part: InputPart, out_features: int) -> tuple[int, ...]:
+        return out_features, part.columns
+
     def unpack_weight(self, packed: Tensor, part: InputPart, start: int, stop: int) -> Tensor:
         return packed[start:stop]
 
@@ -85,5 +88,11 @@ class RowCache(CacheFormat):
 
 
 TORCH = Target(
-    "torch", PlainCodes(), RowCache(), TorchKernels(PlainCodes(), RowCache()), takes=ALL_SCORES, any_parts=True
+    "torch",
+    PlainCodes(),
+    RowCache(),
+    TorchKernels(PlainCodes(), RowCache()),
+    takes=ALL_SCORES,
+    any_parts=True,
+    experts=True,
 )

@@ -6,9 +6,11 @@ it back exactly: the codes are unpacked from the lowered graph's tensors when so
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from resq_compiler.backends.fused.experts import ExpertCodesAt
 from resq_compiler.backends.fused.formats import CodeFormat, InputPart
 from torch import Tensor
 from torch.fx import GraphModule
@@ -25,11 +27,15 @@ class CodesAt:
     start: int
     stop: int
 
+    def unpack(self, code_format: CodeFormat, packed: Tensor) -> Tensor:
+        """The codes, int8."""
+        return code_format.unpack_weight(packed, self.part, self.start, self.stop)
+
 
 class QuantizedSource:
     """Graph and tensors of a quantized graph, except the weight codes that a lowered graph holds packed."""
 
-    def __init__(self, gm: GraphModule, places: dict[str, CodesAt], codes: CodeFormat):
+    def __init__(self, gm: GraphModule, places: Mapping[str, CodesAt | ExpertCodesAt], codes: CodeFormat):
         names = {str(node.target): node for node in gm.graph.find_nodes(op="get_attr")}
         self.graph, self.codes = graph_tools.copy_graph(gm.graph), codes
         self.places = {name: at for name, at in places.items() if name in names}
@@ -41,7 +47,7 @@ class QuantizedSource:
         tensors: dict[str, Tensor] = {}
         for name, at in self.places.items():
             tensor = graph_tools.get_tensor(lowered, packed[at.tensor])
-            tensors[name] = self.codes.unpack_weight(tensor, at.part, at.start, at.stop).contiguous()
+            tensors[name] = at.unpack(self.codes, tensor).contiguous()
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         tensors |= {name: t.to(device) for name, t in self.tensors.items()}
         return GraphModule(tensors, graph_tools.copy_graph(self.graph))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from resq_compiler.backends.fused.experts import Between, PackedExperts, Routing
 from resq_compiler.backends.fused.formats import CacheFormat, CodeFormat, Codes, InputPart, PackedWeight
 from resq_compiler.backends.fused.kernels import Kernels, LayerCache, Norm, Rotation, Scores
 from torch import Tensor
@@ -94,6 +95,34 @@ class TorchKernels(Kernels):
         output = ops.attention(queries, keys, values, mask, scores.scale, scores.softcap, scores.sinks)
         return output.masked_fill(~visible.any(-1, keepdim=True), 0.0).transpose(1, 2).contiguous()
 
+    def experts(
+        self, x: Codes, routing: Routing, gate_up: PackedExperts, down: PackedExperts, between: Between, dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
+        made = [self._rows_of(x, i, part) for i, part in enumerate(gate_up.parts)]
+        h = between_experts(self._expert_linear(made, gate_up, routing.indices), between)
+        pieces = [_transformed(piece, between.transform) for piece in _split(h, between.parts)]
+        quantized = [
+            quantize_activation(piece, part.bits, 1, clip)
+            for piece, part, clip in zip(pieces, between.parts, between.clips, strict=True)
+        ]
+        y = self._expert_linear(quantized, down, routing.indices)
+        return ops.combine_experts(y, routing.weights).to(dtype)
+
+    def _rows_of(self, x: Codes, i: int, part: InputPart) -> QuantizedActivation:
+        """One part, which has one run."""
+        rows = self.codes.unpack_rows(x.of(part), part)
+        return QuantizedActivation(rows, x.scale[..., i : i + 1], x.zero_point[..., i : i + 1], part.bits)
+
+    def _expert_linear(self, x: Sequence[QuantizedActivation], weight: PackedExperts, indices: Tensor) -> Tensor:
+        """[B, S, k, N]"""
+        y: Tensor | None = None
+        for i, part in enumerate(x):
+            codes = weight.unpacked(self.codes, i)
+            product = ops.quantized_expert_linear(part, codes, weight.scale[:, i], indices)
+            y = product if y is None else y + product
+        assert y is not None
+        return y if weight.bias is None else ops.add_expert_bias(y, weight.bias, indices)
+
     def _quantized(self, pieces: Sequence[Tensor], parts: Sequence[InputPart], clips: Sequence[float]) -> Codes:
         """Codes of pieces [..., part.columns], one for each part."""
         rows, scales, zero_points = {}, [], []
@@ -105,6 +134,24 @@ class TorchKernels(Kernels):
         nothing = scales[0].new_empty(*scales[0].shape[:-1], 0, dtype=torch.int8)
         low, high = rows.get(True, nothing), rows.get(False, nothing)
         return Codes(low, high, torch.cat(scales, -1), torch.cat(zero_points, -1))
+
+
+def between_experts(y: Tensor, between: Between) -> Tensor:
+    """act(gate) * up of [..., gate | up], or act(gate)."""
+    gate, up = y.chunk(2, -1) if between.gated else (y, None)
+    if between.activation == "clamped":
+        gate = gate.clamp(max=between.limit)
+        gate, up = (
+            gate * torch.sigmoid(gate * between.slope),
+            None if up is None else up.clamp(-between.limit, between.limit) + 1,
+        )
+    else:
+        gate = _ACTIVATIONS[between.activation](gate)
+    return gate if up is None else gate * up
+
+
+def _transformed(x: Tensor, transform: str) -> Tensor:
+    return x if transform == "none" else ops.hadamard(x, transform == "transposed")
 
 
 def _with_slopes(visible: Tensor, slopes: Tensor, start: Tensor) -> Tensor:

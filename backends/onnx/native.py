@@ -18,7 +18,7 @@ from resq_compiler.backends.cpu import library
 from resq_compiler.backends.cpu.formats import CachedHead
 from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.formats import LOW_BITS, HeadParts, head_parts
-from resq_compiler.backends.fused.kernels import ACTIVATIONS, NORMS
+from resq_compiler.backends.fused.kernels import ACTIVATIONS, EXPERT_ACTIVATIONS, NORMS
 from resq_compiler.backends.fused.lower import Lowered, check_taken, lower
 from resq_compiler.backends.fused.targets import find_target
 from resq_compiler.backends.onnx.emit_ops import hadamard_of
@@ -235,7 +235,7 @@ def mixed_linear(low: Lowering, node: Node) -> Value:
 def hadamard_quantize(low: Lowering, node: Node) -> Pieces:
     gate, up, activation, transpose, bits, weight_bits, widths, clips, _ = _arguments(node)
     native = _native(low)
-    attributes, dense = _transforms(weight_bits, widths, transpose)
+    attributes, dense = _transforms(weight_bits, widths, "transposed" if transpose else "hadamard")
     together = None if up is None else _tiled([gate, up])
     products = (native.exact(gate), native.optional(up)) if together is None else (native.exact(together), "")
     inputs = (*products, native.b.constant(dense) if dense.size else "")
@@ -244,19 +244,38 @@ def hadamard_quantize(low: Lowering, node: Node) -> Pieces:
     return native.codes(node, FusedCall("Hadamard", inputs, attributes))
 
 
-def _transforms(
-    weight_bits: Sequence[int], widths: Sequence[int], transpose: bool
-) -> tuple[dict[str, Any], np.ndarray]:
+@emits(operators.experts)
+def experts(low: Lowering, node: Node) -> Value:
+    """One node for all of a mixture but its router; [B, S, N]."""
+    native, given = _native(low), _arguments(node)
+    codes, routing, gate_up, down = given[:4], given[4:6], given[6:11], given[11:16]
+    activation, gated, limit, slope, transform, *lists = given[16:28]
+    bits, weight_bits, widths, hidden_bits, hidden_weight_bits, hidden_widths, hidden_clips = lists
+    attributes, dense = _transforms(hidden_weight_bits, hidden_widths, transform)
+    hidden = _parts(hidden_bits, hidden_weight_bits, hidden_widths, hidden_clips)
+    attributes |= _parts(bits, weight_bits, widths) | {f"hidden_{name}": value for name, value in hidden.items()}
+    attributes |= dict(activation=EXPERT_ACTIVATIONS.index(activation), gated=int(gated), limit=limit, slope=slope)
+    inputs = [native.exact(x) for x in (*codes, *routing)]
+    for weights in (gate_up, down):
+        inputs += [native.tiles(weights[0]), *map(native.exact, weights[1:4]), native.optional(weights[4])]
+    inputs.append(native.b.constant(dense) if dense.size else "")
+    return Value(native.fused("Experts", inputs, [native.b.fresh("y")], **attributes)[0])
+
+
+def _transforms(weight_bits: Sequence[int], widths: Sequence[int], transform: str) -> tuple[dict[str, Any], np.ndarray]:
     """Attributes of the transform of each part, and the matrices of orders that are not powers of two."""
     attributes: dict[str, Any] = {}
     dense = [np.zeros(0, np.float32)]
     for side, width in zip(_sides(weight_bits), widths, strict=True):
+        if transform == "none":
+            attributes[f"{side}_blocks"] = width
+            continue
         plan = hadamard_plan(width)
         attributes |= {f"{side}_order{i}": order for i, order in enumerate(plan.orders)}
         attributes[f"{side}_blocks"] = plan.blocks
         for factor, order in zip(plan.factors, plan.orders, strict=True):
             if not is_power_of_two(order):
-                matrix = factor.T if transpose else factor
+                matrix = factor.T if transform == "transposed" else factor
                 dense.append(matrix.float().contiguous().flatten().numpy())
     return attributes, np.concatenate(dense)
 

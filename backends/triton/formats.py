@@ -128,6 +128,9 @@ class PaddedRows(CodeFormat):
     def pack_weight(self, codes: Tensor, part: InputPart) -> Tensor:
         return self.pack_rows(codes, part)
 
+    def weight_shape(self, part: InputPart, out_features: int) -> tuple[int, ...]:
+        return out_features, PartLayout.of(part).row_bytes
+
     def unpack_weight(self, packed: Tensor, part: InputPart, start: int, stop: int) -> Tensor:
         return self.unpack_rows(packed[start:stop], part)
 

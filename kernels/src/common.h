@@ -39,6 +39,7 @@ RK_INLINE int64_t rk_min(int64_t a, int64_t b) { return a < b ? a : b; }
 RK_INLINE int64_t rk_round_up(int64_t a, int64_t multiple) { return (a + multiple - 1) / multiple * multiple; }
 RK_INLINE int64_t rk_stride(const rk_part *p) { return rk_round_up(p->width, 8); }
 RK_INLINE int64_t rk_row_size(const rk_part *p) { return p->groups * (rk_stride(p) + 4); } /* rk_row_bytes */
+RK_INLINE int64_t rk_tile_size(const rk_part *p, int bits) { return p->groups * rk_stride(p) * (bits <= 4 ? 32 : 64); } /* rk_tile_bytes */
 
 RK_INLINE f32v rk_load(const float *p) { f32v v; memcpy(&v, p, sizeof v); return v; }
 RK_INLINE void rk_store(float *p, f32v v) { memcpy(p, &v, sizeof v); }

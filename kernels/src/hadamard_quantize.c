@@ -78,6 +78,17 @@ RK_INLINE void gate_row(const float *gate, const float *up, int64_t width, const
     }
 }
 
+/* The same of RK_ACTIVATION_CLAMPED. */
+static void clamped_row(const rk_hadamard_quantize_args *a, const float *gate, const float *up, int64_t width, float factor, float *y) {
+    for (int64_t i = 0; i < width; i += RK_WIDTH) {
+        const int64_t count = rk_min(RK_WIDTH, width - i);
+        f32v v = rk_lowest(rk_load_some(gate + i, count), rk_splat(a->limit));
+        v *= rk_sigmoid(a->slope * v);
+        v = up ? v * (rk_clamp(rk_load_some(up + i, count), -a->limit, a->limit) + 1.0f) : v;
+        rk_store_some(y + i, v * factor, count);
+    }
+}
+
 static void gate_part(const rk_hadamard_quantize_args *a, int64_t row, int64_t start, int64_t width, float factor, float *y) {
     const float *gate = a->gate + row * a->gate_stride + start, *up = a->up ? a->up + row * a->up_stride + start : 0;
     switch (a->activation) {
@@ -85,6 +96,7 @@ static void gate_part(const rk_hadamard_quantize_args *a, int64_t row, int64_t s
     case RK_ACTIVATION_GELU: gate_row(gate, up, width, RK_ACTIVATION_GELU, factor, y); break;
     case RK_ACTIVATION_GELU_TANH: gate_row(gate, up, width, RK_ACTIVATION_GELU_TANH, factor, y); break;
     case RK_ACTIVATION_RELU: gate_row(gate, up, width, RK_ACTIVATION_RELU, factor, y); break;
+    case RK_ACTIVATION_CLAMPED: clamped_row(a, gate, up, width, factor, y); break;
     default: gate_row(gate, up, width, RK_ACTIVATION_NONE, factor, y);
     }
 }

@@ -2,6 +2,7 @@
 #include "attention.c"
 #include "hadamard_quantize.c"
 #include "mixed_linear.c"
+#include "grouped_linear.c" /* behind mixed_linear.c, of which it is made */
 #include "norm_quantize.c"
 #include "rope_cache.c"
 

@@ -11,6 +11,8 @@ typedef struct {
     const rk_mixed_linear_args *args;
     int64_t tile, first_channel, channels; /* channels: of this tile, 64 but for the last */
     int64_t runs;
+    float *y; /* where the first row goes, and floats from row to row */
+    int64_t y_stride;
 } tile_view;
 
 static int64_t chunks_of(const rk_mixed_linear_args *a) { return (a->rows + UNIT_ROWS - 1) / UNIT_ROWS; }
@@ -133,7 +135,7 @@ static void finish_row(const tile_view *t, int64_t row, const float *sum) {
     const rk_mixed_linear_args *a = t->args;
     const float *bias = a->bias ? a->bias + t->first_channel : 0;
     const float *residual = a->residual ? a->residual + row * a->residual_stride + t->first_channel : 0;
-    float *y = a->y + row * a->y_stride + t->first_channel;
+    float *y = t->y + row * t->y_stride;
     if (t->channels == RK_TILE) {
         finish_tile_row(sum, bias, residual, y);
         return;
@@ -151,7 +153,7 @@ RK_INLINE void prefetch_rows(const tile_view *t, int64_t row, const int rows) {
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < RK_TILE; i += 16) {
-            __builtin_prefetch(a->y + (row + r) * a->y_stride + t->first_channel + i, 1);
+            __builtin_prefetch(t->y + (row + r) * t->y_stride + i, 1);
             if (a->residual)
                 __builtin_prefetch(a->residual + (row + r) * a->residual_stride + t->first_channel + i);
         }
@@ -168,7 +170,7 @@ RK_INLINE void block_of_rows(const tile_view *t, int64_t row, const int rows) {
         const float *weight_scale = of_tile(t, a->weight_scale + i * a->channels, space);
         destination d = {i ? y : 0, 0, y, RK_TILE, a->residual_stride};
         if (at_once && i == a->parts - 1) {
-            d.to = a->y + row * a->y_stride + t->first_channel, d.stride = a->y_stride;
+            d.to = t->y + row * t->y_stride, d.stride = t->y_stride;
             d.residual = a->residual ? a->residual + row * a->residual_stride + t->first_channel : 0;
         }
         if (v.part->part.groups == 1)
@@ -193,18 +195,31 @@ static void (*const tile_rows[])(const tile_view *, int64_t) = {
 #endif
 };
 
-static void mixed_linear(const rk_mixed_linear_args *a, int64_t begin, int64_t end) {
-    const uint64_t mode = rk_enter();
-    const int64_t chunks = chunks_of(a);
+static void rows_of_tile(const tile_view *t, int64_t row, int64_t last_row) {
+    for (; row < last_row; row += DOT_ROWS)
+        tile_rows[rk_min(DOT_ROWS, last_row - row) - 1](t, row);
+}
+
+static int64_t runs_of_linear(const rk_mixed_linear_args *a) {
     int64_t runs = 0;
     for (int i = 0; i < a->parts; i++)
         runs += a->part[i].part.groups;
+    return runs;
+}
+
+/* One tile of a linear, whose results go to y. */
+static tile_view linear_tile(const rk_mixed_linear_args *a, int64_t tile, int64_t runs, float *y, int64_t y_stride) {
+    const int64_t first = tile * RK_TILE;
+    return (tile_view){a, tile, first, rk_min(RK_TILE, a->channels - first), runs, y, y_stride};
+}
+
+static void mixed_linear(const rk_mixed_linear_args *a, int64_t begin, int64_t end) {
+    const uint64_t mode = rk_enter();
+    const int64_t chunks = chunks_of(a), runs = runs_of_linear(a);
     for (int64_t unit = begin; unit < end; unit++) {
-        const int64_t tile = unit / chunks, first = tile * RK_TILE;
-        const tile_view view = {a, tile, first, rk_min(RK_TILE, a->channels - first), runs};
-        const int64_t last_row = rk_min(a->rows, (unit % chunks + 1) * UNIT_ROWS);
-        for (int64_t row = unit % chunks * UNIT_ROWS; row < last_row; row += DOT_ROWS)
-            tile_rows[rk_min(DOT_ROWS, last_row - row) - 1](&view, row);
+        const int64_t tile = unit / chunks, first_row = unit % chunks * UNIT_ROWS;
+        const tile_view view = linear_tile(a, tile, runs, a->y + tile * RK_TILE, a->y_stride);
+        rows_of_tile(&view, first_row, rk_min(a->rows, first_row + UNIT_ROWS));
     }
     rk_leave(mode);
 }

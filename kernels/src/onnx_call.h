@@ -11,7 +11,7 @@
 
 #define MAX_DIMENSIONS 6
 #define MAX_INPUTS 19
-#define MAX_ROOMS 3
+#define MAX_ROOMS 8
 
 typedef struct {
     void *data; /* NULL: an optional input that is absent */
@@ -24,11 +24,12 @@ typedef struct {
     OrtApi api;
     int fused; /* what the operator's linear reads is no output */
     int64_t threads;
-    int64_t norm, activation, groups, heads, kv_heads, window, stacked;
+    int64_t norm, activation, groups, heads, kv_heads, window, stacked, gated;
     int64_t low_width, high_width, low_bits, high_bits, value_low_width, value_high_width, value_low_bits, value_high_bits;
     int64_t key_low_bits, key_high_bits; /* of the cache, where low_bits and high_bits are those of a result */
     int64_t result_low_width, result_high_width; /* of what attention quantizes, where low_width and high_width are those of keys */
-    float epsilon, low_clip, high_clip, cache_clip, scale, softcap;
+    int64_t hidden_low_width, hidden_high_width, hidden_low_bits, hidden_high_bits; /* of what the down projections of experts read */
+    float epsilon, low_clip, high_clip, hidden_low_clip, hidden_high_clip, cache_clip, scale, softcap, limit, slope;
     rk_transform low_transform, high_transform;
 } node;
 
@@ -194,6 +195,12 @@ static inline void make_codes(call *c, const int64_t *lead, size_t rank, int64_t
     out->zero_point = make_output(c, 3, dims, rank + 1);
 }
 
+/* low, high, scale, zero_point, as an operator before made them. */
+void read_codes(call *c, const tensor *in, int64_t groups, rk_codes *codes);
+
+/* The transform of every part; the dense factors of all lie in one tensor. low_first: whether the first part is a low one. */
+void place_transforms(call *c, const tensor *factors, const rk_part *part, int parts, int low_first, rk_transform *transform);
+
 /* codes, weight_low, weight_high, weight_scale, weight_sum, bias?, residual? -> y of the leading dimensions `lead`. in: those behind the
  * codes. */
 void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, const tensor *in);
@@ -208,5 +215,6 @@ void op_attention_quantize(call *c);
 void op_norm_linear(call *c);
 void op_hadamard_linear(call *c);
 void op_attention_linear(call *c);
+void op_experts(call *c);
 
 #endif

@@ -59,20 +59,26 @@ void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, 
     RUN(c, mixed_linear, &a, 1);
 }
 
+/* low, high, scale, zero_point, as an operator before made them */
+void read_codes(call *c, const tensor *in, int64_t groups, rk_codes *codes) {
+    const int64_t rows = rows_of(&in[2]);
+    *codes = (rk_codes){.scale = in[2].data, .zero_point = in[3].data};
+    codes->parts = parts_of(c->n, groups, codes->part);
+    for (int i = 0; i < codes->parts; i++) {
+        const int high = i == 1 || !c->n->low_width;
+        require(c, size_of(&in[high]) == rows * rk_row_bytes(&codes->part[i]), high ? "high" : "low", "rows of packed codes");
+        codes->rows[i] = in[high].data;
+    }
+    const int64_t runs = groups * codes->parts;
+    require(c, in[2].rank > 0 && last_of(&in[2]) == runs, "scale", "a column for every run of every part");
+    require_size(c, &in[3], rows * runs, "zero_point");
+}
+
 /* low, high, scale, zero_point, then those of `multiply` */
 void op_mixed_linear(call *c) {
     const tensor *in = c->in;
-    const int64_t rows = rows_of(&in[2]);
-    rk_codes codes = {.scale = in[2].data, .zero_point = in[3].data};
-    codes.parts = parts_of(c->n, c->n->groups, codes.part);
-    for (int i = 0; i < codes.parts; i++) {
-        const int high = i == 1 || !c->n->low_width;
-        require(c, size_of(&in[high]) == rows * rk_row_bytes(&codes.part[i]), high ? "high" : "low", "rows of packed codes");
-        codes.rows[i] = in[high].data;
-    }
-    const int64_t runs = c->n->groups * codes.parts;
-    require(c, in[2].rank > 0 && last_of(&in[2]) == runs, "scale", "a column for every run of every part");
-    require_size(c, &in[3], rows * runs, "zero_point");
+    rk_codes codes;
+    read_codes(c, in, c->n->groups, &codes);
     multiply(c, &codes, in[2].dims, in[2].rank - 1, in + 4);
 }
 
@@ -96,6 +102,17 @@ static int64_t width_of(const rk_transform *t) {
     return width;
 }
 
+void place_transforms(call *c, const tensor *factors, const rk_part *part, int parts, int low_first, rk_transform *transform) {
+    const float *at = factors->data;
+    int64_t left = at ? size_of(factors) : 0;
+    for (int i = 0; i < parts; i++) {
+        transform[i] = i == 0 && low_first ? c->n->low_transform : c->n->high_transform;
+        require(c, width_of(&transform[i]) == part[i].width, "a transform", "blocks and orders whose product is the width of the part");
+        at = place_factors(&transform[i], at, &left);
+    }
+    require(c, left == 0, "factors", "the matrices of all orders that are not powers of two, and no more");
+}
+
 /* gate (stacked: gate and up side by side), up?, factors? -> codes */
 static void hadamard_quantize(call *c, rk_codes *codes) {
     const node *n = c->n;
@@ -106,19 +123,8 @@ static void hadamard_quantize(call *c, rk_codes *codes) {
     a.activation = (int32_t)n->activation;
     require(c, gate->rank > 0 && last_of(gate) == stride && columns <= RK_MAX_COLUMNS, "gate", "as many columns as its parts, at most 65536");
     require_size(c, up, rows_of(gate) * columns, "up");
-    int count = 0;
-    if (n->low_width)
-        a.transform[count++] = n->low_transform;
-    if (n->high_width)
-        a.transform[count++] = n->high_transform;
-    int64_t left = c->in[2].data ? size_of(&c->in[2]) : 0;
-    const float *at = c->in[2].data;
-    for (int i = 0; i < count; i++) {
-        const int64_t width = i == 0 && n->low_width ? n->low_width : n->high_width;
-        require(c, width_of(&a.transform[i]) == width, "a transform", "blocks and orders whose product is the width of the part");
-        at = place_factors(&a.transform[i], at, &left);
-    }
-    require(c, left == 0, "factors", "the matrices of all orders that are not powers of two, and no more");
+    const int count = parts_of(n, 1, a.out.part);
+    place_transforms(c, &c->in[2], a.out.part, count, n->low_width > 0, a.transform);
     if (c->status)
         return;
     make_codes(c, gate->dims, gate->rank - 1, 1, &a.out);

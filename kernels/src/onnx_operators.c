@@ -30,6 +30,7 @@ static int type_of(char letter) {
     case 'b': return ORT_INT8;
     case 'u': return ORT_UINT8;
     case 'i': return ORT_INT32;
+    case 'l': return ORT_INT64;
     default: return ORT_BOOL;
     }
 }
@@ -82,11 +83,14 @@ static void read_attributes(const OrtKernelInfo *info, node *n) {
         {"low_bits", &n->low_bits}, {"high_bits", &n->high_bits}, {"value_low_width", &n->value_low_width},
         {"value_high_width", &n->value_high_width}, {"value_low_bits", &n->value_low_bits}, {"value_high_bits", &n->value_high_bits},
         {"key_low_bits", &n->key_low_bits}, {"key_high_bits", &n->key_high_bits},
-        {"result_low_width", &n->result_low_width}, {"result_high_width", &n->result_high_width},
+        {"result_low_width", &n->result_low_width}, {"result_high_width", &n->result_high_width}, {"gated", &n->gated},
+        {"hidden_low_width", &n->hidden_low_width}, {"hidden_high_width", &n->hidden_high_width},
+        {"hidden_low_bits", &n->hidden_low_bits}, {"hidden_high_bits", &n->hidden_high_bits},
     };
     struct { const char *name; float *value; } floats[] = {
         {"epsilon", &n->epsilon}, {"low_clip", &n->low_clip}, {"high_clip", &n->high_clip},
-        {"cache_clip", &n->cache_clip}, {"scale", &n->scale}, {"softcap", &n->softcap},
+        {"cache_clip", &n->cache_clip}, {"scale", &n->scale}, {"softcap", &n->softcap}, {"limit", &n->limit}, {"slope", &n->slope},
+        {"hidden_low_clip", &n->hidden_low_clip}, {"hidden_high_clip", &n->hidden_high_clip},
     };
     for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
         read_int(info, n->api, ints[i].name, ints[i].value);
@@ -105,8 +109,9 @@ static int sane_clip(float clip) { return clip > 0 && clip <= 1; }
 
 /* Whether widths, bits and numbers of heads can be worked with at all. */
 static int sane(const node *n) {
-    const int64_t widths[] = {n->low_width, n->high_width, n->value_low_width, n->value_high_width, n->result_low_width, n->result_high_width};
-    for (int i = 0; i < 6; i++)
+    const int64_t widths[] = {n->low_width, n->high_width, n->value_low_width, n->value_high_width, n->result_low_width, n->result_high_width,
+                              n->hidden_low_width, n->hidden_high_width};
+    for (size_t i = 0; i < sizeof widths / sizeof widths[0]; i++)
         if (widths[i] < 0 || widths[i] > RK_MAX_COLUMNS || (n->heads && widths[i] > RK_MAX_HEAD))
             return 0;
     if (n->low_width + n->high_width < 1 || n->groups < 1 || n->groups > RK_MAX_COLUMNS || n->window < 0)
@@ -115,7 +120,8 @@ static int sane(const node *n) {
                                         n->low_width + n->high_width <= RK_MAX_HEAD && n->value_low_width + n->value_high_width > 0 &&
                                         n->value_low_width + n->value_high_width <= RK_MAX_HEAD &&
                                         n->result_low_width + n->result_high_width == n->value_low_width + n->value_high_width);
-    return heads_fit && sane_bits(n->low_bits, n->high_bits) && sane_cached_bits(n->value_low_bits, n->value_high_bits) &&
+    const int hidden_fits = sane_bits(n->hidden_low_bits, n->hidden_high_bits) && sane_clip(n->hidden_low_clip) && sane_clip(n->hidden_high_clip);
+    return heads_fit && hidden_fits && sane_bits(n->low_bits, n->high_bits) && sane_cached_bits(n->value_low_bits, n->value_high_bits) &&
            sane_cached_bits(n->key_low_bits, n->key_high_bits) && sane_clip(n->low_clip) && sane_clip(n->high_clip) && sane_clip(n->cache_clip);
 }
 
@@ -145,6 +151,7 @@ static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo 
     k->d = of(op);
     k->n = (node){.api = api, .fused = of(op)->fused, .threads = sysconf(_SC_NPROCESSORS_ONLN), .groups = 1, .low_bits = 4, .high_bits = 8,
                   .value_low_bits = 4, .value_high_bits = 8, .key_low_bits = 4, .key_high_bits = 8,
+                  .hidden_low_bits = 4, .hidden_high_bits = 8, .hidden_low_clip = 1, .hidden_high_clip = 1,
                   .low_clip = 1, .high_clip = 1, .cache_clip = 1, .scale = 1};
     read_attributes(info, &k->n);
     OrtStatus *status = sane(&k->n) && (!needs_heads || k->n.heads) ? read_constants(k, info) : refuse_attributes(k);
@@ -174,6 +181,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
     {{ORT_VERSION, NULL, op_name, on_cpu, input_type, input_count, output_type, output_count, NULL, destroy, input_kind, output_kind, \
       memory_type, one, one, one, one, create, compute, NULL, one, newest}, title, function, in, out, fused}
 #define LINEAR "uufiFF"
+#define EXPERTS "ufiiF"
 
 static const description operators[] = {
     OPERATOR("NormQuantize", op_norm_quantize, "fFF", "bbfi", 0),
@@ -185,6 +193,7 @@ static const description operators[] = {
     OPERATOR("NormLinear", op_norm_linear, "fFF" LINEAR, "f", 1),
     OPERATOR("HadamardLinear", op_hadamard_linear, "fFF" LINEAR, "f", 1),
     OPERATOR("AttentionLinear", op_attention_linear, "fffuumFFF" "FFFF" LINEAR, "fuu", 1),
+    OPERATOR("Experts", op_experts, "bbfilf" EXPERTS EXPERTS "F", "f", 0),
 };
 
 RK_PUBLIC OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {

@@ -22,7 +22,7 @@ typedef struct {
     const char *(*version)(void);
 } OrtApiBase;
 
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_BOOL = 9 };
+enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7, ORT_BOOL = 9 };
 enum { ORT_REQUIRED, ORT_OPTIONAL };
 enum { ORT_INVALID_ARGUMENT = 2 };
 

@@ -23,7 +23,7 @@
 
 #include <stdint.h>
 
-#define RK_VERSION 4
+#define RK_VERSION 5
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
 #define RK_MAX_FACTORS 6
@@ -65,6 +65,28 @@ typedef struct {
     int64_t y_stride;
 } rk_mixed_linear_args;
 
+/* The linears of several experts on rows that are sorted by expert: group g has rows [first_row[g], first_row[g + 1]), and the weights of
+ * expert[g]. In `linear`, rows is not read, and residual is NULL; weight of the first part is where the codes of all experts begin, the
+ * others' and weight_bits are not read; weight_scale, weight_sum and bias are those of all experts, one behind the other.
+ * A unit is a tile of channels and a few rows of a group. */
+typedef struct {
+    rk_mixed_linear_args linear;
+    int64_t groups;
+    const int32_t *expert;         /* [groups] */
+    const int32_t *first_row;      /* [groups + 1], ascending from 0 */
+    const int64_t *weight_at;      /* [experts]: where an expert's codes begin, in bytes; its parts lie one behind the other */
+    const int32_t *weight_bits;    /* [experts, parts] */
+} rk_grouped_linear_args;
+
+/* The same, and what comes out of it is added up: y[token[m], n] = residual[token, n] + sum over its rows m of share[m] * (product of row m
+ * and bias), in the order of groups. y and residual have `tokens` rows; residual may be NULL, or y. A unit is a tile of channels. */
+typedef struct {
+    rk_grouped_linear_args grouped;
+    int64_t tokens;
+    const int32_t *token;          /* [rows] */
+    const float *share;            /* [rows] */
+} rk_combined_linear_args;
+
 /* Codes of rows: y, computed in float, becomes for each run of every part
  *     low = min(y, 0) * clip, high = max(y, 0) * clip, scale = max((high - low) / (2^bits - 1), FLT_MIN),
  *     zero_point = rint(-low / scale) - 2^(bits - 1), code = clamp(rint(y / scale) + zero_point).
@@ -101,15 +123,19 @@ typedef struct {
     const float *factor[RK_MAX_FACTORS];
 } rk_transform;
 
-enum { RK_ACTIVATION_NONE, RK_ACTIVATION_SILU, RK_ACTIVATION_GELU, RK_ACTIVATION_GELU_TANH, RK_ACTIVATION_RELU };
+enum {
+    RK_ACTIVATION_NONE, RK_ACTIVATION_SILU, RK_ACTIVATION_GELU, RK_ACTIVATION_GELU_TANH, RK_ACTIVATION_RELU,
+    RK_ACTIVATION_CLAMPED /* g sigmoid(slope g) of g = min(gate, limit), times 1 + up, up being clamped to [-limit, limit] */
+};
 
 /* y = transform(activation(gate) * up), a transform for every part (which has one run); then codes of y. up may be NULL. A unit is a
- * row. */
+ * row. limit, slope: of RK_ACTIVATION_CLAMPED. */
 typedef struct {
     int64_t rows;
     const float *gate, *up;
     int64_t gate_stride, up_stride;
     int32_t activation;
+    float limit, slope;
     rk_transform transform[RK_MAX_PARTS];
     rk_codes out;
 } rk_hadamard_quantize_args;
@@ -191,6 +217,10 @@ RK_API int64_t rk_attention_scratch(const rk_attention_args *args);
 
 RK_API int64_t rk_mixed_linear_units(const rk_mixed_linear_args *args);
 RK_API void rk_mixed_linear(const rk_mixed_linear_args *args, int64_t begin, int64_t end);
+RK_API int64_t rk_grouped_linear_units(const rk_grouped_linear_args *args);
+RK_API void rk_grouped_linear(const rk_grouped_linear_args *args, int64_t begin, int64_t end);
+RK_API int64_t rk_combined_linear_units(const rk_combined_linear_args *args);
+RK_API void rk_combined_linear(const rk_combined_linear_args *args, int64_t begin, int64_t end);
 RK_API int64_t rk_norm_quantize_units(const rk_norm_quantize_args *args);
 RK_API void rk_norm_quantize(const rk_norm_quantize_args *args, int64_t begin, int64_t end);
 

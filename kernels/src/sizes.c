@@ -4,9 +4,7 @@
 
 int64_t rk_row_bytes(const rk_part *part) { return rk_row_size(part); }
 
-int64_t rk_tile_bytes(const rk_part *part, int32_t weight_bits) {
-    return part->groups * rk_stride(part) * (weight_bits <= 4 ? 32 : 64);
-}
+int64_t rk_tile_bytes(const rk_part *part, int32_t weight_bits) { return rk_tile_size(part, weight_bits); }
 
 int64_t rk_head_bytes(const rk_head *head) {
     return (head->low + 1) / 2 + head->high + 5 * ((head->low > 0) + (head->high > 0));

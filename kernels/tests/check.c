@@ -187,6 +187,132 @@ static int check_mixed_linear(void) {
     return wrong;
 }
 
+/* grouped_linear and combined_linear: every group is a mixed_linear of its own. */
+
+RUNNER(grouped_linear)
+RUNNER(combined_linear)
+
+#define MOST_EXPERTS 5
+#define MOST_ROWS 31
+
+typedef struct {
+    rk_grouped_linear_args g;
+    int64_t runs, rows, experts;
+    int32_t expert[MOST_EXPERTS], first_row[MOST_EXPERTS + 1], bits[MOST_EXPERTS * RK_MAX_PARTS];
+    int64_t at[MOST_EXPERTS];
+    plain_part plain[MOST_EXPERTS][RK_MAX_PARTS]; /* weights of every expert; codes: those of all rows, the same in each */
+    float *expected;
+} mixture;
+
+/* Some of the experts in rising order, with rows, or at times with none. */
+static void random_groups(mixture *m) {
+    m->experts = between(1, MOST_EXPERTS);
+    m->first_row[0] = 0;
+    for (int64_t e = 0; e < m->experts; e++)
+        if (random_bits() % 4) {
+            m->expert[m->g.groups++] = (int32_t)e;
+            m->rows += m->rows < MOST_ROWS - 15 ? between(0, 15) : 0;
+            m->first_row[m->g.groups] = (int32_t)m->rows;
+        }
+    m->g.expert = m->expert, m->g.first_row = m->first_row, m->g.weight_at = m->at, m->g.weight_bits = m->bits;
+}
+
+/* Codes of every expert's weights, packed one behind the other, and their sums. */
+static void random_weights(mixture *m) {
+    rk_mixed_linear_args *a = &m->g.linear;
+    int64_t bytes = 0, tiles = (a->channels + 63) / 64;
+    int32_t *sums = array(m->experts * m->runs * a->channels, 4);
+    uint8_t *packed = NULL;
+    for (int64_t e = 0; e < m->experts; e++) {
+        m->at[e] = bytes;
+        for (int i = 0; i < a->parts; i++) {
+            const rk_part *p = &a->part[i].part;
+            const int bits = m->bits[e * a->parts + i] = (int32_t)between(2, 8);
+            const int64_t size = tiles * rk_tile_bytes(p, bits);
+            m->plain[e][i].weights = random_codes(a->channels * p->groups * p->width, bits);
+            m->plain[e][i].codes = m->plain[0][i].codes;
+            uint8_t *tile = pack_weights(m->plain[e][i].weights, p, bits, a->channels);
+            packed = realloc(packed, (size_t)(bytes + size));
+            memcpy(packed + bytes, tile, (size_t)size);
+            free(tile);
+            bytes += size;
+        }
+        int32_t *mine = weight_sums(a, m->plain[e], m->runs);
+        memcpy(sums + e * m->runs * a->channels, mine, (size_t)(m->runs * a->channels) * 4);
+        free(mine);
+    }
+    a->part[0].weight = packed, a->weight_sum = sums;
+}
+
+static void expected_groups(mixture *m) {
+    const rk_mixed_linear_args *whole = &m->g.linear;
+    m->expected = array(m->rows * whole->channels, 4);
+    for (int64_t g = 0; g < m->g.groups; g++) {
+        rk_mixed_linear_args a = *whole;
+        const int64_t e = m->expert[g], row = m->first_row[g];
+        plain_part plain[RK_MAX_PARTS];
+        for (int i = 0; i < a.parts; i++) {
+            plain[i] = m->plain[e][i];
+            plain[i].codes += row * a.part[i].part.groups * a.part[i].part.width;
+        }
+        a.rows = m->first_row[g + 1] - row;
+        a.scale += row * m->runs, a.zero_point += row * m->runs;
+        a.weight_scale += e * a.parts * a.channels, a.bias = a.bias ? a.bias + e * a.channels : NULL, a.residual = NULL;
+        expected_linear(&a, plain, m->runs, m->expected + row * a.channels);
+    }
+}
+
+static int check_combined(const mixture *m) {
+    rk_combined_linear_args c = {.grouped = m->g, .tokens = between(1, 9)};
+    rk_mixed_linear_args *a = &c.grouped.linear;
+    const int64_t n = a->channels, bytes = c.tokens * n * 4;
+    int32_t *token = array(m->rows, 4);
+    for (int64_t i = 0; i < m->rows; i++)
+        token[i] = (int32_t)between(0, c.tokens - 1);
+    float *expected = array(c.tokens * n, 4), *residual = random_bits() & 1 ? floats(c.tokens * n, -1, 1) : NULL;
+    c.token = token, c.share = floats(m->rows, -1, 1), a->residual = residual, a->residual_stride = n, a->y = array(bytes, 1);
+    for (int64_t i = 0; i < c.tokens * n; i++)
+        expected[i] = residual ? residual[i] : 0;
+    for (int64_t i = 0; i < m->rows * n; i++) {
+        const float share = c.share[i / n] * m->expected[i];
+        expected[token[i / n] * n + i % n] += share;
+    }
+    int wrong = compare("combined_linear", run_combined_linear, &c, a->y, bytes, expected);
+    free(token), free(expected), free(residual), free((void *)c.share), free(a->y);
+    return wrong;
+}
+
+static int check_grouped_linear(void) {
+    mixture m = {.g.linear = {.channels = between(1, 150), .parts = (int32_t)between(1, 3)}};
+    rk_mixed_linear_args *a = &m.g.linear;
+    random_groups(&m);
+    for (int i = 0; i < a->parts; i++) {
+        rk_part p = {between(1, 40), (int32_t)between(1, 2), (int32_t)between(2, 8), 1.0f};
+        m.plain[0][i].codes = random_codes(m.rows * p.groups * p.width, p.bits);
+        a->part[i] = (rk_linear_part){p, 0, pack_rows(m.plain[0][i].codes, &p, m.rows), NULL};
+        m.runs += p.groups;
+    }
+    random_weights(&m);
+    int32_t *zero_point = array(m.rows * m.runs, 4);
+    for (int64_t i = 0; i < m.rows * m.runs; i++)
+        zero_point[i] = (int32_t)between(-128, 127);
+    a->zero_point = zero_point, a->scale = floats(m.rows * m.runs, 0.001f, 0.1f);
+    a->weight_scale = floats(m.experts * a->parts * a->channels, 0.001f, 0.1f);
+    a->bias = random_bits() & 1 ? floats(m.experts * a->channels, -1, 1) : NULL;
+    a->y_stride = a->channels, a->y = array(m.rows * a->channels, 4);
+    expected_groups(&m);
+    int wrong = compare("grouped_linear", run_grouped_linear, &m.g, a->y, m.rows * a->channels * 4, m.expected);
+    wrong |= check_combined(&m);
+    for (int i = 0; i < a->parts; i++) {
+        free((void *)a->part[i].x), free(m.plain[0][i].codes);
+        for (int64_t e = 0; e < m.experts; e++)
+            free(m.plain[e][i].weights);
+    }
+    free((void *)a->part[0].weight), free((void *)a->weight_sum), free(zero_point), free((void *)a->scale);
+    free((void *)a->weight_scale), free((void *)a->bias), free(a->y), free(m.expected);
+    return wrong;
+}
+
 /* Quantizers: codes, scales and zero points in one buffer, so that they are compared together. */
 
 RUNNER(norm_quantize)
@@ -237,7 +363,7 @@ static rk_transform random_transform(int64_t *width, float *signs) {
 }
 
 static int check_hadamard_quantize(void) {
-    rk_hadamard_quantize_args a = {.rows = between(1, 3), .activation = (int32_t)between(0, 4)};
+    rk_hadamard_quantize_args a = {.rows = between(1, 3), .activation = (int32_t)between(0, 5), .limit = 2.0f, .slope = 1.7f};
     int64_t columns, bytes;
     float *signs = array(400, sizeof *signs);
     for (int i = 0; i < 400; i++)
@@ -337,7 +463,7 @@ static int check_rope_cache_and_attention(void) {
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 20, wrong = 0;
     for (int i = 0; i < rounds; i++)
-        wrong |= check_mixed_linear() | check_norm_quantize() | check_hadamard_quantize() | check_rope_cache_and_attention();
+        wrong |= check_mixed_linear() | check_grouped_linear() | check_norm_quantize() | check_hadamard_quantize() | check_rope_cache_and_attention();
     for (int32_t i = 0; rk_instruction_set(i); i++)
         printf("%s: %s\n", rk_instruction_set(i), rk_supported(i) ? "checked" : "not supported by this processor");
     return wrong;

@@ -1,6 +1,8 @@
-"""Mixtures of experts in standard operators: the logits of the reference backend, whatever the weights and activations are."""
+"""Mixtures of experts in standard operators, and on the CPU kernels: the logits of the reference backend, whatever the bits are."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import onnx
 import pytest
@@ -43,7 +45,7 @@ def test_one_loop_for_all_linears_of_one_input(compiled):
 
 
 def test_on_the_cpu_kernels(compiled, library, monkeypatch):
-    """Experts in standard operators, attention and all other linears in fused ones; what no kernel takes beside experts is refused."""
+    """All of a mixture but its router is one node; what no kernel takes is refused."""
     monkeypatch.setattr(libraries, "library", lambda: library)
     monkeypatch.setattr(libraries, "unavailable", lambda: None)
     if compiled.options.recipe != "resq" and compiled.options.weight_bits < 16:
@@ -53,6 +55,10 @@ def test_on_the_cpu_kernels(compiled, library, monkeypatch):
             compiled.use_backend("cpu")
         assert "expert" not in str(refused.value)
         return
+    kinds = Counter(node.op_type for node in build_model(compiled, "native").graph.node)
+    assert kinds["Experts"] == (2 if compiled.options.weight_bits < 16 else 0) and (kinds["Loop"] > 0) == (
+        kinds["Experts"] == 0
+    )
     try:
         errors = native_errors(compiled)
     finally:
