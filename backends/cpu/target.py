@@ -28,6 +28,8 @@ TRANSPOSED = {"none": None, "hadamard": False, "transposed": True}
 class TiledCodes(CodeFormat):
     """Rows with sums of their runs, weights in tiles of 64 outputs (formats)."""
 
+    tile_rows = formats.TILE
+
     def row_bytes(self, part: InputPart) -> int:
         return part.groups * (formats.stride(part.width) + 4)
 

@@ -134,6 +134,9 @@ class PackedWeight:
 class CodeFormat(ABC):
     """How a target packs the codes of activations and weights."""
 
+    tile_rows: ClassVar[int] = 1
+    """Output rows that a row of a packed weight holds; it holds nothing of others."""
+
     @abstractmethod
     def row_bytes(self, part: InputPart) -> int:
         """Bytes of one row of activations."""
@@ -157,24 +160,6 @@ class CodeFormat(ABC):
     @abstractmethod
     def unpack_weight(self, packed: Tensor, part: InputPart, start: int, stop: int) -> Tensor:
         """Inverse of `pack_weight` for the output rows start:stop: [stop - start, part.columns] int8."""
-
-
-def pack_weight(code_format: CodeFormat, parts: Sequence[tuple[Tensor, Tensor, InputPart]]) -> PackedWeight:
-    """Pack the parts of a linear: at most one low and one high part, low first.
-
-    Args:    parts: (qdata [N, columns] int8, scale [N] float, part) of each part.
-    Raises:  QuantError: two parts need the same tensor, or a part is not as wide as its codes.
-    """
-    is_low = [part.is_low for _, _, part in parts]
-    if is_low not in ([True], [False], [True, False]):
-        bits = [part.weight_bits for _, _, part in parts]
-        raise QuantError(f"pack_weight: parts of {bits} bits; expected one of <= 4 and/or one of > 4")
-    sums = [q.unflatten(-1, (p.groups, p.width)).sum(-1, dtype=torch.int32).T for q, _, p in parts]
-    packed = {p.is_low: code_format.pack_weight(q, p) for q, _, p in parts}
-    scale = torch.stack([s.to(torch.float32) for _, s, _ in parts]).contiguous()
-    nothing = scale.new_empty(scale.shape[1], 0, dtype=torch.int8)
-    low, high = packed.get(True, nothing), packed.get(False, nothing)
-    return PackedWeight(low, high, scale, torch.cat(sums).contiguous(), tuple(p for _, _, p in parts))
 
 
 class CacheFormat(ABC):

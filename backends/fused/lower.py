@@ -62,14 +62,21 @@ class Lowered:
     left: dict[str, str]
 
 
-def lower(gm: GraphModule, target: Target, dtype: torch.dtype = torch.float32, allow_fallback: bool = False) -> Lowered:
+def lower(
+    gm: GraphModule,
+    target: Target,
+    dtype: torch.dtype = torch.float32,
+    allow_fallback: bool = False,
+    later: bool = False,
+) -> Lowered:
     """Lower `gm` in place.
 
     Args:    dtype: of everything between the integers (residual stream, queries, logits' input); scales stay float32.
              allow_fallback: leave what cannot be taken to PyTorch instead of raising; the reasons are in the result.
+             later: packed weights are promises, made when somebody asks; for graphs on the CPU.
     Raises:  BackendError: quantized nodes that no operator takes, each with its reason.
     """
-    low = Lowering(gm, target, dtype)
+    low = Lowering(gm, target, dtype, later)
     lower_attentions(low)
     lower_experts(low)
     lower_linears(low)

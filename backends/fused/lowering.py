@@ -43,11 +43,11 @@ class Lowering:
     caches: key and value parts of each layer, None where its cache is float.    heads: heads and columns of each cache input.
     places: where weight codes went.    mixtures: why no operator takes the experts that these indices choose.
     weight_bits: of the widest weights that are multiplied with what a quantizer makes, where a target
-    packs these apart.
+    packs these apart.    later: weights are packed when somebody asks for them.
     """
 
-    def __init__(self, gm: GraphModule, target: Target, dtype: torch.dtype):
-        self.gm, self.graph, self.target, self.dtype = gm, gm.graph, target, dtype
+    def __init__(self, gm: GraphModule, target: Target, dtype: torch.dtype, later: bool):
+        self.gm, self.graph, self.target, self.dtype, self.later = gm, gm.graph, target, dtype, later
         self.made_by = f"lower-{target.name}"
         self.reasons: dict[str, str] = {}
         self.left: dict[str, str] = {}

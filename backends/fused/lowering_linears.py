@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.foreseen import EXPERTS
-from resq_compiler.backends.fused.formats import InputPart, PackedWeight, pack_weight
+from resq_compiler.backends.fused.formats import InputPart, PackedWeight
 from resq_compiler.backends.fused.lowering import CodesNodes, Lowering
 from resq_compiler.backends.fused.lowering_inputs import codes_for
+from resq_compiler.backends.fused.packing import below, pack_weight
 from resq_compiler.backends.fused.patterns import Inputs, coded_parts, inputs_of, part_of
 from resq_compiler.backends.fused.source import CodesAt
 from torch.fx import Node
 
-from resq_compiler.ir import meta, ops
+from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.linears import LinearSum, linear_sums, read_part
 
 aten = torch.ops.aten
@@ -85,7 +86,7 @@ def _emit(low: Lowering, made: CodesNodes, weight: list[Node], bias: Node | None
 
 
 def _outputs(low: Lowering, linear: LinearSum) -> int:
-    return coded_parts(linear)[0].codes(low.gm).shape[0]
+    return int(graph_tools.held(low.gm, coded_parts(linear)[0].qdata).shape[0])
 
 
 def _share(low: Lowering, linear: LinearSum, y: Node, start: int, stop: int) -> Node:
@@ -114,7 +115,7 @@ def _packed(low: Lowering, linears: list[LinearSum], parts: tuple[InputPart, ...
     stacked = []
     for j, part in enumerate(parts, first):
         coded = [coded_parts(linear)[j] for linear in linears]
-        codes = torch.cat([one.codes(low.gm) for one in coded])
+        codes = below([graph_tools.held(low.gm, one.qdata) for one in coded], low.later)
         scales = torch.cat([one.scales(low.gm) for one in coded])
         stacked.append((codes, scales, part))
     return pack_weight(low.target.codes, stacked)

@@ -31,9 +31,9 @@ class OnnxBackend(Backend):
         return None
 
     def prepare(self, result: CompileResult) -> Runner:
-        built = export.build_model(result, "ort", embedding="float32")
-        if built.ByteSize() <= export.EXTERNAL_DATA_ABOVE:
-            return OnnxRunner(session.open_session(built.SerializeToString()))
+        built = export.draft_model(result, "ort", embedding="float32")
+        if built.nbytes <= export.EXTERNAL_DATA_ABOVE:
+            return OnnxRunner(session.open_session(built.whole().SerializeToString()))
         with tempfile.TemporaryDirectory(prefix="resq-onnx-", ignore_cleanup_errors=True) as directory:
             export.save_model(built, Path(directory))
             return OnnxRunner(session.open_session(Path(directory) / export.MODEL_FILE))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from resq_compiler.backends.onnx.draft import Draft, LargeArray
 
 from resq_compiler.errors import BackendError
 
@@ -17,17 +18,6 @@ IR_VERSION = {21: 10, 23: 11}  # the IR that came with each opset: what released
 SMALL_CONSTANT = 1024  # elements up to which equal constants are stored once
 
 Dims = Sequence[int | str]
-
-
-@dataclass(frozen=True)
-class LargeArray:
-    """An initializer that is copied into the model when the model is made, or not at all."""
-
-    name: str
-    array: np.ndarray
-
-    def proto(self) -> onnx.TensorProto:
-        return numpy_helper.from_array(self.array, self.name)
 
 
 def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -131,10 +121,21 @@ class GraphBuilder:
             return self._constants[key]
         label = name or self._constant_name(array)
         self._named.add(label)
-        self.initializers.append(numpy_helper.from_array(array, label) if small else LargeArray(label, array))
+        self.initializers.append(numpy_helper.from_array(array, label) if small else LargeArray.of(label, array))
         if key is not None:
             self._constants[key] = label
         return label
+
+    def later(self, name: str, dims: Sequence[int], dtype: Any, pieces: Callable[[], Iterable[np.ndarray]]) -> str:
+        """`constant` of values that are made when the model is written, if they are many; see LargeArray."""
+        if name in self._named:
+            return name
+        large = LargeArray(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), tuple(dims), pieces)
+        if math.prod(dims) <= SMALL_CONSTANT:
+            return self.constant(large.array(), dtype, name)
+        self._named.add(name)
+        self.initializers.append(large)
+        return name
 
     def _constant_name(self, array: np.ndarray) -> str:
         scope, self._scope = self._scope, ""
@@ -150,19 +151,11 @@ class GraphBuilder:
         """A float32 scalar constant."""
         return self.constant(np.float32(value))
 
-    def int4(self, codes: np.ndarray, name: str) -> str:
-        """Codes in [-8, 7] as an INT4 initializer: two to a byte, first one in the low nibble, row-major."""
-        if name in self._named:
-            return name
-        self._named.add(name)
-        if codes.min(initial=0) < -8 or codes.max(initial=0) > 7:
-            raise BackendError(
-                f"tensor {name}: codes {codes.min()}..{codes.max()} do not fit INT4 (-8..7); this is a bug in the exporter"
-            )
-        flat = codes.reshape(-1).astype(np.uint8) & 15
-        flat = np.append(flat, np.uint8(0)) if flat.size % 2 else flat
-        packed = (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
-        self.initializers.append(helper.make_tensor(name, TensorProto.INT4, codes.shape, packed.tobytes(), raw=True))
+    def int4(self, name: str, dims: Sequence[int], codes: Callable[[], np.ndarray]) -> str:
+        """Codes in [-8, 7] as an INT4 initializer, made when the model is written."""
+        if name not in self._named:
+            self._named.add(name)
+            self.initializers.append(LargeArray(name, TensorProto.INT4, tuple(dims), lambda: (nibbles(codes(), name),)))
         return name
 
     def input(self, name: str, element: int, dims: Dims) -> str:
@@ -184,7 +177,11 @@ class GraphBuilder:
 
     def model(self, name: str, metadata: dict[str, str], version: str) -> onnx.ModelProto:
         """The finished model with only the nodes that its outputs need."""
-        return self._model(name, metadata, version, set())
+        return self.draft(name, metadata, version).whole()
+
+    def draft(self, name: str, metadata: dict[str, str], version: str) -> Draft:
+        """The same before its large tensors are made."""
+        return self._draft(name, metadata, version, set())
 
     def model_around(
         self, name: str, metadata: dict[str, str], version: str
@@ -193,25 +190,26 @@ class GraphBuilder:
         operators keep theirs: ONNX Runtime lays the constants of products out anew."""
         nodes, used = self._needed()
         taken = {i for node in nodes if node.domain or node.op_type == "Gather" for i in node.input}
-        arrays = {t.name: t.array for t in self.initializers if isinstance(t, LargeArray) and t.name in taken & used}
-        return self._model(name, metadata, version, set(arrays)), arrays
+        arrays = {t.name: t.array() for t in self.initializers if isinstance(t, LargeArray) and t.name in taken & used}
+        return self._draft(name, metadata, version, set(arrays)).whole(), arrays
 
-    def _model(self, name: str, metadata: dict[str, str], version: str, given: set[str]) -> onnx.ModelProto:
+    def _draft(self, name: str, metadata: dict[str, str], version: str, given: set[str]) -> Draft:
         nodes, used = self._needed()
         kept = [t for t in self.initializers if t.name in used]
-        arrays = [t for t in kept if isinstance(t, LargeArray) and t.name in given]
         fed = [
-            helper.make_tensor_value_info(t.name, helper.np_dtype_to_tensor_dtype(t.array.dtype), t.array.shape)
-            for t in arrays
+            helper.make_tensor_value_info(t.name, t.element, t.dims)
+            for t in kept
+            if isinstance(t, LargeArray) and t.name in given
         ]
-        stored = [t.proto() if isinstance(t, LargeArray) else t for t in kept if t.name not in given]
-        graph = helper.make_graph(nodes, name, self.inputs + fed, self.outputs, stored)
+        stored = [t for t in kept if t.name not in given]
+        protos = [t.proto() if isinstance(t, LargeArray) else t for t in stored]
+        graph = helper.make_graph(nodes, name, self.inputs + fed, self.outputs, protos)
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid(*domain) for domain in self.domains.items()], ir_version=IR_VERSION[self.opset],
             producer_name="resq_compiler", producer_version=version,
         )  # fmt: skip
         helper.set_model_props(model, metadata)
-        return model
+        return Draft(model, {t.name: t for t in stored if isinstance(t, LargeArray)})
 
     def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
         used = {o.name for o in self.outputs}
@@ -222,3 +220,15 @@ class GraphBuilder:
                 used.update(node.input)
                 used.update(name for body in bodies(node) for inner in body.node for name in inner.input)
         return kept[::-1], used
+
+
+def nibbles(codes: np.ndarray, name: str) -> np.ndarray:
+    """Codes in [-8, 7], row-major, as the bytes of an INT4 tensor: two to a byte, first one in the low nibble."""
+    if codes.min(initial=0) < -8 or codes.max(initial=0) > 7:
+        raise BackendError(
+            f"tensor {name}: codes {codes.min()}..{codes.max()} do not fit INT4 (-8..7); this is a bug in the exporter"
+        )
+    flat = codes.reshape(-1).astype(np.uint8) & 15
+    flat = np.append(flat, np.uint8(0)) if flat.size % 2 else flat
+    packed: np.ndarray = (flat[0::2] | flat[1::2] << 4).astype(np.uint8)
+    return packed

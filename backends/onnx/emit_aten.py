@@ -13,7 +13,7 @@ from resq_compiler.backends.onnx.values import Emitted, Pieces, Value
 from torch.fx import Node
 
 from resq_compiler.errors import BackendError
-from resq_compiler.ir import values
+from resq_compiler.ir import graph_tools, values
 from resq_compiler.ir.args import argument, int_arg, node_arg, operands
 from resq_compiler.ir.graph_tools import aten
 from resq_compiler.ir.views import Embedding, Linear
@@ -44,27 +44,42 @@ NO_OPERATION = (aten.contiguous.default, aten.clone.default, aten.alias.default,
 def embedding(low: Lowering, node: Node) -> Value:
     """Rows of a table stored as float16, float32 or INT8 with a scale per row."""
     view = Embedding.require(node)
-    table, ids = low.tensor(view.table), low.exact(view.ids)
+    ids, shape = low.exact(view.ids), graph_tools.held(low.gm, view.table).shape
     if low.options.embedding == "int8":
-        return Value(int8_rows(low, table, ids, node.name))
-    stored = low.b.constant(table.astype(np.dtype(low.options.embedding)), name=f"{node.name}.table")
-    rows = low.b.op("Gather", stored, ids, axis=0)
+        return Value(int8_rows(low, view.table, ids, node.name))
+    dtype = np.dtype(low.options.embedding)
+    pieces = low.pieces if dtype == np.float32 else low.chunks  # where nothing changes, nothing is copied
+    make = lambda: (piece.astype(dtype, copy=False) for piece in pieces(view.table))  # noqa: E731
+    rows = low.b.op("Gather", low.b.later(f"{node.name}.table", shape, dtype, make), ids, axis=0)
     return Value(rows if low.options.embedding == "float32" else low.b.op("Cast", rows, to=TensorProto.FLOAT))
 
 
-def int8_rows(low: Lowering, table: np.ndarray, ids: str, name: str) -> str:
+def int8_rows(low: Lowering, table: Node, ids: str, name: str) -> str:
     """codes[ids] * scale[ids], symmetric, 127 steps on each side."""
-    scale = np.maximum(np.abs(table).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
-    codes = low.b.constant(np.rint(table / scale).astype(np.int8), name=f"{name}.codes")
+    count, width = graph_tools.held(low.gm, table).shape
+    codes = low.b.later(f"{name}.codes", (count, width), np.int8, lambda: map(int8_codes, low.chunks(table)))
+    scale = low.b.later(f"{name}.scale", (count, 1), np.float32, lambda: map(int8_scale, low.chunks(table)))
     rows = low.b.op("Cast", low.b.op("Gather", codes, ids, axis=0), to=TensorProto.FLOAT)
-    return low.b.op("Mul", rows, low.b.op("Gather", low.b.constant(scale, name=f"{name}.scale"), ids, axis=0))
+    return low.b.op("Mul", rows, low.b.op("Gather", scale, ids, axis=0))
+
+
+def int8_scale(rows: np.ndarray) -> np.ndarray:
+    """A step for each row, [n, 1]."""
+    steps = np.maximum(np.abs(rows).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny)
+    return steps.astype(np.float32)
+
+
+def int8_codes(rows: np.ndarray) -> np.ndarray:
+    """Codes in these steps."""
+    return np.rint(rows / int8_scale(rows)).astype(np.int8)
 
 
 @emits(aten.linear.default)
 def linear(low: Lowering, node: Node) -> Value:
     """A float linear; its weight is stored [K, N]."""
     view = Linear.require(node)
-    name = low.b.constant(np.ascontiguousarray(low.tensor(view.weight).T), name=f"{view.weight.target}.T")
+    shape = graph_tools.held(low.gm, view.weight).shape[::-1]
+    name = low.b.later(f"{view.weight.target}.T", shape, np.float32, lambda: (low.tensor(view.weight).T,))
     y = low.b.op("MatMul", low.exact(view.x), name)
     return Value(y if view.bias is None else low.b.op("Add", y, low.exact(view.bias)))
 

@@ -102,7 +102,7 @@ class ExpertWeights:
     def _kept(self, low: Lowering, codes: np.ndarray, name: str, narrow: bool) -> str:
         """Codes of some experts."""
         bits = 4 if narrow else 8
-        stored = stored_codes(low.b, codes, bits, name)
+        stored = stored_codes(low.b, lambda: codes, codes.shape, bits, name)
         return low.b.op("Cast", stored, to=TensorProto.INT8) if narrow else stored
 
     def stored_scales(self, low: Lowering) -> str:

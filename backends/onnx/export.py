@@ -15,13 +15,14 @@ from resq_compiler.backends.cpu import platforms as other_platforms
 from resq_compiler.errors import BackendError
 from resq_compiler.frontend.models import open_tokenizer
 from resq_compiler.frontend.positions import longest_row_of_graph, longest_text_of_graph
-from resq_compiler.util import placement
+from resq_compiler.util import memory, placement
 from resq_compiler.util.install import install_command
 
 if TYPE_CHECKING:
     import onnx
     from resq_compiler.backends.fused.lower import Lowered
     from resq_compiler.backends.onnx.builder import GraphBuilder
+    from resq_compiler.backends.onnx.draft import Draft
     from torch.fx import Graph
 
     from resq_compiler.result import CompileResult
@@ -59,10 +60,11 @@ def export_onnx(
     target = Path(directory).expanduser()
     former = check_target(target, overwrite)
     native = find_profile(profile).native
+    memory.tune_allocator()
     tokenizer = open_tokenizer(tokenizer) or compiled.tokenizer
     check_platforms(native, platforms)
-    model = build_model(compiled, profile, embedding=embedding, kv_cache=kv_cache)
-    check_space(target, model.ByteSize())
+    model = draft_model(compiled, profile, embedding=embedding, kv_cache=kv_cache)
+    check_space(target, model.nbytes)
     try:
         with placement.replacing(target, former, last=LAST_FILE) as fresh:
             save_model(model, fresh)
@@ -81,6 +83,13 @@ def build_model(
     compiled: CompileResult, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float"
 ) -> onnx.ModelProto:
     """The ONNX model in memory. Raises BackendError as `export_onnx`."""
+    return draft_model(compiled, profile, embedding=embedding, kv_cache=kv_cache).whole()
+
+
+def draft_model(
+    compiled: CompileResult, profile: str = "qdq", *, embedding: str = "float16", kv_cache: str = "float"
+) -> Draft:
+    """The ONNX model before its large tensors are made. Raises BackendError as `export_onnx`."""
     require_onnx()
     from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes  # noqa: F401  (each registers its emitters)
     from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
@@ -94,23 +103,26 @@ def build_model(
     check_supported(compiled.graph_module)
     form = chosen.form()
     if chosen.native:
-        builder = native_builder(compiled, embedding)[1]
-        return builder.model("resq_model", native_metadata(compiled, embedding), version())
+        builder = native_builder(compiled, embedding, later=True)[1]
+        return builder.draft("resq_model", native_metadata(compiled, embedding), version())
     if kv_cache == "packed":
         from resq_compiler.backends.onnx.packed_cache import with_packed_cache
 
         form = with_packed_cache(form)
     lowering = Lowering(compiled.graph_module, tuple(compiled.cache_specs), form, LoweringOptions(embedding))
-    return lowering.run().model("resq_model", metadata(compiled, profile, embedding, kv_cache), version())
+    return lowering.run().draft("resq_model", metadata(compiled, profile, embedding, kv_cache), version())
 
 
-def native_builder(compiled: CompileResult, embedding: str) -> tuple[Lowered, GraphBuilder]:
-    """The lowered graph, and its ONNX form. Raises BackendError that names every node no kernel takes."""
+def native_builder(compiled: CompileResult, embedding: str, later: bool = False) -> tuple[Lowered, GraphBuilder]:
+    """The lowered graph, and its ONNX form. later: weights are packed when they are written.
+
+    Raises BackendError that names every node no kernel takes.
+    """
     from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes  # noqa: F401  (each registers its emitters)
     from resq_compiler.backends.onnx.lowering import LoweringOptions
     from resq_compiler.backends.onnx.native import NativeLowering, lower_native
 
-    lowered = lower_native(compiled.graph_module)
+    lowered = lower_native(compiled.graph_module, later)
     return lowered, NativeLowering(lowered, LoweringOptions(embedding)).run()
 
 
@@ -200,15 +212,12 @@ def check_space(target: Path, size: int) -> None:
         )
 
 
-def save_model(model: onnx.ModelProto, directory: Path) -> None:
+def save_model(model: Draft, directory: Path) -> None:
     """model.onnx, with its tensors beside it where they are large."""
-    import onnx
-
-    if model.ByteSize() > EXTERNAL_DATA_ABOVE:
-        onnx.save(model, directory / MODEL_FILE, save_as_external_data=True, location=DATA_FILE, size_threshold=1024)
-        (directory / DATA_FILE).chmod((directory / MODEL_FILE).stat().st_mode)  # onnx writes it for its owner alone
+    if model.nbytes > EXTERNAL_DATA_ABOVE:
+        model.save_apart(directory / MODEL_FILE, DATA_FILE)
     else:
-        onnx.save(model, directory / MODEL_FILE)
+        model.save(directory / MODEL_FILE)
 
 
 def write_settings(compiled: CompileResult, directory: Path, profile: str, kv_cache: str, tokenizer: Any) -> None:

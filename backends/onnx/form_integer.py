@@ -23,11 +23,11 @@ from resq_compiler.backends.onnx.form_fused import FusedForm
 from resq_compiler.backends.onnx.forms import Form, least_top, low_and_scale, scale_of
 from resq_compiler.backends.onnx.images import parts_image, parts_of_heads
 from resq_compiler.backends.onnx.integer_weights import (
+    StackedCodes,
     column_scales,
     correction_count,
     correction_rows,
     stacked_bias,
-    stacked_codes,
     stacked_scales,
     stored_codes,
     stored_zero,
@@ -197,12 +197,12 @@ class IntegerForm(FusedForm):
     @staticmethod
     def _weight(low: Lowering, terms: list[Term], rows: int, *, first: bool) -> str:
         """int8 [K + rows, N], correction rows first or last; 4-bit codes are stored INT4 and cast when the model is loaded."""
-        b, name = low.b, terms[0].name
-        codes, bits = stacked_codes(terms)
-        extra = correction_rows(codes, rows)
-        if bits > 4:
-            return stored_codes(b, np.concatenate([extra, codes] if first else [codes, extra]), bits, name)
-        wide = b.op("Cast", stored_codes(b, codes, bits, name), to=TensorProto.INT8)
+        b, name, codes = low.b, terms[0].name, StackedCodes(tuple(terms))
+        extra, (width, outputs) = correction_rows(codes.make(), rows), codes.dims
+        if codes.bits > 4:
+            whole = lambda: np.concatenate([extra, codes.make()] if first else [codes.make(), extra])  # noqa: E731
+            return stored_codes(b, whole, (width + rows, outputs), codes.bits, name)
+        wide = b.op("Cast", stored_codes(b, codes.make, codes.dims, codes.bits, name), to=TensorProto.INT8)
         if rows == 0:
             return wide
         correction = b.constant(extra, name=f"{name}.correction")
@@ -298,5 +298,6 @@ def flat_image(low: Lowering, form: Form, source: Emitted) -> Value:
 
 def float_weight(low: Lowering, terms: list[Term]) -> str:
     """codes * scale as float32 [K, N], folded into a constant when the model is loaded."""
-    stored = stored_codes(low.b, *stacked_codes(terms), terms[0].name)
+    codes = StackedCodes(tuple(terms))
+    stored = stored_codes(low.b, codes.make, codes.dims, codes.bits, terms[0].name)
     return low.b.op("Mul", low.b.op("Cast", stored, to=TensorProto.FLOAT), column_scales(low.b, terms))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from resq_compiler.backends.onnx.builder import GraphBuilder
@@ -42,14 +43,30 @@ def stacked_bias(members: Sequence[Product]) -> np.ndarray | None:
     return np.concatenate([zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)])
 
 
-def stacked_codes(terms: Sequence[Term]) -> tuple[np.ndarray, int]:
-    """Codes [K, N] of terms side by side, and their bits."""
-    return np.concatenate([t.codes for t in terms], 1), max(t.weight_bits for t in terms)
+@dataclass(frozen=True)
+class StackedCodes:
+    """Codes [K, N] of terms side by side, which are made when the model is written."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """[K, N]."""
+        return int(self.terms[0].qdata.shape[1]), sum(int(t.qdata.shape[0]) for t in self.terms)
+
+    @property
+    def bits(self) -> int:
+        return max(t.weight_bits for t in self.terms)
+
+    def make(self) -> np.ndarray:
+        return np.concatenate([t.codes for t in self.terms], 1)
 
 
-def stored_codes(b: GraphBuilder, codes: np.ndarray, bits: int, name: str) -> str:
+def stored_codes(b: GraphBuilder, codes: Callable[[], np.ndarray], dims: Sequence[int], bits: int, name: str) -> str:
     """Weight codes as an INT4 or INT8 initializer."""
-    return b.int4(codes, f"{name}.codes") if bits <= 4 else b.constant(codes, name=f"{name}.codes")
+    if bits <= 4:
+        return b.int4(f"{name}.codes", dims, codes)
+    return b.later(f"{name}.codes", dims, np.int8, lambda: (codes(),))
 
 
 def stacked_scales(b: GraphBuilder, terms: Sequence[Term]) -> str:

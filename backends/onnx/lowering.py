@@ -5,7 +5,7 @@ Inputs and outputs get the names that Optimum and onnxruntime-genai use; batch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +23,9 @@ from torch.fx import GraphModule, Node
 from resq_compiler.errors import BackendError
 from resq_compiler.frontend.capture import CacheSpec
 from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir.promises import ROWS, Promised
 from resq_compiler.ir.views import Columns
+from resq_compiler.util import memory
 
 T = TypeVar("T")
 
@@ -97,13 +99,30 @@ class Lowering:
     def value(self, node: Node) -> Emitted:
         """What an FX value became."""
         if node.op == "get_attr" and node not in self.env:
-            self.env[node] = Value(self.b.constant(self.tensor(node), name=str(node.target)))
+            held = graph_tools.held(self.gm, node)
+            dtype = np.float32 if held.is_floating_point() else as_array(held.new_empty(0)).dtype
+            self.env[node] = Value(self.b.later(str(node.target), held.shape, dtype, lambda: self.pieces(node)))
         return self.env[node]
 
     def tensor(self, node: Node) -> np.ndarray:
         """A weight of the graph as an array; floats as float32."""
-        tensor = graph_tools.get_tensor(self.gm, node).detach().cpu()
-        return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+        return as_array(graph_tools.get_tensor(self.gm, node))
+
+    def pieces(self, node: Node) -> Iterator[np.ndarray]:
+        """The same, of a promised tensor some rows at a time. What lies in a file is let go of when the next is asked for."""
+        yield from self._pieces(node, lambda held: (held,))
+
+    def chunks(self, node: Node) -> Iterator[np.ndarray]:
+        """The same, of any tensor some thousands of rows at a time."""
+        yield from self._pieces(node, lambda held: held.split(ROWS))
+
+    def _pieces(self, node: Node, cut: Callable[[torch.Tensor], Iterable[torch.Tensor]]) -> Iterator[np.ndarray]:
+        held = graph_tools.held(self.gm, node)
+        for piece in held.promise.counted_pieces() if isinstance(held, Promised) else cut(held):
+            yield as_array(piece)
+            memory.page_out_tensor(piece)
+        if isinstance(held, Promised):
+            held.promise.let_go()
 
     def exact(self, node: Node) -> str:
         """A tensor in the layout that FX gives the node."""
@@ -210,6 +229,12 @@ class Lowering:
         sizes = [piece.stop - piece.start for piece in order]
         make = lambda: dict(zip(starts, self.b.split(name, sizes), strict=True))  # noqa: E731
         return self.once(("split", columns.x), make)[columns.start]
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array; floats as float32."""
+    tensor = tensor.detach().cpu()
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
 def element_type(dtype: torch.dtype) -> int:

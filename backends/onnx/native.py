@@ -53,13 +53,14 @@ def row_bytes(parts: HeadParts) -> int:
     return CachedHead(*parts.attribute).row_bytes
 
 
-def lower_native(gm: GraphModule) -> Lowered:
+def lower_native(gm: GraphModule, later: bool = False) -> Lowered:
     """A copy of a quantized graph on fused operators; experts, which no kernel groups, stay for standard operators.
 
+    later: packed weights are promises, made when somebody asks for them.
     Raises BackendError that names every node none takes, with the reason.
     """
     target = find_target("cpu")
-    lowered = lower(graph_tools.snapshot(gm), target, allow_fallback=True)
+    lowered = lower(graph_tools.snapshot(gm), target, allow_fallback=True, later=later)
     experts = {node.name for node in lowered.graph_module.graph.nodes if is_of_experts(node)}
     check_taken(target, {name: reason for name, reason in lowered.reasons.items() if name not in experts})
     check_supported(lowered.graph_module)
@@ -158,7 +159,10 @@ class NativeLowering(Lowering):
 
     def tiles(self, node: Node) -> str:
         """Weight codes as the operator takes them, uint8."""
-        return self.b.constant(self.tensor(node).view(np.uint8), name=str(node.target))
+        shape = graph_tools.held(self.gm, node).shape
+        return self.b.later(
+            str(node.target), shape, np.uint8, lambda: (piece.view(np.uint8) for piece in self.pieces(node))
+        )
 
     def fused(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> list[str]:
         """A node of the domain."""

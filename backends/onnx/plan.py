@@ -14,6 +14,7 @@ from resq_compiler.errors import BackendError
 from resq_compiler.ir import graph_tools, meta
 from resq_compiler.ir.args import source
 from resq_compiler.ir.linears import LinearSum, linear_sums, read_part
+from resq_compiler.ir.promises import Promised
 from resq_compiler.ir.views import CodedLinear, Columns, Linear
 
 log = logging.getLogger("resq_compiler")
@@ -23,7 +24,7 @@ STACK_RATIO = 2  # linears of one input are one product while their outputs are 
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a linear: source codes (or float value), weight codes [N, K] int8 and scale [N], or [N, groups]."""
+    """One part of a linear: source codes (or float value), weight codes [N, K] int8 (may be promised), and scale [N], or [N, groups]."""
 
     source: Node
     qdata: torch.Tensor
@@ -35,7 +36,8 @@ class Term:
     @property
     def codes(self) -> np.ndarray:
         """Weight codes as ONNX products take them: [K, N] int8."""
-        return np.ascontiguousarray(self.qdata.detach().cpu().numpy().T)
+        qdata = self.qdata.make() if isinstance(self.qdata, Promised) else self.qdata
+        return np.ascontiguousarray(qdata.detach().cpu().numpy().T)
 
     @property
     def scales(self) -> np.ndarray:
@@ -146,7 +148,7 @@ def of_experts(linear: LinearSum) -> ExpertProduct:
 def term_of(gm: GraphModule, part: CodedLinear) -> Term:
     """The part that a node computes."""
     return Term(
-        part.x, part.codes(gm), part.scales(gm), meta.require(part.node, meta.LinearPart).weight_bits, part.name,
+        part.x, graph_tools.held(gm, part.qdata), part.scales(gm), meta.require(part.node, meta.LinearPart).weight_bits, part.name,
         part.group_size,
     )  # fmt: skip
 

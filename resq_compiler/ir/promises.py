@@ -121,6 +121,13 @@ class Promise(ABC):
     def _rows(self, ids: Tensor) -> Tensor:
         return self.whole()[ids]
 
+    def between(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop of the value."""
+        return self.whole()[start:stop]
+
+    def let_go(self) -> None:  # noqa: B027  (most lie in no file)
+        """Let go of the pages of the files that the value was read from."""
+
     def counted_pieces(self) -> Iterator[Tensor]:
         """`pieces`, which the ledger counts until they are let go."""
         for piece in self.pieces():
@@ -162,6 +169,11 @@ class Stored(Promise):
         value = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype)
         for place, row in enumerate(ids.tolist()):
             value[place] = self._read(row, row + 1)[0]
+        ledger.enter(value)
+        return value
+
+    def between(self, start: int, stop: int) -> Tensor:
+        value = self._read(start, stop).to(self.dtype)
         ledger.enter(value)
         return value
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from resq_compiler.backends.fused.formats import HeadParts, InputPart, head_parts, input_parts, pack_weight
+from resq_compiler.backends.fused.formats import HeadParts, InputPart, head_parts, input_parts
+from resq_compiler.backends.fused.packing import pack_weight
 
 from resq_compiler.errors import QuantError
 

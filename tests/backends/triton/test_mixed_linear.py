@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from resq_compiler.backends.fused.formats import Codes, pack_weight
+from resq_compiler.backends.fused.formats import Codes
+from resq_compiler.backends.fused.packing import pack_weight
 from resq_compiler.backends.triton import mixed_linear as module
 from resq_compiler.backends.triton.formats import PaddedRows, PartLayout, pack_rows
 from resq_compiler.backends.triton.mixed_linear import mixed_linear
