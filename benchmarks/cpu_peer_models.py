@@ -73,29 +73,18 @@ def write_openvino(float_directory: Path, target: Path) -> None:
     """The float graph through this package's emitters of standard operators, weights to 4 bits by NNCF, the cache as state."""
     import nncf
     import openvino
+    from onnx_speed import float_draft
     from openvino._offline_transformations import apply_make_stateful_transformation
-    from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes, export  # noqa: F401  (each registers its emitters)
+    from resq_compiler.backends.onnx import export
     from resq_compiler.backends.onnx.form_qdq import QdqForm
-    from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
 
-    from resq_compiler import api
-    from resq_compiler.frontend.capture import CacheSpec
-
-    graph, context = api.trace(load_model(str(float_directory)).model.float())
-    entries = context.example_inputs[3:]
-    cache = tuple(
-        CacheSpec(k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(entries[::2], entries[1::2], strict=True)
-    )
-    built = Lowering(graph, cache, QdqForm(), LoweringOptions("float32")).run()
     folder = target / "onnx"
     folder.mkdir(parents=True)
-    export.save_model(built.model("float32", {}, export.version()), folder)
+    draft = float_draft(str(float_directory), QdqForm())
+    export.save_model(draft, folder)
     model = openvino.convert_model(str(folder / export.MODEL_FILE))
-    names = {}
-    for i in range(len(cache)):
-        for kind in ("key", "value"):
-            names[f"past_key_values.{i}.{kind}"] = f"present.{i}.{kind}"
-    apply_make_stateful_transformation(model, names)
+    past = [entry.name for entry in draft.proto.graph.input if entry.name.startswith("past_key_values.")]
+    apply_make_stateful_transformation(model, {name: name.replace("past_key_values", "present") for name in past})
     model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64, ratio=1.0)
     openvino.save_model(model, str(target / "openvino_model.xml"))
     for path in folder.iterdir():

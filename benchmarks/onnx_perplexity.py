@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from resq_compiler.backends.onnx import build_model, export
+from resq_compiler.backends.onnx import export
 from resq_compiler.backends.onnx import session as sessions
 
 from resq_compiler import load
@@ -101,7 +101,7 @@ def main() -> None:
         show("reference with noise", evaluate(compiled, windows, reference=expected), result)
     for profile in arguments.profiles:
         with tempfile.TemporaryDirectory(prefix="onnx-perplexity-") as directory:
-            export.save_model(build_model(compiled, profile, embedding=arguments.embedding), Path(directory))
+            export.save_model(export.draft_model(compiled, profile, embedding=arguments.embedding), Path(directory))
             session = sessions.open_session(Path(directory) / export.MODEL_FILE)
             show(profile, evaluate(logits_of(session), windows, reference=expected), result)
 

@@ -26,16 +26,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from resq_compiler.backends.onnx import build_model, emit_aten, emit_ops, emit_shapes, export  # noqa: F401  (emitters register)
+from resq_compiler.backends.onnx import emit_aten, emit_ops, emit_shapes, export  # noqa: F401  (emitters register)
 from resq_compiler.backends.onnx import session as sessions
+from resq_compiler.backends.onnx.draft import Draft
+from resq_compiler.backends.onnx.export import draft_model
 from resq_compiler.backends.onnx.form_integer import IntegerForm
+from resq_compiler.backends.onnx.forms import Form
 from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
 from resq_compiler.backends.onnx.profiles import FLUSH_DENORMALS, PREFILL_CHUNK
 
 from resq_compiler import api, load
 from resq_compiler.cli.commands.common import model_source
 from resq_compiler.frontend.capture import CacheSpec
-from resq_compiler.frontend.models import load_model
+from resq_compiler.frontend.models import load_model, open_model
 
 VOCABULARY_SEED = 0
 CHUNKED = f", chunks of {PREFILL_CHUNK}"  # how resq_compiler's runtime and genai_config.json run a prompt
@@ -128,18 +131,21 @@ class GenaiModel:
             self.generator.generate_next_token()
 
 
-def float_model(source: str, directory: Path) -> Path:
-    """Export the float graph with the emitters and operators of the `ort` profile."""
-    model = load_model(source).model
-    graph, context = api.trace(model if model.dtype == torch.float32 else model.float())
+def float_draft(source: str, form: Form) -> Draft:
+    """The float graph with the emitters and operators of a profile; its weights are read when they are written."""
+    graph, context = api.trace(open_model(source))
     entries = context.example_inputs[3:]
     cache = tuple(
         CacheSpec(k.shape[1], k.shape[3], v.shape[3]) for k, v in zip(entries[::2], entries[1::2], strict=True)
     )
-    built = Lowering(graph, cache, IntegerForm(), LoweringOptions("float32")).run()
     metadata = {"resq.session_options": json.dumps(FLUSH_DENORMALS)}
+    return Lowering(graph, cache, form, LoweringOptions("float32")).run().draft("float32", metadata, export.version())
+
+
+def float_model(source: str, directory: Path) -> Path:
+    """Export the float graph as ONNX Runtime runs it fastest: as in the `ort` profile."""
     directory.mkdir()
-    export.save_model(built.model("float32", metadata, export.version()), directory)
+    export.save_model(float_draft(source, IntegerForm()), directory)
     return directory / export.MODEL_FILE
 
 
@@ -153,7 +159,7 @@ def rows(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[str, Calla
     for profile in arguments.profiles:
         target = work / profile
         target.mkdir()
-        export.save_model(build_model(compiled, profile), target)
+        export.save_model(draft_model(compiled, profile), target)
         file = target / export.MODEL_FILE
         print(f"{profile}: {sum(p.stat().st_size for p in target.iterdir()) / 2**20:.1f} MiB on disk")
         yield f"ours {profile}", lambda n, file=file: OrtModel(file, n, vocabulary)
@@ -309,7 +315,7 @@ def report_memory(work: Path, profiles: list[str]) -> None:
 def report_cache(compiled: str, work: Path, tokens: int) -> None:
     """Cache tensors and resident memory behind a long context, float and packed."""
     (work / "packed").mkdir()
-    export.save_model(build_model(load(Path(compiled)), "ort", kv_cache="packed"), work / "packed")
+    export.save_model(draft_model(load(Path(compiled)), "ort", kv_cache="packed"), work / "packed")
     for name in ("ort", "packed"):
         _, trimmed, cache = memory(work / name / export.MODEL_FILE, 1, tokens)
         print(

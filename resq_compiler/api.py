@@ -466,9 +466,15 @@ def _cut_windows(loaded: OpenedModel, calib_data: Any, config: CompileConfig, re
         )  # fmt: skip
 
 
-def trace(model: PreTrainedModel, topology: Any = None) -> tuple[GraphModule, PassContext]:
-    """The named float graph of a model and its topology, nothing quantized. Works on meta weights. topology: as for compile()."""
-    captured = capture(model)
+def trace(model: PreTrainedModel | OpenedModel, topology: Any = None) -> tuple[GraphModule, PassContext]:
+    """The named float graph of a model and its topology, nothing quantized. Works on meta weights. topology: as for compile().
+
+    Of an opened model the graph holds promises of the weights.
+    """
+    if isinstance(model, OpenedModel):
+        captured = capture_promised(model.skeleton, model.weights)
+    else:
+        captured = capture(model)
     ctx = PassContext(captured.example_inputs, overrides=read_overrides(topology))
     pipeline = Pipeline(ctx)
     pipeline.start(captured.graph_module)

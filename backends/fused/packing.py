@@ -48,8 +48,9 @@ class PackedLater(Promise):
         self._format, self._codes, self._part = code_format, codes, part
 
     def pieces(self) -> Iterator[Tensor]:
-        for codes in _cut(self._codes, self._format.tile_rows):
-            yield self._format.pack_weight(codes, self._part)
+        yield from map(
+            lambda codes: self._format.pack_weight(codes, self._part), _cut(self._codes, self._format.tile_rows)
+        )
 
 
 class SumsLater(Promise):

@@ -83,8 +83,7 @@ class Draft:
                 pieces = self._stored_apart(tensor)
                 if pieces is not None:
                     start = opened.tell()
-                    for piece in pieces:
-                        opened.write(piece)
+                    opened.writelines(pieces)  # which holds none while the next is made
                     _point_to(tensor, data, start, opened.tell() - start)
         onnx.save(model, file)
 
@@ -92,8 +91,12 @@ class Draft:
         """The bytes of a tensor that goes into the other file; None of a small one."""
         large = self.large.get(tensor.name)
         if large is not None:
-            return (np.ascontiguousarray(piece).data for piece in large.pieces())
+            return map(_bytes_of, large.pieces())
         return (tensor.raw_data,) if sys.getsizeof(tensor.raw_data) >= APART_FROM else None
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).data
 
 
 def _point_to(tensor: onnx.TensorProto, file: str, start: int, length: int) -> None:

@@ -49,7 +49,7 @@ def embedding(low: Lowering, node: Node) -> Value:
         return Value(int8_rows(low, view.table, ids, node.name))
     dtype = np.dtype(low.options.embedding)
     pieces = low.pieces if dtype == np.float32 else low.chunks  # where nothing changes, nothing is copied
-    make = lambda: (piece.astype(dtype, copy=False) for piece in pieces(view.table))  # noqa: E731
+    make = lambda: map(lambda piece: piece.astype(dtype, copy=False), pieces(view.table))  # noqa: E731
     rows = low.b.op("Gather", low.b.later(f"{node.name}.table", shape, dtype, make), ids, axis=0)
     return Value(rows if low.options.embedding == "float32" else low.b.op("Cast", rows, to=TensorProto.FLOAT))
 

@@ -100,7 +100,7 @@ class Lowering:
         """What an FX value became."""
         if node.op == "get_attr" and node not in self.env:
             held = graph_tools.held(self.gm, node)
-            dtype = np.float32 if held.is_floating_point() else as_array(held.new_empty(0)).dtype
+            dtype = np.float32 if held.is_floating_point() else as_array(torch.empty(0, dtype=held.dtype)).dtype
             self.env[node] = Value(self.b.later(str(node.target), held.shape, dtype, lambda: self.pieces(node)))
         return self.env[node]
 
@@ -121,6 +121,7 @@ class Lowering:
         for piece in held.promise.counted_pieces() if isinstance(held, Promised) else cut(held):
             yield as_array(piece)
             memory.page_out_tensor(piece)
+            del piece  # before the next is made
         if isinstance(held, Promised):
             held.promise.let_go()
 

@@ -160,9 +160,7 @@ class NativeLowering(Lowering):
     def tiles(self, node: Node) -> str:
         """Weight codes as the operator takes them, uint8."""
         shape = graph_tools.held(self.gm, node).shape
-        return self.b.later(
-            str(node.target), shape, np.uint8, lambda: (piece.view(np.uint8) for piece in self.pieces(node))
-        )
+        return self.b.later(str(node.target), shape, np.uint8, lambda: map(as_bytes, self.pieces(node)))
 
     def fused(self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> list[str]:
         """A node of the domain."""
@@ -177,6 +175,11 @@ class NativeLowering(Lowering):
             return Pieces(("",) * 4)
         names = [self.b.fresh(name) for name in ("low", "high", "scale", "zero_point")]
         return Pieces(tuple(self.fused(f"{call.kind}Quantize", call.inputs, names, **call.attributes)))
+
+
+def as_bytes(codes: np.ndarray) -> np.ndarray:
+    """The same memory as uint8."""
+    return codes.view(np.uint8)
 
 
 def _native(low: Lowering) -> NativeLowering:

@@ -27,6 +27,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from resq_compiler.util import memory
+
 ROWS = 4096  # made at a time; the rows of vocabularies are many
 TABLE = 64 * 2**20  # bytes of a matrix from which on it is worked on by rows
 HELD_ROWS = 2**30  # bytes of the matrices of single experts that are held for those who ask again
@@ -133,6 +135,7 @@ class Promise(ABC):
         for piece in self.pieces():
             ledger.enter(piece)
             yield piece
+            del piece  # before the next is made
 
     def whole(self) -> Tensor:
         """The value, or the one that is held."""
@@ -154,11 +157,17 @@ class Promise(ABC):
 
 
 class Stored(Promise):
-    """read: rows start to stop of what lies somewhere, in any float dtype."""
+    """read: rows start to stop of what lies somewhere, in any float dtype. source: the tensor it reads from, if there is one."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, read: Callable[[int, int], Tensor]):
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, read: Callable[[int, int], Tensor], source: Tensor | None = None
+    ):
         super().__init__(shape, dtype)
-        self._read = read
+        self._read, self._source = read, source
+
+    def let_go(self) -> None:
+        if self._source is not None:
+            memory.page_out_tensor(self._source)
 
     def pieces(self) -> Iterator[Tensor]:
         count, step = self.shape[0] if self.shape else 1, max(1, ROWS // math.prod(self.shape[1:-1]))
@@ -301,8 +310,8 @@ def written(promise: Promise, file: Path) -> Tensor:
 
 def in_memory(value: Tensor) -> Stored:
     """A promise of a tensor that is there, in float32 if it is a float."""
-    dtype = torch.float32 if value.is_floating_point() else value.dtype
-    return Stored(value.shape, dtype, lambda start, stop: value.detach()[start:stop] if value.dim() else value.detach())
+    value, dtype = value.detach(), torch.float32 if value.is_floating_point() else value.dtype
+    return Stored(value.shape, dtype, lambda start, stop: value[start:stop] if value.dim() else value, value)
 
 
 def looked_up(table: Promise, ids: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,15 +186,6 @@ def _lying(value: Tensor, fields: Mapping[str, Any]) -> Tensor:
         return value
     if isinstance(fields["bits"], list):
         return Promised(packed_experts.promise(value, fields["bits"], fields["shape"]))
-    return Promised(PackedCodes(value, int(fields["bits"]), fields["shape"]))
-
-
-class PackedCodes(Stored):
-    """Codes int8 that lie packed in a file."""
-
-    def __init__(self, packed: Tensor, bits: int, shape: Sequence[int]):
-        super().__init__(shape, torch.int8, lambda start, stop: unpack(packed[start:stop], bits, int(shape[-1])))
-        self._packed = packed
-
-    def let_go(self) -> None:
-        memory.page_out_tensor(self._packed)
+    bits, length = int(fields["bits"]), int(fields["shape"][-1])
+    unpacked = Stored(fields["shape"], torch.int8, lambda start, stop: unpack(value[start:stop], bits, length), value)
+    return Promised(unpacked)

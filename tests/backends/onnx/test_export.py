@@ -281,7 +281,7 @@ class TestRefusals:
     def test_target_read_only(self, compiled, tmp_path):
         with (
             mock.patch.object(Path, "mkdir", side_effect=PermissionError("denied")),
-            mock.patch.object(export, "build_model", side_effect=AssertionError("checked before any work")),
+            mock.patch.object(export, "draft_model", side_effect=AssertionError("checked before any work")),
             pytest.raises(BackendError, match="not writable .denied"),
         ):
             export_onnx(compiled, tmp_path / "model")
