@@ -93,7 +93,7 @@ def test_an_export_holds_one_tensor_at_a_time(profile, compiled, library, monkey
     promises.ledger.reset()
     before = promises.ledger.held
     export.save_model(draft_model(result, profile, embedding="int8"), tmp_path)
-    assert promises.ledger.made > len(sizes)
+    assert promises.ledger.made >= len(sizes)
     most = 4 * max(sizes)  # codes of two linears below each other, once as they are and once packed
     assert promises.ledger.most - before <= most < sum(sizes)
 
