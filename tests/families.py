@@ -58,6 +58,13 @@ OWN = {  # values that cannot be guessed from the names of fields
                       "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i / 4 for i in range(8)]}},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
 }  # fmt: skip
+LARGER = {  # sizes that are no powers of two among them, more experts than choices by a factor, several groups
+    "hidden_size": 256, "intermediate_size": 608, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 1000,
+    "max_position_embeddings": 1024, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160, "num_experts": 24,
+    "num_local_experts": 24, "n_routed_experts": 24, "num_experts_per_tok": 4, "n_shared_experts": 2, "q_lora_rank": 96,
+    "kv_lora_rank": 80, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24,
+}  # fmt: skip
+"""Values of fields that `small` has others of, where it has any."""
 WORK = (
     "apertus", "arcee", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "codegen", "cohere", "cohere2", "cwm", "ernie4_5",
     "exaone4", "falcon", "falcon-alibi", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "granite", "helium",
@@ -69,6 +76,7 @@ MIXTURES = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "gpt_oss", "deepseek_v2", "deepseek_v3",
     "glm4_moe_lite",
 )  # fmt: skip
+LATENT_FAMILIES = tuple(name for name, values in OWN.items() if "kv_lora_rank" in values)
 EIGHT = {
     "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32", "weight_method": "rtn",
     "weight_bits": 8, "activation_bits": 8, "kv_bits": 8,
@@ -79,13 +87,21 @@ ROUNDING = 1e-5  # float32 sums in another order
 ONE_CODE = 0.05  # an activation within rounding of a tie falls to the other code, one step of 255; a wrong operator gives 0.5 and more
 
 
-def small(name: str):
-    """A random model of a type with small sizes for every field that has one; `type-variant` for several of a type."""
+def small(name: str, larger: bool = False):
+    """A random model of a type with small sizes for every field that has one; `type-variant` for several of a type. larger: with LARGER."""
     config = CONFIG_MAPPING[name if name in CONFIG_MAPPING else name.rpartition("-")[0]]
     fields = inspect.signature(config.__init__).parameters
     values = {field: size for size, fields_of in SIZES.items() for field in fields_of if field in fields}
     with torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(config(**{**values, **OWN.get(name, {})})).float().eval()
+        values |= OWN.get(name, {})
+        if larger:
+            values |= {field: size for field, size in LARGER.items() if values.get(field) is not None}
+            if name in LATENT_FAMILIES:
+                values |= {
+                    "num_key_value_heads": 8,
+                    "head_dim": 16,
+                }  # as many as queries, and as wide as their rotary part
+        model = AutoModelForCausalLM.from_config(config(**values)).float().eval()
     tiny_module._fill(model, seed=0)
     return model
 
@@ -178,9 +194,9 @@ def on_triton(model: CompiledModel) -> str:
     return reason
 
 
-def check_exact(name: str) -> None:
+def check_exact(name: str, larger: bool = False) -> None:
     """Exact passes keep the logits: prefill and a decode of two chunks against eager transformers without a cache; left-padded."""
-    model = small(name)
+    model = small(name, larger)
     exact = resq_compiler.compile(model, tiny_tokens(4, 32), calibration_samples=4, calibration_length=32, **FLOAT)
     ids, mask = tiny_tokens(2, 20, seed=5), torch.ones(2, 20, dtype=torch.long)
     mask[0, :3] = 0

@@ -7,9 +7,10 @@ import pytest
 import resq_compiler
 from resq_compiler.api import trace
 from resq_compiler.errors import ResqError
+from resq_compiler.evaluation.sizes import average_bits
 from resq_compiler.frontend.checks import check_model
 from resq_compiler.tiny import tiny_tokens
-from tests.families import HEAD, MIXTURES, PAGE, WORK, check_exact, row, small
+from tests.families import HEAD, LATENT_FAMILIES, MIXTURES, PAGE, WORK, check_exact, row, small
 
 LINES = dict(zip((*WORK, *MIXTURES), PAGE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines(), strict=True))
 FEW = ("bloom", "gptj", "apertus")
@@ -44,6 +45,20 @@ def test_bits_are_shared_out(name):
     stage = next(s for s in compiled.stages if s.name == "allocate-bits")
     assert len(stage.lines) == 1 + 2 + stage.rewrites > 10
     assert compiled(tiny_tokens(2, 20, seed=5)).logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dict.fromkeys((*MIXTURES, *LATENT_FAMILIES)))
+def test_larger_mixtures_and_latent_attention(name):
+    """24 experts, groups of them, widths that are no powers of two: exact passes keep the logits, and 4 bits compute."""
+    check_exact(name, larger=True)
+    model = small(name, larger=True)
+    assert sum(p.numel() for p in model.parameters()) > 20 * sum(p.numel() for p in small(name).parameters())
+    sizes = {"calibration_samples": 4, "calibration_length": 128, "unreached_experts": "layer", "expert_tokens": 64}
+    compiled = resq_compiler.compile(model, tiny_tokens(4, 128), **sizes)
+    assert compiled(tiny_tokens(2, 20, seed=5)).logits.isfinite().all()
+    bits = average_bits(compiled)
+    assert 4.3 < bits.weights < 4.7 and 4.3 < bits.kv < 5.1  # an eighth at 8 bits, of widths of 16 and 24 too
 
 
 REFUSED = {
