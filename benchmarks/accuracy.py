@@ -115,7 +115,8 @@ def make_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of --set."""
-    return {name: convert(name, value) for name, value in (item.split("=", 1) for item in arguments.set)}
+    texts = (item.split("=", 1) for item in arguments.set)
+    return {name: convert(name, {"true": True, "false": False}.get(value.lower(), value)) for name, value in texts}
 
 
 def key(row: dict[str, Any]) -> str:
