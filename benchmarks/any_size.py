@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import accuracy
+
 from resq_compiler.cli import environment
 from resq_compiler.cli.commands.common import model_source
-from resq_compiler.cli.commands.options import convert
 from resq_compiler.util.text import table
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -162,13 +163,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     vocabulary = opened.skeleton.config.get_text_config().vocab_size
     del opened
     marks.set("open")
-    options = {name: convert(name, value) for name, value in (item.split("=", 1) for item in arguments.set)}
     shape = (arguments.samples, arguments.length)
     tokens = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
     model = resq_compiler.compile(
         source, arguments.text or tokens, recipe=arguments.recipe, calibration_samples=arguments.samples,
         calibration_length=arguments.length, on_stage=lambda stage: marks.set(stage.name),
-        work_dir=arguments.work_dir, **options,
+        work_dir=arguments.work_dir, **accuracy.given(arguments),
     )  # fmt: skip
     marks.set("check")
     if arguments.save:

@@ -199,7 +199,12 @@ def check_exact(name: str, larger: bool = False) -> None:
     model = small(name, larger)
     length = 128 if larger else 32
     exact = resq_compiler.compile(
-        model, tiny_tokens(4, length), calibration_samples=4, calibration_length=length, unreached_experts="layer", **FLOAT
+        model,
+        tiny_tokens(4, length),
+        calibration_samples=4,
+        calibration_length=length,
+        unreached_experts="layer",
+        **FLOAT,
     )
     ids, mask = tiny_tokens(2, 20, seed=5), torch.ones(2, 20, dtype=torch.long)
     mask[0, :3] = 0
