@@ -8,13 +8,15 @@ packs weights (formats.CodeFormat), at the bits of that expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from resq_compiler.backends.fused.formats import CodeFormat, InputPart
 from torch import Tensor
+
+from resq_compiler.ir.promises import Promise, Promised, filled, in_memory
 
 TRANSFORMS = ("none", "hadamard", "transposed")
 
@@ -105,26 +107,107 @@ def of_bits(parts: Sequence[InputPart], bits: Sequence[int]) -> list[InputPart]:
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """The codes int8 [E, N, columns] of a part, their scales [E, N], and the bits of every expert."""
+    """The codes int8 [E, N, columns] of a part, which may be promised, their scales [E, N], and the bits of every expert."""
 
     codes: Tensor
     scales: Tensor
     bits: tuple[int, ...]
 
+    @property
+    def promise(self) -> Promise:
+        """Of the codes."""
+        return self.codes.promise if isinstance(self.codes, Promised) else in_memory(self.codes)
+
+
+class ExpertsBelow(Promise):
+    """Codes of several linears below each other for each expert, [E, N of all, columns] int8."""
+
+    def __init__(self, codes: Sequence[Promise]):
+        experts, _, columns = codes[0].shape
+        super().__init__((experts, sum(c.shape[1] for c in codes), columns), codes[0].dtype)
+        self._codes = codes
+
+    def pieces(self) -> Iterator[Tensor]:
+        for expert in range(self.shape[0]):
+            yield self.between(expert, expert + 1)
+
+    def between(self, start: int, stop: int) -> Tensor:
+        return torch.cat([codes.between(start, stop) for codes in self._codes], 1)
+
+    def let_go(self) -> None:
+        for codes in self._codes:
+            codes.let_go()
+
+
+class ExpertBytes(Promise):
+    """Packed codes of all experts, int8 [bytes]; pieces: of one expert."""
+
+    def __init__(
+        self, code_format: CodeFormat, codes: Sequence[Promise], parts: tuple[InputPart, ...], bits: list[list[int]]
+    ):
+        n = codes[0].shape[1]
+        self._each = [of_bits(parts, of_expert) for of_expert in bits]
+        size = sum(prod(code_format.weight_shape(part, n)) for each in self._each for part in each)
+        super().__init__((size,), torch.int8)
+        self._format, self._codes = code_format, codes
+
+    def pieces(self) -> Iterator[Tensor]:
+        for expert, each in enumerate(self._each):
+            packed = (
+                self._format.pack_weight(codes.between(expert, expert + 1)[0], part)
+                for codes, part in zip(self._codes, each, strict=True)
+            )
+            yield torch.cat([one.flatten() for one in packed])
+
+    def _whole(self) -> Tensor:
+        return filled(self)
+
+
+class ExpertSums(Promise):
+    """Sums of the codes of every row, [E, parts, N] int32."""
+
+    def __init__(self, codes: Sequence[Promise]):
+        super().__init__((codes[0].shape[0], len(codes), codes[0].shape[1]), torch.int32)
+        self._codes = codes
+
+    def pieces(self) -> Iterator[Tensor]:
+        for expert in range(self.shape[0]):
+            sums = [codes.between(expert, expert + 1).sum(-1, dtype=torch.int32) for codes in self._codes]
+            yield torch.stack(sums, 1)
+
+    def _whole(self) -> Tensor:
+        return filled(self)
+
+    def let_go(self) -> None:
+        """Codes as well, which are packed before their sums are made."""
+        for codes in self._codes:
+            codes.let_go()
+
+
+def experts_below(codes: Sequence[Tensor], later: bool) -> Tensor:
+    """Codes [E, N, columns] of linears below each other; later: a promise of them."""
+    if later:
+        return Promised(ExpertsBelow([c.promise if isinstance(c, Promised) else in_memory(c) for c in codes]))
+    return torch.cat([c.make() if isinstance(c, Promised) else c for c in codes], 1)
+
 
 def pack_experts(
     code_format: CodeFormat, given: Sequence[ExpertPart], parts: tuple[InputPart, ...], bias: Tensor | None
 ) -> PackedExperts:
-    """Pack the parts of a linear of experts, one expert at a time."""
+    """Pack the parts of a linear of experts, one expert at a time. Codes that are promised become packed ones that are."""
     bits = [list(of_expert) for of_expert in zip(*(one.bits for one in given), strict=True)]
-    count, n = given[0].scales.shape
-    sizes = [[prod(code_format.weight_shape(part, n)) for part in of_bits(parts, b)] for b in bits]
-    packed = given[0].codes.new_empty(sum(map(sum, sizes)))
-    at = 0
-    for expert in range(count):
-        for one, part, size in zip(given, of_bits(parts, bits[expert]), sizes[expert], strict=True):
-            packed[at : at + size] = code_format.pack_weight(one.codes[expert], part).flatten()
-            at += size
+    codes = [one.promise for one in given]
+    packed, sums = ExpertBytes(code_format, codes, parts, bits), ExpertSums(codes)
+    later = all(isinstance(one.codes, Promised) for one in given)
+    made = [Promised(promise) if later else _made(promise, given[0].codes) for promise in (packed, sums)]
     scale = torch.stack([one.scales.float() for one in given], 1).contiguous()
-    sums = torch.stack([one.codes.sum(-1, dtype=torch.int32) for one in given], 1).contiguous()
-    return PackedExperts(packed, scale, sums, torch.tensor(bits, dtype=torch.int32), bias, parts)
+    return PackedExperts(made[0], scale, made[1], torch.tensor(bits, dtype=torch.int32), bias, parts)
+
+
+def _made(promise: Promise, like: Tensor) -> Tensor:
+    """The value, on the device of `like`."""
+    value, start = like.new_empty(promise.shape, dtype=promise.dtype), 0
+    for piece in promise.pieces():
+        value[start : start + len(piece)] = piece
+        start += len(piece)
+    return value

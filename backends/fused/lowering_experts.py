@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.expert_patterns import Mixture, mixture_of
-from resq_compiler.backends.fused.experts import ExpertCodesAt, ExpertPart, PackedExperts, pack_experts
+from resq_compiler.backends.fused.experts import ExpertCodesAt, ExpertPart, PackedExperts, experts_below, pack_experts
 from resq_compiler.backends.fused.formats import LOW_BITS, InputPart
 from resq_compiler.backends.fused.lowering import Lowering
 from resq_compiler.backends.fused.lowering_inputs import codes_for, why_not_transformed
@@ -15,7 +15,7 @@ from resq_compiler.backends.fused.patterns import Inputs, coded_parts, part_of
 from torch import Tensor
 from torch.fx import Node
 
-from resq_compiler.ir import meta, ops, values
+from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.expert_views import CombineExperts
 from resq_compiler.ir.linears import LinearSum, linear_sums, read_part
 
@@ -116,9 +116,10 @@ def _pack(
 
 def _stacked(low: Lowering, linears: tuple[LinearSum, ...], part: int) -> ExpertPart:
     coded = [coded_parts(linear)[part] for linear in linears]
-    codes, scales = ([one.codes(low.gm) for one in coded], [one.scales(low.gm) for one in coded])
+    codes = experts_below([graph_tools.held(low.gm, one.qdata) for one in coded], low.later)
+    scales = [one.scales(low.gm) for one in coded]
     bits = zip(*(_bits(linear, part) for linear in linears), strict=True)
-    return ExpertPart(torch.cat(codes, 1), torch.cat(scales, 1), tuple(max(each) for each in bits))
+    return ExpertPart(codes, torch.cat(scales, 1), tuple(max(each) for each in bits))
 
 
 def _bias(low: Lowering, linears: tuple[LinearSum, ...]) -> Tensor | None:

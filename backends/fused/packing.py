@@ -43,8 +43,7 @@ class PackedLater(Promise):
     """Weight codes [N, columns] packed when somebody asks, some tiles at a time."""
 
     def __init__(self, code_format: CodeFormat, codes: Promise, part: InputPart):
-        tile = code_format.pack_weight(torch.zeros(code_format.tile_rows, part.columns, dtype=torch.int8), part)
-        super().__init__((-(-codes.shape[0] // code_format.tile_rows), *tile.shape[1:]), torch.int8)
+        super().__init__(code_format.weight_shape(part, codes.shape[0]), torch.int8)
         self._format, self._codes, self._part = code_format, codes, part
 
     def pieces(self) -> Iterator[Tensor]:

@@ -37,4 +37,4 @@ def promise(packed: Tensor, bits: Sequence[int], shape: Sequence[int]) -> Stored
         lying = packed[starts[expert] : ends[expert]].view(rows, -1)
         return packing.unpack(lying.view(torch.int8) if bits[expert] == 8 else lying, bits[expert], width)
 
-    return Stored(shape, torch.int8, lambda start, stop: torch.stack([one(i) for i in range(start, stop)]))
+    return Stored(shape, torch.int8, lambda start, stop: torch.stack([one(i) for i in range(start, stop)]), packed)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from resq_compiler.backends.fused import operators
-from resq_compiler.backends.fused.experts import ExpertPart, pack_experts
+from resq_compiler.backends.fused.experts import ExpertPart, experts_below, pack_experts
 from resq_compiler.backends.fused.formats import InputPart
 from resq_compiler.backends.fused.lower import lower
 from resq_compiler.backends.fused.plain import TORCH
@@ -16,6 +17,7 @@ from resq_compiler.backends.fused.runner import prepare
 
 import resq_compiler
 from resq_compiler.ir import graph_tools
+from resq_compiler.ir.promises import Promised, in_memory
 from resq_compiler.tiny import tiny_tokens
 from tests.backends.fused.test_lower import assert_same_bits, calls
 from tests.families import small
@@ -87,3 +89,10 @@ def test_weights_come_back_from_every_format(target):
     for i, one in enumerate(given):
         assert torch.equal(packed.unpacked(target.codes, i), one.codes)
         assert torch.equal(packed.row_sum[:, i], one.codes.sum(-1, dtype=torch.int32))
+    pieces = [[one.codes[:, :30], Promised(in_memory(one.codes[:, 30:]))] for one in given]
+    promised = [replace(one, codes=experts_below(codes, later=True)) for one, codes in zip(given, pieces, strict=True)]
+    later = pack_experts(target.codes, promised, parts, None)
+    for value, expected in ((later.codes, packed.codes), (later.row_sum, packed.row_sum)):
+        assert isinstance(value, Promised) and value.shape == expected.shape
+        assert torch.equal(value.make(), expected)
+        assert torch.equal(torch.cat(list(value.promise.pieces())), expected)
