@@ -346,15 +346,14 @@ def _checking_export(on_stage: Callable[[Stage], None], ctx: PassContext, backen
         on_stage(stage)
         if stage.name != FindTopology.name:
             return
-        problem, refused = export_problem(stage.graph), kernel_problem(stage.graph, experts=backend != "triton")
+        problem = export_problem(stage.graph)
+        refused = kernel_problem(stage.graph) if backend == "triton" else None
         if problem is not None and backend in ("onnx", "cpu"):
             raise BackendError(f"backend {backend}: {problem}")
-        if refused is not None and backend in ("cpu", "triton"):
+        if refused is not None:
             raise BackendError(f"backend {backend}: {refused}")
         if problem is not None:
             ctx.note(f"export: this model cannot be exported to ONNX: {problem}")
-        if refused is not None:
-            ctx.note(f"kernels: profile native and the backends cpu and triton will refuse this model: {refused}")
 
     return seen
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
+import onnx
 import pytest
 import torch
+from resq_compiler.backends.fused.plain import TORCH
+from resq_compiler.backends.fused.runner import prepare
 from resq_compiler.backends.onnx import export_onnx
 from resq_compiler.backends.onnx.runtime import OnnxDecoder
 from resq_compiler.passes.insert_prefix import insert
@@ -21,7 +25,8 @@ from resq_compiler.ir.graph_tools import aten
 from resq_compiler.ir.views import AppendCache, CodedLinear, QuantizeDequantize
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
-from tests.families import small
+from tests.backends.fused.test_lower import assert_same_bits, calls
+from tests.families import ONE_CODE, ROUNDING, native_errors, small
 
 IDS = tiny_tokens(2, 20, seed=5)
 OPTIONS = {"calibration_samples": 8, "calibration_length": 32, "calibration_dtype": "float32", "weight_method": "rtn"}
@@ -147,10 +152,40 @@ def test_no_settings_for_a_runtime_that_knows_one_width(deepseek, tmp_path, capl
     )
 
 
-@pytest.mark.parametrize(("backend", "options"), [("triton", {}), ("cpu", {"engine": "torch"})])
-def test_backends_without_a_kernel_say_so(deepseek, backend, options):
+def test_a_backend_without_a_kernel_says_so(deepseek):
     with pytest.raises(BackendError, match=r"attention: latent attention, whose keys and values are made from a cache"):
-        deepseek.use_backend(backend, **options)
+        deepseek.use_backend("triton")
+
+
+def test_on_the_cpu_kernels(deepseek, tmp_path):
+    """Packed vectors, and every linear but routers on the kernels: the tokens of the reference backend, in a directory too."""
+    pytest.importorskip("resq_kernels")
+    expected = deepseek.generate(IDS[:1, :9], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    try:
+        errors = native_errors(deepseek)
+        assert float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE
+    finally:
+        deepseek.use_backend("reference")
+    path = export_onnx(deepseek, tmp_path / "model", "native", embedding="float32")
+    kinds = Counter(node.op_type for node in onnx.load(path / "model.onnx", load_external_data=False).graph.node)
+    assert kinds["CacheImage"] == 4 and kinds["Experts"] == 1 and not kinds["Loop"]
+    assert not (path / "genai_config.json").exists()
+    got = OnnxDecoder(path, threads=1).generate(IDS[:1, :9].numpy(), max_new_tokens=4, eos_token_id=[])
+    assert got.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_tokens": "auto"}], ids=str)
+def test_fused_operators_compute_the_same_bits(options):
+    gm = resq_compiler.compile(small("minicpm3"), tiny_tokens(8, 32), **OPTIONS, **options).graph_module
+    runner = prepare(gm, TORCH, torch.float32, False, 1)
+    assert calls(runner)["cache_image"] == 4 and set(runner.left) == {"attention", "attention_1"}
+    assert_same_bits(gm, runner)
+
+
+def test_a_float_cache_is_named():
+    gm = resq_compiler.compile(small("minicpm3"), tiny_tokens(8, 32), **OPTIONS, kv_bits=16).graph_module
+    with pytest.raises(BackendError, match=r"attention: the key/value cache is not quantized"):
+        prepare(gm, TORCH, torch.float32, False, 1)
 
 
 def test_a_gain_that_would_cost_too_much_stays_and_the_basis_behind_it():
@@ -182,16 +217,9 @@ def test_prefix_tokens_stand_before_both_cached_parts():
     assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
-def test_they_say_so_before_the_compile_too(backend, deepseek):
-    with pytest.raises(
-        BackendError, match=rf"backend {backend}: node attention: latent attention, whose keys and values"
-    ):
-        resq_compiler.compile(small("deepseek_v3"), recipe="rtn", backend=backend)
-    assert any(
-        note.startswith("kernels: profile native and the backends cpu and triton will refuse")
-        for note in deepseek.notes
-    )
+def test_triton_says_so_before_the_compile_too():
+    with pytest.raises(BackendError, match=r"backend triton: node attention: latent attention, whose keys and values"):
+        resq_compiler.compile(small("deepseek_v3"), recipe="rtn", backend="triton")
 
 
 OTHERS = (

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from resq_compiler.backends.cpu.formats import CachedHead
 from resq_compiler.backends.cpu.kernels import CodePart, RowParts, address, check_operand, codes_out
-from resq_compiler.backends.cpu.library import MAX_HEAD, AttentionArgs, CodesOut, Head, Library, RopeCacheArgs
+from resq_compiler.backends.cpu.library import (
+    MAX_ENTRY,
+    MAX_HEAD,
+    AttentionArgs,
+    CacheImageArgs,
+    CodesOut,
+    Head,
+    Library,
+    RopeCacheArgs,
+)
 from torch import Tensor
 
 from resq_compiler.errors import BackendError
@@ -129,6 +138,35 @@ def _rotary(
     if width % 2 or width > d:
         raise BackendError(f"rope_cache: cos has {width} columns; expected an even number, at most {d}")
     return address(cos), address(sin), width, 0 if shared else new * width
+
+
+def cache_image(
+    library: Library, x: Tensor, cache: Tensor, head: CachedHead, start: Tensor, total: int, clip: float = 1.0, threads: int = 1
+) -> Tensor:  # fmt: skip
+    """Write new tokens into a cache and read all of it as floats (formula in resq_kernels.h).
+
+    Args:    x: float32 [B, G, S, columns].    cache: uint8 [B, G, capacity, row bytes].    start: int32 [B].
+             total: tokens to read, at least start + S.
+    Returns: float32 [B, G, total, columns].
+    Raises:  BackendError: operands that do not fit each other.
+    """
+    batch, heads, new, columns = x.shape
+    capacity = cache.shape[2]
+    check_operand("cache_image", "x", x, torch.float32, (batch, heads, new, head.columns))
+    check_operand("cache_image", "cache", cache, torch.uint8, (batch, heads, capacity, head.row_bytes))
+    check_operand("cache_image", "start", start, torch.int32, (batch,))
+    longest = int(start.max()) + new if batch else 0
+    if not longest <= total <= capacity or not 1 <= columns <= MAX_ENTRY:
+        raise BackendError(
+            f"cache_image: {new} tokens of {columns} columns behind {start.tolist()}, read up to {total}; the cache has room for "
+            f"{capacity}, and rows have at most {MAX_ENTRY} columns"
+        )
+    out = torch.empty(batch, heads, total, columns)
+    arguments = CacheImageArgs(
+        batch, heads, new, total, address(x), _head(head), clip, address(cache), capacity, address(start), address(out)
+    )
+    library.run("cache_image", arguments, threads)
+    return out
 
 
 def attention(

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from resq_compiler.errors import BackendError
 
-VERSION = 5
+VERSION = 6
 MAX_PARTS = 4
 MAX_FACTORS = 6
 MAX_HEAD = 256
+MAX_ENTRY = 1024
 MAX_COLUMNS = 65536
 POINTER, INT64, INT32, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -114,6 +115,15 @@ class RopeCacheArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
+class CacheImageArgs(ctypes.Structure):
+    """rk_cache_image_args."""
+
+    _fields_ = [
+        ("batch", INT64), ("heads", INT64), ("tokens", INT64), ("total", INT64), ("x", POINTER), ("head", Head), ("clip", FLOAT),
+        ("cache", POINTER), ("capacity", INT64), ("start", POINTER), ("out", POINTER),
+    ]  # fmt: skip
+
+
 class AttentionArgs(ctypes.Structure):
     """rk_attention_args."""
 
@@ -133,6 +143,7 @@ KERNELS: dict[str, type[ctypes.Structure]] = {
     "norm_quantize": NormQuantizeArgs,
     "hadamard_quantize": HadamardQuantizeArgs,
     "rope_cache": RopeCacheArgs,
+    "cache_image": CacheImageArgs,
     "attention": AttentionArgs,
 }
 """Every kernel with the type of its arguments."""

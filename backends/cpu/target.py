@@ -166,6 +166,13 @@ class CpuKernels(Kernels):
             rotation.eps, clip, _threads(),
         )  # fmt: skip
 
+    def cache_image(
+        self, x: Tensor, cache: Tensor, table: Tensor | None, start: Tensor, total: int, parts: HeadParts, clip: float
+    ) -> Tensor:
+        packed = cache.view(torch.uint8)
+        operands = (x.contiguous(), packed, _head(parts), start, total, clip)
+        return attention.cache_image(libraries.library(), *operands, _threads())
+
     def attention(self, q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:
         y = _attend(q, cache, scores, None)
         assert isinstance(y, Tensor)
@@ -213,6 +220,12 @@ def why_not_head(columns: int) -> str | None:
     return f"heads of {columns} columns, the kernels take at most {limit}" if columns > limit else None
 
 
+def why_not_entry(columns: int) -> str | None:
+    """None when the kernel reads cached rows of so many columns as floats, else the reason."""
+    limit = libraries.MAX_ENTRY
+    return f"cached vectors of {columns} columns, the kernels take at most {limit}" if columns > limit else None
+
+
 CPU = Target(
     "cpu",
     TiledCodes(),
@@ -224,4 +237,5 @@ CPU = Target(
     ALL_SCORES,
     any_parts=True,
     experts=True,
+    why_not_entry=why_not_entry,
 )

@@ -95,6 +95,13 @@ class Kernels(ABC):
     def rope_cache(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, cache: LayerCache, clip: float) -> Tensor:
         """q [B, S, H * D] -> [B, S, H, D], normalized, rotated and times u; k likewise, and v as it is, quantized into the cache."""
 
+    def cache_image(
+        self, x: Tensor, cache: Tensor, table: Tensor | None, start: Tensor, total: int, parts: HeadParts, clip: float
+    ) -> Tensor:
+        """x [B, G, S, D] quantized into a cache; the float image of its first `total` tokens, [B, G, total, D]. Only targets that have
+        `why_not_entry` are asked."""
+        raise NotImplementedError
+
     @abstractmethod
     def attention(self, q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:
         """softmax(scores) v over the cache, which holds the new tokens: q [B, S, H, D] -> the same. A query that sees nothing gives 0."""

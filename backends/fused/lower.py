@@ -5,6 +5,7 @@
     hadamard(act(gate) * up) + quantize                  -> hadamard_quantize
     norms, rope, U_C, quantize_dequantize, append_cache  -> rope_cache       past keys and values become packed, written in place
     attention (+ the quantization of o's input)          -> attention, attention_quantize
+    append_cache of compressed vectors                   -> cache_image          attention over what is made from them stays
     linears of experts and what lies between them        -> experts              one for each mixture, routing outside
 
 Everything else in the graph (embedding, lm_head, the last norm) is PyTorch and stays. A quantized node that cannot be taken is listed
@@ -127,7 +128,7 @@ def _finish(low: Lowering) -> None:
     _cast(low)
     graph_tools.delete_unused_tensors(low.gm)
     for node in low.graph.nodes:
-        if node.op == "call_function" and node.target in QUANTIZED and node.name not in low.reasons:
+        if node.op == "call_function" and node.target in QUANTIZED and node.name not in (low.reasons | low.left):
             low.reasons[node.name] = leftover(node)
     low.graph.lint()
     low.gm.recompile()

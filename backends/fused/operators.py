@@ -131,6 +131,35 @@ def rope_cache(
     return find_target(target).kernels.rope_cache(q, k, v, rotation, cache, clip)
 
 
+def _fake_cache_image(
+    x: Tensor,
+    cache: Tensor,
+    table: Tensor | None,
+    start: Tensor,
+    mask: Tensor,
+    parts: list[int],
+    clip: float,
+    target: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:2], mask.shape[1], x.shape[3])
+
+
+@_operator(_fake_cache_image, mutates=("cache",))
+def cache_image(
+    x: Tensor,
+    cache: Tensor,
+    table: Tensor | None,
+    start: Tensor,
+    mask: Tensor,
+    parts: list[int],
+    clip: float,
+    target: str,
+) -> Tensor:
+    """x [B, G, S, D] of the new tokens enters a cache; the float image of all tokens [B, G, T, D], mask [B, T]."""
+    kernels = find_target(target).kernels
+    return kernels.cache_image(x, cache, table, start, mask.shape[1], HeadParts(*parts), clip)
+
+
 def _scores(
     mask: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, prefix_keys: Tensor | None,
     prefix_values: Tensor | None, slopes: Tensor | None,

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 from resq_compiler.backends.fused.formats import CacheFormat, CodeFormat, HeadParts, InputPart
-from resq_compiler.backends.fused.target import ALL_SCORES, Target
+from resq_compiler.backends.fused.target import ALL_SCORES, Target, takes_any
 from resq_compiler.backends.fused.torch_kernels import TorchKernels
 from torch import Tensor
 
@@ -95,4 +95,5 @@ TORCH = Target(
     takes=ALL_SCORES,
     any_parts=True,
     experts=True,
+    why_not_entry=takes_any,
 )

@@ -24,6 +24,7 @@ class Target:
     why_not_columns: why no kernel quantizes rows of so many columns, or None.
     why_not_transform: why no kernel multiplies rows of so many columns by a Hadamard matrix, or None; PyTorch does it then.
     why_not_head: why no kernel attends with heads of so many columns, or None.
+    why_not_entry: why no kernel reads cached vectors of so many columns as floats, or None; absent where none does.
     takes: which of `sinks`, `prefix` and `slopes` its attention takes (Scores).
     any_parts: how activations are split and packed is not bound to their readers and makers: weights of 4 bits are low beside activations
     of 8, and attention gives parts of any widths, not only those of its values.
@@ -41,4 +42,5 @@ class Target:
     takes: frozenset[str] = frozenset()
     any_parts: bool = False
     experts: bool = False
+    why_not_entry: Callable[[int], str | None] | None = None
     stacked: bool = True

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from resq_compiler.backends.fused.experts import Between, PackedExperts, Routing
-from resq_compiler.backends.fused.formats import CacheFormat, CodeFormat, Codes, InputPart, PackedWeight
+from resq_compiler.backends.fused.formats import CacheFormat, CodeFormat, Codes, HeadParts, InputPart, PackedWeight
 from resq_compiler.backends.fused.kernels import Kernels, LayerCache, Norm, Rotation, Scores
 from torch import Tensor
 
@@ -69,6 +69,12 @@ class TorchKernels(Kernels):
         for tensor, x, parts in written:
             self.cache.write(tensor, cache.table, cache.start, x.transpose(1, 2), parts, clip)
         return queries.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format, copy=True)
+
+    def cache_image(
+        self, x: Tensor, cache: Tensor, table: Tensor | None, start: Tensor, total: int, parts: HeadParts, clip: float
+    ) -> Tensor:
+        self.cache.write(cache, table, start, x.float().transpose(1, 2), parts, clip)
+        return self.cache.read(cache, table, parts, total)
 
     def attention(self, q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:
         return self._attended(q, cache, scores).to(q.dtype)

@@ -234,7 +234,7 @@ def write_settings(compiled: CompileResult, directory: Path, profile: str, kv_ca
     )  # save_pretrained refuses what models come with
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    if PROFILES[profile].native or (kv_cache == "float" and genai_takes(compiled)):
+    if (PROFILES[profile].native or kv_cache == "float") and genai_takes(compiled):
         settings = genai_config(compiled, profile)
         (directory / "genai_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -328,6 +328,21 @@ def rope_cache(low: Lowering, node: Node) -> Value:
     return Value(q_out)
 
 
+@emits(operators.cache_image)
+def cache_image(low: Lowering, node: Node) -> Value:
+    """[B, G, T, D] of all tokens; the cache with the new ones."""
+    x, cache, _, _, mask, parts, clip, _ = _arguments(node)
+    native = _native(low)
+    past = native.exact(cache)
+    present = past.replace("past_key_values.", "present.")
+    head = HeadParts(*parts)
+    widths = dict(low_width=head.low, high_width=head.high, key_low_bits=head.low_bits, key_high_bits=head.high_bits)
+    inputs = [native.exact(x), past, native.exact(mask)]
+    image, _ = native.fused("CacheImage", inputs, [native.b.fresh("image"), present], cache_clip=clip, **widths)
+    native.env[cache] = Value(present)
+    return Value(image)
+
+
 def _count(q: Node, k: Node, key_parts: Sequence[int]) -> dict[str, int]:
     """Query heads and key heads."""
     d = HeadParts(*key_parts).head_dim

@@ -4,7 +4,7 @@
 
 #include "quantize.h"
 
-#define CODES_SPACE (RK_MAX_HEAD + 2 * 16) /* room for whole vectors behind the codes and behind their first half */
+#define CODES_SPACE (RK_MAX_ENTRY + 2 * 16) /* room for whole vectors behind the codes and behind their first half */
 
 RK_INLINE u8v load_vector(const uint8_t *p) { u8v v; memcpy(&v, p, sizeof v); return v; }
 RK_INLINE void store_vector(uint8_t *p, u8v v) { memcpy(p, &v, sizeof v); }
@@ -21,7 +21,7 @@ RK_INLINE quantizer unsigned_codes(const float *x, int64_t width, int bits, floa
 /* Two codes a byte: the first half of the columns in the low nibbles, the second half in the high ones; an odd column alone. */
 RK_INLINE void pack_nibbles(const uint8_t codes[CODES_SPACE], int64_t width, uint8_t *bytes) {
     const int64_t half = width / 2;
-    uint8_t packed[RK_MAX_HEAD];
+    uint8_t packed[CODES_SPACE];
     for (int64_t i = 0; i < half; i += RK_WIDTH)
         store_vector(packed + i, load_vector(codes + i) | load_vector(codes + half + i) << 4);
     memcpy(bytes, packed, (size_t)half);

@@ -79,6 +79,33 @@ void op_rope_cache(call *c) {
     rope_and_append(c, made);
 }
 
+/* x [B, G, S, columns], past, mask -> the floats of all rows [B, G, T, columns], present */
+void op_cache_image(call *c) {
+    const node *n = c->n;
+    const tensor *x = &c->in[0], *past = &c->in[1], *mask = &c->in[2];
+    rk_cache_image_args a = {.head = key_head(n), .clip = n->cache_clip};
+    const int64_t columns = a.head.low + a.head.high;
+    require(c, x->rank == 4 && x->dims[3] == columns && columns <= RK_MAX_ENTRY, "x", "[batch, heads, tokens, columns], at most 1024 of them");
+    require(c, past->rank == 4 && x->rank == 4 && past->dims[0] == x->dims[0] && past->dims[1] == x->dims[1] &&
+                   past->dims[3] == rk_head_bytes(&a.head), "past", "[batch, heads, tokens, bytes of a packed row]");
+    require(c, mask->rank == 2 && x->rank == 4 && mask->dims[0] == x->dims[0] && mask->dims[1] >= x->dims[2], "mask", "[batch, all tokens]");
+    if (c->status)
+        return;
+    a.batch = x->dims[0], a.heads = x->dims[1], a.tokens = x->dims[2], a.total = mask->dims[1];
+    require(c, past->dims[2] >= a.total || past->dims[2] + a.tokens == a.total, "past",
+            "as many rows as the mask has tokens before the new ones, or room for all of them");
+    if (c->status)
+        return;
+    int32_t start[a.batch + 1];
+    for (int64_t b = 0; b < a.batch; b++)
+        start[b] = (int32_t)(a.total - a.tokens);
+    const int64_t dims[4] = {a.batch, a.heads, a.total, columns};
+    a.out = make_output(c, 0, dims, 4);
+    const tensor present = present_of(c, 1, past, a.total);
+    a.x = x->data, a.start = start, a.cache = present.data, a.capacity = present.dims[2];
+    RUN(c, cache_image, &a, 16);
+}
+
 /* Room for results of chunks of keys, or NULL: then a key head is one unit. */
 static void *make_scratch(call *c, const rk_attention_args *a) {
     const int64_t bytes = c->status ? 0 : rk_attention_scratch(a);

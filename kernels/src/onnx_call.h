@@ -210,6 +210,7 @@ void op_norm_quantize(call *c);
 void op_mixed_linear(call *c);
 void op_hadamard_quantize(call *c);
 void op_rope_cache(call *c);
+void op_cache_image(call *c);
 void op_attention(call *c);
 void op_attention_quantize(call *c);
 void op_norm_linear(call *c);

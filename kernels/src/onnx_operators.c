@@ -144,7 +144,7 @@ static OrtStatus *refuse_attributes(const kernel *k) {
 }
 
 static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **made) {
-    const int needs_heads = strchr(of(op)->inputs, 'u') != NULL && strchr(of(op)->inputs, 'm') != NULL;
+    const int needs_heads = strstr(of(op)->inputs, "uum") != NULL;
     kernel *k = calloc(1, sizeof *k);
     if (!k)
         return ORT_CREATE_STATUS(api)(ORT_INVALID_ARGUMENT, "resq: out of memory");
@@ -188,6 +188,7 @@ static const description operators[] = {
     OPERATOR("MixedLinear", op_mixed_linear, "bbfi" LINEAR, "f", 0),
     OPERATOR("HadamardQuantize", op_hadamard_quantize, "fFF", "bbfi", 0),
     OPERATOR("RopeCache", op_rope_cache, "fffuumFFF", "fuu", 0),
+    OPERATOR("CacheImage", op_cache_image, "fum", "fu", 0),
     OPERATOR("Attention", op_attention, "fuumFFFF", "f", 0),
     OPERATOR("AttentionQuantize", op_attention_quantize, "fuumFFFF", "bbfi", 0),
     OPERATOR("NormLinear", op_norm_linear, "fFF" LINEAR, "f", 1),

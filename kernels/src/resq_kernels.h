@@ -23,11 +23,12 @@
 
 #include <stdint.h>
 
-#define RK_VERSION 5
+#define RK_VERSION 6
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
 #define RK_MAX_FACTORS 6
 #define RK_MAX_HEAD 256 /* columns of a head */
+#define RK_MAX_ENTRY 1024 /* columns of a cached row that is read as floats */
 #define RK_MAX_COLUMNS 65536 /* of a row that is quantized */
 #define RK_API __attribute__((visibility("default")))
 
@@ -168,6 +169,20 @@ typedef struct {
     float *q_out;                          /* [batch, tokens, heads, D] */
 } rk_rope_cache_args;
 
+/* Rows of new tokens, quantized and written into the cache behind what is there, and the floats that all rows stand for,
+ * (code - zero_point) * scale: for what is made from cached values before attention reads it. head: at most RK_MAX_ENTRY columns. Slots
+ * beyond start + tokens are read as they are. A unit is a row. */
+typedef struct {
+    int64_t batch, heads, tokens, total;
+    const float *x;                        /* [batch, heads, tokens, columns] */
+    rk_head head;
+    float clip;
+    uint8_t *cache;                        /* [batch, heads, capacity, rk_head_bytes] */
+    int64_t capacity;                      /* at least total */
+    const int32_t *start;                  /* [batch]: tokens that are there already */
+    float *out;                            /* [batch, heads, total, columns] */
+} rk_cache_image_args;
+
 /* softmax(scale q k^T) v over the cache, into which the new tokens have been written. Query i of a batch, in slot start + i, sees
  * the slots t with slot - window < t <= slot (window 0: all t <= slot) and mask[t] != 0. softcap c > 0: scores are c tanh(score / c).
  * slopes: slopes[head] * (t - slot) is added to scores. sinks: a further score of every head that has no value. prefix: tokens that every
@@ -229,6 +244,9 @@ RK_API void rk_hadamard_quantize(const rk_hadamard_quantize_args *args, int64_t 
 
 RK_API int64_t rk_rope_cache_units(const rk_rope_cache_args *args);
 RK_API void rk_rope_cache(const rk_rope_cache_args *args, int64_t begin, int64_t end);
+
+RK_API int64_t rk_cache_image_units(const rk_cache_image_args *args);
+RK_API void rk_cache_image(const rk_cache_image_args *args, int64_t begin, int64_t end);
 
 RK_API int64_t rk_attention_units(const rk_attention_args *args);
 RK_API void rk_attention(const rk_attention_args *args, int64_t begin, int64_t end);

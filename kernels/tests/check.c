@@ -428,6 +428,46 @@ static int check_attention(const rk_rope_cache_args *r) {
     return wrong;
 }
 
+/* Every row that is read is what was written into it, in plain arithmetic on the bytes of the cache. */
+RUNNER(cache_image)
+
+static void expected_image(const rk_cache_image_args *a, float *y) {
+    const int64_t rows = a->batch * a->heads * a->total, bytes = rk_head_bytes(&a->head), half = a->head.low / 2;
+    const int parts = (a->head.low > 0) + (a->head.high > 0);
+    for (int64_t r = 0; r < rows; r++) {
+        const uint8_t *row = a->cache + (r / a->total * a->capacity + r % a->total) * bytes, *zero_point = row + bytes - 5 * parts;
+        float scale[2];
+        memcpy(scale, zero_point + parts, (size_t)parts * 4);
+        for (int64_t c = 0; c < a->head.low; c++, y++) {
+            const int code = c < half ? row[c] & 15 : c < 2 * half ? row[c - half] >> 4 : row[half];
+            *y = (float)(code - zero_point[0]) * scale[0];
+        }
+        for (int64_t c = 0; c < a->head.high; c++, y++)
+            *y = (float)(row[(a->head.low + 1) / 2 + c] - zero_point[parts - 1]) * scale[parts - 1];
+    }
+}
+
+static int check_cache_image(void) {
+    rk_cache_image_args a = {.batch = between(1, 2), .heads = between(1, 2), .tokens = between(1, 9), .clip = 0.9f, .head = random_head()};
+    const int64_t columns = columns_of(a.head), past = between(0, 7);
+    a.total = past + a.tokens, a.capacity = a.total + between(0, 3);
+    const int64_t slots = a.batch * a.heads * a.capacity, bytes = slots * rk_head_bytes(&a.head), size = a.batch * a.heads * a.total * columns * 4;
+    a.x = floats(a.batch * a.heads * a.tokens * columns, -2, 2);
+    int32_t start[2] = {(int32_t)past, (int32_t)past};
+    a.start = start;
+    uint8_t *result = array(size + bytes, 1); /* compared together: the image, and the bytes that the new rows became */
+    a.out = (float *)result, a.cache = result + size;
+    int wrong = compare("cache_image", run_cache_image, &a, result, size + bytes, NULL);
+    float *expected = array(size, 1);
+    expected_image(&a, expected);
+    if (memcmp(expected, a.out, (size_t)size)) {
+        printf("cache_image: not what the bytes say\n");
+        wrong = 1;
+    }
+    free((void *)a.x), free(result), free(expected);
+    return wrong;
+}
+
 static int check_rope_cache_and_attention(void) {
     rk_rope_cache_args a = {.batch = between(1, 2), .tokens = between(1, 40), .kv_heads = between(1, 3), .epsilon = 1e-5f, .clip = 1};
     a.heads = a.kv_heads * between(1, 4);
@@ -463,7 +503,7 @@ static int check_rope_cache_and_attention(void) {
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 20, wrong = 0;
     for (int i = 0; i < rounds; i++)
-        wrong |= check_mixed_linear() | check_grouped_linear() | check_norm_quantize() | check_hadamard_quantize() | check_rope_cache_and_attention();
+        wrong |= check_mixed_linear() | check_grouped_linear() | check_norm_quantize() | check_hadamard_quantize() | check_rope_cache_and_attention() | check_cache_image();
     for (int32_t i = 0; rk_instruction_set(i); i++)
         printf("%s: %s\n", rk_instruction_set(i), rk_supported(i) ? "checked" : "not supported by this processor");
     return wrong;

@@ -63,7 +63,7 @@ def make_plan(
         "problem": check_fits(alone, machine.free_memory(), devices.free_memory(where))
         or disk_problem(alone.disk, machine.free_disk(folder), str(folder)),
         "onnx_problem": export_problem(graph.graph),
-        "kernel_problem": kernel_problem(graph.graph, experts=True),
+        "kernel_problem": kernel_problem(graph.graph),
     }
 
 
@@ -101,7 +101,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"free here: {_known(size['free_memory'])} of memory, {_known(size['free_disk'])} of disk",
         f"fits: {'yes' if plan['problem'] is None else 'NO: ' + plan['problem']}",
         f"export to ONNX: {plan['onnx_problem'] or 'every operator has a form'}",
-        f"kernels (profile native, backends cpu and triton): {plan['kernel_problem'] or 'nothing is known against them'}",
+        f"backend triton: {plan['kernel_problem'] or 'nothing is known against it'}",
         "nothing was compiled (--dry-run)",
     ]
     return "\n".join(lines)

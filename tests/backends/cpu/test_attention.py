@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from resq_compiler.backends.cpu import formats
-from resq_compiler.backends.cpu.attention import attention, empty_cache, rope_cache
+from resq_compiler.backends.cpu.attention import attention, cache_image, empty_cache, rope_cache
 from resq_compiler.backends.cpu.formats import CachedHead
 from resq_compiler.backends.cpu.kernels import CodePart, norm_quantize
 
@@ -230,6 +230,21 @@ def test_heads_of_other_shapes(library, isa, name, head):
     q, cache, options, total = case(name, head, CachedHead(21, 11))
     got = attention(library, q, cache, *options)
     torch.testing.assert_close(got, reference(q, cache, *options, total), **CLOSE)
+
+
+@pytest.mark.parametrize(("low", "high"), [(448, 64), (0, 33), (7, 0), (21, 3)])
+def test_a_cache_that_is_read_as_floats(library, isa, low, high):
+    """More columns than a head may have; new rows behind three that are there, in both sequences."""
+    head, x = CachedHead(low, high), torch.randn(2, 1, 5, low + high)
+    cache = torch.zeros(2, 1, 9, head.row_bytes, dtype=torch.uint8)
+    cache[:, :, :3] = formats.pack_cache(torch.randn(2, 1, 3, low + high), head, 0.9)
+    expected = cache.clone()
+    expected[:, :, 3:8] = formats.pack_cache(x, head, 0.9)
+    start = torch.full((2,), 3, dtype=torch.int32)
+    got = cache_image(library, x, cache, head, start, 8, 0.9, threads=2)
+    assert torch.equal(cache, expected) and torch.equal(got, formats.unpack_cache(expected[:, :, :8], head))
+    with pytest.raises(BackendError, match="read up to 7; the cache has room for 9"):
+        cache_image(library, x, cache, head, start, 7)
 
 
 @pytest.mark.parametrize("split", [((4, 56), (8, 8)), ((8, 40), (8, 24))], ids=["of values", "another"])

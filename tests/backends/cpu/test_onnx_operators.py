@@ -197,6 +197,18 @@ def test_rope_cache_and_attention(library, past, room):
     assert_codes(got, attention(library, q, cache, 0.125, mask, 5, 3.0, None, parts), (batch, new))
 
 
+@pytest.mark.parametrize("room", [0, 12])
+def test_cache_image(library, room):
+    """With and without room in the past, of more columns than heads may have."""
+    head, x = CachedHead(300, 40), random(2, 1, 3, 340)
+    past, mask = formats.pack_cache(random(2, 1, room or 4, 340, seed=1), head), torch.ones(2, 7, dtype=torch.bool)
+    image, present = Node(library, "CacheImage", [x, past, mask], 2, low_width=300, high_width=40).run()
+    cache = torch.cat((past[:, :, :4], formats.pack_cache(x, head), past[:, :, 7:]), 2)
+    assert torch.equal(present, cache) and torch.equal(image, formats.unpack_cache(cache[:, :, :7], head))
+    with pytest.raises(Exception, match="(?s)the_node.*past does not fit: expected as many rows as the mask has"):
+        Node(library, "CacheImage", [x, past[:, :, :2], mask], 2, low_width=300, high_width=40).run()
+
+
 @pytest.mark.parametrize("past", [4, 700])
 def test_attention_with_a_prefix(library, past):
     q, cache = random(2, 1, 4, 64), empty_cache(2, 2, past + 1, HEAD, HEAD)
