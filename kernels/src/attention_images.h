@@ -81,10 +81,8 @@ RK_INLINE void four_quads(const uint8_t *rows, int64_t stride, i32v quads[4]) {
     rk_transpose_fours(v, quads);
 }
 
-/* Zero points and scales of some rows, the first being the j-th of the tile. */
-RK_INLINE void read_scales(const head_layout l, const uint8_t *rows, int64_t stride, int64_t j, tile_scales *s) {
-    i32v quads[4];
-    four_quads(rows + l.bytes[0] + l.bytes[1], stride, quads);
+/* Zero points and scales of RK_WIDTH rows, the first being the j-th of the tile, from the quads behind their codes. */
+RK_INLINE void store_scales(const head_layout l, const i32v quads[3], int64_t j, tile_scales *s) {
     const u32v t[3] = {(u32v)quads[0], (u32v)quads[1], (u32v)quads[2]};
     const int both = l.width[0] && l.width[1];
     const u32v first = both ? t[0] >> 16 | t[1] << 16 : t[0] >> 8 | t[1] << 24, second = both ? t[1] >> 16 | t[2] << 16 : first;
@@ -94,15 +92,23 @@ RK_INLINE void read_scales(const head_layout l, const uint8_t *rows, int64_t str
     rk_store(s->scale[1] + j, (f32v)second);
 }
 
-/* Quads of some rows, row i in lane i: quads [quad][TILE_KEYS]. */
-RK_INLINE void spread(const uint8_t *rows, int64_t stride, int64_t count, int32_t *quads) {
-    for (int64_t first = 0; first < count; first += 4) {
+RK_INLINE void read_scales(const head_layout l, const uint8_t *rows, int64_t stride, int64_t j, tile_scales *s) {
+    i32v quads[4];
+    four_quads(rows + l.bytes[0] + l.bytes[1], stride, quads);
+    store_scales(l, quads, j, s);
+}
+
+/* Quads of some rows, row i in lane i: quads [quad][TILE_KEYS]; the three behind them go to `rest` if there is one. */
+RK_INLINE void spread(const uint8_t *rows, int64_t stride, int64_t count, int32_t *quads, i32v *rest) {
+    for (int64_t first = 0; first < count + (rest ? 3 : 0); first += 4) {
         i32v v[4];
         four_quads(rows + 4 * first, stride, v);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
             if (first + i < count)
                 rk_store_i32(quads + (first + i) * TILE_KEYS, v[i]);
+            else if (rest && first + i < count + 3)
+                rest[first + i - count] = v[i];
     }
 }
 
@@ -110,13 +116,20 @@ RK_INLINE void spread(const uint8_t *rows, int64_t stride, int64_t count, int32_
  * multiplied with zeros of the query. */
 static void read_keys(const head_layout l, cache_reader r, int64_t keys, int32_t *quads, tile_scales *s) {
     const int64_t together = l.bytes[0] % 4 == 0 ? l.quads[1] : 0;
+    const int all = (l.bytes[0] % 4 == 0 || !l.width[1]) && (l.bytes[0] + l.bytes[1]) % 4 == 0; /* scales begin a quad as well */
     uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < keys; j += RK_WIDTH) {
         const int64_t bytes = r.bytes;
         const uint8_t *rows = next_rows(&r, keys - j, space);
+        if (all) {
+            i32v rest[3];
+            spread(rows, bytes, l.quads[0] + l.quads[1], quads + j, rest);
+            store_scales(l, rest, j, s);
+            continue;
+        }
         read_scales(l, rows, bytes, j, s);
-        spread(rows, bytes, l.quads[0] + together, quads + j);
-        spread(rows + l.bytes[0], bytes, l.quads[1] - together, quads + l.quads[0] * TILE_KEYS + j);
+        spread(rows, bytes, l.quads[0] + together, quads + j, NULL);
+        spread(rows + l.bytes[0], bytes, l.quads[1] - together, quads + l.quads[0] * TILE_KEYS + j, NULL);
     }
 }
 
@@ -139,13 +152,11 @@ RK_INLINE i32v four_rows(const uint8_t *rows, int64_t stride) {
 /* Every column of four values. Whole vectors are written. */
 RK_INLINE void value_quads(const head_layout l, const uint8_t *rows, int64_t stride, int32_t *quads) {
     const int64_t half = l.width[0] / 2;
-    i32v codes[RK_MAX_HEAD / 2 / RK_WIDTH];
-    for (int64_t i = 0; i < half; i += RK_WIDTH) {
-        codes[i / RK_WIDTH] = four_rows(rows + i, stride);
-        rk_store_i32(quads + i, codes[i / RK_WIDTH] & 0x0f0f0f0f);
+    for (int64_t i = rk_round_up(half, RK_WIDTH) - RK_WIDTH; i >= 0; i -= RK_WIDTH) { /* the end of a vector is written over */
+        const i32v codes = four_rows(rows + i, stride);
+        rk_store_i32(quads + i, codes & 0x0f0f0f0f);
+        rk_store_i32(quads + half + i, codes >> 4 & 0x0f0f0f0f);
     }
-    for (int64_t i = 0; i < half; i += RK_WIDTH)
-        rk_store_i32(quads + half + i, codes[i / RK_WIDTH] >> 4 & 0x0f0f0f0f);
     if (l.width[0] % 2)
         quads[l.width[0] - 1] = four_rows(rows + half, stride)[0];
     for (int64_t i = 0; i < l.width[1]; i += RK_WIDTH)
