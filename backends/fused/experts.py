@@ -16,7 +16,7 @@ import torch
 from resq_compiler.backends.fused.formats import CodeFormat, InputPart
 from torch import Tensor
 
-from resq_compiler.ir.promises import Promise, Promised, filled, in_memory
+from resq_compiler.ir.promises import Promise, Promised, filled, promise_of
 
 TRANSFORMS = ("none", "hadamard", "transposed")
 
@@ -113,11 +113,6 @@ class ExpertPart:
     scales: Tensor
     bits: tuple[int, ...]
 
-    @property
-    def promise(self) -> Promise:
-        """Of the codes."""
-        return self.codes.promise if isinstance(self.codes, Promised) else in_memory(self.codes)
-
 
 class ExpertsBelow(Promise):
     """Codes of several linears below each other for each expert, [E, N of all, columns] int8."""
@@ -187,7 +182,7 @@ class ExpertSums(Promise):
 def experts_below(codes: Sequence[Tensor], later: bool) -> Tensor:
     """Codes [E, N, columns] of linears below each other; later: a promise of them."""
     if later:
-        return Promised(ExpertsBelow([c.promise if isinstance(c, Promised) else in_memory(c) for c in codes]))
+        return Promised(ExpertsBelow([promise_of(c) for c in codes]))
     return torch.cat([c.make() if isinstance(c, Promised) else c for c in codes], 1)
 
 
@@ -196,7 +191,7 @@ def pack_experts(
 ) -> PackedExperts:
     """Pack the parts of a linear of experts, one expert at a time. Codes that are promised become packed ones that are."""
     bits = [list(of_expert) for of_expert in zip(*(one.bits for one in given), strict=True)]
-    codes = [one.promise for one in given]
+    codes = [promise_of(one.codes) for one in given]
     packed, sums = ExpertBytes(code_format, codes, parts, bits), ExpertSums(codes)
     later = all(isinstance(one.codes, Promised) for one in given)
     made = [Promised(promise) if later else _made(promise, given[0].codes) for promise in (packed, sums)]

@@ -9,7 +9,7 @@ from resq_compiler.backends.fused.formats import CodeFormat, InputPart, PackedWe
 from torch import Tensor
 
 from resq_compiler.errors import QuantError
-from resq_compiler.ir.promises import Promise, Promised, in_memory
+from resq_compiler.ir.promises import Promise, Promised, promise_of
 
 AT_A_TIME = 2**22  # codes; packing takes some six times their bytes
 
@@ -80,7 +80,7 @@ def _cut(codes: Promise, multiple: int) -> Iterator[Tensor]:
 def below(codes: Sequence[Tensor], later: bool) -> Tensor:
     """Codes of linears below each other; later: a promise of them."""
     if later:
-        return Promised(Below([c.promise if isinstance(c, Promised) else in_memory(c) for c in codes]))
+        return Promised(Below([promise_of(c) for c in codes]))
     return torch.cat([c.make() if isinstance(c, Promised) else c for c in codes])
 
 

@@ -151,11 +151,12 @@ class GraphBuilder:
         """A float32 scalar constant."""
         return self.constant(np.float32(value))
 
-    def int4(self, name: str, dims: Sequence[int], codes: Callable[[], np.ndarray]) -> str:
-        """Codes in [-8, 7] as an INT4 initializer, made when the model is written."""
+    def int4(self, name: str, dims: Sequence[int], pieces: Callable[[], Iterable[np.ndarray]]) -> str:
+        """Codes in [-8, 7] as an INT4 initializer, made when the model is written; all pieces but the last of an even number of codes."""
         if name not in self._named:
             self._named.add(name)
-            self.initializers.append(LargeArray(name, TensorProto.INT4, tuple(dims), lambda: (nibbles(codes(), name),)))
+            made = lambda: map(lambda codes: nibbles(codes, name), pieces())  # noqa: E731
+            self.initializers.append(LargeArray(name, TensorProto.INT4, tuple(dims), made))
         return name
 
     def input(self, name: str, element: int, dims: Dims) -> str:

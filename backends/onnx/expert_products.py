@@ -20,7 +20,8 @@ from resq_compiler.backends.onnx.plan import ExpertProduct
 from resq_compiler.backends.onnx.values import Codes, Value
 from torch.fx import Node
 
-from resq_compiler.ir import meta, values
+from resq_compiler.ir import graph_tools, meta, values
+from resq_compiler.ir.promises import Promise, promise_of
 from resq_compiler.ir.views import CodedLinear, Linear, Quantize
 
 if TYPE_CHECKING:
@@ -72,37 +73,51 @@ def _order(low: Lowering, keys: str, count: str) -> str:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The weights that read one input, of several linears side by side: codes int8 [E, K, N] of `bits`, those of each expert, and scales
-    float32 [E, N], or [E, groups, N] of `group_size` columns each; of float weights the array [E, K, N] alone."""
+    """The weights that read one input, of several linears side by side: codes int8 [E, N, K] of `bits`, those of each expert, and scales
+    float32 [E, N of all], or [E, groups, N of all] of `group_size` columns each; of float weights these alone."""
 
     name: str
-    array: np.ndarray
+    linears: tuple[Promise, ...]
     bits: tuple[int, ...] = ()
     scales: np.ndarray | None = None
     group_size: int | None = None
 
     @property
+    def dims(self) -> tuple[int, int, int]:
+        """[E, K, N of all], as they are stored."""
+        experts, _, width = self.linears[0].shape
+        return experts, width, sum(linear.shape[1] for linear in self.linears)
+
+    def expert(self, number: int) -> np.ndarray:
+        """[K, N of all] of one expert."""
+        each = [linear.between(number, number + 1)[0].numpy().T for linear in self.linears]
+        return np.ascontiguousarray(np.concatenate(each, -1))
+
+    @property
     def row_sums(self) -> np.ndarray:
         """Σ over K of the codes, int32 [E, N]."""
-        return self.array.sum(1, dtype=np.int32)
+        return np.stack([self.expert(e).sum(0, dtype=np.int32) for e in range(self.dims[0])])
 
     def stored(self, low: Lowering) -> str:
-        """All of the array; codes of up to 4 bits are INT4 in the file, and int8 when the model is loaded. Made outside of a loop."""
+        """All of the weights; codes of up to 4 bits are INT4 in the file, and int8 when the model is loaded. Made outside of a loop."""
         if self.scales is None:
-            return low.b.constant(self.array, name=f"{self.name}.T")
+            every = range(self.dims[0])
+            return low.b.later(f"{self.name}.T", self.dims, np.float32, lambda: map(self.expert, every))
         narrow, wide = ([e for e, b in enumerate(self.bits) if (b <= 4) == small] for small in (True, False))
         if not narrow or not wide:
-            return self._kept(low, self.array, self.name, bool(narrow))
+            return self._kept(low, narrow or wide, self.name, bool(narrow))
         pieces = (
-            self._kept(low, self.array[which], f"{self.name}.{label}", label == "narrow")
+            self._kept(low, which, f"{self.name}.{label}", label == "narrow")
             for label, which in (("narrow", narrow), ("wide", wide))
         )
         return low.b.op("Gather", low.b.op("Concat", *pieces, axis=0), low.b.constant(np.argsort([*narrow, *wide])))
 
-    def _kept(self, low: Lowering, codes: np.ndarray, name: str, narrow: bool) -> str:
-        """Codes of some experts."""
-        bits = 4 if narrow else 8
-        stored = stored_codes(low.b, lambda: codes, codes.shape, bits, name)
+    def _kept(self, low: Lowering, which: Sequence[int], name: str, narrow: bool) -> str:
+        """Codes of some experts, one at a time where each ends with a whole byte."""
+        bits, (_, width, rows) = 4 if narrow else 8, self.dims
+        whole_bytes = not narrow or width * rows % 2 == 0
+        pieces = lambda: map(self.expert, which) if whole_bytes else (np.stack([self.expert(e) for e in which]),)  # noqa: E731
+        stored = stored_codes(low.b, pieces, (len(which), width, rows), bits, name)
         return low.b.op("Cast", stored, to=TensorProto.INT8) if narrow else stored
 
     def stored_scales(self, low: Lowering) -> str:
@@ -114,7 +129,7 @@ class ExpertWeights:
         if self.group_size is None:
             return scales
         assert self.scales is not None
-        (_, width, _), (_, groups, rows) = self.array.shape, self.scales.shape
+        (_, width, _), (_, groups, rows) = self.dims, self.scales.shape
         each = low.b.op(
             "Expand", low.b.op("Unsqueeze", scales, low.b.ints(1)), low.b.ints(groups, self.group_size, rows)
         )
@@ -127,13 +142,14 @@ def expert_weights(low: Lowering, parts: Sequence[Linear | CodedLinear]) -> Expe
     name = parts[0].name
     floats = [part for part in parts if isinstance(part, Linear)]
     if floats:
-        return ExpertWeights(name, turned([low.tensor(part.weight) for part in floats]))
+        return ExpertWeights(name, tuple(promise_of(graph_tools.held(low.gm, part.weight)) for part in floats))
     coded = [part for part in parts if isinstance(part, CodedLinear)]
     scales = [low.tensor(part.scale) for part in coded]
     facts = [meta.require(part.node, meta.LinearPart) for part in coded]
     bits = tuple(max(fact.bits_of(e) for fact in facts) for e in range(len(scales[0])))
     stacked = turned(scales) if scales[0].ndim == 3 else np.concatenate(scales, -1)
-    return ExpertWeights(name, turned([low.tensor(part.qdata) for part in coded]), bits, stacked, coded[0].group_size)
+    codes = tuple(promise_of(graph_tools.held(low.gm, part.qdata)) for part in coded)
+    return ExpertWeights(name, codes, bits, stacked, coded[0].group_size)
 
 
 def turned(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -162,7 +178,7 @@ def expert_products(low: Lowering, members: list[ExpertProduct]) -> list[Value]:
     """[B, S, k, N] of each of several linears that read the same values and go through the same experts."""
     b, parts = low.b, list(zip(*(m.parts for m in members), strict=True))
     weights = [expert_weights(low, group) for group in parts]
-    rows = expert_rows(low, members[0].indices, len(weights[0].array))
+    rows = expert_rows(low, members[0].indices, weights[0].dims[0])
     own = [choices_in(group[0].x) for group in parts]
     places = rows.order if all(own) else b.op("Div", rows.order, b.constant(np.int64(rows.choices)))
     steps = [low.form.expert_part(low, group[0].x, weight) for group, weight in zip(parts, weights, strict=True)]

@@ -200,9 +200,9 @@ class IntegerForm(FusedForm):
         b, name, codes = low.b, terms[0].name, StackedCodes(tuple(terms))
         extra, (width, outputs) = correction_rows(codes.make(), rows), codes.dims
         if codes.bits > 4:
-            whole = lambda: np.concatenate([extra, codes.make()] if first else [codes.make(), extra])  # noqa: E731
+            whole = lambda: (extra, codes.make()) if first else (codes.make(), extra)  # noqa: E731
             return stored_codes(b, whole, (width + rows, outputs), codes.bits, name)
-        wide = b.op("Cast", stored_codes(b, codes.make, codes.dims, codes.bits, name), to=TensorProto.INT8)
+        wide = b.op("Cast", stored_codes(b, codes.pieces, codes.dims, codes.bits, name), to=TensorProto.INT8)
         if rows == 0:
             return wide
         correction = b.constant(extra, name=f"{name}.correction")
@@ -299,5 +299,5 @@ def flat_image(low: Lowering, form: Form, source: Emitted) -> Value:
 def float_weight(low: Lowering, terms: list[Term]) -> str:
     """codes * scale as float32 [K, N], folded into a constant when the model is loaded."""
     codes = StackedCodes(tuple(terms))
-    stored = stored_codes(low.b, codes.make, codes.dims, codes.bits, terms[0].name)
+    stored = stored_codes(low.b, codes.pieces, codes.dims, codes.bits, terms[0].name)
     return low.b.op("Mul", low.b.op("Cast", stored, to=TensorProto.FLOAT), column_scales(low.b, terms))

@@ -99,7 +99,7 @@ class QdqForm(Form):
         of a DequantizeLinear of 8 bits, but not through a Reshape.
         """
         b, (out, width) = low.b, term.qdata.shape
-        codes = stored_codes(b, lambda: term.codes.T, (out, width), term.weight_bits, term.name)
+        codes = stored_codes(b, lambda: (term.codes.T,), (out, width), term.weight_bits, term.name)
         if term.group_size is None:
             image = b.op("DequantizeLinear", codes, stacked_scales(b, [term]), axis=0)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +61,17 @@ class StackedCodes:
     def make(self) -> np.ndarray:
         return np.concatenate([t.codes for t in self.terms], 1)
 
+    def pieces(self) -> tuple[np.ndarray]:
+        return (self.make(),)
 
-def stored_codes(b: GraphBuilder, codes: Callable[[], np.ndarray], dims: Sequence[int], bits: int, name: str) -> str:
-    """Weight codes as an INT4 or INT8 initializer."""
+
+def stored_codes(
+    b: GraphBuilder, pieces: Callable[[], Iterable[np.ndarray]], dims: Sequence[int], bits: int, name: str
+) -> str:
+    """Weight codes as an INT4 or INT8 initializer; pieces as GraphBuilder.int4 has them."""
     if bits <= 4:
-        return b.int4(f"{name}.codes", dims, codes)
-    return b.later(f"{name}.codes", dims, np.int8, lambda: (codes(),))
+        return b.int4(f"{name}.codes", dims, pieces)
+    return b.later(f"{name}.codes", dims, np.int8, pieces)
 
 
 def stacked_scales(b: GraphBuilder, terms: Sequence[Term]) -> str:

@@ -125,7 +125,7 @@ class Promise(ABC):
 
     def between(self, start: int, stop: int) -> Tensor:
         """Rows start to stop of the value."""
-        return self.whole()[start:stop]
+        return self.rows(torch.arange(start, stop))
 
     def let_go(self) -> None:  # noqa: B027  (most lie in no file)
         """Let go of the pages of the files that the value was read from."""
@@ -279,6 +279,11 @@ class Changed(Promise):
         value = self._change(self.of.whole())
         assert value.shape == self.shape, f"{tuple(value.shape)} where {tuple(self.shape)} was announced"
         return value
+
+
+def promise_of(value: Tensor) -> Promise:
+    """What a tensor stands for, or a promise of the tensor itself; see in_memory."""
+    return value.promise if isinstance(value, Promised) else in_memory(value)
 
 
 def filled(promise: Promise) -> Tensor:

@@ -24,7 +24,7 @@ from resq_compiler import api, load
 from resq_compiler.frontend.capture import CacheSpec
 from resq_compiler.frontend.models import open_model
 from resq_compiler.ir import promises
-from resq_compiler.ir.promises import Promised, in_memory
+from resq_compiler.ir.promises import Promised, promise_of
 from resq_compiler.tiny import tiny_model
 
 ROWS = 2 * SMALL_CONSTANT
@@ -36,7 +36,7 @@ def graph(pieces) -> GraphBuilder:
     x = b.input("x", TensorProto.FLOAT, ("batch", 4))
     y = b.op("MatMul", x, b.later("weight", (4, ROWS), np.float32, pieces))
     y = b.op("Add", y, b.constant(np.arange(300, dtype=np.float32)[:1]))
-    codes = b.int4("codes", (3, ROWS), lambda: np.full((3, ROWS), -3, np.int8))
+    codes = b.int4("codes", (3, ROWS), lambda: (np.full((1, ROWS), i, np.int8) for i in range(3)))
     b.op("Mul", b.op("Cast", codes, to=TensorProto.FLOAT), y, output="z")
     b.output("z", TensorProto.FLOAT, (3, ROWS))
     return b
@@ -112,9 +112,10 @@ def test_float_weights_are_read_when_they_are_written(tmp_path):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "float")
     opened = open_model(tmp_path / "float")
+    draft = float_draft(opened)
     promises.ledger.reset()
     before = promises.ledger.held
-    float_draft(opened).save_apart(tmp_path / "opened.onnx", "opened.data")
+    draft.save_apart(tmp_path / "opened.onnx", "opened.data")
     weights = [promise.nbytes for promise in opened.weights.values() if len(promise.shape) > 1]
     assert promises.ledger.most - before <= max(weights) < sum(weights) / 4
     float_draft(model).save_apart(tmp_path / "model.onnx", "model.data")
@@ -128,7 +129,7 @@ def test_codes_are_packed_the_same_later():
     codes = [torch.randint(-8, 8, (n, 24), generator=generator, dtype=torch.int8) for n in (70, 131)]
     scale = torch.rand(201, generator=generator)
     now = pack_weight(CPU.codes, [(below(codes, later=False), scale, part)])
-    promised = below([Promised(in_memory(codes[0])), codes[1]], later=True)
+    promised = below([Promised(promise_of(codes[0])), codes[1]], later=True)
     for at_a_time in (1, 24 * 64, 24 * 129, 2**22):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("resq_compiler.backends.fused.packing.AT_A_TIME", at_a_time)

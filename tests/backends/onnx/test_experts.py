@@ -10,7 +10,9 @@ from resq_compiler.backends.cpu import library as libraries
 from resq_compiler.backends.onnx import build_model
 
 import resq_compiler
+from resq_compiler import load
 from resq_compiler.errors import BackendError
+from resq_compiler.ir import promises
 from resq_compiler.tiny import tiny_tokens
 from tests.families import EIGHT, ONE_CODE, ROUNDING, native_errors, onnx_errors, small
 
@@ -33,6 +35,18 @@ def test_logits(compiled, profile):
     """Two rows with padding, prefill and decode, tokens that share experts and that do not."""
     errors = onnx_errors(compiled, profile)
     assert float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE
+
+
+def test_experts_are_written_one_at_a_time(compiled, tmp_path):
+    """Of a saved model, whose tensors are promised or lie in its file; the same graph."""
+    compiled.save_pretrained(tmp_path / "saved")
+    result = load(tmp_path / "saved").result
+    sizes = [tensor.nbytes for tensor in result.graph_module.buffers()]
+    promises.ledger.reset()
+    before = promises.ledger.held
+    model = build_model(result, "ort")
+    assert promises.ledger.most - before <= max(sizes) / 2
+    assert model.graph.SerializeToString() == build_model(compiled, "ort").graph.SerializeToString()
 
 
 def test_one_loop_for_all_linears_of_one_input(compiled):
