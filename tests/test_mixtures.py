@@ -123,16 +123,21 @@ def test_an_expert_without_tokens_is_an_error_unless_allowed():
     assert allowed(IDS).logits.isfinite().all()
 
 
-def test_a_backend_without_a_grouped_kernel_names_the_node(mixtral):
-    with pytest.raises(BackendError, match=r"weight_only_expert_linear: a linear of experts: there is no grouped"):
-        mixtral.use_backend("triton")
-
-
-def test_triton_says_so_before_the_compile_too():
+def test_a_backend_that_packs_codes_alike_names_the_node():
+    """Weights of 6 bits do not fit beside activations of 4 where both lie in half a byte."""
+    options = {
+        **FOUR,
+        "recipe": "resq",
+        "weight_method": "rtn",
+        "expert_bits": "0=4644/8888",
+        "unreached_experts": "layer",
+    }
+    compiled = resq_compiler.compile(small("mixtral"), tiny_tokens(16, 32), **options)
     with pytest.raises(
-        BackendError, match=r"backend triton: node expert_linear\w*: a linear of experts: there is no grouped"
+        BackendError,
+        match=r"weight_only_expert_linear\w*: of a mixture that no grouped kernel takes: experts have weights of 6",
     ):
-        resq_compiler.compile(small("mixtral"), recipe="rtn", backend="triton")
+        compiled.use_backend("triton")
 
 
 def test_a_compile_makes_a_few_experts_at_a_time(monkeypatch, tmp_path):

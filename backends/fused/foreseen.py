@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
-from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.ir.views import Attention
 
@@ -12,7 +11,7 @@ LATENT = (
     "latent attention, whose keys and values are made from a cache of compressed vectors, which no kernel takes: use the backends "
     "reference or cpu, or an ONNX profile"
 )
-EXPERTS = "a linear of experts: there is no grouped kernel; use the backends reference or cpu, or an ONNX profile"
+EXPERTS = "a linear of experts outside of a mixture that grouped kernels take: use the reference backend"
 
 
 def is_latent(attention: Attention) -> bool:
@@ -22,15 +21,6 @@ def is_latent(attention: Attention) -> bool:
 
 def kernel_problem(graph: Graph) -> str | None:
     """The first node of a named graph that the kernels of a GPU will refuse, and why; None where nothing is known against it."""
-    for node in graph.nodes:
-        reason = _reason(node)
-        if reason is not None:
-            return f"node {node.name}: {reason}"
-    return None
-
-
-def _reason(node: Node) -> str | None:
-    attention = Attention.of(node)
-    if attention is not None:
-        return LATENT if is_latent(attention) else None
-    return EXPERTS if is_call(node, ops.expert_linear) else None
+    attentions = (view for node in graph.nodes if (view := Attention.of(node)) is not None)
+    latent = next((view for view in attentions if is_latent(view)), None)
+    return None if latent is None else f"node {latent.node.name}: {LATENT}"

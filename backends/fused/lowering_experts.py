@@ -11,7 +11,7 @@ from resq_compiler.backends.fused.experts import ExpertCodesAt, ExpertPart, Pack
 from resq_compiler.backends.fused.formats import LOW_BITS, InputPart
 from resq_compiler.backends.fused.lowering import Lowering
 from resq_compiler.backends.fused.lowering_inputs import codes_for, why_not_transformed
-from resq_compiler.backends.fused.patterns import Inputs, coded_parts, part_of
+from resq_compiler.backends.fused.patterns import Inputs, calls, coded_parts, part_of
 from torch import Tensor
 from torch.fx import Node
 
@@ -42,8 +42,23 @@ def lower_experts(low: Lowering) -> None:
 def _why_not(low: Lowering, mixture: Mixture) -> str | None:
     both = (mixture.inputs, mixture.hidden)
     columns = (low.target.why_not_columns(sum(part_of(one).columns for one in inputs)) for inputs in both)
-    reason = next((reason for reason in columns if reason is not None), None)
+    reason = next((reason for reason in columns if reason is not None), None) or _why_not_packed(low, mixture)
     return reason or (None if mixture.transform == "none" else why_not_transformed(low, mixture.hidden))
+
+
+def _why_not_packed(low: Lowering, mixture: Mixture) -> str | None:
+    """Where activations and weights are packed alike: one part of up to 4 bits, one of more, and weights no wider than that."""
+    if low.target.any_parts:
+        return None
+    for inputs, linears in ((mixture.inputs, mixture.rows), (mixture.hidden, (mixture.down,))):
+        made = _parts(low, inputs, linears)
+        if len(calls(made)) > 1:
+            return f"its input has parts of {[part.bits for part in made]} bits; expected at most one of up to 4 and one of more"
+        for i, part in enumerate(made):
+            widest = max(max(_bits(linear, i)) for linear in linears)
+            if part.is_low and widest > LOW_BITS:
+                return f"experts have weights of {widest} bits beside activations of {part.bits}, and codes are packed alike"
+    return None
 
 
 def _parts(low: Lowering, inputs: Inputs, linears: tuple[LinearSum, ...]) -> tuple[InputPart, ...]:

@@ -28,7 +28,7 @@ from resq_compiler.backends.triton.shapes import floats_of
 
 from resq_compiler.errors import BackendError
 
-KERNEL_MODULES = ("norm_quantize", "mixed_linear", "hadamard_quantize", "rope_cache", "attention")
+KERNEL_MODULES = ("norm_quantize", "mixed_linear", "grouped_linear", "hadamard_quantize", "rope_cache", "attention")
 FLOATS = {"float16": torch.float16, "float32": torch.float32}
 MATRIX_OPCODES = (r"(mma\.sync\S+|wgmma\.mma_async\S+|tcgen05\.mma\S+)", r"(v_mfma_\w+)")
 _TYPES = {

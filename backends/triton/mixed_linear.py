@@ -59,7 +59,7 @@ def _part_sum(
 
 
 @triton.jit
-def _split_sum(
+def split_sum(
     p_x, p_w, p_sx, p_zp, p_sum, o_m, o_n, N, i_split, GROUPS_ALL,
     STRIDE: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr, ISA: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -85,7 +85,7 @@ def _split_sum(
 
 
 @triton.jit
-def _scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_m, o_n, GROUPS_ALL, GROUPS: tl.constexpr):
+def scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_m, o_n, GROUPS_ALL, GROUPS: tl.constexpr):
     """Epilogue of one part: zero-points (when there is one group) and scales."""
     b_sw = tl.load(p_sw + o_n)[None, :]
     if GROUPS > 1:
@@ -137,17 +137,17 @@ def _mixed_linear_kernel(
     GROUPS: tl.constexpr = GROUPS_L + GROUPS_H
     y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if GROUPS_L > 0:
-        acc = _split_sum(p_xl, p_wl, p_sx, p_zp, p_sum, o_x, o_w, N, 0, GROUPS,
+        acc = split_sum(p_xl, p_wl, p_sx, p_zp, p_sum, o_x, o_w, N, 0, GROUPS,
                          STRIDE_L, GROUPS_L, True, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_L)  # fmt: skip
-        y = _scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_L)
+        y = scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_L)
     if GROUPS_H > 0:
         p_sx += GROUPS_L
         p_zp += GROUPS_L
         p_sum += GROUPS_L * N
-        acc = _split_sum(p_xh, p_wh, p_sx, p_zp, p_sum, o_x, o_w, N, 0, GROUPS,
+        acc = split_sum(p_xh, p_wh, p_sx, p_zp, p_sum, o_x, o_w, N, 0, GROUPS,
                          STRIDE_H, GROUPS_H, False, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_H)  # fmt: skip
         p_sw += N if GROUPS_L > 0 else 0
-        y += _scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_H)
+        y += scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_H)
     _store_output(y, p_out, p_bias, p_res, stride_res, i_m, i_n, M, N, HAS_BIAS, HAS_RES, BLOCK_M, BLOCK_N)
 
 
@@ -182,12 +182,12 @@ def _mixed_linear_decode_kernel(
     o_ws = (o_m % M)[:, None] * N + o_w[None, :]
     m_ws = (o_m < M)[:, None] & (o_n < N)[None, :]
     if GROUPS_L > 0:
-        acc_l = _split_sum(p_xl, p_wl, p_sx, p_zp, p_sum, o_x, o_w, N, i_split, GROUPS,
+        acc_l = split_sum(p_xl, p_wl, p_sx, p_zp, p_sum, o_x, o_w, N, i_split, GROUPS,
                            STRIDE_L, GROUPS_L, True, ISA, SPLIT, BLOCK_M, BLOCK_N, BLOCK_L)  # fmt: skip
         if SPLIT > 1:
             tl.store(p_ws + i_split * 2 * slot + o_ws, acc_l.to(tl.int32, bitcast=GROUPS_L > 1), mask=m_ws)
     if GROUPS_H > 0:
-        acc_h = _split_sum(p_xh, p_wh, p_sx + GROUPS_L, p_zp + GROUPS_L, p_sum + GROUPS_L * N, o_x, o_w, N, i_split, GROUPS,
+        acc_h = split_sum(p_xh, p_wh, p_sx + GROUPS_L, p_zp + GROUPS_L, p_sum + GROUPS_L * N, o_x, o_w, N, i_split, GROUPS,
                            STRIDE_H, GROUPS_H, False, ISA, SPLIT, BLOCK_M, BLOCK_N, BLOCK_H)  # fmt: skip
         if SPLIT > 1:
             tl.store(p_ws + (i_split * 2 + 1) * slot + o_ws, acc_h.to(tl.int32, bitcast=GROUPS_H > 1), mask=m_ws)
@@ -203,12 +203,10 @@ def _mixed_linear_decode_kernel(
             acc_h = _reduce_splits(p_ws + slot, o_ws, slot, GROUPS_H, SPLIT, BLOCK_M, BLOCK_N)
     y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if GROUPS_L > 0:
-        y = _scale_part(acc_l, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_L)
+        y = scale_part(acc_l, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_L)
     if GROUPS_H > 0:
         p_sw += N if GROUPS_L > 0 else 0
-        y += _scale_part(
-            acc_h, p_sx + GROUPS_L, p_zp + GROUPS_L, p_sw, p_sum + GROUPS_L * N, o_x, o_w, GROUPS, GROUPS_H
-        )
+        y += scale_part(acc_h, p_sx + GROUPS_L, p_zp + GROUPS_L, p_sw, p_sum + GROUPS_L * N, o_x, o_w, GROUPS, GROUPS_H)
     i_m = i_n * 0
     _store_output(y, p_out, p_bias, p_res, stride_res, i_m, i_n * BLOCK_N, M, N, HAS_BIAS, HAS_RES, BLOCK_M, BLOCK_N)
 
@@ -236,7 +234,7 @@ def mixed_linear(
     out = torch.empty(rows, n, dtype=out_dtype, device=device)
     if rows == 0:
         return out
-    strides = _strides(layouts)
+    strides = strides_of(layouts)
     operands = [*x, weight.low, weight.high, weight.scale, weight.row_sum, bias, residual]
     pointers = [x.scale if p is None or not p.numel() else p for p in operands] + [out]
     flags = dict(HAS_BIAS=bias is not None, HAS_RES=residual is not None, ISA=isa(), **strides)
@@ -250,7 +248,8 @@ def mixed_linear(
     return out
 
 
-def _strides(layouts: tuple[PartLayout, ...]) -> dict[str, int]:
+def strides_of(layouts: tuple[PartLayout, ...]) -> dict[str, int]:
+    """Bytes of a run and runs of the low and the high part; zeros where there is none."""
     found = dict(STRIDE_L=0, GROUPS_L=0, STRIDE_H=0, GROUPS_H=0)
     for layout in layouts:
         suffix = "L" if layout.is_low else "H"

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from resq_compiler.backends.fused.experts import Between, PackedExperts, Routing
 from resq_compiler.backends.fused.formats import Codes, InputPart, PackedWeight
 from resq_compiler.backends.fused.kernels import Kernels, LayerCache, Norm, Rotation, Scores
 from resq_compiler.backends.fused.target import Target
-from resq_compiler.backends.triton import attention, hadamard_quantize, mixed_linear, norm_quantize, rope_cache
+from resq_compiler.backends.fused.torch_kernels import between_experts
+from resq_compiler.backends.triton import (
+    attention,
+    grouped_linear,
+    hadamard_quantize,
+    mixed_linear,
+    norm_quantize,
+    rope_cache,
+)
 from resq_compiler.backends.triton.formats import PaddedRows, PagedCache, PartLayout
 from torch import Tensor
 
@@ -44,6 +53,35 @@ class TritonKernels(Kernels):
         extra = None if residual is None else _rows(residual)
         y = mixed_linear.mixed_linear(rows, weight, bias, extra, dtype)
         return y.view(*x.scale.shape[:-1], y.shape[-1])
+
+    def experts(
+        self,
+        x: Codes,
+        routing: Routing,
+        gate_up: PackedExperts,
+        down: PackedExperts,
+        between: Between,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        rows, choices = Codes(*(_rows(t) for t in x)), routing.indices.shape[-1]
+        count = len(rows.scale) * choices
+        blocks = grouped_linear.row_blocks(routing.indices.reshape(count), len(gate_up.scale))
+        hidden = self._between(grouped_linear.grouped_linear(rows, gate_up, blocks, choices, count), between)
+        y = grouped_linear.grouped_linear(hidden, down, blocks, 1, count)
+        shares = routing.weights.reshape(-1, choices, 1).float()
+        total = (y.view(-1, choices, y.shape[-1]) * shares).sum(1)
+        return total.to(dtype).view(*x.scale.shape[:-1], y.shape[-1])
+
+    def _between(self, y: Tensor, between: Between) -> Codes:
+        """Codes of what down reads; what the kernel of the transform does not compute is left to PyTorch."""
+        parts, clips = between.parts, between.clips
+        if between.transform == "none":
+            return self.norm_quantize(between_experts(y, between), parts, Norm(), clips)
+        transposed = between.transform == "transposed"
+        if between.activation == "clamped":
+            return self.hadamard_quantize(between_experts(y, between), None, parts, "none", transposed, clips)
+        gate, up = y.chunk(2, -1) if between.gated else (y, None)
+        return self.hadamard_quantize(gate, up, parts, between.activation, transposed, clips)
 
     def hadamard_quantize(
         self, gate: Tensor, up: Tensor | None, parts: tuple[InputPart, ...], activation: str, transpose: bool,
@@ -84,4 +122,12 @@ def why_not_columns(columns: int) -> str | None:
     return f"{columns} input columns, one pass holds at most {limit}" if columns > limit else None
 
 
-TRITON = Target("triton", PaddedRows(), PagedCache(), TritonKernels(), why_not_columns, hadamard_quantize.why_not_fused)
+TRITON = Target(
+    "triton",
+    PaddedRows(),
+    PagedCache(),
+    TritonKernels(),
+    why_not_columns,
+    hadamard_quantize.why_not_fused,
+    experts=True,
+)

@@ -37,7 +37,7 @@ def check(kernel: dict) -> None:
     assert kernel["shared"] <= target.shared_block, kernel
     assert kernel["spills"] == 0, kernel
     assert kernel["occupancy"] > 0, kernel
-    if name.startswith("mixed_linear/"):
+    if name.startswith(("mixed_linear/", "grouped_linear/")):
         opcodes = " ".join(kernel["matrix"])
         integer = INTEGER_OPCODES["sm_80" if "decode" in name and target.backend == "cuda" else target.name]
         assert integer in opcodes, kernel  # 16 rows are too few for wgmma and tcgen05
