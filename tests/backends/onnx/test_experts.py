@@ -7,7 +7,7 @@ from collections import Counter
 import onnx
 import pytest
 from resq_compiler.backends.cpu import library as libraries
-from resq_compiler.backends.onnx import build_model
+from resq_compiler.backends.onnx import build_model, export_onnx
 
 import resq_compiler
 from resq_compiler import load
@@ -78,3 +78,18 @@ def test_on_the_cpu_kernels(compiled, library, monkeypatch):
     finally:
         compiled.use_backend("reference")
     assert float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE
+
+
+def test_in_onnxruntime_genai(library, monkeypatch, tmp_path):
+    """Unmodified: the library lies beside the model, the router is part of the graph."""
+    pytest.importorskip("onnxruntime_genai")
+    from tests.backends.onnx.test_export import by_genai
+
+    monkeypatch.setattr(libraries, "library", lambda: library)
+    options = {"calibration_samples": 8, "calibration_length": 32, "weight_method": "rtn", "unreached_experts": "layer"}
+    compiled = resq_compiler.compile(small("qwen3_moe"), tiny_tokens(8, 32), recipe="resq", **options)
+    path = export_onnx(compiled, tmp_path / "model", "native", embedding="float32")
+    ids = tiny_tokens(1, 9, seed=12)
+    expected = compiled.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = by_genai(path, ids.numpy(), 8)
+    assert len(got) > 9 and got.tolist() == expected[0, : len(got)].tolist()
