@@ -132,29 +132,15 @@ def rope_cache(
 
 
 def _fake_cache_image(
-    x: Tensor,
-    cache: Tensor,
-    table: Tensor | None,
-    start: Tensor,
-    mask: Tensor,
-    parts: list[int],
-    clip: float,
-    target: str,
-) -> Tensor:
+    x: Tensor, cache: Tensor, table: Tensor | None, start: Tensor, mask: Tensor, parts: list[int], clip: float, target: str
+) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:2], mask.shape[1], x.shape[3])
 
 
 @_operator(_fake_cache_image, mutates=("cache",))
 def cache_image(
-    x: Tensor,
-    cache: Tensor,
-    table: Tensor | None,
-    start: Tensor,
-    mask: Tensor,
-    parts: list[int],
-    clip: float,
-    target: str,
-) -> Tensor:
+    x: Tensor, cache: Tensor, table: Tensor | None, start: Tensor, mask: Tensor, parts: list[int], clip: float, target: str
+) -> Tensor:  # fmt: skip
     """x [B, G, S, D] of the new tokens enters a cache; the float image of all tokens [B, G, T, D], mask [B, T]."""
     kernels = find_target(target).kernels
     return kernels.cache_image(x, cache, table, start, mask.shape[1], HeadParts(*parts), clip)
