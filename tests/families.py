@@ -56,6 +56,7 @@ OWN = {  # values that cannot be guessed from the names of fields
     "deepseek_v2": {**GROUPED, **LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "phi3-longrope": {"original_max_position_embeddings": 10, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
                       "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i / 4 for i in range(8)]}},
+    "axk1": {**GROUPED, **LATENT},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
 }  # fmt: skip
 LARGER = {  # sizes that are no powers of two among them, more experts than choices by a factor, several groups
@@ -76,7 +77,7 @@ MIXTURES = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "gpt_oss", "deepseek_v2", "deepseek_v3",
     "glm4_moe_lite",
 )  # fmt: skip
-LATENT_FAMILIES = tuple(name for name, values in OWN.items() if "kv_lora_rank" in values)
+LATENT_FAMILIES = tuple(name for name in (*WORK, *MIXTURES) if "kv_lora_rank" in OWN.get(name, {}))
 EIGHT = {
     "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32", "weight_method": "rtn",
     "weight_bits": 8, "activation_bits": 8, "kv_bits": 8,

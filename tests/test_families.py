@@ -63,6 +63,7 @@ def test_larger_mixtures_and_latent_attention(name):
 
 
 REFUSED = {
+    "axk1": r"find-topology: node \w+ \(model\.layers\.1\.mlp\.gate\): a linear that is part of no attention, .* under `floats` there",
     "bamba": r"cannot compute logits from token ids alone: .*; expected a decoder-only",
     "bart": r"pass \d find-topology: node \w+: the residual stream starts here; expected a token embedding",
     "bert": r"not a causal decoder",

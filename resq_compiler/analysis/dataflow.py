@@ -186,7 +186,9 @@ def make_blocks(
         for node in rest:
             if node not in known and node not in floats:
                 raise TopologyError(
-                    f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention or feed-forward",
+                    f"node {node.name} ({graph_tools.module_of(node)}): a linear that is part of no attention, feed-forward or choice of "
+                    "experts; expected the data flow to say which; say it yourself (option topology), or name the linear under `floats` "
+                    "there: it stays in float",
                     node=node.name,
                 )
     return blocks
