@@ -11,6 +11,7 @@ the reason.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"tests": 120, "kernels": 130, "compile": 220}  # seconds; 470 with all
 MARK = "mark.gpu"
+KERNELS = ("norm_quantize", "mixed_linear", "grouped_linear", "hadamard_quantize", "attention", "backend")
 LLAMA_1B = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
     "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True, "max_position_embeddings": 4096,
@@ -35,25 +37,29 @@ PROMPT, NEW = 128, 64
 
 
 def run_tests() -> dict[str, Any]:
-    """Every test marked gpu: how each ended, and why it was skipped."""
-    files = [str(f.relative_to(ROOT)) for f in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in f.read_text()]
+    """Every test marked gpu, and those of the kernels with every launch on the GPU: how each ended, and why it was skipped."""
+    marked = [f for f in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in f.read_text()]
+    kernels = [ROOT / "tests" / "backends" / "triton" / f"test_{name}.py" for name in KERNELS]
+    tests: dict[str, str] = {}
+    for files, expression in ((marked, "gpu"), (kernels, "not slow and not gpu")):
+        found = run_pytest(files, expression)
+        if isinstance(found, str):
+            return {"tests": tests, "error": found}
+        tests |= found
+    return {"tests": tests}
+
+
+def run_pytest(files: list[Path], expression: str) -> dict[str, str] | str:
+    """How each test of these files that the expression selects ended, or the end of what pytest said."""
     report = ROOT / "gpu-tests.xml"
+    report.unlink(missing_ok=True)
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *files,
-    ]
+        sys.executable, "-m", "pytest", "-q", "-m", expression, "-p", "no:cacheprovider", f"--junitxml={report}",
+        *workers, *(str(f.relative_to(ROOT)) for f in files),
+    ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if not report.is_file():
-        return {"error": (done.stdout + done.stderr)[-2000:]}
-    return {"tests": read_junit(report)}
+    return read_junit(report) if report.is_file() else (done.stdout + done.stderr)[-2000:]
 
 
 def read_junit(report: Path) -> dict[str, str]:
@@ -200,7 +206,7 @@ def markdown(report: dict[str, Any]) -> str:
     for name in (name for name in STEPS if "error" in report.get(name, {})):
         lines += [f"{name}: failed: {report[name]['error'].splitlines()[-1]}", ""]
     if tests := report.get("tests", {}).get("tests"):
-        lines += ["| test | |", "|---|---|", *(f"| {name} | {end} |" for name, end in tests.items()), ""]
+        lines += [*tests_table(tests), ""]
     if blocks := report.get("kernels", {}).get("blocks"):
         lines += ["| block | new | cached | us | float16 us | times float16 |", "|---|--:|--:|--:|--:|--:|"]
         for b in blocks:
@@ -217,6 +223,21 @@ def markdown(report: dict[str, Any]) -> str:
             for k, v in compiled.items()
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def tests_table(tests: dict[str, str]) -> list[str]:
+    """Passed, failed and skipped tests of each file, then those that failed."""
+    ends = ("passed", "failed", "skipped")
+    counts: dict[str, dict[str, int]] = {}
+    failed = []
+    for name, end in tests.items():
+        kind = end if end == "passed" else "skipped" if end.startswith("skipped") else "failed"
+        if kind == "failed":
+            failed.append(f"| {name} | {end} |")
+        counts.setdefault(name.partition("::")[0], dict.fromkeys(ends, 0))[kind] += 1
+    lines = ["| tests | passed | failed | skipped |", "|---|--:|--:|--:|"]
+    lines += [f"| {file} | {' | '.join(str(c[kind]) for kind in ends)} |" for file, c in counts.items()]
+    return [*lines, "", "| failed | |", "|---|---|", *failed] if failed else lines
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -46,11 +46,21 @@ def test_how_tests_ended(gpu, tmp_path):
     }
 
 
+def test_tests_run_in_a_process_of_their_own(gpu, tmp_path, monkeypatch):
+    (tmp_path / "test_x.py").write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    found = gpu.run_pytest([tmp_path / "test_x.py"], "not gpu")
+    assert found == {"test_x::test_good": "passed", "test_x::test_bad": "failure: assert 1 == 2"}
+
+
 def test_the_report(gpu):
     text = gpu.markdown(
         {
             "machine": {"date": "2026-01-02", "gpu": "A GPU", "torch": "2.11"},
-            "tests": {"tests": {"t::a": "passed"}, "seconds": 1.0},
+            "tests": {
+                "tests": {"t::a": "passed", "t::b": "skipped: no", "u.C::c": "failure: 1 == 2"},
+                "seconds": 1.0,
+            },
             "kernels": {"error": "line\nCUDA out of memory", "seconds": 1.0},
             "compile": {
                 "compile_seconds": 12.34,
@@ -62,12 +72,15 @@ def test_the_report(gpu):
     )
     assert text.splitlines()[0] == "Measured 2026-01-02 on A GPU, torch 2.11"
     assert "kernels: failed: CUDA out of memory" in text
-    assert "| t::a | passed |" in text and "| compile seconds | 12.3 |" in text and "| same tokens | True |" in text
+    assert "| t | 1 | 0 | 1 |" in text and "| u.C | 0 | 1 | 0 |" in text and "| u.C::c | failure: 1 == 2 |" in text
+    assert "| compile seconds | 12.3 |" in text and "| same tokens | True |" in text
 
 
 def test_every_test_marked_gpu_is_found(gpu):
     marked = [f for f in Path(__file__).parents[1].rglob("test_*.py") if gpu.MARK in f.read_text()]
-    assert {f.name for f in marked} >= {"test_device.py", "test_decode.py", "test_quantized.py"}
+    assert {f.name for f in marked} >= {"test_device.py", "test_decode.py", "test_quantized.py", "test_on_gpu.py"}
+    kernels = Path(__file__).parents[1] / "backends" / "triton"
+    assert all((kernels / f"test_{name}.py").is_file() for name in gpu.KERNELS)
 
 
 @pytest.mark.slow

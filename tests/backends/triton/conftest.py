@@ -1,4 +1,5 @@
-"""Kernels run in Triton's interpreter here: tests/conftest.py sets TRITON_INTERPRET=1 before anything imports triton."""
+"""Kernels run in Triton's interpreter: tests/conftest.py sets TRITON_INTERPRET=1 before anything imports triton. TRITON_INTERPRET=0 on a
+machine with a GPU runs the same tests there."""
 
 from __future__ import annotations
 
@@ -8,8 +9,12 @@ pytest.importorskip("triton", reason="the Triton kernels need the package triton
 
 
 @pytest.fixture(autouse=True)
-def poisoned(poisoned_memory):
+def poisoned(poisoned_memory, monkeypatch):
     """Every test here."""
+    from tests.backends.triton import on_gpu
+
+    if on_gpu.wanted():
+        on_gpu.launch_there(monkeypatch)
 
 
 @pytest.fixture(scope="session")
