@@ -261,6 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     report: dict[str, Any] = {"machine": machine()}
     for name in options.only or STEPS:
         print(f"{name} (at most {LIMITS[name]} s) ...", file=sys.stderr, flush=True)

@@ -89,8 +89,8 @@ def test_a_compile_on_a_gpu_is_as_good(recipe):
     options = {"recipe": recipe, "calibration_samples": 4, "calibration_length": 48}
     ours, theirs = (resq_compiler.compile(model, tokens, device=name, **options) for name in ("cuda", "cpu"))
     held_out = tiny_tokens(4, 48, seed=1)
-    exact = model(held_out).logits
+    exact = model(held_out).logits.detach()
     errors = [float((m(held_out).logits - exact).norm() / exact.norm()) for m in (ours, theirs)]
     assert errors[0] < 1.15 * errors[1]  # codes at ties, and another draw of rounding in bases
-    again = ours.to("cuda")
-    assert torch.allclose(again(held_out.cuda()).logits.cpu(), ours.cpu()(held_out).logits, atol=1e-2)
+    there, here = ours.to("cuda")(held_out.cuda()).logits.cpu(), ours.cpu()(held_out).logits
+    assert float((there - here).norm() / here.norm()) < 0.01  # the same codes but for some at ties

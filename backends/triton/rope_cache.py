@@ -56,8 +56,8 @@ def _turned_head(
     o_c = tl.arange(0, BLOCK_D)[None, :]
     inverse = 1.0
     if HAS_NORM:
-        x = tl.load(p_x + o_c, mask=m_t & (o_c < D), other=0.0).to(tl.float32)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / D + eps))[:, None]
+        whole = tl.load(p_x + o_c, mask=m_t & (o_c < D), other=0.0).to(tl.float32)
+        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(whole * whole, 1) / D + eps))[:, None]
     if HU == 0:
         y = _load_head(p_x, o_c, inverse, p_norm, D, R, HAS_NORM, p_cos, p_sin, m_t)
     else:
@@ -227,13 +227,13 @@ def rope_launch(tokens: int, head_dim: int, item: int) -> dict:
     )  # fmt: skip
 
 
-def _aot(shape: BlockShape, new: int) -> object:
+def _aot(shape: BlockShape, new: int, norms: bool = False) -> object:
     d, tokens = shape.head_dim, 4096
     stacked = meta(1, new, shape.heads + 2 * shape.kv_heads, d)
     q, k, v = stacked.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
     angles = meta(1, new, d, dtype=torch.float32)
-    u = meta(1, d, d, dtype=torch.float32)
-    return rope_cache(q, k, v, Rotation(angles, angles, u), meta_cache(shape, 1, tokens))
+    u, gain = meta(1, d, d, dtype=torch.float32), meta(d, dtype=torch.float32) if norms else None
+    return rope_cache(q, k, v, Rotation(angles, angles, u, gain, gain), meta_cache(shape, 1, tokens))
 
 
 AOT_SIGNATURES = {
@@ -242,4 +242,6 @@ AOT_SIGNATURES = {
     "prefill_smollm2": lambda: _aot(SMOLLM2_135M, 512),
     "prefill_gemma2": lambda: _aot(GEMMA2_2B, 2048),
     "decode_gemma2": lambda: _aot(GEMMA2_2B, 1),
+    "prefill_256_wide_with_norms": lambda: _aot(GEMMA2_2B, 2048, norms=True),
+    "decode_256_wide_with_norms": lambda: _aot(GEMMA2_2B, 1, norms=True),
 }

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from resq_compiler.backends.fused.experts import Between, ExpertPart, PackedExperts, Routing, pack_experts
 from resq_compiler.backends.fused.formats import InputPart
 from resq_compiler.backends.fused.runner import prepare
@@ -92,6 +93,8 @@ def test_a_whole_mixture(name, generator):
 
 @functools.cache
 def mixtral():
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip(f"transformers {transformers.__version__} writes mixtures in another way than 5.23 and later")
     options = {"calibration_samples": 8, "calibration_length": 32, "weight_method": "rtn", "unreached_experts": "layer"}
     return resq_compiler.compile(small("mixtral"), tiny_tokens(8, 32), recipe="resq", **options)
 

@@ -47,16 +47,16 @@ def test_every_operator_computes_its_integers(family, there, compiled, monkeypat
         ours(ids.cuda(), attention_mask=mask.cuda())
     checked.check()
     reference = compiled(family, recipe="resq", weight_method="rtn")
-    expected = reference(ids, attention_mask=mask).logits
-    assert (
-        relative_error(ours(ids.cuda(), attention_mask=mask.cuda()).logits, expected) < 0.01
-    )  # a code at a tie may move
+    real = mask.bool()  # of the others Gemma 2 normalizes a rounding error to size 1
+    expected = reference(ids, attention_mask=mask).logits[real]
+    found = ours(ids.cuda(), attention_mask=mask.cuda()).logits.cpu()[real]
+    assert relative_error(found, expected) < 0.01  # a code at a tie may move
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_float16_is_as_good_as_the_reference(family, there, compiled):
     ids = tiny_tokens(4, 48, seed=1)
-    exact = tiny_model(family)(ids).logits
+    exact = tiny_model(family)(ids).logits.detach()
     reference = compiled(family, recipe="resq", weight_method="rtn")(ids).logits
     found = there(family, torch.float16)(ids.cuda()).logits
     assert relative_error(found, exact) < 1.05 * relative_error(reference, exact)
