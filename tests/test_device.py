@@ -12,7 +12,8 @@ import torch
 
 import resq_compiler
 from resq_compiler import api
-from resq_compiler.ir import graph_tools
+from resq_compiler.calibration import precision
+from resq_compiler.ir import graph_tools, promises
 from resq_compiler.numerics import hadamard
 from resq_compiler.tiny import tiny_model, tiny_tokens
 from resq_compiler.util import devices
@@ -60,6 +61,19 @@ def test_a_compile_computes_there(cuda, captured, tiny, family, options):
     }
     assert any("computed on cuda:0" in note for note in found.notes)
     assert cuda.calls["aten.linalg_cholesky_ex.default"] and cuda.calls["aten.mm.default"]
+
+
+def test_products_with_a_table_go_there_by_pieces(monkeypatch):
+    """As that with lm_head, in bfloat16, what a GPU computes linears in."""
+    monkeypatch.setattr(promises, "TABLE", 1)
+    monkeypatch.setattr(promises, "ROWS", 50)
+    x, weight = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (3, 120))
+    with precision.linears_in("bfloat16"):
+        linear = precision.substitutes()[torch.ops.aten.linear.default]
+        expected = linear(x, weight)
+        with FakeCuda():
+            found = linear(x.to(CUDA), promises.Promised(promises.in_memory(weight)))
+            assert found.device == CUDA and torch.equal(found.cpu(), expected)
 
 
 def test_mixed_devices_fail():

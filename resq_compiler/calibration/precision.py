@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from resq_compiler.ir import ops
+from resq_compiler.ir import ops, promises
 from resq_compiler.ir.graph_tools import aten
 from resq_compiler.numerics.quantized import column_scales
 from resq_compiler.util.devices import CPU
@@ -75,7 +75,10 @@ class _Rounded:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x not in self.values:
             self.values[x] = x.to(self.dtype)
-        y = F.linear(self.values[x], weight.to(self.dtype)).to(x.dtype)
+        if promises.is_table(weight):
+            y = promises.product(self.values[x], weight.promise).to(x.dtype)
+        else:
+            y = F.linear(self.values[x], weight.to(self.dtype)).to(x.dtype)
         return y if bias is None else y.add_(bias)
 
     def weight_only_linear(self, x: Tensor, qdata: Tensor, scale: Tensor, group_size: int | None = None) -> Tensor:

@@ -24,8 +24,6 @@ VIEW_OPS = {
     aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem, aten.flatten.using_ints,
     aten.unflatten.int, aten.select.int,
 }  # fmt: skip
-BY_ROWS = (aten.embedding.default, aten.linear.default)
-"""What needs no more of a table than some rows at a time."""
 
 
 def is_call(node: object, *targets: Any) -> TypeGuard[Node]:
@@ -293,7 +291,7 @@ def run_node(
     ones, are wanted (default: where they lie)."""
     if node.op == "get_attr":
         value = held(gm, node)
-        if is_table(value) and all(is_call(user, *BY_ROWS) for user in node.users):
+        if is_table(value) and all(is_call(user, aten.embedding.default) or is_head(user) for user in node.users):
             return value
         if is_stack(value) and all(is_call(user, ops.expert_linear) for user in node.users):
             return value
@@ -307,6 +305,19 @@ def run_node(
     function = (substitutes or {}).get(node.target, node.target)
     assert callable(function)
     return function(*args, **kwargs)
+
+
+def is_head(node: Node) -> bool:
+    """Whether a node is the linear that makes the logits: what follows it, one value after the other, is the output."""
+    if not is_call(node, aten.linear.default):
+        return False
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.op == "output":
+            return True
+        if is_call(node, aten.linear.default):
+            return False
+    return False
 
 
 def on_device(arguments: Any, device: torch.device) -> Any:

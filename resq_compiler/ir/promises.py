@@ -325,16 +325,22 @@ def looked_up(table: Promise, ids: Tensor) -> Tensor:
     return table.rows(different.cpu()).to(ids.device)[place]
 
 
+def product(x: Tensor, weight: Promise) -> Tensor:
+    """linear(x, weight) of a promise, a piece of its rows at a time, in the dtype and on the device of x."""
+    y, start = x.new_empty(*x.shape[:-1], weight.shape[0]), 0
+    for piece in weight.counted_pieces():
+        y[..., start : start + len(piece)] = F.linear(x, piece.to(x.device, x.dtype))
+        start += len(piece)
+    return y
+
+
 class _Product(torch.autograd.Function):
     """linear(x, weight, bias) with a weight that is promised, a piece of its rows at a time; gradients of x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Promise, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        y, start = x.new_empty(*x.shape[:-1], weight.shape[0]), 0
-        for piece in weight.counted_pieces():
-            y[..., start : start + len(piece)] = F.linear(x, piece.to(x.device))
-            start += len(piece)
+        y = product(x, weight)
         return y if bias is None else y.add_(bias)
 
     @staticmethod

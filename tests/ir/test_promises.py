@@ -189,6 +189,35 @@ def test_a_product_with_a_table_holds_a_piece_at_a_time(monkeypatch) -> None:
     torch.testing.assert_close(found, torch.nn.functional.linear(x, value, bias))
 
 
+def test_a_product_with_a_table_in_the_dtype_of_its_input(monkeypatch) -> None:
+    weight, value, _ = table(monkeypatch)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(promises.product(x, weight.promise), torch.nn.functional.linear(x, value.bfloat16()))
+
+
+def test_only_a_head_is_a_table(monkeypatch, captured) -> None:
+    """Weights of blocks are made whole: each is read by every batch, and a piece at a time each would be made again for every one."""
+    monkeypatch.setattr(promises, "TABLE", 1)
+    gm = captured("llama").graph_module
+    heads = [node.name for node in gm.graph.nodes if graph_tools.is_head(node)]
+    assert len(heads) == 1
+    for node in gm.graph.find_nodes(op="get_attr"):
+        graph_tools.set_tensor(gm, str(node.target), Promised(in_memory(graph_tools.get_tensor(gm, node))))
+    tables = {
+        str(node.target)
+        for node in gm.graph.find_nodes(op="get_attr")
+        if isinstance(graph_tools.run_node(gm, node, {}), Promised)
+    }
+    readers = {
+        user.name
+        for name in tables
+        for node in gm.graph.find_nodes(op="get_attr")
+        if node.target == name
+        for user in node.users
+    }
+    assert heads[0] in readers and all("embedding" in name or name in heads for name in readers)
+
+
 def test_gradients_go_through_a_table(monkeypatch) -> None:
     weight, value, _ = table(monkeypatch)
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
