@@ -236,6 +236,5 @@ CPU = Target(
     why_not_head,
     ALL_SCORES,
     any_parts=True,
-    experts=True,
     why_not_entry=why_not_entry,
 )

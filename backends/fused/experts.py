@@ -154,9 +154,6 @@ class ExpertBytes(Promise):
             )
             yield torch.cat([one.flatten() for one in packed])
 
-    def _whole(self) -> Tensor:
-        return filled(self)
-
 
 class ExpertSums(Promise):
     """Sums of the codes of every row, [E, parts, N] int32."""
@@ -169,9 +166,6 @@ class ExpertSums(Promise):
         for expert in range(self.shape[0]):
             sums = [codes.between(expert, expert + 1).sum(-1, dtype=torch.int32) for codes in self._codes]
             yield torch.stack(sums, 1)
-
-    def _whole(self) -> Tensor:
-        return filled(self)
 
     def let_go(self) -> None:
         """Codes as well, which are packed before their sums are made."""
@@ -194,15 +188,6 @@ def pack_experts(
     codes = [promise_of(one.codes) for one in given]
     packed, sums = ExpertBytes(code_format, codes, parts, bits), ExpertSums(codes)
     later = all(isinstance(one.codes, Promised) for one in given)
-    made = [Promised(promise) if later else _made(promise, given[0].codes) for promise in (packed, sums)]
+    made = [Promised(promise) if later else filled(promise, given[0].codes.device) for promise in (packed, sums)]
     scale = torch.stack([one.scales.float() for one in given], 1).contiguous()
     return PackedExperts(made[0], scale, made[1], torch.tensor(bits, dtype=torch.int32), bias, parts)
-
-
-def _made(promise: Promise, like: Tensor) -> Tensor:
-    """The value, on the device of `like`."""
-    value, start = like.new_empty(promise.shape, dtype=promise.dtype), 0
-    for piece in promise.pieces():
-        value[start : start + len(piece)] = piece
-        start += len(piece)
-    return value

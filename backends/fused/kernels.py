@@ -14,6 +14,8 @@ from resq_compiler.backends.fused.experts import Between, PackedExperts, Routing
 from resq_compiler.backends.fused.formats import Codes, HeadParts, InputPart, PackedWeight
 from torch import Tensor
 
+from resq_compiler.errors import BackendError
+
 NORMS = ("none", "rms", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 EXPERT_ACTIVATIONS = (*ACTIVATIONS, "clamped")
@@ -98,9 +100,13 @@ class Kernels(ABC):
     def cache_image(
         self, x: Tensor, cache: Tensor, table: Tensor | None, start: Tensor, total: int, parts: HeadParts, clip: float
     ) -> Tensor:
-        """x [B, G, S, D] quantized into a cache; the float image of its first `total` tokens, [B, G, total, D]. Only targets that have
-        `why_not_entry` are asked."""
-        raise NotImplementedError
+        """x [B, G, S, D] quantized into a cache; the float image of its first `total` tokens, [B, G, total, D].
+
+        Raises: BackendError: the target has no such kernel, nor a `why_not_entry`.
+        """
+        raise BackendError(
+            f"{type(self).__name__}: no kernel reads cached vectors as floats; use the backends reference or cpu"
+        )
 
     @abstractmethod
     def attention(self, q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:
@@ -113,8 +119,8 @@ class Kernels(ABC):
         """The same, quantized per token and head in parts of its columns: [low of all heads | high of all heads]. Only targets with
         `any_parts` are asked for others than the values' own."""
 
+    @abstractmethod
     def experts(
         self, x: Codes, routing: Routing, gate_up: PackedExperts, down: PackedExperts, between: Between, dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
-        """[..., N] of dtype: the formula in `experts`, x [...] with a row for each token. Only targets with `experts` are asked."""
-        raise NotImplementedError
+        """[..., N] of dtype: the formula in `experts`, x [...] with a row for each token."""

@@ -24,8 +24,6 @@ WIDE_BITS = 8
 
 def lower_experts(low: Lowering) -> None:
     """Replace every mixture that the target's kernels take; why they do not take another is kept for its linears."""
-    if not low.target.experts:
-        return
     sums = {linear.root: linear for linear in linear_sums(low.gm) if coded_parts(linear)}
     for node in list(low.graph.find_nodes(op="call_function", target=ops.combine_experts)):
         combine = CombineExperts.require(node)

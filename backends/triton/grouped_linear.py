@@ -16,7 +16,7 @@ from resq_compiler.backends.fused.experts import PackedExperts
 from resq_compiler.backends.fused.formats import Codes
 from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two
 from resq_compiler.backends.triton.launch import check_launch, isa, run, tiles
-from resq_compiler.backends.triton.mixed_linear import block_bytes, scale_part, split_sum, strides_of
+from resq_compiler.backends.triton.mixed_linear import block_bytes, strides_of, sum_of_parts
 from resq_compiler.backends.triton.shapes import meta, meta_activation
 from torch import Tensor
 
@@ -68,24 +68,12 @@ def _grouped_linear_kernel(
     o_x = (tl.where(m_row, o_row, 0) // CHOICES).to(tl.int64)
     o_n = i_n + tl.arange(0, BLOCK_N)
     o_w = (o_n % N).to(tl.int64)  # beyond the edge columns wrap around: no mask, and the results are not stored
-    GROUPS: tl.constexpr = GROUPS_L + GROUPS_H
     i_e = i_e.to(tl.int64)
     p_w += i_e * N * (STRIDE_L + STRIDE_H)
-    p_sw += i_e * N * GROUPS
-    p_sum += i_e * N * GROUPS
-    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if GROUPS_L > 0:
-        acc = split_sum(p_xl, p_w, p_sx, p_zp, p_sum, o_x, o_w, N, 0, GROUPS,
-                         STRIDE_L, GROUPS_L, True, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_L)  # fmt: skip
-        y = scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_L)
-    if GROUPS_H > 0:
-        p_sx += GROUPS_L
-        p_zp += GROUPS_L
-        p_sw += GROUPS_L * N
-        p_sum += GROUPS_L * N
-        acc = split_sum(p_xh, p_w + N * STRIDE_L, p_sx, p_zp, p_sum, o_x, o_w, N, 0, GROUPS,
-                         STRIDE_H, GROUPS_H, False, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_H)  # fmt: skip
-        y += scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_H)
+    p_sw += i_e * N * (GROUPS_L + GROUPS_H)
+    p_sum += i_e * N * (GROUPS_L + GROUPS_H)
+    y = sum_of_parts(p_xl, p_xh, p_sx, p_zp, p_w, p_w + N * STRIDE_L, p_sw, p_sum, o_x, o_w, N, STRIDE_L, GROUPS_L, STRIDE_H, GROUPS_H,
+                     ISA, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_H)  # fmt: skip
     if HAS_BIAS:
         y += tl.load(p_bias + i_e * N + o_w)[None, :]
     p_out += tl.where(m_row, o_row, 0).to(tl.int64)[:, None] * N + o_n[None, :]

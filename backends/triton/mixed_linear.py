@@ -98,6 +98,30 @@ def scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_m, o_n, GROUPS_ALL, GROUPS: tl.co
 
 
 @triton.jit
+def sum_of_parts(
+    p_xl, p_xh, p_sx, p_zp, p_wl, p_wh, p_sw, p_sum, o_m, o_n, N,
+    STRIDE_L: tl.constexpr, GROUPS_L: tl.constexpr, STRIDE_H: tl.constexpr, GROUPS_H: tl.constexpr, ISA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The scaled products of the low part, if there is one, and of the high one: float32 [BM, BN]."""
+    GROUPS: tl.constexpr = GROUPS_L + GROUPS_H
+    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if GROUPS_L > 0:
+        acc = split_sum(p_xl, p_wl, p_sx, p_zp, p_sum, o_m, o_n, N, 0, GROUPS,
+                         STRIDE_L, GROUPS_L, True, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_L)  # fmt: skip
+        y = scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_m, o_n, GROUPS, GROUPS_L)
+    if GROUPS_H > 0:
+        p_sx += GROUPS_L
+        p_zp += GROUPS_L
+        p_sum += GROUPS_L * N
+        acc = split_sum(p_xh, p_wh, p_sx, p_zp, p_sum, o_m, o_n, N, 0, GROUPS,
+                         STRIDE_H, GROUPS_H, False, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_H)  # fmt: skip
+        p_sw += N if GROUPS_L > 0 else 0
+        y += scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_m, o_n, GROUPS, GROUPS_H)
+    return y
+
+
+@triton.jit
 def _store_output(
     y, p_out, p_bias, p_res, stride_res, i_m, i_n, M, N,
     HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -134,20 +158,8 @@ def _mixed_linear_kernel(
     # beyond the edge, rows and columns wrap around: the loads need no mask and the results are not stored
     o_x = ((i_m + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
     o_w = ((i_n + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
-    GROUPS: tl.constexpr = GROUPS_L + GROUPS_H
-    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if GROUPS_L > 0:
-        acc = split_sum(p_xl, p_wl, p_sx, p_zp, p_sum, o_x, o_w, N, 0, GROUPS,
-                         STRIDE_L, GROUPS_L, True, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_L)  # fmt: skip
-        y = scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_L)
-    if GROUPS_H > 0:
-        p_sx += GROUPS_L
-        p_zp += GROUPS_L
-        p_sum += GROUPS_L * N
-        acc = split_sum(p_xh, p_wh, p_sx, p_zp, p_sum, o_x, o_w, N, 0, GROUPS,
-                         STRIDE_H, GROUPS_H, False, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_H)  # fmt: skip
-        p_sw += N if GROUPS_L > 0 else 0
-        y += scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_x, o_w, GROUPS, GROUPS_H)
+    y = sum_of_parts(p_xl, p_xh, p_sx, p_zp, p_wl, p_wh, p_sw, p_sum, o_x, o_w, N, STRIDE_L, GROUPS_L, STRIDE_H, GROUPS_H,
+                     ISA, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_H)  # fmt: skip
     _store_output(y, p_out, p_bias, p_res, stride_res, i_m, i_n, M, N, HAS_BIAS, HAS_RES, BLOCK_M, BLOCK_N)
 
 

@@ -122,12 +122,4 @@ def why_not_columns(columns: int) -> str | None:
     return f"{columns} input columns, one pass holds at most {limit}" if columns > limit else None
 
 
-TRITON = Target(
-    "triton",
-    PaddedRows(),
-    PagedCache(),
-    TritonKernels(),
-    why_not_columns,
-    hadamard_quantize.why_not_fused,
-    experts=True,
-)
+TRITON = Target("triton", PaddedRows(), PagedCache(), TritonKernels(), why_not_columns, hadamard_quantize.why_not_fused)

@@ -152,8 +152,7 @@ class Promise(ABC):
         return math.inf if _until_end and self.children != 1 else self.children
 
     def _whole(self) -> Tensor:
-        first, *others = self.pieces()
-        return torch.cat([first, *others]) if others else first
+        return filled(self)
 
 
 class Stored(Promise):
@@ -205,9 +204,6 @@ class Stacked(Promise):
     def rows(self, ids: Tensor) -> Tensor:
         return torch.cat([torch.cat([matrix.made() for matrix in self._experts[i]])[None] for i in ids.tolist()])
 
-    def _whole(self) -> Tensor:
-        return filled(self)
-
 
 class Kept(Stored):
     """Rows, the second last dimension, of a tensor of a safetensors file, in its own dtype."""
@@ -239,9 +235,6 @@ class ChangedRows(Promise):
         ledger.enter(value)
         return value
 
-    def _whole(self) -> Tensor:
-        return filled(self)
-
 
 class ChangedEach(Promise):
     """change: a function of the matrices of some experts [n, ...], each for itself, and of the numbers of these experts."""
@@ -260,9 +253,6 @@ class ChangedEach(Promise):
         value = self._change(self.of.rows(ids), ids)
         ledger.enter(value)
         return value
-
-    def _whole(self) -> Tensor:
-        return filled(self)
 
 
 class Changed(Promise):
@@ -286,9 +276,9 @@ def promise_of(value: Tensor) -> Promise:
     return value.promise if isinstance(value, Promised) else in_memory(value)
 
 
-def filled(promise: Promise) -> Tensor:
-    """The whole value, from its pieces."""
-    value, start = torch.empty(promise.shape, dtype=promise.dtype), 0
+def filled(promise: Promise, device: torch.device | None = None) -> Tensor:
+    """The whole value, from its pieces; on the device."""
+    value, start = torch.empty(promise.shape, dtype=promise.dtype, device=device), 0
     for piece in promise.pieces():
         value[start : start + len(piece)] = piece
         start += len(piece)
