@@ -24,12 +24,18 @@ from resq_compiler.errors import ResqError
 
 EXIT_DONE, EXIT_BUG, EXIT_WRONG_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 RED, YELLOW = "31", "33"
+AS_PYTORCH_IS = ("bench", "demo")
+"""Subcommands that measure beside PyTorch, which has to run as its users have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. Argument errors raise SystemExit(2), as argparse does."""
     argv = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in argv if not word.startswith("-")), None)
+    if name not in AS_PYTORCH_IS:
+        # OpenMP reads it when torch is imported. Threads that spin while they wait keep the one that has the work from a core: beside
+        # one other busy process GPTQ of a block took 80 s, and 7 s since they sleep.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = importlib.import_module(f"resq_compiler.cli.commands.{name}") if name in COMMANDS else None
     arguments = make_parser(name, module).parse_args(argv)
     assert module is not None  # argparse has refused everything else

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -66,6 +67,19 @@ def test_help_imports_no_torch():
     program = "import sys, resq_compiler.cli.main as c\ntry: c.main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.endswith("False\n") and all(name in found.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "expected"),
+    [("compile", None, "PASSIVE"), ("compile", "ACTIVE", "ACTIVE"), ("demo", None, None)],
+)
+def test_threads_that_wait_sleep(monkeypatch, capsys, name, before, expected):
+    """Unless somebody else said how they wait, or PyTorch is measured as it is."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if before is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    run(capsys, name, "--help")
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
 
 
 @pytest.mark.parametrize("name", COMMANDS)
