@@ -8,7 +8,7 @@ A FORECAST compiles every kernel for the target (registers, shared memory and sp
 bytes / bandwidth and operations / rate from the data sheet, times the waves that the grid really needs. It knows nothing of cache
 misses or clocks; float16 gets the same treatment, so ratios are fairer than times. Codes of 4 bits run at the int8 rate: Triton has no
 4-bit matrix instruction. A second figure lets no launch take less than 2 us (an assumption: a short kernel inside a CUDA graph),
-which is what decides about decoding on fast GPUs and about small models.
+which is what decides about decoding on fast GPUs and about small models. What an H100 expands before a launch of many rows is left out.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def forecast(shape: BlockShape, tokens: int, total: int, target: Gpu) -> dict:
         steps = KernelBlock(shape, tokens, total).steps()
     for name, call in steps:
         if name not in compiled:
-            (compiled[name],) = aot.compile_case(name, call, target)
+            *_, compiled[name] = aot.compile_case(name, call, target)
         step, kernel = costs[name], compiled[name]
         slots = max(1, round(kernel.occupancy * target.warps / kernel.warps)) * target.processors
         programs = math.prod(kernel.grid)

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from resq_compiler.backends.fused.formats import HeadParts
 from resq_compiler.backends.fused.kernels import LayerCache, Scores
+from resq_compiler.backends.triton import expand
 from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
-from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout, next_power_of_two
+from resq_compiler.backends.triton.formats import PAGE, HeadLayout, PartLayout
 from resq_compiler.backends.triton.launch import (
     arrival_counters,
     capability,
@@ -35,6 +36,10 @@ from torch import Tensor
 
 from resq_compiler.errors import BackendError
 
+EXPANDED_ROWS = (
+    512  # from here on a cached token is read so often that dequantizing it once is cheaper, where `expand.expands`
+)
+EXPANDED_TILES = dict(BLOCK_M=128, BLOCK_N=64, SPLIT=1, num_warps=8, num_stages=2, enable_fp_fusion=False)
 LOG2E = tl.constexpr(1.4426950408889634)
 FourCodes = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -69,6 +74,26 @@ def _key_scores(
         s_h = tl.dot(q_h, tl.trans(k_h), input_precision=PRECISION)
         s += (s_h - sum_h[:, None] * tl.load(p_zp + 1).to(tl.float32)[None, :]) * tl.load(p_scale + 1)[None, :]
     return s
+
+
+@triton.jit
+def _image_scores(q_e, q_o, q_h, p_rows, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    """q . k for keys that lie dequantized in rows p_rows [BN, 1] of even, odd and high columns: [BM, BN] float32."""
+    o_l = tl.arange(0, BLOCK_L)[None, :]
+    o_h = tl.arange(0, BLOCK_H)[None, :]
+    s = tl.dot(q_e, tl.trans(tl.load(p_rows + o_l)), input_precision=PRECISION)
+    s = tl.dot(q_o, tl.trans(tl.load(p_rows + BLOCK_L + o_l)), s, input_precision=PRECISION)
+    return tl.dot(q_h, tl.trans(tl.load(p_rows + 2 * BLOCK_L + o_h)), s, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_images(o_e, o_o, o_h, p, p_rows, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    """Accumulate p [BM, BN] times values that lie dequantized."""
+    o_l = tl.arange(0, BLOCK_L)[None, :]
+    o_x = tl.arange(0, BLOCK_H)[None, :]
+    o_e = tl.dot(p, tl.load(p_rows + o_l), o_e, input_precision=PRECISION)
+    o_o = tl.dot(p, tl.load(p_rows + BLOCK_L + o_l), o_o, input_precision=PRECISION)
+    return o_e, o_o, tl.dot(p, tl.load(p_rows + 2 * BLOCK_L + o_x), o_h, input_precision=PRECISION)
 
 
 @triton.jit
@@ -185,7 +210,7 @@ def _sum_of_parts(p_parts, SPLIT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: 
     o_e = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
     o_o = tl.zeros((BLOCK_M, BLOCK_L), dtype=tl.float32)
     o_x = tl.zeros((BLOCK_M, BLOCK_H), dtype=tl.float32)
-    for i_s in tl.range(SPLIT):
+    for i_s in tl.range(SPLIT, loop_unroll_factor=4):
         p_part = p_parts + i_s * BLOCK_M * (2 * BLOCK_L + BLOCK_H + 2)
         b_high = tl.load(p_part, cache_modifier=".cg")
         new = tl.maximum(highest, b_high)
@@ -210,16 +235,18 @@ def _attention_kernel(
     LOW_K: tl.constexpr, HIGH_K: tl.constexpr, BYTES_L_K: tl.constexpr, BYTES_H_K: tl.constexpr, PAGE_BYTES_K: tl.constexpr,
     LOW_V: tl.constexpr, HIGH_V: tl.constexpr, BYTES_L_V: tl.constexpr, BYTES_H_V: tl.constexpr, PAGE_BYTES_V: tl.constexpr,
     BLOCK_LK: tl.constexpr, BLOCK_HK: tl.constexpr, BLOCK_LV: tl.constexpr, BLOCK_HV: tl.constexpr,
-    PAGE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    PAGE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, EXPANDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (row tile, sequence * HK + key head, split of the cache)."""
+    """Program (row tile, sequence * HK + key head, split of the cache). EXPANDED: p_keys and p_values are images of the pages (`expand`),
+    in the order of their sequence, and row tiles come last first: those of late queries take longest."""
     i_b = tl.program_id(1) // HK
     i_k = tl.program_id(1) % HK
     i_split = tl.program_id(2)
     GROUP: tl.constexpr = HQ // HK
     D: tl.constexpr = LOW_K + HIGH_K
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0) if EXPANDED else tl.program_id(0)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_m < S * GROUP
     start = tl.load(p_start + i_b)
     o_slot = start + o_m // GROUP  # [BM] cache slot of each query
@@ -234,8 +261,8 @@ def _attention_kernel(
     sum_l = tl.sum(q_e.to(tl.float32), 1) + tl.sum(q_o.to(tl.float32), 1)
     sum_h = tl.sum(q_h.to(tl.float32), 1)
 
-    last = tl.minimum(start + (tl.minimum((tl.program_id(0) + 1) * BLOCK_M, S * GROUP) - 1) // GROUP, T - 1)
-    first = tl.maximum(start + tl.program_id(0) * BLOCK_M // GROUP - WINDOW + 1, 0) if WINDOW > 0 else 0
+    last = tl.minimum(start + (tl.minimum((i_m + 1) * BLOCK_M, S * GROUP) - 1) // GROUP, T - 1)
+    first = tl.maximum(start + i_m * BLOCK_M // GROUP - WINDOW + 1, 0) if WINDOW > 0 else 0
     n_blocks = last // BLOCK_N + 1 - first // BLOCK_N
     p_table += i_b * stride_table
     highest = tl.full((BLOCK_M,), -1.0e30, dtype=tl.float32)
@@ -246,9 +273,14 @@ def _attention_kernel(
     for i_n in tl.range(i_split * n_blocks // SPLIT, (i_split + 1) * n_blocks // SPLIT):
         o_t = (first // BLOCK_N + i_n) * BLOCK_N + tl.arange(0, BLOCK_N)
         o_j = o_t % PAGE
-        page = tl.load(p_table + (first // BLOCK_N + i_n) * BLOCK_N // PAGE).to(tl.int64) * HK + i_k
-        s = _key_scores(q_e, q_o, q_h, sum_l, sum_h, p_keys + page * PAGE_BYTES_K, o_j,
-                        LOW_K, HIGH_K, BYTES_L_K, BYTES_H_K, BLOCK_LK, BLOCK_HK, PAGE, PRECISION, BLOCK_M)  # fmt: skip
+        i_page = (first // BLOCK_N + i_n) * BLOCK_N // PAGE
+        if EXPANDED:
+            o_row = (((i_b * tl.cdiv(T, PAGE) + i_page).to(tl.int64) * HK + i_k) * PAGE + o_j)[:, None]
+            s = _image_scores(q_e, q_o, q_h, p_keys + o_row * (2 * BLOCK_LK + BLOCK_HK), BLOCK_LK, BLOCK_HK, PRECISION)
+        else:
+            page = tl.load(p_table + i_page).to(tl.int64) * HK + i_k
+            s = _key_scores(q_e, q_o, q_h, sum_l, sum_h, p_keys + page * PAGE_BYTES_K, o_j,
+                            LOW_K, HIGH_K, BYTES_L_K, BYTES_H_K, BLOCK_LK, BLOCK_HK, PAGE, PRECISION, BLOCK_M)  # fmt: skip
         s = s * sm_scale
         if HAS_CAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
@@ -259,13 +291,19 @@ def _attention_kernel(
         p = tl.where(visible, tl.exp2(s - new[:, None]), 0.0)
         total = total * shrink + tl.sum(p, 1)
         highest = new
-        o_e, o_o, o_x = _add_values(
-            o_e * shrink[:, None], o_o * shrink[:, None], o_x * shrink[:, None], p.to(q_e.dtype), p_values + page * PAGE_BYTES_V,
-            o_j, o_t <= last, LOW_V, HIGH_V, BYTES_L_V, BYTES_H_V, BLOCK_LV, BLOCK_HV, PAGE, PRECISION,
-        )  # fmt: skip
+        o_e = o_e * shrink[:, None]
+        o_o = o_o * shrink[:, None]
+        o_x = o_x * shrink[:, None]
+        p = p.to(q_e.dtype)
+        if EXPANDED:
+            p_rows = p_values + o_row * (2 * BLOCK_LV + BLOCK_HV)
+            o_e, o_o, o_x = _add_images(o_e, o_o, o_x, p, p_rows, BLOCK_LV, BLOCK_HV, PRECISION)
+        else:
+            o_e, o_o, o_x = _add_values(o_e, o_o, o_x, p, p_values + page * PAGE_BYTES_V, o_j, o_t <= last,
+                                        LOW_V, HIGH_V, BYTES_L_V, BYTES_H_V, BLOCK_LV, BLOCK_HV, PAGE, PRECISION)  # fmt: skip
 
     if SPLIT > 1:
-        i_tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        i_tile = i_m * tl.num_programs(1) + tl.program_id(1)
         p_parts = p_ws + (i_tile.to(tl.int64) * SPLIT * BLOCK_M + tl.arange(0, BLOCK_M)) * (2 * BLOCK_LV + BLOCK_HV + 2)
         _store_part(highest, total, o_e, o_o, o_x, p_parts, i_split, BLOCK_LV, BLOCK_HV, BLOCK_M)
         tl.debug_barrier()
@@ -327,7 +365,14 @@ def _launch(
         return
     blocks = _part_blocks(cache)
     rows, programs = new * (heads // kv_heads), batch * kv_heads
-    options = attention_tiles(rows, programs, total, d, device, q.element_size())
+    expanded = _expands(rows, d, q.element_size(), device)
+    options = attention_tiles(rows, programs, total, d, expanded, q.element_size(), device)
+    keys, values = cache.keys, cache.values
+    if expanded:
+        keys, values = (
+            expand.images(pages, parts, table, start, new, total, q.dtype)
+            for pages, parts in ((keys, cache.key_parts), (values, cache.value_parts))
+        )
     n_tiles, split = triton.cdiv(rows, options["BLOCK_M"]), options["SPLIT"]
     floats = n_tiles * programs * split * options["BLOCK_M"] * (2 * blocks["BLOCK_LV"] + blocks["BLOCK_HV"] + 2)
     workspace = torch.empty(floats if split > 1 else 1, dtype=torch.float32, device=device)
@@ -335,12 +380,12 @@ def _launch(
     pointers = [q if t is None else t for t in (out, *codes)]
     run(
         _attention_kernel, (n_tiles, programs, split),
-        q, cache.keys, cache.values, table, start, mask, *pointers, workspace, counters,
+        q, keys, values, table, start, mask, *pointers, workspace, counters,
         new, total, mask.stride(0), table.stride(0), scores.scale, scores.softcap or 1.0,
         HQ=heads, HK=kv_heads, WINDOW=scores.window or 0, HAS_CAP=scores.softcap is not None,
         QUANT=out is None, CLIP=clip, **_output_constants(layouts),
         **_cache_constants(cache.key_parts, "_K"), **_cache_constants(cache.value_parts, "_V"), **blocks,
-        PAGE=PAGE, PRECISION=precision(), **options,
+        PAGE=PAGE, PRECISION=precision(), EXPANDED=expanded, **options,
     )  # fmt: skip
 
 
@@ -359,9 +404,8 @@ def _cache_constants(parts: HeadParts, suffix: str) -> dict[str, int]:
 def _part_blocks(cache: LayerCache) -> dict[str, int]:
     """Padded columns of the low part's even half and of the high part, for keys and values."""
     blocks = {}
-    for suffix, layout in (("K", cache.key_parts), ("V", cache.value_parts)):
-        blocks["BLOCK_L" + suffix] = max(16, next_power_of_two((layout.low + 1) // 2))
-        blocks["BLOCK_H" + suffix] = max(16, next_power_of_two(layout.high))
+    for suffix, parts in (("K", cache.key_parts), ("V", cache.value_parts)):
+        blocks["BLOCK_L" + suffix], blocks["BLOCK_H" + suffix] = expand.part_blocks(parts)
     return blocks
 
 
@@ -378,18 +422,23 @@ def _check_shapes(q: Tensor, cache: LayerCache, layouts: tuple[PartLayout, ...])
         raise BackendError(f"attention: output parts {widths} (width, groups), the values are split as {expected}")
 
 
-def attention_tiles(rows: int, heads: int, total: int, head_dim: int, device: torch.device, element_size: int) -> dict:
+def attention_tiles(
+    rows: int, heads: int, total: int, head_dim: int, expanded: bool, element_size: int, device: torch.device
+) -> dict:
     """Tile and launch options; a long cache read by few programs is split until there are four programs a processor.
 
     element_size: bytes of an element of q; products of float32 are three of tf32, and take three times the registers.
     """
+    if expanded:
+        return tiles("attention_expanded", device, (heads, head_dim, element_size), EXPANDED_TILES)
     block_m = 16 if rows <= 16 else 64
     programs = triton.cdiv(rows, block_m) * heads
-    split = max(1, min(32, 4 * processors(device) // programs, triton.cdiv(total, PAGE)))
+    hopper = capability(device) == 90
+    split = max(1, min(16 if hopper else 32, 4 * processors(device) // programs, triton.cdiv(total, PAGE)))
     warps = 8 if head_dim > 64 and isa() != "gcn" else 4  # fewest spills; the slow ahead-of-time tests check them
     default = dict(BLOCK_M=block_m, BLOCK_N=32, SPLIT=split, num_warps=warps, num_stages=2, enable_fp_fusion=False)
-    if block_m == 16:  # more warps would repeat the same 16 rows
-        default |= dict(BLOCK_N=16, num_warps=2, num_stages=3 if capability(device) >= 100 else 2)
+    if block_m == 16:  # more warps repeat the same 16 rows, but hide each other's waiting: measured on an H100
+        default |= dict(BLOCK_N=16, num_warps=4 if hopper else 2, num_stages=3 if capability(device) >= 100 else 2)
     elif head_dim > 128 and capability(device) in range(80, 90):
         default |= dict(BLOCK_M=16, BLOCK_N=16, num_warps=4)
     elif head_dim > 128 and capability(device) == 90:
@@ -397,6 +446,11 @@ def attention_tiles(rows: int, heads: int, total: int, head_dim: int, device: to
     if element_size == 4:
         default |= _float32_tiles(block_m, head_dim)
     return tiles("attention", device, (block_m, heads, head_dim, element_size), default)
+
+
+def _expands(rows: int, head_dim: int, element_size: int, device: torch.device) -> bool:
+    """Whether keys and values are dequantized before the launch. Tiles of wider heads faulted on an H100, with Triton 3.6."""
+    return rows >= EXPANDED_ROWS and head_dim * element_size <= 256 and expand.expands(device)
 
 
 def _float32_tiles(block_m: int, head_dim: int) -> dict:

@@ -73,7 +73,7 @@ def _grouped_linear_kernel(
     p_sw += i_e * N * (GROUPS_L + GROUPS_H)
     p_sum += i_e * N * (GROUPS_L + GROUPS_H)
     y = sum_of_parts(p_xl, p_xh, p_sx, p_zp, p_w, p_w + N * STRIDE_L, p_sw, p_sum, o_x, o_w, N, STRIDE_L, GROUPS_L, STRIDE_H, GROUPS_H,
-                     ISA, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_H)  # fmt: skip
+                     True, ISA, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_H)  # fmt: skip
     if HAS_BIAS:
         y += tl.load(p_bias + i_e * N + o_w)[None, :]
     p_out += tl.where(m_row, o_row, 0).to(tl.int64)[:, None] * N + o_n[None, :]

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from resq_compiler.backends.fused.formats import Codes, PackedWeight
+from resq_compiler.backends.triton import expand
 from resq_compiler.backends.triton.device import even_columns, odd_columns
 from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two
 from resq_compiler.backends.triton.launch import arrival_counters, capability, check_launch, isa, processors, run, tiles
@@ -28,9 +29,29 @@ from torch import Tensor
 
 from resq_compiler.errors import BackendError
 
+STRIDES = ("STRIDE_L", "GROUPS_L", "STRIDE_H", "GROUPS_H")
 DECODE_ROWS = 16
+EXPANDED_ROWS = 1024  # from here on a weight is read so often that unpacking it once is cheaper, where `expands`
 SM100_TILES = dict(BLOCK_M=64, BLOCK_N=128, num_warps=4)
 MAX_PACKED_COLUMNS = 131071  # 256 * 8 * 8 * K must stay below 2^31
+
+
+@triton.jit
+def _tile_sum(acc, p_x, p_w, i_k, STRIDE: tl.constexpr, PACKED: tl.constexpr, ISA: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc [BM, BN] and the products of tile i_k."""
+    o_run = i_k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    if STRIDE % BLOCK_K == 0:
+        b_x = tl.load(p_x + o_run)  # [BM, BK]
+        b_w = tl.load(p_w + o_run)  # [BN, BK]
+    else:
+        b_x = tl.load(p_x + o_run, mask=o_run < STRIDE, other=0)
+        b_w = tl.load(p_w + o_run, mask=o_run < STRIDE, other=0)
+    if PACKED:
+        acc = tl.dot(even_columns(b_x, ISA), tl.trans(even_columns(b_w, ISA)), acc, out_dtype=tl.int32)
+        acc = tl.dot(odd_columns(b_x, ISA), tl.trans(odd_columns(b_w, ISA)), acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot(b_x, tl.trans(b_w), acc, out_dtype=tl.int32)
+    return acc
 
 
 @triton.jit
@@ -41,20 +62,8 @@ def _part_sum(
 ):  # fmt: skip
     """int32 sum over the tiles [first, last) of a run of STRIDE bytes; packed bytes accumulate 256 times too large."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    o_k = tl.arange(0, BLOCK_K)[None, :]
     for i_k in tl.range(first, last):
-        o_run = i_k * BLOCK_K + o_k
-        if STRIDE % BLOCK_K == 0:
-            b_x = tl.load(p_x + o_run)  # [BM, BK]
-            b_w = tl.load(p_w + o_run)  # [BN, BK]
-        else:
-            b_x = tl.load(p_x + o_run, mask=o_run < STRIDE, other=0)
-            b_w = tl.load(p_w + o_run, mask=o_run < STRIDE, other=0)
-        if PACKED:
-            acc = tl.dot(even_columns(b_x, ISA), tl.trans(even_columns(b_w, ISA)), acc, out_dtype=tl.int32)
-            acc = tl.dot(odd_columns(b_x, ISA), tl.trans(odd_columns(b_w, ISA)), acc, out_dtype=tl.int32)
-        else:
-            acc = tl.dot(b_x, tl.trans(b_w), acc, out_dtype=tl.int32)
+        acc = _tile_sum(acc, p_x, p_w, i_k, STRIDE, PACKED, ISA, BLOCK_K)
     return (acc >> 8) if PACKED else acc
 
 
@@ -74,9 +83,13 @@ def split_sum(
     else:
         y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for i_g in tl.range(i_split * GROUPS // SPLIT, (i_split + 1) * GROUPS // SPLIT):
-            acc = _part_sum(
-                p_x + i_g * STRIDE, p_w + i_g * STRIDE, 0, TILES, STRIDE, PACKED, ISA, BLOCK_M, BLOCK_N, BLOCK_K
-            )
+            if TILES == 1:  # without a loop inside, tiles of the next groups are loaded while this one is computed
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+                acc = _tile_sum(acc, p_x + i_g * STRIDE, p_w + i_g * STRIDE, 0, STRIDE, PACKED, ISA, BLOCK_K)
+                acc = (acc >> 8) if PACKED else acc
+            else:
+                acc = _part_sum(p_x + i_g * STRIDE, p_w + i_g * STRIDE, 0, TILES,
+                                STRIDE, PACKED, ISA, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
             b_sx = tl.load(p_sx + o_m * GROUPS_ALL + i_g)  # [BM]
             b_zp = tl.load(p_zp + o_m * GROUPS_ALL + i_g)
             b_sum = tl.load(p_sum + i_g * N + o_n)  # [BN]
@@ -100,15 +113,15 @@ def scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_m, o_n, GROUPS_ALL, GROUPS: tl.co
 @triton.jit
 def sum_of_parts(
     p_xl, p_xh, p_sx, p_zp, p_wl, p_wh, p_sw, p_sum, o_m, o_n, N,
-    STRIDE_L: tl.constexpr, GROUPS_L: tl.constexpr, STRIDE_H: tl.constexpr, GROUPS_H: tl.constexpr, ISA: tl.constexpr,
+    STRIDE_L: tl.constexpr, GROUPS_L: tl.constexpr, STRIDE_H: tl.constexpr, GROUPS_H: tl.constexpr, PACKED: tl.constexpr, ISA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The scaled products of the low part, if there is one, and of the high one: float32 [BM, BN]."""
+    """The scaled products of the low part (PACKED or a code a byte), if there is one, and of the high one: float32 [BM, BN]."""
     GROUPS: tl.constexpr = GROUPS_L + GROUPS_H
     y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if GROUPS_L > 0:
         acc = split_sum(p_xl, p_wl, p_sx, p_zp, p_sum, o_m, o_n, N, 0, GROUPS,
-                         STRIDE_L, GROUPS_L, True, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_L)  # fmt: skip
+                         STRIDE_L, GROUPS_L, PACKED, ISA, 1, BLOCK_M, BLOCK_N, BLOCK_L)  # fmt: skip
         y = scale_part(acc, p_sx, p_zp, p_sw, p_sum, o_m, o_n, GROUPS, GROUPS_L)
     if GROUPS_H > 0:
         p_sx += GROUPS_L
@@ -143,7 +156,7 @@ def _store_output(
 @triton.jit
 def _mixed_linear_kernel(
     p_xl, p_xh, p_sx, p_zp, p_wl, p_wh, p_sw, p_sum, p_bias, p_res, p_out, M, N, stride_res,
-    STRIDE_L: tl.constexpr, GROUPS_L: tl.constexpr, STRIDE_H: tl.constexpr, GROUPS_H: tl.constexpr,
+    STRIDE_L: tl.constexpr, GROUPS_L: tl.constexpr, STRIDE_H: tl.constexpr, GROUPS_H: tl.constexpr, PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RES: tl.constexpr, ISA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -159,7 +172,7 @@ def _mixed_linear_kernel(
     o_x = ((i_m + tl.arange(0, BLOCK_M)) % M).to(tl.int64)
     o_w = ((i_n + tl.arange(0, BLOCK_N)) % N).to(tl.int64)
     y = sum_of_parts(p_xl, p_xh, p_sx, p_zp, p_wl, p_wh, p_sw, p_sum, o_x, o_w, N, STRIDE_L, GROUPS_L, STRIDE_H, GROUPS_H,
-                     ISA, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_H)  # fmt: skip
+                     PACKED, ISA, BLOCK_M, BLOCK_N, BLOCK_L, BLOCK_H)  # fmt: skip
     _store_output(y, p_out, p_bias, p_res, stride_res, i_m, i_n, M, N, HAS_BIAS, HAS_RES, BLOCK_M, BLOCK_N)
 
 
@@ -254,9 +267,7 @@ def mixed_linear(
     if rows <= DECODE_ROWS:
         _launch_decode(pointers, rows, n, stride_res, flags, device)
     else:
-        options = prefill_tiles(rows, n, strides, device)
-        grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"]),)
-        run(_mixed_linear_kernel, grid, *pointers, rows, n, stride_res, **flags, **options)
+        _launch_prefill(pointers, rows, n, stride_res, flags, device)
     return out
 
 
@@ -295,9 +306,13 @@ def block_bytes(stride: int, groups: int, most: int) -> int:
     return min(stride & -stride, most) if stride else 32
 
 
-def prefill_tiles(rows: int, n: int, strides: dict[str, int], device: torch.device) -> dict:
-    """Tiles of the large-M form. 128 x 128 outputs fill the registers of 8 warps without spills on sm_80 to sm_90."""
+def prefill_tiles(rows: int, n: int, strides: dict[str, int], packed: bool, device: torch.device) -> dict:
+    """Tiles of the large-M form."""
+    if not packed:
+        key = (rows, n, strides["STRIDE_L"], strides["STRIDE_H"])
+        return tiles("mixed_linear_expanded", device, key, _expanded_tiles(strides))
     small = device.type == "cpu"
+    # 128 x 128 outputs fill the registers of 8 warps without spills on sm_80 to sm_90
     default = dict(
         BLOCK_M=min(128, max(16, next_power_of_two(rows))) if small else 128,
         BLOCK_N=128,
@@ -313,6 +328,20 @@ def prefill_tiles(rows: int, n: int, strides: dict[str, int], device: torch.devi
     elif capability(device) >= 100:
         default |= SM100_TILES
     return tiles("mixed_linear", device, (rows, n, strides["STRIDE_L"], strides["STRIDE_H"]), default)
+
+
+def _expanded_tiles(strides: dict[str, int]) -> dict:
+    """The fastest of those measured on an H100 (docs/results/triton.md)."""
+    parts = {suffix: block_bytes(strides[f"STRIDE_{suffix}"], strides[f"GROUPS_{suffix}"], 128) for suffix in "LH"}
+    default = dict(
+        BLOCK_M=128, BLOCK_N=128, BLOCK_L=parts["L"], BLOCK_H=parts["H"], GROUP_M=8, num_warps=8, num_stages=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    if max(strides["GROUPS_L"], strides["GROUPS_H"]) > 1:
+        default |= dict(BLOCK_M=64, num_warps=4, num_stages=3)
+    elif not strides["STRIDE_H"]:  # nothing else is in registers beside one sum
+        default |= dict(num_warps=4, num_stages=3)
+    return default
 
 
 def decode_tiles(rows: int, n: int, strides: dict[str, int], device: torch.device) -> dict:
@@ -335,10 +364,22 @@ def decode_tiles(rows: int, n: int, strides: dict[str, int], device: torch.devic
     return tiles("mixed_linear_decode", device, (rows, n, strides["STRIDE_L"], strides["STRIDE_H"]), default)
 
 
+def _launch_prefill(
+    pointers: list[Tensor], rows: int, n: int, stride_res: int, flags: dict, device: torch.device
+) -> None:
+    packed = not (flags["GROUPS_L"] and rows >= EXPANDED_ROWS and expand.expands(device))
+    if not packed:
+        pointers[0], pointers[4] = expand.nibbles(pointers[0]), expand.nibbles(pointers[4])
+        flags = {**flags, "STRIDE_L": 2 * flags["STRIDE_L"]}
+    options = prefill_tiles(rows, n, {k: flags[k] for k in STRIDES}, packed, device)
+    grid = (triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"]),)
+    run(_mixed_linear_kernel, grid, *pointers, rows, n, stride_res, PACKED=packed, **flags, **options)
+
+
 def _launch_decode(
     pointers: list[Tensor], rows: int, n: int, stride_res: int, flags: dict, device: torch.device
 ) -> None:
-    options = decode_tiles(rows, n, {k: flags[k] for k in ("STRIDE_L", "GROUPS_L", "STRIDE_H", "GROUPS_H")}, device)
+    options = decode_tiles(rows, n, {k: flags[k] for k in STRIDES}, device)
     split, blocks = options["SPLIT"], triton.cdiv(n, options["BLOCK_N"])
     workspace = torch.empty(split * 2 * rows * n if split > 1 else 1, dtype=torch.int32, device=device)
     counters = arrival_counters(device, blocks)

@@ -177,7 +177,8 @@ def rope_cache(
     out = torch.empty(batch, new, heads, d, dtype=q.dtype, device=device)
     if out.numel() == 0:
         return out
-    options = tiles("rope_cache", device, (d, heads), rope_launch(batch * new, d, q.element_size()))
+    default = rope_launch(batch * new, d, q.element_size())
+    options = tiles("rope_cache", device, (d, heads, default["BLOCK_T"]), default)
     grid = (triton.cdiv(batch * new, options["BLOCK_T"]), heads + 2 * kv_heads)
     optional = [q if t is None else t for t in (u, rotation.q_norm, rotation.k_norm)]
     run(

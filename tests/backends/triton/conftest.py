@@ -32,3 +32,13 @@ def reference():
     from resq_compiler.backends.triton.formats import PaddedRows, PagedCache
 
     return TorchKernels(PaddedRows(), PagedCache())
+
+
+@pytest.fixture
+def expanded(monkeypatch):
+    """Operands are expanded before every launch of many rows, as on GPUs whose matrix instructions read shared memory alone."""
+    from resq_compiler.backends.triton import attention, expand, mixed_linear
+
+    monkeypatch.setattr(expand, "expands", lambda device: True)
+    monkeypatch.setattr(attention, "EXPANDED_ROWS", 1)
+    monkeypatch.setattr(mixed_linear, "EXPANDED_ROWS", 1)

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from resq_compiler.backends.triton import (
     attention,
+    expand,
     grouped_linear,
     hadamard_quantize,
     launch,
@@ -20,7 +21,7 @@ from resq_compiler.backends.triton import (
 )
 from torch import Tensor
 
-KERNELS = (attention, grouped_linear, hadamard_quantize, mixed_linear, norm_quantize, rope_cache)
+KERNELS = (attention, expand, grouped_linear, hadamard_quantize, mixed_linear, norm_quantize, rope_cache)
 GPU = torch.device("cuda")
 
 
@@ -61,8 +62,9 @@ def launch_there(monkeypatch: Any) -> None:
     """Until the test ends: what kernels are compiled for, and where they run, is the GPU."""
     for module in KERNELS:
         monkeypatch.setattr(module, "run", run)
-        monkeypatch.setattr(module, "check_launch", checked)
-        for name in ("capability", "processors", "prefill_tiles"):
+        if hasattr(module, "check_launch"):
+            monkeypatch.setattr(module, "check_launch", checked)
+        for name in ("capability", "processors", "prefill_tiles", "attention_tiles"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, _decided_there(getattr(module, name)))
 

@@ -23,6 +23,11 @@ INTEGER_OPCODES = {
 }
 
 
+EXPANDING = ("_nibbles_kernel", "_images_kernel")
+SPILLED_OUTSIDE_OF_LOOPS = {("mixed_linear/prefill_o_8b", "sm_90"): 8, ("mixed_linear/prefill_down_8b", "sm_90"): 72}
+"""Bytes of tiles that were the fastest of those measured on an H100."""
+
+
 def compile_in_subprocess(*arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "resq_compiler.backends.triton.aot", *arguments]
@@ -35,8 +40,10 @@ def compile_in_subprocess(*arguments: str) -> list[dict]:
 def check(kernel: dict) -> None:
     target, name = GPUS[kernel["target"]], kernel["case"]
     assert kernel["shared"] <= target.shared_block, kernel
-    assert kernel["spills"] == 0, kernel
+    assert kernel["spills"] <= SPILLED_OUTSIDE_OF_LOOPS.get((name, target.name), 0), kernel
     assert kernel["occupancy"] > 0, kernel
+    if kernel["kernel"] in EXPANDING:
+        return
     if name.startswith(("mixed_linear/", "grouped_linear/")):
         opcodes = " ".join(kernel["matrix"])
         integer = INTEGER_OPCODES["sm_80" if "decode" in name and target.backend == "cuda" else target.name]
@@ -73,7 +80,7 @@ def test_every_kernel_on(target):
 def test_float32_does_not_spill_with_heads_of_up_to_128_columns():
     """Attention in float32 takes three tf32 products for each: three times the registers."""
     kernels = compile_in_subprocess("--target", "sm_86", "--dtype", "float32")
-    assert len(kernels) == len(list(aot.cases()))
+    assert {kernel["case"] for kernel in kernels} == {name for name, _ in aot.cases()}
     spilling = {kernel["case"] for kernel in kernels if kernel["spills"]}
     assert spilling <= {"attention/prefill_gemma2", "attention/decode_gemma2"}, kernels  # heads of 256
 

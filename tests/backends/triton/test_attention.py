@@ -121,6 +121,39 @@ def test_attention_equals_the_reference(name, make):
     assert_close(make(name))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_over_an_expanded_cache(name, make, expanded):
+    case = make(name)
+    torch.testing.assert_close(*case.attend(), rtol=1e-5, atol=4e-6)  # keys are rounded when they are dequantized
+
+
+@pytest.mark.parametrize("options", [dict(window=20), dict(softcap=3.0)], ids=str)
+def test_window_cap_and_padding_over_an_expanded_cache(options, make, expanded):
+    case = make("append")
+    mask = torch.ones(case.batch, case.total, dtype=torch.bool)
+    mask[0, :3] = False
+    torch.testing.assert_close(*case.attend(mask=mask, **options), rtol=1e-5, atol=4e-6)  # as above
+
+
+def test_sequences_of_different_lengths_over_an_expanded_cache(make, expanded):
+    case = make("append")
+    case.append(torch.tensor([70, 37], dtype=torch.int32), 5, None)
+    torch.testing.assert_close(*case.attend(), rtol=1e-5, atol=4e-6)  # as above
+
+
+def test_codes_of_an_expanded_cache(make, kernels, reference, expanded):
+    case = make("append")
+    layouts = (PartLayout(4, 56, case.heads), PartLayout(8, 8, case.heads))
+    arguments = (case.q_out, case.cache, case.scores(), layouts, 1.0)
+    ours, expected = kernels.attention_quantize(*arguments), reference.attention_quantize(*arguments)
+    torch.testing.assert_close(ours.scale, expected.scale, rtol=2e-5, atol=0)
+    for layout in layouts:
+        difference = (unpack_rows(ours.of(layout), layout).int() - unpack_rows(expected.of(layout), layout).int()).abs()
+        assert (
+            difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+        )  # a float32 rounding may cross a boundary
+
+
 @pytest.mark.parametrize("options", [dict(window=20), dict(softcap=3.0), dict(window=9, softcap=2.0)], ids=str)
 @pytest.mark.parametrize("name", ["append", "decode"])
 def test_window_cap_and_padding(name, options, make):

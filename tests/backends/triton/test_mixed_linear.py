@@ -92,6 +92,18 @@ def test_one_scale_a_head(rows, groups, low, high, generator):
     assert_rounded(mixed_linear(*operands), _by_groups(*operands))
 
 
+@pytest.mark.parametrize(("rows", "n", "layouts"), [case for case in ONE_GROUP if case[0] > 16])
+def test_expanded_operands_give_the_same(rows, n, layouts, generator, reference, expanded):
+    operands, _, _ = _operands(rows, n, layouts, generator)
+    assert torch.equal(mixed_linear(*operands), _expected(reference, operands))
+
+
+@pytest.mark.parametrize(("rows", "groups", "low", "high"), [(33, 9, 56, 8), (20, 3, 224, 32)])
+def test_expanded_operands_with_a_scale_a_head(rows, groups, low, high, generator, expanded):
+    operands, _, _ = _operands(rows, 45, (PartLayout(4, low, groups), PartLayout(8, high, groups)), generator)
+    assert_rounded(mixed_linear(*operands), _by_groups(*operands))
+
+
 @pytest.mark.parametrize("split", [1, 2, 3, 8])
 @pytest.mark.parametrize("groups", [1, 5])
 def test_every_split_of_k_gives_the_same(split, groups, generator, monkeypatch, reference):
