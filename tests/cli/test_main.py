@@ -70,16 +70,33 @@ def test_help_imports_no_torch():
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "expected"),
-    [("compile", None, "PASSIVE"), ("compile", "ACTIVE", "ACTIVE"), ("demo", None, None)],
+    ("name", "busy", "before", "expected"),
+    [
+        ("compile", True, None, "PASSIVE"),
+        ("compile", False, None, None),
+        ("compile", True, "ACTIVE", "ACTIVE"),
+        ("demo", True, None, None),
+    ],
 )
-def test_threads_that_wait_sleep(monkeypatch, capsys, name, before, expected):
+def test_threads_that_wait_sleep_beside_other_work(monkeypatch, capsys, name, busy, before, expected):
     """Unless somebody else said how they wait, or PyTorch is measured as it is."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if before is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    monkeypatch.setattr(main, "others_compute", lambda: busy)
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")  # what was there comes back after the test
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
     run(capsys, name, "--help")
     assert os.environ.get("OMP_WAIT_POLICY") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0.5 0.4 0.3 1/80 7\n", False), ("0.5 0.4 0.3 2/80 7\n", True), ("", False), (None, False)]
+)
+def test_whether_others_compute(monkeypatch, tmp_path, text, expected):
+    file = tmp_path / "loadavg"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(main, "LOADS", file)
+    assert main.others_compute() is expected
 
 
 @pytest.mark.parametrize("name", COMMANDS)
