@@ -63,7 +63,7 @@ def empty_cache(batch: int, heads: int, capacity: int, key_head: CachedHead, val
     return LayerCache(keys, values, key_head, value_head, torch.zeros(batch, dtype=torch.int32))
 
 
-def _head(head: CachedHead) -> Head:
+def head_of(head: CachedHead) -> Head:
     return Head(head.low, head.high, head.low_bits, head.high_bits)
 
 
@@ -106,7 +106,7 @@ def rope_cache(
     out = torch.empty(batch, new, heads, d)
     arguments = RopeCacheArgs(
         batch, new, heads, g, address(q), address(k), address(v), *strides, cos, sin, width, batch_stride,
-        address(basis), 1 if shared else g, address(q_norm), address(k_norm), eps, clip, _head(cache.key_head), _head(cache.value_head),
+        address(basis), 1 if shared else g, address(q_norm), address(k_norm), eps, clip, head_of(cache.key_head), head_of(cache.value_head),
         address(cache.keys), address(cache.values), cache.capacity, address(cache.start), address(out),
     )  # fmt: skip
     library.run("rope_cache", arguments, threads)
@@ -163,7 +163,17 @@ def cache_image(
         )
     out = torch.empty(batch, heads, total, columns)
     arguments = CacheImageArgs(
-        batch, heads, new, total, address(x), _head(head), clip, address(cache), capacity, address(start), address(out)
+        batch,
+        heads,
+        new,
+        total,
+        address(x),
+        head_of(head),
+        clip,
+        address(cache),
+        capacity,
+        address(start),
+        address(out),
     )
     library.run("cache_image", arguments, threads)
     return out
@@ -213,7 +223,7 @@ def attention(
         _check_parts(parts, heads, cache.value_head)
         result, codes = codes_out("attention", library, batch * new, parts)
     arguments = AttentionArgs(
-        batch, new, heads, g, address(q), _head(cache.key_head), _head(cache.value_head), address(cache.keys),
+        batch, new, heads, g, address(q), head_of(cache.key_head), head_of(cache.value_head), address(cache.keys),
         address(cache.values), cache.capacity, address(cache.start), address(seen), 0 if seen is None else seen.shape[1], scale,
         softcap, window, address(sinks), address(slopes), *_prefix(prefix, cache), None,
         address(result) if isinstance(result, Tensor) else None, codes,

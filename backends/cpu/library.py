@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resq_compiler.errors import BackendError
 
-VERSION = 6
+VERSION = 7
 MAX_PARTS = 4
 MAX_FACTORS = 6
 MAX_HEAD = 256
@@ -136,6 +136,26 @@ class AttentionArgs(ctypes.Structure):
     ]  # fmt: skip
 
 
+class CacheCodesArgs(ctypes.Structure):
+    """rk_cache_codes_args."""
+
+    _fields_ = [
+        ("batch", INT64), ("heads", INT64), ("tokens", INT64), ("total", INT64), ("x", POINTER), ("head", Head), ("clip", FLOAT),
+        ("cache", POINTER), ("capacity", INT64), ("start", POINTER), ("out", CodesOut),
+    ]  # fmt: skip
+
+
+class LatentAttentionArgs(ctypes.Structure):
+    """rk_latent_attention_args."""
+
+    _fields_ = [
+        ("batch", INT64), ("tokens", INT64), ("heads", INT64), ("own", INT64), ("values", INT64), ("q", POINTER), ("latent", Head),
+        ("rotary", Head), ("latent_cache", POINTER), ("rotary_cache", POINTER), ("capacity", INT64), ("start", POINTER),
+        ("mask", POINTER), ("mask_stride", INT64), ("scale", FLOAT), ("parts", INT32), ("part", LinearPart * MAX_PARTS),
+        ("weight_scale", POINTER), ("expanded", POINTER), ("total", INT64), ("out", POINTER),
+    ]  # fmt: skip
+
+
 KERNELS: dict[str, type[ctypes.Structure]] = {
     "mixed_linear": MixedLinearArgs,
     "grouped_linear": GroupedLinearArgs,
@@ -144,7 +164,9 @@ KERNELS: dict[str, type[ctypes.Structure]] = {
     "hadamard_quantize": HadamardQuantizeArgs,
     "rope_cache": RopeCacheArgs,
     "cache_image": CacheImageArgs,
+    "cache_codes": CacheCodesArgs,
     "attention": AttentionArgs,
+    "latent_attention": LatentAttentionArgs,
 }
 """Every kernel with the type of its arguments."""
 
@@ -184,6 +206,7 @@ class Library:
         functions.rk_tile_bytes.argtypes = [ctypes.POINTER(Part), INT32]
         scratch = functions.rk_attention_scratch
         scratch.argtypes, scratch.restype = [ctypes.POINTER(AttentionArgs)], INT64
+        functions.rk_latent_expands.argtypes = [ctypes.POINTER(LatentAttentionArgs)]
         for name, arguments in KERNELS.items():
             units, kernel = (getattr(functions, f"rk_{name}{end}") for end in ("_units", ""))
             units.argtypes, units.restype = [ctypes.POINTER(arguments)], INT64
@@ -224,6 +247,10 @@ class Library:
     def attention_scratch(self, arguments: AttentionArgs) -> int:
         """Bytes of scratch with which attention can be shared among more threads."""
         return self._functions.rk_attention_scratch(arguments)
+
+    def latent_expands(self, arguments: LatentAttentionArgs) -> bool:
+        """Whether making keys and values of all tokens is less work than turning queries."""
+        return bool(self._functions.rk_latent_expands(arguments))
 
     def run(self, name: str, arguments: ctypes.Structure, threads: int = 1) -> None:
         """Compute all units of a kernel, in as many equal pieces as threads; the result does not depend on their number."""

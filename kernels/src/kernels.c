@@ -1,6 +1,8 @@
 /* All kernels of one instruction set: the build compiles this file once for each, with RK_ISA=avx512vnni and RK_AVX512VNNI. */
 #include "attention.c"
+#include "cache_codes.c"
 #include "cache_image.c"
+#include "latent_attention.c" /* behind these, of which it is made */
 #include "hadamard_quantize.c"
 #include "mixed_linear.c"
 #include "grouped_linear.c" /* behind mixed_linear.c, of which it is made */

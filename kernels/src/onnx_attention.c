@@ -2,11 +2,11 @@
  * a copy with S more; where it has room for T, as a buffer that past and present share, rows are written in place. */
 #include "onnx_call.h"
 
-static rk_head key_head(const node *n) {
+rk_head key_head(const node *n) {
     return (rk_head){(int32_t)n->low_width, (int32_t)n->high_width, (int32_t)n->key_low_bits, (int32_t)n->key_high_bits};
 }
 
-static rk_head value_head(const node *n) {
+rk_head value_head(const node *n) {
     return (rk_head){(int32_t)n->value_low_width, (int32_t)n->value_high_width, (int32_t)n->value_low_bits, (int32_t)n->value_high_bits};
 }
 
@@ -15,8 +15,7 @@ static void require_cache(call *c, const tensor *t, int64_t batch, const rk_head
             "[batch, kv_heads, tokens, bytes of a packed row]");
 }
 
-/* The rows of past in a tensor with room for all tokens; past itself where it is the same buffer. */
-static tensor present_of(call *c, size_t output, const tensor *past, int64_t total) {
+tensor present_of(call *c, size_t output, const tensor *past, int64_t total) {
     tensor present = *past;
     int64_t *dims = present.dims;
     dims[2] = past->dims[2] < total ? total : past->dims[2];

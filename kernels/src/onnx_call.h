@@ -28,6 +28,7 @@ typedef struct {
     int64_t low_width, high_width, low_bits, high_bits, value_low_width, value_high_width, value_low_bits, value_high_bits;
     int64_t key_low_bits, key_high_bits; /* of the cache, where low_bits and high_bits are those of a result */
     int64_t result_low_width, result_high_width; /* of what attention quantizes, where low_width and high_width are those of keys */
+    int64_t latent_heads, own, values;   /* of latent attention: its heads, and columns of a key's own part and of a value */
     int64_t hidden_low_width, hidden_high_width, hidden_low_bits, hidden_high_bits; /* of what the down projections of experts read */
     float epsilon, low_clip, high_clip, hidden_low_clip, hidden_high_clip, cache_clip, scale, softcap, limit, slope;
     rk_transform low_transform, high_transform;
@@ -205,12 +206,20 @@ void place_transforms(call *c, const tensor *factors, const rk_part *part, int p
  * codes. */
 void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, const tensor *in);
 
+/* The parts of the first and the second cache of a node. */
+rk_head key_head(const node *n);
+rk_head value_head(const node *n);
+
+/* The rows of past in a tensor with room for all tokens; past itself where it is the same buffer. */
+tensor present_of(call *c, size_t output, const tensor *past, int64_t total);
+
 /* Computes an operator; what it takes and gives is written there. */
 void op_norm_quantize(call *c);
 void op_mixed_linear(call *c);
 void op_hadamard_quantize(call *c);
 void op_rope_cache(call *c);
 void op_cache_image(call *c);
+void op_latent_attention(call *c);
 void op_attention(call *c);
 void op_attention_quantize(call *c);
 void op_norm_linear(call *c);

@@ -23,7 +23,7 @@
 
 #include <stdint.h>
 
-#define RK_VERSION 6
+#define RK_VERSION 7
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
 #define RK_MAX_FACTORS 6
@@ -183,6 +183,43 @@ typedef struct {
     float *out;                            /* [batch, heads, total, columns] */
 } rk_cache_image_args;
 
+/* Rows of new tokens, quantized and written into the cache behind what is there; if out.parts is not 0 also the codes of all rows, as a
+ * linear reads them: every part lies within one of the head's, whose bits, zero point and scale it has. A unit is a row: of the new ones, or of all. */
+typedef struct {
+    int64_t batch, heads, tokens, total;
+    const float *x;                        /* [batch, heads, tokens, columns] */
+    rk_head head;
+    float clip;
+    uint8_t *cache;                        /* [batch, heads, capacity, rk_head_bytes] */
+    int64_t capacity;
+    const int32_t *start;                  /* [batch]: tokens that are there already */
+    rk_codes out;                          /* [batch, heads, total] rows; clip and bits are not read */
+} rk_cache_codes_args;
+
+/* Attention over tokens that have a cached vector c, from which a linear makes the keys and then the values of all heads, and rotary
+ * columns r, with which the keys of all heads end; new tokens have been written. For every head
+ *     softmax(scale (q_own . W_k c + q_rotary . r)) W_v c,
+ * computed as scale (W_k^T q_own . c + q_rotary . r) and W_v (weights . c), or from keys and values that are there, `expanded`. A query
+ * sees the slots t <= start + its token with mask[t] != 0; one that sees nothing gives 0. All sums are in float.
+ * own, values: at most RK_MAX_HEAD columns each, and so rotary; latent: at most RK_MAX_ENTRY. A unit is a few queries. */
+typedef struct {
+    int64_t batch, tokens, heads, own, values;
+    const float *q;                        /* [batch, heads, tokens, own + rotary columns] */
+    rk_head latent, rotary;
+    const uint8_t *latent_cache, *rotary_cache; /* [batch, capacity, rk_head_bytes] */
+    int64_t capacity;
+    const int32_t *start;
+    const uint8_t *mask;                   /* [batch, slots] or NULL */
+    int64_t mask_stride;
+    float scale;
+    int32_t parts;
+    rk_linear_part part[RK_MAX_PARTS];     /* one run each; x is not read */
+    const float *weight_scale;             /* [parts, heads * (own + values)] */
+    const float *expanded;                 /* [batch, total, heads * (own + values)] or NULL */
+    int64_t total;
+    float *out;                            /* [batch, tokens, heads, values] */
+} rk_latent_attention_args;
+
 /* softmax(scale q k^T) v over the cache, into which the new tokens have been written. Query i of a batch, in slot start + i, sees
  * the slots t with slot - window < t <= slot (window 0: all t <= slot) and mask[t] != 0. softcap c > 0: scores are c tanh(score / c).
  * slopes: slopes[head] * (t - slot) is added to scores. sinks: a further score of every head that has no value. prefix: tokens that every
@@ -227,6 +264,8 @@ RK_API int64_t rk_tile_bytes(const rk_part *part, int32_t weight_bits);
 
 /* Bytes of one token of a cached head. */
 RK_API int64_t rk_head_bytes(const rk_head *head);
+/* 1 where making keys and values of all `total` tokens, and then attending to them, is less work than turning queries. */
+RK_API int32_t rk_latent_expands(const rk_latent_attention_args *args);
 /* Bytes of scratch that attention can use; 0: none. */
 RK_API int64_t rk_attention_scratch(const rk_attention_args *args);
 
@@ -247,6 +286,12 @@ RK_API void rk_rope_cache(const rk_rope_cache_args *args, int64_t begin, int64_t
 
 RK_API int64_t rk_cache_image_units(const rk_cache_image_args *args);
 RK_API void rk_cache_image(const rk_cache_image_args *args, int64_t begin, int64_t end);
+
+RK_API int64_t rk_cache_codes_units(const rk_cache_codes_args *args);
+RK_API void rk_cache_codes(const rk_cache_codes_args *args, int64_t begin, int64_t end);
+
+RK_API int64_t rk_latent_attention_units(const rk_latent_attention_args *args);
+RK_API void rk_latent_attention(const rk_latent_attention_args *args, int64_t begin, int64_t end);
 
 RK_API int64_t rk_attention_units(const rk_attention_args *args);
 RK_API void rk_attention(const rk_attention_args *args, int64_t begin, int64_t end);

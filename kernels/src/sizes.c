@@ -14,3 +14,12 @@ int64_t rk_attention_scratch(const rk_attention_args *a) {
     const int64_t heads = a->batch * a->kv_heads, chunks = chunks_of_keys(a);
     return chunks > 1 ? heads * (4 + chunks * rows_of(a) * (a->value.low + a->value.high + 2) * 4) : 0;
 }
+
+#define EXACT_PRODUCTS 8 /* as many products of codes take the time of one of floats */
+
+int32_t rk_latent_expands(const rk_latent_attention_args *a) {
+    const double latent = a->latent.low + a->latent.high, rotary = a->rotary.low + a->rotary.high, pairs = (double)a->tokens * (double)a->total;
+    const double weights = latent * (double)(a->own + a->values);
+    const double turned = (double)a->tokens * weights + pairs * (2 * latent + rotary);
+    return (double)a->total * weights / EXACT_PRODUCTS + pairs * ((double)(a->own + a->values) + rotary) < turned;
+}

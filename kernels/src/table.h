@@ -5,7 +5,8 @@
 #include "resq_kernels.h"
 
 #define RK_FOR_EACH_KERNEL(X) \
-    X(mixed_linear) X(grouped_linear) X(combined_linear) X(norm_quantize) X(hadamard_quantize) X(rope_cache) X(cache_image) X(attention)
+    X(mixed_linear) X(grouped_linear) X(combined_linear) X(norm_quantize) X(hadamard_quantize) X(rope_cache) X(cache_image) \
+    X(cache_codes) X(attention) X(latent_attention)
 
 #define RK_FIELDS(name) \
     int64_t (*name##_units)(const rk_##name##_args *); \

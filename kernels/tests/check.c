@@ -468,6 +468,8 @@ static int check_cache_image(void) {
     return wrong;
 }
 
+#include "check_latent.h" /* behind what it is made of */
+
 static int check_rope_cache_and_attention(void) {
     rk_rope_cache_args a = {.batch = between(1, 2), .tokens = between(1, 40), .kv_heads = between(1, 3), .epsilon = 1e-5f, .clip = 1};
     a.heads = a.kv_heads * between(1, 4);
@@ -503,7 +505,8 @@ static int check_rope_cache_and_attention(void) {
 int main(int count, char **arguments) {
     int rounds = count > 1 ? atoi(arguments[1]) : 20, wrong = 0;
     for (int i = 0; i < rounds; i++)
-        wrong |= check_mixed_linear() | check_grouped_linear() | check_norm_quantize() | check_hadamard_quantize() | check_rope_cache_and_attention() | check_cache_image();
+        wrong |= check_mixed_linear() | check_grouped_linear() | check_norm_quantize() | check_hadamard_quantize() | check_rope_cache_and_attention() | check_cache_image() |
+                 check_latent_attention();
     for (int32_t i = 0; rk_instruction_set(i); i++)
         printf("%s: %s\n", rk_instruction_set(i), rk_supported(i) ? "checked" : "not supported by this processor");
     return wrong;
