@@ -6,6 +6,7 @@
 One quantizer for each value and width, shared by the linears that read it (q, k, v; gate, up). Per token; the input of an
 output projection per token and head, or per token (`o_granularity`). How much of the range the codes cover is `clip`;
 "input" searches it for each of them on calibration tokens, by the error of the value, "output" by that of the linears that read it.
+Linears that read a quantized cache read its codes (quantize-kv-cache), and get no quantizer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.analysis.topology import STREAM_ROLES, Topology
 from resq_compiler.calibration.statistics import both, observe
+from resq_compiler.frontend.latent import is_quantized_vector
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.args import set_argument, source
 from resq_compiler.ir.graph_tools import emit, is_call
@@ -88,7 +90,7 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
         part = meta.get(node, meta.LinearPart)
         if part is None or part.activation_bits == FLOAT_BITS:
             continue
-        if is_call(node, *OPEN) and not is_call(source(node), ops.dequantize):
+        if is_call(node, *OPEN) and not is_call(source(node), ops.dequantize) and not is_quantized_vector(source(node)):
             found.append((node, part))
     return found
 

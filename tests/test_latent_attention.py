@@ -8,6 +8,7 @@ from collections import Counter
 import onnx
 import pytest
 import torch
+from resq_compiler.backends.fused import lowering_latent
 from resq_compiler.backends.fused.plain import TORCH
 from resq_compiler.backends.fused.runner import prepare
 from resq_compiler.backends.onnx import export_onnx
@@ -19,6 +20,7 @@ from resq_compiler.analysis.topology import Topology
 from resq_compiler.api import trace
 from resq_compiler.errors import BackendError, TopologyError
 from resq_compiler.evaluation.sizes import cache_bytes_per_token
+from resq_compiler.frontend.latent import is_quantized_vector
 from resq_compiler.inspection.topology_view import topology_dict, topology_text
 from resq_compiler.ir import meta, ops
 from resq_compiler.ir.graph_tools import aten
@@ -92,26 +94,32 @@ def test_bases_of_vectors_are_in_the_weights(deepseek):
 
 
 def test_linears_read_the_codes_that_are_cached(deepseek):
-    """What a cached vector is dequantized to has the same codes when it is quantized again for the linears."""
+    """What keys and values are made from is the image of the cache; nothing quantizes it again."""
     gm = deepseek.graph_module
-    seen = {}
-    sites = {meta.get(n, meta.QuantizerSite): n for n in gm.graph.nodes if meta.get(n, meta.QuantizerSite) is not None}
-    named = {site.name: node for site, node in sites.items()}
-    wanted = {
-        name: named[name] for name in ("blocks.0.latent", "blocks.0.latent_input.part0", "blocks.0.latent_input.part1")
-    }
+    names = {site.name for site in facts(deepseek, meta.QuantizerSite)}
+    assert "blocks.0.latent" in names and not any(".latent_input" in name for name in names)
+    made = [n for n in gm.graph.nodes if (p := meta.get(n, meta.LinearPart)) and p.site.role in ("k_b", "v_b")]
+    assert len(made) == 8 and all(n.target is ops.weight_only_linear and is_quantized_vector(n.args[0]) for n in made)
 
-    class Tap(torch.fx.Interpreter):
-        def run_node(self, node):
-            value = super().run_node(node)
-            seen.update({name: value for name, wanted_node in wanted.items() if wanted_node is node})
-            return value
 
-    past = [torch.zeros(2, 1, 0, w) for s in deepseek.cache_specs for w in (s.key_dim, s.value_dim)]
-    Tap(gm).run(IDS, torch.ones_like(IDS), torch.arange(20).expand(2, 20), *past)
-    image = seen["blocks.0.latent"][:, 0]
-    again = torch.cat([ops.dequantize(seen[f"blocks.0.latent_input.part{i}"]) for i in (0, 1)], -1)
-    assert relative_error(again, image) < 1e-6
+@pytest.mark.parametrize("first", [True, False], ids=["activations first", "weights first"])
+def test_no_order_of_passes_leaves_a_quantizer(first):
+    compiled = resq_compiler.compile(
+        small("minicpm3"),
+        tiny_tokens(8, 32),
+        **{**OPTIONS, "weight_method": "gptq"},
+        gptq_on_quantized_activations=first,
+    )
+    made = [
+        n for n in compiled.graph_module.graph.nodes if (p := meta.get(n, meta.LinearPart)) and p.site.role == "k_b"
+    ]
+    assert len(made) == 4 and all(n.target is ops.weight_only_linear and is_quantized_vector(n.args[0]) for n in made)
+
+
+def test_linears_of_a_float_cache_have_quantizers():
+    gm = resq_compiler.compile(small("minicpm3"), tiny_tokens(8, 32), **OPTIONS, kv_bits=16).graph_module
+    made = [n for n in gm.graph.nodes if (p := meta.get(n, meta.LinearPart)) and p.site.role == "k_b"]
+    assert len(made) == 4 and all(n.target is ops.quantized_linear for n in made)
 
 
 def test_every_linear_but_routers_has_codes(deepseek):
@@ -168,18 +176,36 @@ def test_on_the_cpu_kernels(deepseek, tmp_path):
         deepseek.use_backend("reference")
     path = export_onnx(deepseek, tmp_path / "model", "native", embedding="float32")
     kinds = Counter(node.op_type for node in onnx.load(path / "model.onnx", load_external_data=False).graph.node)
-    assert kinds["CacheImage"] == 4 and kinds["Experts"] == 1 and not kinds["Loop"]
+    assert kinds["LatentAttention"] == 2 and not kinds["CacheImage"] and kinds["Experts"] == 1 and not kinds["Loop"]
     assert not (path / "genai_config.json").exists()
     got = OnnxDecoder(path, threads=1).generate(IDS[:1, :9].numpy(), max_new_tokens=4, eos_token_id=[])
     assert got.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix_tokens": "auto"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kv_bits": 8}, {"recipe": "rtn"}], ids=str)
 def test_fused_operators_compute_the_same_bits(options):
-    gm = resq_compiler.compile(small("minicpm3"), tiny_tokens(8, 32), **OPTIONS, **options).graph_module
+    gm = resq_compiler.compile(small("minicpm3"), tiny_tokens(8, 32), **{**OPTIONS, **options}).graph_module
     runner = prepare(gm, TORCH, torch.float32, False, 1)
-    assert calls(runner)["cache_image"] == 4 and set(runner.left) == {"attention", "attention_1"}
+    assert calls(runner)["latent_attention"] == 2 and not calls(runner)["cache_image"] and not runner.left
     assert_same_bits(gm, runner)
+
+
+def test_what_is_not_taken_is_refused_nowhere(deepseek, monkeypatch):
+    """Linears that read the image of the cache are then computed beside the attention, on the kernels' backend too."""
+    monkeypatch.setattr(lowering_latent, "_expansion", lambda *_: "a test")
+    gm = deepseek.graph_module
+    runner = prepare(gm, TORCH, torch.float32, False, 1)
+    assert (
+        calls(runner)["cache_image"] == 4
+        and len([name for name in runner.left if "attention" in name or "linear" in name]) == 2 + 8
+    )
+    assert_same_bits(gm, runner)
+    pytest.importorskip("resq_kernels")
+    try:
+        errors = native_errors(deepseek)
+        assert float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE
+    finally:
+        deepseek.use_backend("reference")
 
 
 def test_a_float_cache_is_named():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from resq_compiler.backends.cpu import attention, formats, kernels
+from resq_compiler.backends.cpu import attention, formats, kernels, latent
 from resq_compiler.backends.cpu import library as libraries
 from resq_compiler.backends.cpu.experts import ExpertWeight, combined_linear, grouped_linear, sort_rows
 from resq_compiler.backends.cpu.formats import CachedHead
@@ -99,6 +99,11 @@ def _row_parts(x: Codes, parts: Sequence[InputPart]) -> RowParts:
     return RowParts(tuple(_rows(x.of(p)) for p in parts), widths, groups, _rows(x.scale), _rows(x.zero_point))
 
 
+def _linear_weight(weight: PackedWeight) -> LinearWeight:
+    tiles = tuple(weight.of(p).view(torch.uint8) for p in weight.parts)
+    return LinearWeight(tiles, tuple(p.weight_bits for p in weight.parts), weight.scale, weight.row_sum)
+
+
 def _expert_weight(weight: PackedExperts) -> ExpertWeight:
     return ExpertWeight(weight.codes.view(torch.uint8), weight.scale, weight.row_sum, weight.bits, weight.bias)
 
@@ -120,11 +125,9 @@ class CpuKernels(Kernels):
         self, x: Codes, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         _check_float32("mixed_linear", dtype)
-        parts, rows = weight.parts, _row_parts(x, weight.parts)
-        tiles = tuple(weight.of(p).view(torch.uint8) for p in parts)
-        packed = LinearWeight(tiles, tuple(p.weight_bits for p in parts), weight.scale, weight.row_sum)
+        rows = _row_parts(x, weight.parts)
         extra = None if residual is None else _rows(residual)
-        y = kernels.mixed_linear(libraries.library(), rows, packed, bias, extra, _threads())
+        y = kernels.mixed_linear(libraries.library(), rows, _linear_weight(weight), bias, extra, _threads())
         return y.view(*x.scale.shape[:-1], weight.out_features)
 
     def hadamard_quantize(
@@ -172,6 +175,19 @@ class CpuKernels(Kernels):
         packed = cache.view(torch.uint8)
         operands = (x.contiguous(), packed, _head(parts), start, total, clip)
         return attention.cache_image(libraries.library(), *operands, _threads())
+
+    def latent_attention(
+        self, q: Tensor, vectors: Tensor, rotary: Tensor, cache: LayerCache, mask: Tensor, weight: PackedWeight, own: int, scale: float,
+        clip: float,
+    ) -> Tensor:  # fmt: skip
+        vector_entry, rotary_entry = (
+            latent.Entry(rows.view(torch.uint8), new.contiguous(), _head(parts))
+            for rows, new, parts in ((cache.values, vectors, cache.value_parts), (cache.keys, rotary, cache.key_parts))
+        )
+        expansion = latent.Expansion(_linear_weight(weight), tuple(p.width for p in weight.parts), q.shape[1], own)
+        return latent.latent_attention(
+            libraries.library(), q.contiguous(), vector_entry, rotary_entry, cache.start, mask, expansion, scale, clip, _threads()
+        )  # fmt: skip
 
     def attention(self, q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:
         y = _attend(q, cache, scores, None)

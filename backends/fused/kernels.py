@@ -108,6 +108,19 @@ class Kernels(ABC):
             f"{type(self).__name__}: no kernel reads cached vectors as floats; use the backends reference or cpu"
         )
 
+    def latent_attention(
+        self, q: Tensor, vectors: Tensor, rotary: Tensor, cache: LayerCache, mask: Tensor, weight: PackedWeight, own: int, scale: float,
+        clip: float,
+    ) -> Tensor:  # fmt: skip
+        """vectors [B, 1, S, r] and rotary [B, 1, S, R] quantized into a cache, whose values are vectors c and keys rotary columns;
+        then attention over keys [W_k c | rotary] and values W_v c: q [B, H, S, own + R] -> [B, S, H, value columns]. weight: the keys of
+        all heads, `own` rows each, and below them their values; what is multiplied are the codes that are cached. A query that sees
+        nothing gives 0.
+
+        Raises: BackendError: the target has no such kernel, nor a `why_not_entry`.
+        """
+        raise BackendError(f"{type(self).__name__}: no kernel of latent attention; use the backends reference or cpu")
+
     @abstractmethod
     def attention(self, q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:
         """softmax(scores) v over the cache, which holds the new tokens: q [B, S, H, D] -> the same. A query that sees nothing gives 0."""

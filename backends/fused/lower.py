@@ -5,7 +5,7 @@
     hadamard(act(gate) * up) + quantize                  -> hadamard_quantize
     norms, rope, U_C, quantize_dequantize, append_cache  -> rope_cache       past keys and values become packed, written in place
     attention (+ the quantization of o's input)          -> attention, attention_quantize
-    append_cache of compressed vectors                   -> cache_image          attention over what is made from them stays
+    attention over linears of cached vectors             -> latent_attention     or cache_image: attention over what is made then stays
     linears of experts and what lies between them        -> experts              one for each mixture, routing outside
 
 Everything else in the graph (embedding, lm_head, the last norm) is PyTorch and stays. A quantized node that cannot be taken is listed

@@ -10,7 +10,7 @@ from resq_compiler.backends.fused.alibi import alibi_slopes
 from resq_compiler.backends.fused.foreseen import LATENT, is_latent
 from resq_compiler.backends.fused.formats import HeadParts, head_parts
 from resq_compiler.backends.fused.lowering import AttentionSite, Lowering
-from resq_compiler.backends.fused.lowering_latent import lower_latent
+from resq_compiler.backends.fused.lowering_latent import lower_latents
 from resq_compiler.backends.fused.patterns import CacheSide, Turned, turned
 from torch import Tensor
 from torch.fx import Node
@@ -49,16 +49,18 @@ class _Match:
 
 def lower_attentions(low: Lowering) -> None:
     """Replace every attention whose cache is quantized; the others get a reason."""
+    latent: list[Attention] = []
     for node in list(low.graph.find_nodes(op="call_function", target=ops.attention)):
         view = Attention.require(node)
         if is_latent(view) and low.target.why_not_entry is not None:
-            lower_latent(low, view)
+            latent.append(view)
             continue
         found = _match(low, view)
         if isinstance(found, str):
             low.reasons[node.name] = found
         else:
             _replace(low, found)
+    lower_latents(low, latent)
 
 
 def _match(low: Lowering, attention: Attention) -> _Match | str:

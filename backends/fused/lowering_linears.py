@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.foreseen import EXPERTS
@@ -20,9 +22,11 @@ aten = torch.ops.aten
 
 
 def lower_linears(low: Lowering) -> None:
-    """Replace every linear that an operator takes; the pieces of the others get a reason."""
+    """Replace every linear that an operator takes; the pieces of the others get a reason, unless they are left already."""
     groups: dict[object, tuple[Inputs, list[LinearSum]]] = {}
     for linear in _find(low):
+        if all(part.name in low.left for part in linear.parts):
+            continue
         inputs = inputs_of(linear, low.mixtures.get(read_part(linear.parts[0]).indices, EXPERTS))
         reason = inputs if isinstance(inputs, str) else _why_not_wide(low, inputs)
         if isinstance(inputs, str) or reason is not None:
@@ -66,7 +70,7 @@ def _replace(low: Lowering, inputs: Inputs, linears: list[LinearSum]) -> None:
     alone = len(linears) == 1
     first = _end(linears[0])  # of all ends the earliest, and after the quantizers of its input
     codes = codes_for(low, inputs, first)
-    weights = _stacked(low, linears, [made.parts for made in codes])
+    weights = stacked(low, linears, [made.parts for made in codes])
     with low.graph.inserting_before(first):
         y, bias = low.current(linears[0].residual) if alone else None, _stacked_bias(low, linears)
         for i, (made, weight) in enumerate(zip(codes, weights, strict=True)):
@@ -97,7 +101,9 @@ def _share(low: Lowering, linear: LinearSum, y: Node, start: int, stop: int) -> 
         return share if residual is None else low.emit(aten.add.Tensor, (share, residual), _end(linear))
 
 
-def _stacked(low: Lowering, linears: list[LinearSum], operators_: list[tuple[InputPart, ...]]) -> list[list[Node]]:
+def stacked(
+    low: Lowering, linears: Sequence[LinearSum], operators_: Sequence[tuple[InputPart, ...]]
+) -> list[list[Node]]:
     """Packed weights of the linears stacked along their outputs, four tensors for each operator."""
     made, first = [], 0
     for i, parts in enumerate(operators_):
@@ -110,19 +116,19 @@ def _stacked(low: Lowering, linears: list[LinearSum], operators_: list[tuple[Inp
     return made
 
 
-def _packed(low: Lowering, linears: list[LinearSum], parts: tuple[InputPart, ...], first: int) -> PackedWeight:
+def _packed(low: Lowering, linears: Sequence[LinearSum], parts: tuple[InputPart, ...], first: int) -> PackedWeight:
     """The parts of the linears from number `first` on."""
-    stacked = []
+    below_each_other = []
     for j, part in enumerate(parts, first):
         coded = [coded_parts(linear)[j] for linear in linears]
         codes = below([graph_tools.held(low.gm, one.qdata) for one in coded], low.later)
         scales = torch.cat([one.scales(low.gm) for one in coded])
-        stacked.append((codes, scales, part))
-    return pack_weight(low.target.codes, stacked)
+        below_each_other.append((codes, scales, part))
+    return pack_weight(low.target.codes, below_each_other)
 
 
 def _note_places(
-    low: Lowering, linears: list[LinearSum], parts: tuple[InputPart, ...], first: int, prefix: str
+    low: Lowering, linears: Sequence[LinearSum], parts: tuple[InputPart, ...], first: int, prefix: str
 ) -> None:
     """Remember where each weight's codes go."""
     for j, part in enumerate(parts, first):

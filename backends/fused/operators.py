@@ -146,6 +146,27 @@ def cache_image(
     return kernels.cache_image(x, cache, table, start, mask.shape[1], HeadParts(*parts), clip)
 
 
+def _fake_latent_attention(
+    q: Tensor, vectors: Tensor, rotary: Tensor, vector_cache: Tensor, rotary_cache: Tensor, table: Tensor | None, start: Tensor,
+    mask: Tensor, weight_low: Tensor, weight_high: Tensor, weight_scale: Tensor, row_sum: Tensor, bits: list[int], weight_bits: list[int],
+    widths: list[int], vector_parts: list[int], rotary_parts: list[int], own: int, scale: float, clip: float, target: str,
+) -> Tensor:  # fmt: skip
+    batch, heads, new, _ = q.shape
+    return q.new_empty(batch, new, heads, weight_scale.shape[1] // heads - own)
+
+
+@_operator(_fake_latent_attention, mutates=("vector_cache", "rotary_cache"))
+def latent_attention(
+    q: Tensor, vectors: Tensor, rotary: Tensor, vector_cache: Tensor, rotary_cache: Tensor, table: Tensor | None, start: Tensor,
+    mask: Tensor, weight_low: Tensor, weight_high: Tensor, weight_scale: Tensor, row_sum: Tensor, bits: list[int], weight_bits: list[int],
+    widths: list[int], vector_parts: list[int], rotary_parts: list[int], own: int, scale: float, clip: float, target: str,
+) -> Tensor:  # fmt: skip
+    """q [B, H, S, own + R] -> [B, S, H, value columns]; vectors and rotary columns of the new tokens enter the cache."""
+    weight = PackedWeight(weight_low, weight_high, weight_scale, row_sum, input_parts(bits, weight_bits, widths, 1))
+    cache = LayerCache(rotary_cache, vector_cache, table, start, HeadParts(*rotary_parts), HeadParts(*vector_parts))
+    return find_target(target).kernels.latent_attention(q, vectors, rotary, cache, mask, weight, own, scale, clip)
+
+
 def _scores(
     mask: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, prefix_keys: Tensor | None,
     prefix_values: Tensor | None, slopes: Tensor | None,

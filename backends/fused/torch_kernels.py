@@ -76,6 +76,33 @@ class TorchKernels(Kernels):
         self.cache.write(cache, table, start, x.float().transpose(1, 2), parts, clip)
         return self.cache.read(cache, table, parts, total)
 
+    def latent_attention(
+        self, q: Tensor, vectors: Tensor, rotary: Tensor, cache: LayerCache, mask: Tensor, weight: PackedWeight, own: int, scale: float,
+        clip: float,
+    ) -> Tensor:  # fmt: skip
+        _, heads, new, _ = q.shape
+        at = (cache.start, mask.shape[1])
+        shared = self.cache_image(rotary, cache.keys, cache.table, *at, cache.key_parts, clip)
+        c = ops.merge_heads(self.cache_image(vectors, cache.values, cache.table, *at, cache.value_parts, clip))
+        k = ops.split_heads(self._made(c, weight, 0, heads * own), heads)
+        v = ops.split_heads(self._made(c, weight, heads * own, weight.out_features), heads)
+        keys = torch.cat((k, shared.expand(-1, heads, -1, -1)), -1)
+        visible = _visible(cache.start, new, mask, None)
+        output = ops.attention(q.float(), keys, v, visible, scale)
+        return output.masked_fill(~visible.any(-1, keepdim=True), 0.0).transpose(1, 2).contiguous().to(q.dtype)
+
+    def _made(self, x: Tensor, weight: PackedWeight, start: int, stop: int) -> Tensor:
+        """Rows start:stop of the weight, its codes as floats, times x [..., columns]."""
+        products = [
+            ops.weight_only_linear(
+                piece.contiguous(),
+                self.codes.unpack_weight(weight.of(part), part, start, stop),
+                weight.scale[i, start:stop],
+            )
+            for i, (piece, part) in enumerate(zip(_split(x, weight.parts), weight.parts, strict=True))
+        ]
+        return products[0] if len(products) == 1 else products[0] + products[1]
+
     def attention(self, q: Tensor, cache: LayerCache, scores: Scores) -> Tensor:
         return self._attended(q, cache, scores).to(q.dtype)
 

@@ -343,6 +343,38 @@ def cache_image(low: Lowering, node: Node) -> Value:
     return Value(image)
 
 
+@emits(operators.latent_attention)
+def latent_attention(low: Lowering, node: Node) -> Value:
+    """[B, S, heads * value columns]; the cache with the new tokens. low_width, high_width: of vectors, result_...: of weights."""
+    q, vectors, rotary, *caches, _, _, mask = _arguments(node)[:8]
+    (
+        weight_low,
+        weight_high,
+        scale,
+        row_sum,
+        _,
+        weight_bits,
+        widths,
+        vector_parts,
+        rotary_parts,
+        own,
+        factor,
+        clip,
+        _,
+    ) = _arguments(node)[8:]
+    native, heads = _native(low), int(values.shape(q)[1])
+    pasts = [native.exact(cache) for cache in caches]
+    presents = [past.replace("past_key_values.", "present.") for past in pasts]
+    attributes = _heads(vector_parts, rotary_parts) | dict(key_low_bits=vector_parts[2], key_high_bits=vector_parts[3])
+    attributes |= {f"result_{side}_width": width for side, width in zip(_sides(weight_bits), widths, strict=True)}
+    attributes |= dict(latent_heads=heads, own=own, values=values.width(node), scale=factor, cache_clip=clip)
+    inputs = [*(native.exact(x) for x in (q, vectors, rotary, mask)), *pasts]
+    inputs += [native.tiles(weight_low), native.tiles(weight_high), native.exact(scale), native.exact(row_sum)]
+    name, *_ = native.fused("LatentAttention", inputs, [native.b.fresh("y"), *presents], **attributes)
+    native.env[caches[0]], native.env[caches[1]] = (Value(present) for present in presents)
+    return _heads_apart(native, node, name, heads)
+
+
 def _count(q: Node, k: Node, key_parts: Sequence[int]) -> dict[str, int]:
     """Query heads and key heads."""
     d = HeadParts(*key_parts).head_dim
@@ -365,13 +397,18 @@ def attention(low: Lowering, node: Node) -> Value:
     native = _native(low)
     inputs, attributes = _attended(native, node)
     (name,) = native.fused("Attention", inputs, [native.b.fresh("y")], **attributes)
+    return _heads_apart(native, node, name, attributes["heads"])
+
+
+def _heads_apart(native: NativeLowering, node: Node, name: str, heads: int) -> Value:
+    """An attention's result [B, S, heads * D], for its readers too, which turn it to heads first."""
     for user in node.users:
         if not is_call(user, aten.transpose.int) or (int_arg(user, "dim0"), int_arg(user, "dim1")) != (1, 2):
             raise BackendError(
                 f"onnx: node {user.name} reads attention {node.name} otherwise than by transpose(1, 2)", node=user.name
             )
-        native.env[user] = Value(name, attributes["heads"], split=True)
-    return Value(name, attributes["heads"])
+        native.env[user] = Value(name, heads, split=True)
+    return Value(name, heads)
 
 
 @emits(operators.attention_quantize)

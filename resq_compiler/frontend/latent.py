@@ -50,6 +50,19 @@ def cache_of(linear: Node) -> Node | None:
     return cache if is_call(cache, ops.append_cache) and values.shape(cache)[1] == 1 else None
 
 
+def readers_of_vector(cache: Node) -> list[Node]:
+    """The cached vectors as linears read them: [B, T, r], whole or some columns."""
+    merged = [node for node in cache.users if is_call(node, ops.merge_heads)]
+    return merged + [user for node in merged for user in node.users if is_call(user, ops.columns)]
+
+
+def is_quantized_vector(x: Node) -> bool:
+    """Whether a value is one of `readers_of_vector` of a cache that holds codes."""
+    x = source(x) if is_call(x, ops.columns) else x
+    cache = source(x) if is_call(x, ops.merge_heads) else x
+    return is_call(cache, ops.append_cache) and is_call(argument(cache, "new"), ops.quantize_dequantize)
+
+
 def cache_site(cache: Node) -> str | None:
     """Of latent attention what a cache holds: "latent", compressed vectors, or "key", rotary columns; None of any other."""
     readers = [n for user in cache.users for n in (user.users if is_call(user, ops.prepend) else (user,))]
