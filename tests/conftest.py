@@ -29,6 +29,7 @@ from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig
 from resq_compiler.tiny import tiny_model, tiny_tokens
+from tests.captures import SharedCaptures
 
 with torch.device(
     "meta"
@@ -83,6 +84,13 @@ def tiny():
         return models[family]
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_captures():
+    """torch.export runs once for each structure, in whatever test compiles it first; the tests of capture itself call it directly."""
+    with mock.patch.object(api, "capture_promised", SharedCaptures()):
+        yield
 
 
 @pytest.fixture(scope="session")
