@@ -26,7 +26,9 @@ from tests.conftest import with_layer_norms, with_prefix
 
 FAST = ("llama",)
 BLOCK = dict(norm_quantize=2, mixed_linear=4, rope_cache=1, attention_quantize=1, hadamard_quantize=1)
-GREEDY = dict(do_sample=False, max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
+GREEDY = dict(
+    do_sample=False, max_new_tokens=3, min_new_tokens=3, pad_token_id=0
+)  # the last reads what a decode has cached
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_layer_norms(compiled, monkeypatch):
 def test_the_default_recipe(sharing):
     """Down projections in two parts, each with a transform of its own; clips that differ between parts; bases and fractions of
     their own for keys and sites."""
-    model = tiny_model("llama", intermediate_size=128)
+    one_block, two_blocks = (tiny_model("llama", intermediate_size=128, num_hidden_layers=n) for n in (1, 2))
     few = dict(weight_method="rtn", calibration_samples=2, calibration_length=16)
     equal = {"allocation": "equal"}
     widths = {**equal, "site_fractions": "mlp=1/4@6,o=1/4@5,key=1/4@6,value=1/4@7,down.1=1/4@6"}
@@ -89,10 +91,11 @@ def test_the_default_recipe(sharing):
         {"average_bits": 4.75},
         widths,
     ):
+        model = two_blocks if "average_bits" in options else one_block  # bits are shared out between blocks too
         reference = api.compile(model, tiny_tokens(2, 16), recipe="resq+", **few, **options)
         ours, ids = sharing(reference).use_backend("triton"), tiny_tokens(2, 9)
         if options.get("allocation") and options is not widths:
-            assert _called(ours)["hadamard_quantize"] == 2 and _called(ours)["norm_quantize"] == 4
+            assert _called(ours)["hadamard_quantize"] == 1 and _called(ours)["norm_quantize"] == 2
         assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
 
