@@ -46,7 +46,16 @@ INSTRUCTION_SETS = {
     },
 }
 """Flags of every instruction set, by machine; others have only the portable one."""
-COMMON = ("dispatch", "sizes", "onnx_operators", "onnx_linears", "onnx_attention", "onnx_latent", "onnx_experts")
+COMMON = (
+    "dispatch",
+    "sizes",
+    "onnx_operators",
+    "onnx_linears",
+    "onnx_attention",
+    "onnx_latent",
+    "onnx_experts",
+    "onnx_rows",
+)
 """Files that do not depend on the instruction set."""
 
 

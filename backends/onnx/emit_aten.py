@@ -42,12 +42,12 @@ NO_OPERATION = (aten.contiguous.default, aten.clone.default, aten.alias.default,
 
 @emits(aten.embedding.default)
 def embedding(low: Lowering, node: Node) -> Value:
-    """Rows of a table stored as float16, float32 or INT8 with a scale per row."""
+    """Rows of a table stored as float16, float32 or INT8 with a scale per row. "lm_head" is about tokens; other tables are float16 then."""
     view = Embedding.require(node)
     ids, shape = low.exact(view.ids), graph_tools.held(low.gm, view.table).shape
     if low.options.embedding == "int8":
         return Value(int8_rows(low, view.table, ids, node.name))
-    dtype = np.dtype(low.options.embedding)
+    dtype = np.dtype("float16" if low.options.embedding == "lm_head" else low.options.embedding)
     pieces = low.pieces if dtype == np.float32 else low.chunks  # where nothing changes, nothing is copied
     make = lambda: map(lambda piece: piece.astype(dtype, copy=False), pieces(view.table))  # noqa: E731
     rows = low.b.op("Gather", low.b.later(f"{node.name}.table", shape, dtype, make), ids, axis=0)

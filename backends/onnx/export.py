@@ -33,7 +33,7 @@ EXTERNAL_DATA_ABOVE = 2**26  # bytes; ONNX Runtime maps data files instead of co
 LIBRARY_KEY = "resq.custom_ops_library"  # in the model's metadata: the file of custom operators in its directory
 LONGEST_KEY = "resq.longest_text"  # in the metadata of a model whose table of positions ends: tokens
 LONGEST_ROW_KEY = "resq.longest_row"  # of one whose table of biases ends: tokens, padding among them
-EMBEDDINGS = ("float16", "float32", "int8")
+EMBEDDINGS = ("float16", "float32", "int8", "lm_head")
 
 
 def export_onnx(
@@ -45,7 +45,8 @@ def export_onnx(
     Args:    profile: "qdq" (standard INT4/INT8 QuantizeLinear/DequantizeLinear, any runtime), "ort" (integer products, fastest in
              ONNX Runtime without further libraries), "weight-only" (INT4 only in weights) or "native" (fused operators of the CPU
              kernels, whose library is put beside the model); see profiles.py for who can run each.
-             embedding: how the embedding table is stored: "float16", "float32" (bit-equal to the reference) or "int8".
+             embedding: how the embedding table is stored: "float16", "float32" (bit-equal to the reference) or "int8"; or not at all,
+             "lm_head": with "native", tied tables and lm_head_bits=8, rows of lm_head stand for it (tied_embedding.py).
              kv_cache: "float" (clients understand it: float tensors that hold the image of 4/8-bit codes) or "packed" (uint8
              codes and scales, about a fifth of the memory; for this package's runtime). "native" is always packed, for all.
              overwrite: replace what is in the directory. tokenizer: default, the one the model came with.
@@ -100,6 +101,11 @@ def draft_model(
     require_runtime(chosen.minimum_onnxruntime, f"profile {profile}", optional=True)
     check_choice("embedding", embedding, EMBEDDINGS)
     check_choice("kv_cache", kv_cache, ("float", "packed"))
+    if embedding == "lm_head" and not chosen.native:
+        raise BackendError(
+            f"export_onnx: embedding='lm_head' is for profile native alone, whose library reads lm_head's codes; got profile {profile}; "
+            "say embedding='int8'"
+        )
     check_supported(compiled.graph_module)
     form = chosen.form()
     if chosen.native:

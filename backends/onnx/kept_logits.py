@@ -41,16 +41,24 @@ def head_reader(logits: Node) -> tuple[Node, Node] | None:
 
     Between lm_head and the result there may be elementwise operators, as a soft-cap.
     """
+    node = head_of(logits)
+    if node is None:
+        return None
+    if node.target is operators.mixed_linear:
+        return _quantized_head(node)
+    linear = Linear.require(node)
+    return None if len(values.shape(linear.x)) != 3 else (node, linear.x)
+
+
+def head_of(logits: Node) -> Node | None:
+    """The linear that makes the logits, on codes or not; None: not found."""
     node = logits
     while node.target in ELEMENTWISE:
         tensors = node.all_input_nodes
         if len(tensors) != 1 or len(tensors[0].users) != 1:
             return None
         (node,) = tensors
-    if node.target is operators.mixed_linear:
-        return _quantized_head(node)
-    linear = Linear.of(node)
-    return None if linear is None or len(values.shape(linear.x)) != 3 else (node, linear.x)
+    return node if node.target is operators.mixed_linear or Linear.of(node) is not None else None
 
 
 def _quantized_head(linear: Node) -> tuple[Node, Node] | None:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LoweringOptions:
-    """Choices that are not part of the profile. embedding: how the table is stored, "float16", "float32" or "int8"."""
+    """Choices that are not part of the profile. embedding: how the table is stored; see `export_onnx`."""
 
     embedding: str = "float16"
 

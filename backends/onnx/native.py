@@ -23,9 +23,10 @@ from resq_compiler.backends.fused.lower import Lowered, check_taken, lower
 from resq_compiler.backends.fused.targets import find_target
 from resq_compiler.backends.onnx.emit_ops import hadamard_of
 from resq_compiler.backends.onnx.form_integer import IntegerForm
-from resq_compiler.backends.onnx.kept_logits import emit_kept, head_reader
+from resq_compiler.backends.onnx.kept_logits import emit_kept, head_of, head_reader
 from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
 from resq_compiler.backends.onnx.registry import check_supported, emits
+from resq_compiler.backends.onnx.tied_embedding import FROM_HEAD, embeds_tokens, rows_of_head
 from resq_compiler.backends.onnx.values import Pieces, Value
 from torch.fx import GraphModule, Node
 
@@ -116,7 +117,11 @@ class NativeLowering(Lowering):
         return super().run()
 
     def emit(self, node: Node) -> None:
-        """As ever; what lm_head is about are the positions that are kept."""
+        """As ever; what lm_head is about are the positions that are kept, and its rows may be the embedding."""
+        if self.options.embedding == FROM_HEAD and embeds_tokens(node, graph_tools.placeholders(self.gm.graph)[0]):
+            (logits,) = graph_tools.output_args(self.gm.graph)
+            self.env[node] = Value(rows_of_head(self, node, head_of(logits)))
+            return
         if self.head is None or node is not self.head[0]:
             super().emit(node)
             return

@@ -226,5 +226,6 @@ void op_norm_linear(call *c);
 void op_hadamard_linear(call *c);
 void op_attention_linear(call *c);
 void op_experts(call *c);
+void op_rows(call *c);
 
 #endif

@@ -10,7 +10,7 @@ typedef struct {
     OrtCustomOp op; /* first, so that a pointer to it is one to the description */
     const char *name;
     void (*run)(call *);
-    const char *inputs;  /* a letter each: f float, b int8, u uint8, i int32, m bool; capital: optional */
+    const char *inputs;  /* a letter each: f float, b int8, u uint8, i int32, l int64, m bool; capital: optional */
     const char *outputs;
     int fused; /* a quantizer with the linear behind it */
 } description;
@@ -196,6 +196,7 @@ static const description operators[] = {
     OPERATOR("HadamardLinear", op_hadamard_linear, "fFF" LINEAR, "f", 1),
     OPERATOR("AttentionLinear", op_attention_linear, "fffuumFFF" "FFFF" LINEAR, "fuu", 1),
     OPERATOR("Experts", op_experts, "bbfilf" EXPERTS EXPERTS "F", "f", 0),
+    OPERATOR("Rows", op_rows, "luf", "f", 0),
 };
 
 RK_PUBLIC OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {

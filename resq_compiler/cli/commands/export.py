@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Runtime as it is; weight-only: INT4 in weights only; native: fused operators with their library beside the model, fastest on CPUs",
     )  # fmt: skip
     parser.add_argument(
-        "--embedding", choices=("float16", "float32", "int8"), default="float16", help="how the table is stored"
-    )
+        "--embedding", choices=("float16", "float32", "int8", "lm_head"), default="float16",
+        help="how the table is stored; lm_head: not at all, rows of an 8-bit lm_head stand for it (native, models whose tables are tied)",
+    )  # fmt: skip
     parser.add_argument(
         "--kv-cache", choices=("float", "packed"), default="float",
         help="float (default): what clients understand; packed: uint8 codes and scales, about a fifth of the memory",

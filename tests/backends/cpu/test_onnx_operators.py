@@ -282,3 +282,17 @@ def test_errors_name_the_node(library):
         3,
         **HEAD_ATTRIBUTES,
     )
+
+
+def test_rows_of_a_weight(library):
+    """Codes times scales, of channels in any tile; a number that no token has is an error."""
+    codes = torch.randint(-127, 128, (150, 43), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scale, ids = random(150, seed=1).abs(), torch.tensor([[0, 149, 63], [64, 17, 128]])
+    tiles = formats.pack_weight(codes, 8)
+    (got,) = Node(library, "Rows", [ids, tiles, scale], 1, high_width=43).run()
+    assert torch.equal(got, (codes.float() * scale[:, None])[ids])
+    for wrong in (-1, 150):
+        with pytest.raises(Exception, match="(?s)the_node.*ids does not fit: expected token numbers from 0"):
+            Node(library, "Rows", [ids.fill_(wrong), tiles, scale], 1, high_width=43).run()
+    with pytest.raises(Exception, match="(?s)the_node.*weight does not fit: expected tiles of as many channels"):
+        Node(library, "Rows", [ids, tiles[:2], scale], 1, high_width=43).run()
