@@ -13,6 +13,7 @@ from resq_compiler.backends.fused.plain import TORCH
 from resq_compiler.backends.fused.runner import prepare
 from resq_compiler.backends.onnx import export_onnx
 from resq_compiler.backends.onnx.runtime import OnnxDecoder
+from resq_compiler.passes import InsertPrefix
 from resq_compiler.passes.insert_prefix import insert
 
 import resq_compiler
@@ -28,6 +29,7 @@ from resq_compiler.ir.views import AppendCache, CodedLinear, QuantizeDequantize
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
 from tests.backends.fused.test_lower import assert_same_bits, calls
+from tests.conftest import with_prefix
 from tests.families import ONE_CODE, ROUNDING, native_errors, small
 
 IDS = tiny_tokens(2, 20, seed=5)
@@ -206,6 +208,30 @@ def test_what_is_not_taken_is_refused_nowhere(deepseek, monkeypatch):
         assert float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE
     finally:
         deepseek.use_backend("reference")
+
+
+def test_quantized_prefix_tokens_keep_the_linears_quantizers():
+    """Their vectors stand before the cache: the cache stays packed, the kernels' linears make keys and values of all tokens."""
+
+    class Stated(InsertPrefix):
+        def run(self, gm, ctx):
+            insert(gm, ctx.facts.get(Topology), [7, 3, 1])
+            return 1
+
+    passes = with_prefix(weight_method="rtn")
+    compiled = resq_compiler.compile(
+        small("minicpm3"), tiny_tokens(8, 32), calibration_samples=8, calibration_length=32,
+        recipe=tuple(Stated() if isinstance(item, InsertPrefix) else item for item in passes),
+        calibration_dtype="float32",
+    )  # fmt: skip
+    gm = compiled.graph_module
+    assert list(gm.graph.find_nodes(op="call_function", target=ops.prepend))
+    runner = prepare(gm, TORCH, torch.float32, False, 1)
+    assert calls(runner)["cache_image"] == 4 and not calls(runner)["latent_attention"]
+    assert_same_bits(gm, runner)
+    pytest.importorskip("resq_kernels")
+    errors = native_errors(compiled)
+    assert float(errors.median()) < ROUNDING and float(errors.max()) < ONE_CODE
 
 
 def test_a_float_cache_is_named():

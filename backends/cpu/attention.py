@@ -163,18 +163,8 @@ def cache_image(
         )
     out = torch.empty(batch, heads, total, columns)
     arguments = CacheImageArgs(
-        batch,
-        heads,
-        new,
-        total,
-        address(x),
-        head_of(head),
-        clip,
-        address(cache),
-        capacity,
-        address(start),
-        address(out),
-    )
+        batch, heads, new, total, address(x), head_of(head), clip, address(cache), capacity, address(start), address(out)
+    )  # fmt: skip
     library.run("cache_image", arguments, threads)
     return out
 

@@ -352,21 +352,8 @@ def cache_image(low: Lowering, node: Node) -> Value:
 def latent_attention(low: Lowering, node: Node) -> Value:
     """[B, S, heads * value columns]; the cache with the new tokens. low_width, high_width: of vectors, result_...: of weights."""
     q, vectors, rotary, *caches, _, _, mask = _arguments(node)[:8]
-    (
-        weight_low,
-        weight_high,
-        scale,
-        row_sum,
-        _,
-        weight_bits,
-        widths,
-        vector_parts,
-        rotary_parts,
-        own,
-        factor,
-        clip,
-        _,
-    ) = _arguments(node)[8:]
+    weights, rest = _arguments(node)[8:12], _arguments(node)[12:]
+    _, weight_bits, widths, vector_parts, rotary_parts, own, factor, clip, _ = rest
     native, heads = _native(low), int(values.shape(q)[1])
     pasts = [native.exact(cache) for cache in caches]
     presents = [past.replace("past_key_values.", "present.") for past in pasts]
@@ -374,7 +361,7 @@ def latent_attention(low: Lowering, node: Node) -> Value:
     attributes |= {f"result_{side}_width": width for side, width in zip(_sides(weight_bits), widths, strict=True)}
     attributes |= dict(latent_heads=heads, own=own, values=values.width(node), scale=factor, cache_clip=clip)
     inputs = [*(native.exact(x) for x in (q, vectors, rotary, mask)), *pasts]
-    inputs += [native.tiles(weight_low), native.tiles(weight_high), native.exact(scale), native.exact(row_sum)]
+    inputs += [*map(native.tiles, weights[:2]), *map(native.exact, weights[2:])]
     name, *_ = native.fused("LatentAttention", inputs, [native.b.fresh("y"), *presents], **attributes)
     native.env[caches[0]], native.env[caches[1]] = (Value(present) for present in presents)
     return _heads_apart(native, node, name, heads)

@@ -10,12 +10,12 @@ so that M undoes what lm_head has of the last norm's gain and of the basis. How 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from resq_compiler.backends.cpu.formats import unpack_weight
+from resq_compiler.backends.cpu.formats import TILE, unpack_weight
 from resq_compiler.backends.fused import operators
 from resq_compiler.backends.fused.formats import LOW_BITS
 from torch import Tensor
@@ -61,8 +61,13 @@ def rows_of_head(low: NativeLowering, node: Node, head: Node | None) -> str:
             f"{_named()}: expected an lm_head of one part in 5 to 8 bits with a scale a row, for {vocabulary} tokens; got parts of "
             f"{tuple(weight_bits)} bits with {groups} scales a row, for {count} tokens; say embedding='int8'"
         )
-    tiles = graph_tools.get_tensor(low.gm, weight)
-    rows = unpack_weight(tiles, count, widths[0], weight_bits[0]).float() * graph_tools.get_tensor(low.gm, scale).T
+    tiles, scales = graph_tools.get_tensor(low.gm, weight), graph_tools.get_tensor(low.gm, scale)[0]
+
+    def rows(start: int, stop: int) -> Tensor:
+        first = start // TILE
+        codes = unpack_weight(tiles[first : -(-stop // TILE)], stop - first * TILE, widths[0], weight_bits[0])
+        return codes[start - first * TILE :] * scales[start:stop, None]
+
     projection, error = image(rows, (torch.from_numpy(piece) for piece in low.chunks(view.table)))
     if not error <= FURTHEST:
         raise BackendError(
@@ -75,16 +80,18 @@ def rows_of_head(low: NativeLowering, node: Node, head: Node | None) -> str:
     return low.b.op("MatMul", found, low.b.constant(projection, name=f"{node.name}.from_{FROM_HEAD}"))
 
 
-def image(rows: Tensor, pieces: Iterable[Tensor]) -> tuple[np.ndarray, float]:
-    """M [K, d] float32 that minimizes |rows M - table|, and the relative error; pieces: the table [V, d], some rows at a time."""
-    width, start, size = rows.shape[1], 0, 0.0
-    gram, cross = torch.zeros(width, width, dtype=torch.float64), None
+def image(rows: Callable[[int, int], Tensor], pieces: Iterable[Tensor]) -> tuple[np.ndarray, float]:
+    """M [K, d] float32 that minimizes |rows M - table|, and the relative error. rows(i, j): [j - i, K]; pieces: the table [V, d], some
+    rows at a time, as both are large."""
+    start, size = 0, 0.0
+    gram: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
     for piece in pieces:
-        known, wanted = rows[start : start + len(piece)].double(), piece.double()
-        gram.addmm_(known.T, known)
-        cross = known.T @ wanted if cross is None else cross.addmm_(known.T, wanted)
+        known, wanted = rows(start, start + len(piece)).double(), piece.double()
+        gram, cross = gram + known.T @ known, cross + known.T @ wanted
         size += float(wanted.square().sum())
         start += len(piece)
+    assert isinstance(gram, Tensor) and isinstance(cross, Tensor)
     gram.diagonal().add_(ROUNDING * gram.diagonal().mean())
     found = torch.linalg.solve(gram, cross)
     left = max(0.0, size - float((found * cross).sum()))

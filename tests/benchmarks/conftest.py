@@ -22,3 +22,19 @@ def script():
         return module
 
     return load
+
+
+@pytest.fixture
+def made_once(script, tmp_path, monkeypatch, capsys):
+    """made_once(name, flags): lines that a benchmark of exported models prints, when it makes these and when they are there."""
+
+    def run(name: str, flags: str) -> list[list[str]]:
+        pytest.importorskip("resq_kernels")
+        benchmark, said = script(name), []
+        for _ in range(2):
+            benchmark.main([str(tmp_path), *flags.split()])
+            monkeypatch.setattr(benchmark, "make", None)
+            said.append(capsys.readouterr().out.splitlines())
+        return said
+
+    return run
