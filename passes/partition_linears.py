@@ -103,8 +103,13 @@ def split(
     for i, part in enumerate(parts):
         piece = input_piece(gm, x, part, heads, len(parts) == 1, pieces)
         name, shape = f"{site.name}.part{i}.weight", (*rows, heads * (part.stop - part.start))
-        change = functools.partial(take, part=part, heads=heads)
-        tensor = graph_tools.derive_tensor(gm, view.weight, name, change, shape, PartitionLinears.name, view.of_experts)
+        if shape == view.weight_shape(gm):
+            tensor = graph_tools.add_tensor(gm, name, graph_tools.held(gm, view.weight), PartitionLinears.name)
+        else:
+            change = functools.partial(take, part=part, heads=heads)
+            tensor = graph_tools.derive_tensor(
+                gm, view.weight, name, change, shape, PartitionLinears.name, view.of_experts
+            )
         with gm.graph.inserting_before(linear):
             y = view.like(gm.graph, piece, tensor, None, PartitionLinears.name)
             most = part.weight_bits if experts[i] is None else max(experts[i] or ())
@@ -141,7 +146,5 @@ def input_piece(gm: GraphModule, x: Node, part: ColumnPart, heads: int, whole: b
 def take(weight: Tensor, part: ColumnPart, heads: int) -> Tensor:
     """The input columns of a part, of every head."""
     width = weight.shape[-1] // heads
-    if part.stop - part.start == width:
-        return weight
     grouped = weight.unflatten(-1, (heads, width))
     return grouped[..., part.start : part.stop].flatten(-2).clone(memory_format=torch.contiguous_format)

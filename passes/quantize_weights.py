@@ -43,7 +43,6 @@ from resq_compiler.numerics.quantized import Part, QuantizedActivation
 from resq_compiler.numerics.shared_weights import quantize_shared
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.pipeline.run import relative_error
 from resq_compiler.util import devices, memory
 
 CODED = (ops.weight_only_linear, ops.quantized_linear)
@@ -140,7 +139,7 @@ class QuantizeWeights(Pass):
         else:
             round_blocks(gm, ctx, sites, self.plain_clip)
         for site in head:
-            store(gm, [site], rounded(gm, site, self.plain_clip, None))
+            store(gm, [site], rounded_by_rows(gm, site, self.plain_clip))
         graph_tools.delete_unused_tensors(gm)
         return len(sites) + len(head)
 
@@ -208,6 +207,14 @@ def rounded(
     return quantize_each(experts_of(gm, [site]), quantize)
 
 
+def rounded_by_rows(gm: GraphModule, site: Site, clip: Literal["mse", "max"]) -> list[weight_core.QuantizedWeight]:
+    """Codes of a linear of one part, some thousands of rows of a table at a time: that of lm_head is the largest matrix of all."""
+    (node,), parts = site.nodes, site.parts()
+    rows = functools.partial(weight_core.quantize_weight_rtn, parts=parts, clip=clip)
+    pieces = map(devices.here, graph_tools.pieces(gm, Linear.require(node).weight))
+    return weight_core.join_rows(quantize_shared(piece, parts, None, rows) for piece in pieces)
+
+
 def experts_of(gm: GraphModule, group: list[Site]) -> Iterator[Tensor]:
     """The weights of experts, one after the other: rows of all sites [N, K]."""
     count, *_ = values.shape(Linear.require(group[0].nodes[0]).weight)
@@ -234,8 +241,7 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
     part = meta.require(node, meta.LinearPart)
     if linear.indices is None:
         experts: tuple[Node, ...] = ()
-        noise = relative_error(devices.here(piece.dequantize()), devices.here(linear.weight_tensor(gm)))
-        coded = CODED
+        noise, coded = weight_core.rows_noise(piece, graph_tools.pieces(gm, linear.weight)), CODED
     else:
         noise, coded, experts = relative_noise(piece, matrices(gm, linear)), CODED_EXPERTS, (linear.indices,)
     if image is None:

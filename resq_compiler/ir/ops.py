@@ -226,7 +226,7 @@ def quantized_linear(
 @op
 def weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor, group_size: int | None = None) -> Tensor:
     """Float activations [..., K] times the float image of weight codes qdata [N, K] int8, scale [N], or [N, groups]."""
-    return F.linear(x, (qdata * quantized.column_scales(scale, qdata.shape[1], group_size)).to(x.dtype))
+    return quantized.weight_only_linear(x, qdata, scale, group_size)
 
 
 @op

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from resq_compiler.numerics.quantized import column_scales
-from resq_compiler.numerics.weights import QuantizedWeight
+from resq_compiler.numerics.weights import QuantizedWeight, noise_of
 
 
 def quantize_each(
@@ -32,9 +31,4 @@ def quantize_each(
 
 def relative_noise(part: QuantizedWeight, weights: Iterable[Tensor]) -> float:
     """Frobenius norm of what rounding changed, over that of the weights [N, K] of all experts; no more than one of them at a time."""
-    lost = kept = 0.0
-    for codes, scale, exact in zip(part.qdata, part.scale, weights, strict=True):
-        wide = exact.to(codes.device).double()
-        lost += float((codes * column_scales(scale, codes.shape[1], part.group_size) - wide).square().sum())
-        kept += float(wide.square().sum())
-    return (lost / max(kept, torch.finfo(torch.float64).tiny)) ** 0.5
+    return noise_of((part.qdata[i], part.scale[i], exact, part.group_size) for i, exact in enumerate(weights))

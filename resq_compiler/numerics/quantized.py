@@ -28,6 +28,7 @@ MAX_EXACT_WIDTH = (2**31 - 1) // (255 * 128)
 """Largest in_features (65793) whose int32 accumulator cannot overflow: |q - zp| <= 255, |qw| <= 128 at 8 bits."""
 
 _ROWS_PER_CHUNK = 512  # keeps accumulators near the CPU's caches: 8-bit parts with many outputs run 1.4x faster
+IMAGE_AT_A_TIME = 2**24
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,17 @@ def column_scales(scale: Tensor, width: int, group_size: int | None) -> Tensor:
             f"weight scales {tuple(scale.shape)}: expected {-(-width // group_size)} groups of {group_size} for {width} columns"
         )
     return scale.repeat_interleave(group_size, -1)[..., :width]
+
+
+def weight_only_linear(x: Tensor, qdata: Tensor, scale: Tensor, group_size: int | None = None) -> Tensor:
+    """Float x [..., K] times the float image of weight codes qdata int8 [N, K] at scales [N], or [N, groups]: [..., N] of x's dtype.
+
+    Some rows of the image at a time: that of a vocabulary takes gigabytes.
+    """
+    rows = max(1, IMAGE_AT_A_TIME // qdata.shape[1])
+    pieces = zip(qdata.split(rows), scale.split(rows), strict=True)
+    found = [F.linear(x, (q * column_scales(s, q.shape[1], group_size)).to(x.dtype)) for q, s in pieces]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 def integer_linear(

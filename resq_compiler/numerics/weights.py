@@ -5,7 +5,8 @@ w ~ q * scale        q = clamp(rint(w / scale), -2^(b-1), 2^(b-1)-1)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts, column_scales
 from resq_compiler.numerics.scale_search import Clip, check_weight, search_scale
+
+ROWS = 4096  # that are compared at a time, in float64
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,37 @@ class QuantizedWeight:
 def dequantize_weight(parts: Sequence[QuantizedWeight]) -> Tensor:
     """float32 [N, K] of all parts side by side, in the order given."""
     return torch.cat([p.dequantize() for p in parts], dim=1)
+
+
+def join_rows(pieces: Iterable[Sequence[QuantizedWeight]]) -> list[QuantizedWeight]:
+    """The parts of a weight from those of its rows, some after the other."""
+    return [
+        QuantizedWeight(torch.cat([p.qdata for p in parts]), torch.cat([p.scale for p in parts]), parts[0].bits, parts[0].group_size)
+        for parts in zip(*pieces, strict=True)
+    ]  # fmt: skip
+
+
+def rows_noise(part: QuantizedWeight, weight: Iterable[Tensor]) -> float:
+    """Frobenius norm of what rounding changed, over that of the weight [N, K], of which some rows are given after the other."""
+
+    def rows() -> Iterator[tuple[Tensor, Tensor, Tensor, int | None]]:
+        start = 0
+        for exact in itertools.chain.from_iterable(piece.split(ROWS) for piece in weight):
+            stop = start + len(exact)
+            yield part.qdata[start:stop], part.scale[start:stop], exact, part.group_size
+            start = stop
+
+    return noise_of(rows())
+
+
+def noise_of(pieces: Iterable[tuple[Tensor, Tensor, Tensor, int | None]]) -> float:
+    """The same of codes, their scales, and the weights that they are of, with the size of groups: a piece of each after the other."""
+    lost = kept = 0.0
+    for codes, scale, exact, group_size in pieces:
+        wide = exact.to(codes.device).double()
+        lost += float((codes * column_scales(scale, codes.shape[1], group_size) - wide).square().sum())
+        kept += float(wide.square().sum())
+    return (lost / max(kept, torch.finfo(torch.float64).tiny)) ** 0.5
 
 
 def split_rows(parts: Sequence[QuantizedWeight], rows: Sequence[int]) -> list[list[QuantizedWeight]]:

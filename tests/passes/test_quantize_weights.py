@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from resq_compiler.passes import QuantizeWeights
 from resq_compiler.passes.quantize_weights import find_sites, input_moment, source_of, written_stream
 
+import resq_compiler
 from resq_compiler.calibration import executor, lockstep
 from resq_compiler.calibration.lockstep import Lockstep
-from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir import graph_tools, meta, ops, promises
 from resq_compiler.numerics import gptq as gptq_core
+from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.quantized import Part
 from resq_compiler.numerics.weights import quantize_weight_rtn
 from resq_compiler.pipeline.run import relative_error
@@ -94,6 +98,30 @@ def test_rtn_is_the_search_on_the_models_own_weight(build, tiny):
     (expected,) = quantize_weight_rtn(weight, [Part(4, 0, 160)])
     codes, scale = coded(built.gm)["model.layers.1.mlp.down_proj.0"]
     assert torch.equal(codes, expected.qdata) and torch.equal(scale, expected.scale)
+
+
+def test_lm_head_is_rounded_some_rows_at_a_time(captured, tiny, monkeypatch):
+    """The codes are those of the whole matrix, and no more of it is made at once."""
+
+    def compiled(rows):
+        monkeypatch.setattr(promises, "ROWS", rows)
+        monkeypatch.setattr(weight_core, "ROWS", rows)
+        with mock.patch.object(weight_core, "quantize_weight_rtn", wraps=weight_core.quantize_weight_rtn) as rounds:
+            model = resq_compiler.compile(
+                tiny("llama"),
+                tiny_tokens(2, 24),
+                recipe="resq",
+                weight_method="rtn",
+                lm_head_bits=8,
+                calibration_length=24,
+            )
+        return model.graph_module, [len(call.args[0]) for call in rounds.call_args_list]
+
+    monkeypatch.setattr(promises, "TABLE", 131 * 64 * 4)
+    (whole, _), (pieces, counts) = compiled(131), compiled(50)
+    assert counts[-3:] == [50, 50, 31]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, pieces.state_dict()[name]), name
 
 
 def test_leaves_alone(build):
