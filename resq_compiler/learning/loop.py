@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import DataError
 from resq_compiler.numerics.seeds import generator
+from resq_compiler.util import devices
 
 WARM_UP = 10  # steps until the rate is whole: the first steps of Adam are as long as the rate, whatever the gradient
 RETREATS = 3  # after so many steps that were not finite, learning ends
+LAST = 0.75  # of the steps: where the fall of the rate goes on when patience ends before; a seventh of the highest rate
 
 
 @dataclass(frozen=True)
 class Plan:
     """steps: at most. rate: the highest; it rises for WARM_UP steps and falls to zero as a cosine. batch: windows a step. judge_every:
-    steps. patience: judgements without a better one that end learning. optimizer: "adam", or "sgd" with momentum 0.9.
+    steps. patience: judgements without a better one behind which the rate falls to zero in a quarter of the steps, and in that quarter
+    those that end learning. optimizer: "adam", or "sgd" with momentum 0.9.
     """
 
     steps: int
@@ -81,11 +84,12 @@ def learn(
     """
     state = _State.begin(task, plan)
     state.resume(work)
-    while state.step < plan.steps and state.stale < plan.patience and state.retreats < RETREATS:
-        progress(task.name, state.step, plan.steps)
+    while state.place < plan.steps and state.stale < plan.patience and state.retreats < RETREATS:
+        progress(task.name, state.place, plan.steps)
         state.advance(seed)
-        if state.step % plan.judge_every == 0 or state.step == plan.steps:
+        if state.step % plan.judge_every == 0 or state.place == plan.steps:
             state.judge()
+            state.hasten()
             state.keep(work)
     task.module.load_state_dict(state.best)
     progress(task.name, plan.steps, plan.steps)
@@ -94,7 +98,7 @@ def learn(
 
 @dataclass
 class _State:
-    """Where learning is."""
+    """Where learning is. step: steps done. place: on the way of the rate, in steps."""
 
     task: Task
     plan: Plan
@@ -102,6 +106,7 @@ class _State:
     outcome: Outcome
     best: dict[str, Tensor]
     step: int = 0
+    place: int = 0
     stale: int = 0
     retreats: int = 0
 
@@ -118,14 +123,14 @@ class _State:
 
     def advance(self, seed: int) -> None:
         """One step."""
-        falling = (1 + math.cos(math.pi * self.step / self.plan.steps)) / 2
+        falling = (1 + math.cos(math.pi * self.place / self.plan.steps)) / 2
         rate = self.plan.rate * 0.5**self.retreats * falling * min(1.0, (self.step + 1) / WARM_UP)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad()
         picked = [self._window(seed, self.step * self.plan.batch + i) for i in range(self.plan.batch)]
         loss = self.task.step(picked)
-        self.step += 1
+        self.step, self.place = self.step + 1, self.place + 1
         gradients = [p.grad for p in self.task.module.parameters() if p.grad is not None]
         if math.isfinite(loss) and all(bool(g.isfinite().all()) for g in gradients):
             self.optimizer.step()
@@ -148,6 +153,12 @@ class _State:
             self.best = copy.deepcopy(self.task.module.state_dict())
         else:
             self.stale += 1
+
+    def hasten(self) -> None:
+        """Where patience ends at a high rate, go on at a low one: what still moves to and fro there comes to rest."""
+        last = math.ceil(LAST * self.plan.steps)
+        if self.stale >= self.plan.patience and self.place < last:
+            self.place, self.stale = last, 0
 
     def _retreat(self, why: str) -> None:
         self.retreats += 1
@@ -175,9 +186,9 @@ class _State:
             values = self.optimizer.state.get(parameter, {})
             tensors |= {f"optimizer.{i}.{n}": torch.as_tensor(v) for n, v in values.items() if v is not None}
         numbers = (self.outcome.start, self.outcome.best)
-        counts = (self.outcome.step, self.step, self.stale, self.retreats)
+        counts = (self.outcome.step, self.step, self.place, self.stale, self.retreats)
         tensors |= {"numbers": torch.tensor(numbers, dtype=torch.float64), "counts": torch.tensor(counts)}
-        work.save(self.task.name, tensors, self.outcome.notes)
+        work.save(self.task.name, {name: tensor.cpu() for name, tensor in tensors.items()}, self.outcome.notes)
 
     def resume(self, work: WorkDirectory | None) -> None:
         """Go on where a work directory says that learning was."""
@@ -186,13 +197,13 @@ class _State:
             return
         tensors, self.outcome.notes = saved
         self.task.module.load_state_dict({n[4:]: t for n, t in tensors.items() if n.startswith("now.")})
-        self.best = {n[5:]: t for n, t in tensors.items() if n.startswith("best.")}
+        self.best = {n[5:]: devices.here(t) for n, t in tensors.items() if n.startswith("best.")}
         for i, parameter in enumerate(self.task.module.parameters()):
             prefix = f"optimizer.{i}."
-            if found := {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}:
+            if found := {n[len(prefix) :]: devices.here(t) for n, t in tensors.items() if n.startswith(prefix)}:
                 self.optimizer.state[parameter] = found
         self.outcome.start, self.outcome.best = tensors["numbers"].tolist()
-        self.outcome.step, self.step, self.stale, self.retreats = (int(n) for n in tensors["counts"])
+        self.outcome.step, self.step, self.place, self.stale, self.retreats = (int(n) for n in tensors["counts"])
 
 
 def judge_every(steps: int) -> int:
