@@ -89,5 +89,6 @@ def test_compile_and_decode_in_the_interpreter(gpu, monkeypatch):
             "vocab_size": 131, "tie_word_embeddings": True}  # fmt: skip
     monkeypatch.setattr(gpu, "PROMPT", 8)
     monkeypatch.setattr(gpu, "NEW", 2)
-    found = gpu.measure_compile(tiny, "cpu", windows=2, length=24)
-    assert found["same_tokens"] and found["triton_steps_tokens_per_second"] > 0 and found["compile_seconds"] > 0
+    assert gpu.measure_compile(tiny, "cpu", windows=2, length=24)["compile_seconds"] > 0
+    found = gpu.measure_decoding(tiny, "cpu")
+    assert found["same_tokens"] and found["triton_steps_tokens_per_second"] > 0
