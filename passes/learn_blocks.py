@@ -93,9 +93,9 @@ class LearnBlocks(Pass):
         name, held = f"{self.name} {block.index}", held_back(len(windows), self.name)
         work = BlockTask(model, block, learned, windows, inputs, targets, held)
         task = Task(name, learned, len(windows) - held, work.step, work.judge)
-        outcome = learn(
-            task, Plan(self.steps, self.rate, self.batch, patience=self.patience), ctx.seed, ctx.work, quiet
-        )
+        plan_of_steps = Plan(self.steps, self.rate, self.batch, patience=self.patience)
+        with learned.computing():
+            outcome = learn(task, plan_of_steps, ctx.seed, ctx.work, quiet)
         report(ctx.lines, ctx.note, name, outcome)
         learned.write(gm, self.name)
         for part in learned.weights.parts.values():

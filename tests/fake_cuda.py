@@ -91,7 +91,7 @@ class FakeCuda(FakeTensorMode):
 
 def device_of(func: Any, inputs: list[Tensor]) -> torch.device:
     """Where the result of an operator is. Raises RuntimeError: operands on different devices; scalars of the CPU may join any."""
-    devices = {x.device for x in inputs if x.dim()} or {x.device for x in inputs}
+    devices = {x.device for x in inputs if x.dim() or x.device.type == "cuda"} or {x.device for x in inputs}
     if func in CROSSING:
         return inputs[0].device
     if len(devices) > 1:

@@ -63,6 +63,30 @@ def test_a_compile_computes_there(cuda, captured, tiny, family, options):
     assert cuda.calls["aten.linalg_cholesky_ex.default"] and cuda.calls["aten.mm.default"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recipe": "resq++", "learning_steps": 12, "learning_windows": 1},
+        {"recipe": "spinquant", "learning_steps": 2},
+        {"recipe": "omniquant", "learning_steps": 2},
+    ],
+)
+def test_learning_computes_there(cuda, captured, tiny, options):
+    """Gradients are added up in another order, so a few codes at ties differ."""
+    with mock.patch.object(api, "capture_promised", lambda skeleton, weights: captured("llama")):
+        expected = api.compile(tiny("llama"), tiny_tokens(2, 24), **FAST, **options).graph_module.state_dict()
+        with cuda:
+            found = api.compile(tiny("llama"), tiny_tokens(2, 24), device="cuda", **FAST, **options)
+    assert any("computed on cuda:0" in note for note in found.notes)
+    tensors = found.graph_module.state_dict()
+    assert tensors.keys() == expected.keys() and {t.device.type for t in tensors.values()} == {"cpu"}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        else:
+            assert (tensor != expected[name]).float().mean() < 0.001, name
+
+
 def test_products_with_a_table_go_there_by_pieces(monkeypatch):
     """As that with lm_head, in bfloat16, what a GPU computes linears in."""
     monkeypatch.setattr(promises, "TABLE", 1)
@@ -97,14 +121,17 @@ def test_calls_that_make_tensors_move_with_the_model():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
-@pytest.mark.parametrize("recipe", ["resq", "resq+"])
+@pytest.mark.parametrize("recipe", ["resq", "resq+", "resq++", "spinquant", "omniquant"])
 def test_a_compile_on_a_gpu_is_as_good(recipe):
     model, tokens = tiny_model("llama"), tiny_tokens(4, 48)
-    options = {"recipe": recipe, "calibration_samples": 4, "calibration_length": 48}
+    options = {"recipe": recipe, "calibration_samples": 4, "calibration_length": 48, "learning_steps": 12}
     ours, theirs = (resq_compiler.compile(model, tokens, device=name, **options) for name in ("cuda", "cpu"))
     held_out = tiny_tokens(4, 48, seed=1)
     exact = model(held_out).logits.detach()
     errors = [float((m(held_out).logits - exact).norm() / exact.norm()) for m in (ours, theirs)]
     assert errors[0] < 1.15 * errors[1]  # codes at ties, and another draw of rounding in bases
     there, here = ours.to("cuda")(held_out.cuda()).logits.cpu(), ours.cpu()(held_out).logits
-    assert float((there - here).norm() / here.norm()) < 0.01  # the same codes but for some at ties
+    share = (
+        0.01 if recipe.startswith("resq") else 0.25 * errors[1]
+    )  # the same codes but for ties, which count more without 8-bit columns
+    assert float((there - here).norm() / here.norm()) < share

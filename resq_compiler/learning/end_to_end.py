@@ -7,7 +7,7 @@ is memory for it, the insides of the blocks are kept too, and run once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +21,9 @@ from resq_compiler.ir import graph_tools
 from resq_compiler.learning.learned import Learned
 from resq_compiler.learning.losses import TopPredictions
 from resq_compiler.learning.running import Run, shared_values
-from resq_compiler.util import machine, memory
+from resq_compiler.util import devices, machine, memory
+
+TOKENS_ON_GPU = 8192  # at once: fewer leave a GPU waiting for the next operator
 
 
 class Loss(Protocol):
@@ -58,13 +60,15 @@ class Model:
         return found
 
     @torch.no_grad()
-    def stream(self, run: Run, ids: Tensor) -> list[Tensor]:
-        """The stream at the start of every block, and behind the last one."""
-        blocks, shared = self.topology.blocks, self.shared(run, ids)
-        found = [self.stream_start(run, ids)]
-        for block in blocks:
-            found.append(run.to([block.end], {**shared, block.start: found[-1]})[block.end])
-        return found
+    def each(self, run: Run, windows: Tensor) -> Iterator[Tensor]:
+        """Logits [length, vocabulary] of one window after the other; a GPU runs the blocks for several at once."""
+        at_once = 1 if devices.current() is None else max(1, TOKENS_ON_GPU // windows.shape[1])
+        for ids in windows.split(at_once):
+            value = self.stream_start(run, ids)
+            for block in self.topology.blocks:
+                value = self._behind(run, ids, block, value)
+            for one, last in zip(ids.split(1), value.split(1), strict=True):
+                yield self.predictions(run, one, last)
 
     def predictions(self, run: Run, ids: Tensor, last: Tensor) -> Tensor:
         """Logits [length, vocabulary] of one window [1, length] from the stream behind the last block."""
@@ -102,13 +106,19 @@ class Model:
         value, kept, blocks = self.stream_start(run, ids), [], self.topology.blocks
         if ids.shape not in self._fits:
             needed = saved_bytes(lambda: self._behind(run, ids, blocks[0], value.detach().requires_grad_()))
-            self._fits[ids.shape] = needed * len(blocks) < (machine.free_memory() or 0) / 4
+            self._fits[ids.shape] = needed * len(blocks) < (free_memory() or 0) / 4
         for block in blocks:
             start = value.detach().requires_grad_()
             with torch.set_grad_enabled(self._fits[ids.shape]):
                 value = self._behind(run, ids, block, start)
             kept.append((start, value))
         return kept
+
+
+def free_memory() -> int | None:
+    """Bytes that are free where it is computed."""
+    device = devices.current()
+    return machine.free_memory() if device is None else devices.free_memory(device)
 
 
 def saved_bytes(compute: Callable[[], Tensor]) -> int:
@@ -152,10 +162,8 @@ class EndToEnd:
         self.learned.begin()
         run = self.learned.run(self.model.gm)
         first = len(self.windows) - self.held
-        losses = []
-        for i in range(first, len(self.windows)):
-            ids = self.windows[i : i + 1]
-            losses.append(float(self.loss(self.model.predictions(run, ids, self.model.stream(run, ids)[-1]), index=i)))
+        logits = self.model.each(run, self.windows[first:])
+        losses = [float(self.loss(one, index=first + i)) for i, one in enumerate(logits)]
         memory.trim()
         return sum(losses) / len(losses)
 
@@ -166,9 +174,9 @@ def teach(
 ) -> tuple[TopPredictions, ...]:
     """The top k predictions of the float graph for windows [n, length]."""
     model, run, found = Model(gm, topology), Run(gm, quantized=False), []
-    for i, ids in enumerate(windows.split(1)):
+    for i, logits in enumerate(model.each(run, windows)):
         progress(i, len(windows))
-        found.append(TopPredictions.of(model.predictions(run, ids, model.stream(run, ids)[-1]), k))
+        found.append(TopPredictions.of(logits, k))
         memory.trim()
     progress(len(windows), len(windows))
     return tuple(found)

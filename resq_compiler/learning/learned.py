@@ -6,8 +6,9 @@ taken through it, differentiably; afterwards it is multiplied into them in float
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,9 @@ from resq_compiler.ir.args import set_argument
 from resq_compiler.ir.views import Embedding, Norm, Quantize, QuantizeDequantize
 from resq_compiler.learning.clipped_weights import ClippedWeights
 from resq_compiler.learning.learned_codes import LearnedCodes
-from resq_compiler.learning.running import Run
+from resq_compiler.learning.running import Resident, Run
 from resq_compiler.numerics.transforms import HeadRotation, Learnable, Rotation, Scaling, Transform
+from resq_compiler.util import devices
 
 LEAST_CLIP = 0.3
 
@@ -57,6 +59,7 @@ class Learned(nn.Module):
         self.quantizers: dict[Node, str] = {}
         self.weights: ClippedWeights | None = None
         self.codes: LearnedCodes | None = None
+        self._resident = Resident()
         self._made: dict[str, Transform] = {}
         self._leaves: dict[str, Transform] = {}
 
@@ -78,6 +81,17 @@ class Learned(nn.Module):
         if name not in self.shares:
             self.shares[name] = nn.Parameter(torch.tensor(float(clip)))
         self.quantizers[node] = name
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, what is learned, and what is read again and again, lie on the device that computes; behind it, with the model again."""
+        move(self, devices.current() or devices.CPU)
+        try:
+            yield
+        finally:
+            self._resident.clear()
+            self._made, self._leaves = {}, {}
+            move(self, devices.CPU)
 
     @property
     def empty(self) -> bool:
@@ -118,12 +132,13 @@ class Learned(nn.Module):
 
     def tensor(self, target: str, value: Tensor) -> Tensor:
         """A tensor of the model, changed; in the dtype that linears round it to anyway, unless codes are made of it."""
-        changes = self.changes.get(target, ())
+        if self.codes is not None and target in self.codes.names:
+            return self.codes.tensor(target, value)
+        changes, value = self.changes.get(target, ()), self._resident(target, value)
         if changes and self.weights is None and precision.dtype() != torch.float32:
             value = value.to(precision.dtype())
         for change in changes:
             value = change.apply(self._leaves[change.learned], value)
-        value = value if self.codes is None else self.codes.tensor(target, value)
         return value if self.weights is None else self.weights.tensor(target, value)
 
     @torch.no_grad()
@@ -141,6 +156,17 @@ class Learned(nn.Module):
             set_argument(node, "clip", round(float(self.shares[name].clamp(LEAST_CLIP, 1.0)), 6))
         if self.codes is not None:
             self.codes.write(gm)
+
+
+@torch.no_grad()
+def move(module: nn.Module, device: torch.device) -> None:
+    """Put parameters and buffers on a device. Not `Module.to`, which writes into parameters that others may hold."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.device != device:
+                part.register_parameter(name, nn.Parameter(parameter.detach().to(device), parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(name, buffer.to(device))
 
 
 def changed(value: Tensor, changes: list[Change], exact: Mapping[str, Transform]) -> Tensor:

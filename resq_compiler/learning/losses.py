@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resq_compiler.util import devices
+
 
 @dataclass(frozen=True)
 class TopPredictions:
-    """The k largest logits of every token of a window, and their ids: [length, k]; float32 and int32."""
+    """The k largest logits of every token of a window, and their ids: [length, k]; float32 and int32, in the memory of the CPU."""
 
     logits: Tensor
     ids: Tensor
@@ -20,7 +22,7 @@ class TopPredictions:
     def of(cls, logits: Tensor, k: int) -> TopPredictions:
         """Of logits [length, vocabulary]."""
         values, ids = logits.detach().float().topk(min(k, logits.shape[-1]), dim=-1)
-        return cls(values, ids.int())
+        return cls(values.cpu(), ids.int().cpu())
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,14 @@ def divergence(logits: Tensor, teacher: TopPredictions) -> Tensor:
 
     logits: [length, vocabulary]. Source: OSTQuant's KL-Top, arXiv 2501.13987, section 4.3.
     """
-    student = logits.float().gather(-1, teacher.ids.long())
-    return F.kl_div(student.log_softmax(-1), teacher.logits.log_softmax(-1), reduction="batchmean", log_target=True)
+    student = logits.float().gather(-1, devices.here(teacher.ids).long())
+    aim = devices.here(teacher.logits).log_softmax(-1)
+    return F.kl_div(student.log_softmax(-1), aim, reduction="batchmean", log_target=True)
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean over tokens of the next token's negative log-likelihood: logits [length, vocabulary], ids [length]."""
-    return F.cross_entropy(logits[:-1].float(), ids[1:])
+    return F.cross_entropy(logits[:-1].float(), devices.here(ids[1:]))
 
 
 def relative_square(value: Tensor, target: Tensor) -> Tensor:

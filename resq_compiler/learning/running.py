@@ -18,11 +18,30 @@ from resq_compiler.calibration import executor, precision
 from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.views import CodedLinear, Dequantize, Quantize, QuantizeDequantize
 from resq_compiler.learning import straight_through as ste
+from resq_compiler.util import devices
 
 
-def unchanged(target: str, value: Tensor) -> Tensor:
-    """A tensor of the model as it is."""
-    return value
+class Resident:
+    """Tensors of the model on the device that computes now, where they stay while there is plenty of room: windows read all of them."""
+
+    def __init__(self) -> None:
+        self._there: dict[str, Tensor] = {}
+
+    def __call__(self, target: str, value: Tensor) -> Tensor:
+        """The tensor as it is."""
+        device = devices.current()
+        if device is None:
+            return value
+        if target not in self._there:
+            value = devices.here(value)
+            if value.nbytes > (devices.free_memory(device) or 0) / 4:
+                return value
+            self._there[target] = value
+        return self._there[target]
+
+    def clear(self) -> None:
+        """Let all of them go."""
+        self._there.clear()
 
 
 @dataclass
@@ -37,7 +56,7 @@ class Run:
 
     gm: GraphModule
     quantized: bool = True
-    tensor: Callable[[str, Tensor], Tensor] = unchanged
+    tensor: Callable[[str, Tensor], Tensor] = field(default_factory=Resident)
     behind: Mapping[Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     clips: Mapping[Node, Tensor] = field(default_factory=dict)
     substitutes: Mapping[object, Callable[..., Tensor]] = field(default_factory=precision.substitutes)

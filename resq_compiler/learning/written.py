@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools
 from resq_compiler.numerics.seeds import generator
+from resq_compiler.util import devices
 
 BATCH = 32  # windows at once; their cache is what memory holds
 BEGINNING = 1 / 16  # of a window
@@ -46,7 +47,9 @@ def _go_on(gm: GraphModule, begun: Tensor, length: int, draw: torch.Generator) -
     inputs, (logits, *present) = graph_tools.placeholders(gm.graph), graph_tools.output_args(gm.graph)
     schedule = executor.Schedule(gm, [logits, *present], inputs)
     written, env = begun, executor.first_tokens(gm, begun)
+    weights = {} if devices.current() is None else executor.weights_of(gm, schedule.order)
     while written.shape[1] < length:
+        env |= weights
         schedule.run(env)
         token = torch.multinomial(env[logits][:, -1].float().softmax(-1).cpu(), 1, generator=draw)
         written = torch.cat((written, token), 1)

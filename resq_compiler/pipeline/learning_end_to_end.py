@@ -25,7 +25,8 @@ def learn_end_to_end(
     hold(model.gm, ctx.work)
     work = EndToEnd(model, learned, windows, held, loss)
     task = Task(name, learned, len(windows) - held, work.step, work.judge, factors or {})
-    outcome = learn(task, plan, ctx.seed, ctx.work, ctx.progress)
+    with learned.computing():
+        outcome = learn(task, plan, ctx.seed, ctx.work, ctx.progress)
     report(ctx.lines, ctx.note, name, outcome)
     if not outcome.improved:
         return 0
