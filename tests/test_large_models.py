@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from unittest import mock
 
 import pytest
 import torch
@@ -54,3 +55,15 @@ def test_a_prefill_and_its_decode_hold_a_block_at_a_time(family):
     assert promises.ledger.most - before < 2 * block + table
     graph_tools.settle(captured.graph_module)
     assert torch.equal(found, prefill_and_decode(captured.graph_module, captured.example_inputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied", "gemma2"])
+def test_a_prefill_and_its_decode_make_lm_head_once(family, monkeypatch):
+    opened = of_instance(tiny_model(family), None, "here", ModelSource("instance", ""))
+    captured = capture_promised(opened.skeleton, opened.weights)
+    apart = prefill_and_decode(captured.graph_module, captured.example_inputs)
+    monkeypatch.setattr(promises, "TABLE", 131 * 64 * 4)
+    with mock.patch.object(promises, "product", wraps=promises.product) as products:
+        together = prefill_and_decode(captured.graph_module, captured.example_inputs)
+    assert products.call_count == 1
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)  # float32 products of other shapes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration.executor import Schedule, run_node
 from resq_compiler.ir import graph_tools, promises
+from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.ir.views import Linear
 from resq_compiler.util import devices
 
 
@@ -30,12 +32,32 @@ def run_behind(gm: GraphModule, prefill: Sequence[Tensor], decode: Sequence[Tens
     return first[logits], second[logits]
 
 
+def reads_table(node: Node, env: Mapping[Node, Any]) -> bool:
+    """Whether a node multiplies with a table that is promised, as lm_head: every product makes all of it."""
+    linear = Linear.of(node) if is_call(node, aten.linear.default) else None
+    return linear is not None and promises.is_table(env[linear.weight])
+
+
+def together(
+    gm: GraphModule, node: Node, first: Mapping[Node, Any], second: Mapping[Node, Any]
+) -> tuple[Tensor, Tensor]:
+    """A linear of both runs, in one product."""
+    x = Linear.require(node).x
+    one, two = first[x].flatten(0, -2), second[x].flatten(0, -2)
+    both = run_node(gm, node, {**first, x: torch.cat((one, two))})
+    ahead, behind = both.split((len(one), len(two)))
+    return ahead.unflatten(0, first[x].shape[:-1]), behind.unflatten(0, second[x].shape[:-1])
+
+
 def _run(
     gm: GraphModule, schedule: Schedule, first: dict[Node, Any], second: dict[Node, Any], present: dict[Node, Node]
 ) -> None:
     waiting: list[Node] = []
     for node in schedule.order:
-        first[node] = run_node(gm, node, first)
+        if reads_table(node, first) and not waiting:
+            first[node], second[node] = together(gm, node, first, second)
+        else:
+            first[node] = run_node(gm, node, first)
         waiting.append(node)
         if node in present:
             second[present[node]] = first[node]
