@@ -13,9 +13,12 @@ What meets none of these stays an operator of the graph (online): U_C, the Hadam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -28,7 +31,10 @@ from resq_compiler.ir.views import Embedding, Linear, Norm, SplitHeads
 from resq_compiler.numerics.float64 import each
 from resq_compiler.numerics.transforms import HeadRotation, Scaling, Transform
 from resq_compiler.pipeline.passes import Pass, PassContext
-from resq_compiler.util import memory
+from resq_compiler.util import devices, memory
+
+_copies: WeakKeyDictionary[Transform, tuple[torch.device, Transform]] = WeakKeyDictionary()
+"""Transforms on the device that computes, as long as a weight is to go through them."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def write(gm: GraphModule, x: Node, transform: Transform) -> bool:
     """Let a linear, an embedding, or a norm whose channels are not mixed, write x T in place of x; False where x is none of these."""
     embedding, linear, norm = Embedding.of(x), Linear.of(x), Norm.of(x)
     if embedding is not None:
-        embedding.change_rows(gm, transform.forward)
+        embedding.change_rows(gm, there(transform, type(transform).forward))
     elif linear is not None:
         change_outputs(gm, linear, transform)
     elif norm is not None and norm.gain is not None and transform.elementwise:
@@ -109,6 +115,20 @@ def write(gm: GraphModule, x: Node, transform: Transform) -> bool:
     else:
         return False
     return True
+
+
+def there(transform: Transform, apply: Callable[[Any, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What the transform makes of a weight, computed on the device that computes then; back where the weight lies."""
+
+    def change(weight: Tensor) -> Tensor:
+        device = devices.current()
+        if device is None:
+            return apply(transform, weight)
+        if _copies.get(transform, (None,))[0] != device:
+            _copies[transform] = device, transform.to(device)
+        return apply(_copies[transform][1], devices.here(weight)).to(weight.device)
+
+    return change
 
 
 def fuse_inverse(gm: GraphModule, node: Node, transform: Transform) -> bool:
@@ -119,15 +139,17 @@ def fuse_inverse(gm: GraphModule, node: Node, transform: Transform) -> bool:
     if not linears or len(linears) < len(readers):
         return False
     for linear in linears:
-        linear.change_rows(gm, transform.into_inputs)
+        linear.change_rows(gm, there(transform, type(transform).into_inputs))
     return True
 
 
 def change_outputs(gm: GraphModule, linear: Linear, transform: Transform) -> None:
     """W <- Tᵀ W and b <- b T, of each expert where there are several."""
 
+    into = there(transform, type(transform).into_outputs)
+
     def change(value: Tensor) -> Tensor:
-        return transform.into_outputs(value.double()).to(value.dtype)
+        return into(value.double()).to(value.dtype)
 
     bias = linear.bias_tensor(gm)
     if linear.of_experts:

@@ -10,9 +10,11 @@ are differentiable, and compute in the dtype of what they are given.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,12 @@ class Transform(ABC):
     def into_outputs(self, w: Tensor) -> Tensor:
         """Tᵀ W, the weight [width, K], or the bias [width], that writes x T."""
         return self.forward(w.movedim(0, -1)).movedim(-1, 0)
+
+    def to(self, device: torch.device) -> Transform:
+        """The same on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        kind: Any = self
+        return dataclasses.replace(kind, **moved)
 
     def learnable(self, sizes: Sequence[int] | None = None) -> Learnable:
         """What of it can be learned, starting from itself; sizes: parts of the channels that must not mix. Raises QuantError: nothing."""
@@ -314,6 +322,9 @@ class Product(Transform):
     @property
     def width(self) -> int:
         return self.factors[0].width
+
+    def to(self, device: torch.device) -> Product:
+        return Product(tuple(t.to(device) for t in self.factors))
 
     @property
     def products(self) -> int:

@@ -49,6 +49,14 @@ def matrix(transform):
 
 
 @EACH
+def test_moves_to_a_device(transform):
+    moved = transform.to(torch.device("meta"))
+    assert type(moved) is type(transform) and moved.width == transform.width
+    assert all(t.is_meta for t in moved.tensors.values())
+    assert moved.into_outputs(torch.empty(WIDTH, 3, dtype=torch.float64, device="meta")).shape == (WIDTH, 3)
+
+
+@EACH
 def test_is_the_map_of_one_matrix(transform):
     x, t = draw(2, 5, WIDTH), matrix(transform)
     torch.testing.assert_close(transform.forward(x), x @ t, rtol=FP64, atol=FP64)
