@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler.calibration import executor
 from resq_compiler.inspection.noise import Quantizer, add_tap, quantizer_of, quantizers
 from resq_compiler.ir import graph_tools, meta, ops
-from resq_compiler.ir.expert_views import matrices
+from resq_compiler.ir.expert_views import pieces
 from resq_compiler.ir.views import CodedLinear, Linear, Quantize
 from resq_compiler.numerics.quantized import QuantizedActivation
 from resq_compiler.numerics.seeds import generator
@@ -113,8 +113,9 @@ def read_energies(gm: GraphModule) -> dict[Node, Tensor]:
         if quantizer is None:
             continue
         coded = CodedLinear.of(node)
-        weights = matrices(gm, Linear.require(node) if coded is None else coded)
-        energy = torch.stack([devices.here(weight).float().square().sum(0) for weight in weights]).mean(0)
+        linear = Linear.require(node) if coded is None else coded
+        each = torch.stack([devices.here(weight).float().square().sum(0) for weight in pieces(gm, linear)])
+        energy = each.mean(0) if linear.of_experts else each.sum(0)
         found[quantizer.node] = found[quantizer.node] + energy if quantizer.node in found else energy
     return found
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import node_arg, tensor_arg
+from resq_compiler.ir.promises import ROWS
 from resq_compiler.ir.views import CodedLinear, Linear, View
 from resq_compiler.numerics.quantized import column_scales
 
@@ -26,6 +27,17 @@ def matrices(gm: GraphModule, linear: Linear | CodedLinear) -> Iterator[Tensor]:
     codes, scales = linear.codes(gm), linear.scales(gm)
     for code, scale in zip(codes, scales, strict=True) if linear.of_experts else ((codes, scales),):
         yield code * column_scales(scale, code.shape[-1], linear.group_size)
+
+
+def pieces(gm: GraphModule, linear: Linear | CodedLinear) -> Iterator[Tensor]:
+    """`matrices` a few thousand rows at a time where there is only one: that of lm_head is large."""
+    if linear.of_experts:
+        yield from matrices(gm, linear)
+    elif isinstance(linear, Linear):
+        yield from graph_tools.pieces(gm, linear.weight)
+    else:
+        rows = zip(linear.codes(gm).split(ROWS), linear.scales(gm).split(ROWS), strict=True)
+        yield from (codes * column_scales(scale, codes.shape[1], linear.group_size) for codes, scale in rows)
 
 
 def matrix_of(gm: GraphModule, linear: Linear, expert: int) -> Tensor:
