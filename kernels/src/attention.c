@@ -2,7 +2,7 @@
  *
  * The rows of a unit are queries of the heads that share a key head, token by token. Where few queries see many keys, as in decoding,
  * the keys are cut into chunks, each a unit; whoever finishes a head's last chunk puts its results together, in the same order always. */
-#include "attention_rows.h"
+#include "attention_few.h"
 
 static int64_t key_chunks(const rk_attention_args *a) { return a->scratch ? chunks_of_keys(a) : 1; }
 
@@ -145,11 +145,59 @@ static int all_seen(const query_tile *t, int64_t first, int64_t keys) {
     return !mask || !memchr(mask, 0, (size_t)keys);
 }
 
+/* Some rows with a tile of keys. Each step goes over all rows, so that no row waits for its own last step. */
+RK_INLINE void attend_block(const query_tile *t, attention_space *w, int64_t row, int64_t first, int64_t keys, int seen, const int rows) {
+    const rk_attention_args *a = t->args;
+    const int64_t whole = rk_round_up(keys, 16);
+    score_rows(w, row, keys, rows);
+    for (int r = 0; r < rows; r++) {
+        const int64_t slot = slot_of_row(t, row + r);
+        for (int64_t j = 0; a->softcap > 0 && j < whole; j += RK_WIDTH)
+            rk_store(w->scores[r] + j, capped(rk_load(w->scores[r] + j), a->softcap));
+        for (int64_t j = 0; a->slopes && j < whole; j += RK_WIDTH) {
+            const f32v distance = __builtin_convertvector(rk_lane + (int32_t)(first + j - slot), f32v);
+            rk_store(w->scores[r] + j, rk_load(w->scores[r] + j) + distance * w->slope[row + r]);
+        }
+        if (!seen)
+            mask_row(t, w, w->scores[r], slot, first, keys);
+    }
+    raise_highest(w, row, whole, rows);
+    for (int r = 0; r < rows; r++)
+        weigh(w, row, r, whole);
+    for (int r = 0; r < rows; r++)
+        for (int part = 0; part < 2; part++)
+            if (w->value.width[part])
+                code_weights(w, r, part, whole);
+    if (TAKES_CACHED_VALUES && w->value_rows) {
+        cached_value_rows(w, 0, keys, rows);
+        cached_value_rows(w, 1, keys, rows);
+        return;
+    }
+    for (int part = 0; part < 2; part++)
+        if (w->value.width[part] && part == 0)
+            value_rows(w, 0, row, keys, rows);
+        else if (w->value.width[part])
+            value_rows(w, 1, row, keys, rows);
+}
+
+/* Reads a tile of keys and values, or of the latter only scales where their codes are taken from the cache. */
+static void read_tile(const query_tile *t, attention_space *w, int64_t first, int64_t keys) {
+    const rk_attention_args *a = t->args;
+    const cache_reader k = open_cache(t, &a->key, a->key_cache, first), v = open_cache(t, &a->value, a->value_cache, first);
+    read_keys(w->key, k, keys, w->keys, &w->key_scales);
+    if (takes_cached_values(t, &w->value, &v, keys)) {
+        w->value_rows = v.row, w->value_bytes = v.bytes, w->next_values = v.row + TILE_KEYS * v.bytes;
+        read_value_scales(w->value, v, keys, &w->value_scales);
+    } else {
+        w->value_rows = NULL;
+        read_values(w->value, v, keys, w->values, &w->value_scales);
+    }
+}
+
 static void attend_tile(const query_tile *t, attention_space *w, int64_t first, int64_t keys) {
     const rk_attention_args *a = t->args;
     const int seen = all_seen(t, first, keys);
-    read_keys(w->key, open_cache(t, &a->key, a->key_cache, first), keys, w->keys, &w->key_scales);
-    read_values(w->value, open_cache(t, &a->value, a->value_cache, first), keys, w->values, &w->value_scales);
+    read_tile(t, w, first, keys);
     if (a->mask && !seen)
         memcpy(w->mask, mask_at(t, first), (size_t)keys);
     for (int64_t row = 0; row < t->rows; row += BLOCK_ROWS)

@@ -41,11 +41,11 @@ typedef struct {
 } tile_scales;
 
 /* The next RK_WIDTH rows of a cache that has `keys` more, zeros where it has none, with SLACK bytes behind them that may be read: copied
- * to `space` where the cache ends before. Asks for the rows that the next tile has in this place. */
-RK_INLINE const uint8_t *next_rows(cache_reader *r, int64_t keys, uint8_t space[RK_WIDTH * ROW_BYTES + SLACK]) {
+ * to `space` where the cache ends before. ask: for the rows that the next tile has in this place. */
+RK_INLINE const uint8_t *next_rows(cache_reader *r, int64_t keys, const int ask, uint8_t space[RK_WIDTH * ROW_BYTES + SLACK]) {
     const uint8_t *rows = r->row;
     const int64_t bytes = RK_WIDTH * r->bytes;
-    for (int64_t i = 0; i < bytes; i += 64)
+    for (int64_t i = 0; ask && i < bytes; i += 64)
         __builtin_prefetch(rows + TILE_KEYS * r->bytes + i, 0, 2);
     if (keys < RK_WIDTH || r->left < bytes + SLACK) {
         const int64_t there = rk_min(keys, RK_WIDTH) * r->bytes;
@@ -120,7 +120,7 @@ static void read_keys(const head_layout l, cache_reader r, int64_t keys, int32_t
     uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < keys; j += RK_WIDTH) {
         const int64_t bytes = r.bytes;
-        const uint8_t *rows = next_rows(&r, keys - j, space);
+        const uint8_t *rows = next_rows(&r, keys - j, 1, space);
         if (all) {
             i32v rest[3];
             spread(rows, bytes, l.quads[0] + l.quads[1], quads + j, rest);
@@ -168,10 +168,19 @@ static void read_values(const head_layout l, cache_reader r, int64_t keys, int32
     uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
         const int64_t bytes = r.bytes;
-        const uint8_t *rows = next_rows(&r, keys > j ? keys - j : 0, space);
+        const uint8_t *rows = next_rows(&r, keys > j ? keys - j : 0, 1, space);
         read_scales(l, rows, bytes, j, s);
         for (int64_t i = 0; i < rk_min(RK_WIDTH, keys - j); i += 4)
             value_quads(l, rows + i * bytes, bytes, quads + (j + i) / 4 * l.columns);
+    }
+}
+
+/* What read_values leaves of a tile besides its codes. */
+static void read_value_scales(const head_layout l, cache_reader r, int64_t keys, tile_scales *s) {
+    uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
+    for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
+        const int64_t bytes = r.bytes;
+        read_scales(l, next_rows(&r, keys > j ? keys - j : 0, 0, space), bytes, j, s);
     }
 }
 

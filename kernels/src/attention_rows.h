@@ -48,6 +48,9 @@ typedef struct {
     float sums[LANES * COLUMN_SPACE];                /* [row][column] */
     int32_t keys[QUAD_SPACE * TILE_KEYS];            /* [quad][key] */
     int32_t values[TILE_KEYS / 4 * COLUMN_SPACE + 16]; /* [quad of keys][column] */
+    const uint8_t *value_rows; /* this tile's in the cache, where values are taken from there; NULL: from `values` */
+    int64_t value_bytes;
+    const uint8_t *next_values; /* of the next tile: what to ask for meanwhile */
 } attention_space;
 
 static int64_t token_of(const query_tile *t, int64_t row) { return (t->first_row + row) / t->group; }
@@ -56,14 +59,33 @@ static int64_t slot_of_row(const query_tile *t, int64_t row) { return t->args->s
 
 enum { BYTES, NIBBLES, TWO_NIBBLES }; /* a quad: four bytes, four nibbles each in a byte, or four low nibbles and then four high ones */
 
-/* sums[r][v] = sum_k a[r][k] . b[k][v] for some rows of limbs and vectors of quads. */
-RK_INLINE void product_block(const int8_t *a, int64_t a_stride, const int32_t *b, int64_t b_stride, int64_t k, const int kind,
-                             const int rows, const int vectors, i32v sums[BLOCK_LIMBS][BLOCK_VECTORS]) {
+RK_INLINE void clear_sums(const int rows, const int vectors, i32v sums[BLOCK_LIMBS][BLOCK_VECTORS]) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++)
             sums[r][i] = (i32v){0};
+}
+
+/* sums[r] = sums[r] + a[r] . v for a quad of each of some rows of limbs and some vectors. */
+RK_INLINE void add_quads(const int8_t *a, int64_t a_stride, const i32v v[BLOCK_VECTORS], const int nibbles, const int rows, const int vectors,
+                         i32v sums[BLOCK_LIMBS][BLOCK_VECTORS]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+        int32_t four;
+        memcpy(&four, a + r * a_stride, sizeof four);
+        i32v w = rk_splat_i32(four);
+        KEEP_IN_REGISTER(w);
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++)
+            sums[r][i] = rk_dot_quads(sums[r][i], v[i], w, nibbles);
+    }
+}
+
+/* sums[r][v] = sum_k a[r][k] . b[k][v] for some rows of limbs and vectors of quads. */
+RK_INLINE void product_block(const int8_t *a, int64_t a_stride, const int32_t *b, int64_t b_stride, int64_t k, const int kind,
+                             const int rows, const int vectors, i32v sums[BLOCK_LIMBS][BLOCK_VECTORS]) {
+    clear_sums(rows, vectors, sums);
     for (int64_t j = 0; j < k; j++, b += b_stride)
 #pragma GCC unroll 2
         for (int high = 0; high <= (kind == TWO_NIBBLES); high++, a += 4) {
@@ -74,16 +96,7 @@ RK_INLINE void product_block(const int8_t *a, int64_t a_stride, const int32_t *b
                 if (kind == TWO_NIBBLES)
                     v[i] = (high ? v[i] >> 4 : v[i]) & 0x0f0f0f0f;
             }
-#pragma GCC unroll 12
-            for (int r = 0; r < rows; r++) {
-                int32_t four;
-                memcpy(&four, a + r * a_stride, sizeof four);
-                i32v w = rk_splat_i32(four);
-                KEEP_IN_REGISTER(w);
-#pragma GCC unroll 4
-                for (int i = 0; i < vectors; i++)
-                    sums[r][i] = rk_dot_quads(sums[r][i], v[i], w, kind != BYTES);
-            }
+            add_quads(a, a_stride, v, kind != BYTES, rows, vectors, sums);
         }
 }
 
@@ -223,23 +236,27 @@ RK_INLINE void weigh_zero_points(const attention_space *w, const int part, int64
     }
 }
 
+/* sums = sums * shrink + products of limbs with codes - those with zero points, for row r of a block and a vector of `count` columns or
+ * more. */
+RK_INLINE void add_products(attention_space *w, const int part, int64_t row, const int r, int64_t column, int64_t count, const int32_t *zeros,
+                            const int vector, i32v products[BLOCK_LIMBS][BLOCK_VECTORS]) {
+    const int32_t rest_zeros = zeros[LIMBS * r] * 256 + zeros[LIMBS * r + 1], bottom_zeros = zeros[LIMBS * r + 2];
+    float *sum = w->sums + (row + r) * COLUMN_SPACE + column;
+    const i32v rest = products[LIMBS * r][vector] * 256 + products[LIMBS * r + 1][vector] - rest_zeros;
+    const f32v added = limbs_to_float(rest, products[LIMBS * r + 2][vector] - bottom_zeros) * w->weight_scale[r][part];
+    rk_store_some(sum, rk_load_some(sum, count) * w->shrink[r] + added, count);
+}
+
 /* sums = sums * shrink + weights . (values - zero points), for some rows and vectors of columns. */
 RK_INLINE void value_block(attention_space *w, const int part, int64_t row, int64_t column, int64_t quads, const int32_t *zeros,
                            const int rows, const int vectors) {
     i32v sums[BLOCK_LIMBS][BLOCK_VECTORS];
     product_block(w->weights[part], TILE_KEYS, w->values + column, w->value.columns, quads, part ? BYTES : NIBBLES, LIMBS * rows, vectors, sums);
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-        const float shrink = w->shrink[r], scale = w->weight_scale[r][part];
-        const int32_t rest_zeros = zeros[LIMBS * r] * 256 + zeros[LIMBS * r + 1], bottom_zeros = zeros[LIMBS * r + 2];
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int i = 0; i < vectors; i++) {
-            float *sum = w->sums + (row + r) * COLUMN_SPACE + column + i * RK_WIDTH;
-            const i32v rest = sums[LIMBS * r][i] * 256 + sums[LIMBS * r + 1][i] - rest_zeros;
-            const f32v added = limbs_to_float(rest, sums[LIMBS * r + 2][i] - bottom_zeros) * scale;
-            rk_store(sum, rk_load(sum) * shrink + added);
-        }
-    }
+        for (int i = 0; i < vectors; i++)
+            add_products(w, part, row, r, column + i * RK_WIDTH, RK_WIDTH, zeros, i, sums);
 }
 
 RK_INLINE void value_rows(attention_space *w, const int part, int64_t row, int64_t keys, const int rows) {
@@ -251,36 +268,6 @@ RK_INLINE void value_rows(attention_space *w, const int part, int64_t row, int64
         value_block(w, part, row, i, quads, zeros, rows, BLOCK_VECTORS);
     for (; i < last; i += RK_WIDTH)
         value_block(w, part, row, i, quads, zeros, rows, 1);
-}
-
-/* Some rows with a tile of keys. Each step goes over all rows, so that no row waits for its own last step. */
-RK_INLINE void attend_block(const query_tile *t, attention_space *w, int64_t row, int64_t first, int64_t keys, int seen, const int rows) {
-    const rk_attention_args *a = t->args;
-    const int64_t whole = rk_round_up(keys, 16);
-    score_rows(w, row, keys, rows);
-    for (int r = 0; r < rows; r++) {
-        const int64_t slot = slot_of_row(t, row + r);
-        for (int64_t j = 0; a->softcap > 0 && j < whole; j += RK_WIDTH)
-            rk_store(w->scores[r] + j, capped(rk_load(w->scores[r] + j), a->softcap));
-        for (int64_t j = 0; a->slopes && j < whole; j += RK_WIDTH) {
-            const f32v distance = __builtin_convertvector(rk_lane + (int32_t)(first + j - slot), f32v);
-            rk_store(w->scores[r] + j, rk_load(w->scores[r] + j) + distance * w->slope[row + r]);
-        }
-        if (!seen)
-            mask_row(t, w, w->scores[r], slot, first, keys);
-    }
-    raise_highest(w, row, whole, rows);
-    for (int r = 0; r < rows; r++)
-        weigh(w, row, r, whole);
-    for (int r = 0; r < rows; r++)
-        for (int part = 0; part < 2; part++)
-            if (w->value.width[part])
-                code_weights(w, r, part, whole);
-    for (int part = 0; part < 2; part++)
-        if (w->value.width[part] && part == 0)
-            value_rows(w, 0, row, keys, rows);
-        else if (w->value.width[part])
-            value_rows(w, 1, row, keys, rows);
 }
 
 #endif
