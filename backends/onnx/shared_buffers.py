@@ -5,7 +5,6 @@ ONNX Runtime binds the buffers once; a step gives it ids, mask and positions, an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,14 +70,8 @@ class BoundSession:
         return torch.empty(batch, entry.shape[1], capacity, entry.shape[3], dtype=torch.uint8)
 
     def buffers(self, batch: int, capacity: int) -> list[Tensor]:
-        """The buffers of all entries, side by side in memory that numpy asks Linux to back with huge pages from 4 MiB on.
-
-        Attention behind many tokens waits for pages of 4 KiB to be found.
-        """
-        shapes = [(batch, entry.shape[1], capacity, entry.shape[3]) for entry in self.entries]
-        whole = torch.from_numpy(np.empty(sum(map(math.prod, shapes)), np.uint8))
-        parts = whole.split([math.prod(shape) for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        """The buffers of all entries."""
+        return [self.buffer(i, batch, capacity) for i in range(len(self.entries))]
 
 
 def _value(array: np.ndarray) -> Any:

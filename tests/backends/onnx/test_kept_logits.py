@@ -90,17 +90,6 @@ def test_buffers_are_written_where_they_are(decoder):
     )
 
 
-def test_buffers_lie_side_by_side(decoder):
-    """One block of memory, in which none overlaps another."""
-    bound = BoundSession(decoder.session)
-    buffers = bound.buffers(2, 5)
-    assert [tuple(b.shape) for b in buffers] == [tuple(bound.buffer(i, 2, 5).shape) for i in range(len(buffers))]
-    for i, buffer in enumerate(buffers):
-        buffer.fill_(i)
-    assert all(bool((buffer == i).all()) for i, buffer in enumerate(buffers))
-    assert len({b.untyped_storage().data_ptr() for b in buffers}) == 1
-
-
 def test_a_buffer_without_room(decoder):
     """What a client that shares buffers does wrong is an error of ONNX Runtime that names the node."""
     bound = BoundSession(decoder.session)
