@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"tests": 150, "kernels": 50, "decode": 90, "compile": 180}  # seconds; 470 with all
+LIMITS = {"tests": 150, "kernels": 50, "decode": 170, "compile": 100}  # seconds; 470 with all
 MARK = "mark.gpu"
 KERNELS = ("norm_quantize", "mixed_linear", "grouped_linear", "hadamard_quantize", "attention", "backend")
 LLAMA_1B = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
     "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True, "max_position_embeddings": 4096,
 }  # fmt: skip
+FOUR_BLOCKS = {**LLAMA_1B, "num_hidden_layers": 4}  # all 16 took longer than there is time for
 WINDOWS, LENGTH = 16, 512
 PROMPT, NEW = 128, 64
 
@@ -115,7 +116,7 @@ def compiled_on(model: Any, device: str, windows: int, length: int, **options: A
 
 
 def measure_compile(
-    config: dict[str, Any] = LLAMA_1B, device: str = "cuda", windows: int = WINDOWS, length: int = LENGTH
+    config: dict[str, Any] = FOUR_BLOCKS, device: str = "cuda", windows: int = WINDOWS, length: int = LENGTH
 ) -> dict[str, Any]:
     """A random model compiled on the device."""
     import torch
@@ -244,7 +245,7 @@ def markdown(report: dict[str, Any]) -> str:
     found = report.get("decode", {}) | report.get("compile", {})
     compiled = {k: v for k, v in found.items() if k not in ("error", "seconds", "stage_seconds")}
     if compiled:
-        lines += ["| compile and decode, Llama-3.2-1B's shape | |", "|---|--:|"]
+        lines += ["| Llama-3.2-1B's shape: decoding, and a compile of four blocks | |", "|---|--:|"]
         lines += [
             f"| {k.replace('_', ' ')} | {v:,.1f} |" if isinstance(v, float) else f"| {k.replace('_', ' ')} | {v} |"
             for k, v in compiled.items()

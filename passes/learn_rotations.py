@@ -35,8 +35,8 @@ class LearnRotations(Pass):
     """Learn, and multiply what was learned into the weights; the start stays where nothing better was found.
 
     loss: what falls; "divergence" needs keep-predictions before. scales: of channels, too. steps: at most. rate: the highest.
-    batch: windows a step. patience: judgements, 20 in all or one every 10 steps, without a better one, behind which the rate falls to zero
-    in a quarter of the steps; as many there end learning.
+    batch: windows a step. patience: judgements, 20 in all or one every 10 steps, without a better one that bring the last quarter of the
+    rate's fall forward; inside it, as many end learning.
     """
 
     name: ClassVar[str] = "learn-rotations"

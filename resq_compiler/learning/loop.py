@@ -24,8 +24,8 @@ LAST = 0.75  # of the steps: where the fall of the rate goes on when patience en
 @dataclass(frozen=True)
 class Plan:
     """steps: at most. rate: the highest; it rises for WARM_UP steps and falls to zero as a cosine. batch: windows a step. judge_every:
-    steps. patience: judgements without a better one behind which the rate falls to zero in a quarter of the steps, and in that quarter
-    those that end learning. optimizer: "adam", or "sgd" with momentum 0.9.
+    steps. patience: judgements without a better one that bring the last quarter of the fall forward; inside it, as many end learning.
+    optimizer: "adam", or "sgd" with momentum 0.9.
     """
 
     steps: int

@@ -28,7 +28,7 @@ MAX_EXACT_WIDTH = (2**31 - 1) // (255 * 128)
 """Largest in_features (65793) whose int32 accumulator cannot overflow: |q - zp| <= 255, |qw| <= 128 at 8 bits."""
 
 _ROWS_PER_CHUNK = 512  # keeps accumulators near the CPU's caches: 8-bit parts with many outputs run 1.4x faster
-IMAGE_AT_A_TIME = 2**24
+IMAGE_AT_A_TIME = 2**24  # numbers, 64 MB in float32
 
 
 @dataclass(frozen=True)

@@ -287,3 +287,16 @@ def test_cuda_integer_linear_equals_cpu() -> None:
     want = integer_linear(quantize_activation(x, 8), qw, torch.ones(37))
     got = quantized.integer_linear(quantize_activation(x.cuda(), 8), qw.cuda(), torch.ones(37, device="cuda"))
     assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("group_size", [None, 6])
+def test_a_float_image_is_made_some_rows_at_a_time(group_size, monkeypatch):
+    draw = torch.Generator().manual_seed(3)
+    x, codes = torch.randn(2, 3, 16, generator=draw), torch.randint(-8, 8, (11, 16), generator=draw, dtype=torch.int8)
+    scale = torch.rand(11, *([] if group_size is None else [3]), generator=draw) + 0.1
+    columns = scale[:, None] if group_size is None else scale.repeat_interleave(6, 1)[:, :16]
+    expected = x @ (codes * columns).T
+    for at_a_time in (2**24, 4 * 16, 1):
+        monkeypatch.setattr(quantized, "IMAGE_AT_A_TIME", at_a_time)
+        found = quantized.weight_only_linear(x, codes, scale, group_size)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
