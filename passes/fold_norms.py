@@ -35,6 +35,7 @@ from resq_compiler.calibration.statistics import both, observe
 from resq_compiler.ir import graph_tools, ops
 from resq_compiler.ir.args import set_argument
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
+from resq_compiler.ir.promises import Around
 from resq_compiler.ir.views import Embedding, Linear, Norm
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
@@ -167,9 +168,15 @@ def fold_gain(gm: GraphModule, node: Node, linears: list[Node]) -> bool:
         if bias is not None:
             add_to_bias(gm, linear, product(gm, linear, bias))
         if gain is not None:
-            linear.change_rows(gm, functools.partial(torch.mul, gain))
+            scaled = functools.partial(times, gain)
+            linear.change_rows(gm, scaled, Around(before=scaled))
     norm.drop_affine()
     return True
+
+
+def times(gain: Tensor, value: Tensor) -> Tensor:
+    """The channels of a weight, or of a value, each by its gain."""
+    return value * gain.to(value.device)
 
 
 def fold_bias(gm: GraphModule, node: Node, linears: list[Node]) -> bool:

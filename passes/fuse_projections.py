@@ -26,6 +26,7 @@ from resq_compiler.errors import PassError
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.args import operands, set_argument, source
 from resq_compiler.ir.graph_tools import aten, is_call, only_user, replace
+from resq_compiler.ir.promises import Around
 from resq_compiler.ir.transforms import TARGETS, Transforms
 from resq_compiler.ir.views import Embedding, Linear, Norm, SplitHeads
 from resq_compiler.numerics.float64 import each
@@ -118,7 +119,7 @@ def write(gm: GraphModule, x: Node, transform: Transform) -> bool:
 
 
 def there(transform: Transform, apply: Callable[[Any, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What the transform makes of a weight, computed on the device that computes then; back where the weight lies."""
+    """What the transform makes of a weight or value, computed on the device that computes then; back where that lies."""
 
     def change(weight: Tensor) -> Tensor:
         device = devices.current()
@@ -139,7 +140,8 @@ def fuse_inverse(gm: GraphModule, node: Node, transform: Transform) -> bool:
     if not linears or len(linears) < len(readers):
         return False
     for linear in linears:
-        linear.change_rows(gm, there(transform, type(transform).into_inputs))
+        around = Around(before=there(transform, type(transform).inverse))
+        linear.change_rows(gm, there(transform, type(transform).into_inputs), around)
     return True
 
 
@@ -155,7 +157,7 @@ def change_outputs(gm: GraphModule, linear: Linear, transform: Transform) -> Non
     if linear.of_experts:
         linear.change_experts(gm, lambda w, _: each(w, change))
     else:
-        linear.change_weight(gm, change)
+        linear.change_weight(gm, change, Around(after=there(transform, type(transform).forward)))
     if bias is not None:
         linear.set_bias(gm, each(bias, change) if linear.of_experts else change(bias), FuseProjections.name)
 

@@ -23,6 +23,7 @@ from resq_compiler.errors import ConfigError
 from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.args import source
 from resq_compiler.ir.graph_tools import aten, emit, replace
+from resq_compiler.ir.promises import Around
 from resq_compiler.ir.views import Linear, MergeHeads
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import memory
@@ -107,8 +108,9 @@ def split(
             tensor = graph_tools.add_tensor(gm, name, graph_tools.held(gm, view.weight), PartitionLinears.name)
         else:
             change = functools.partial(take, part=part, heads=heads)
+            around = Around(before=functools.partial(give, part=part, width=view.weight_shape(gm)[-1], heads=heads))
             tensor = graph_tools.derive_tensor(
-                gm, view.weight, name, change, shape, PartitionLinears.name, view.of_experts
+                gm, view.weight, name, change, shape, PartitionLinears.name, view.of_experts, around
             )
         with gm.graph.inserting_before(linear):
             y = view.like(gm.graph, piece, tensor, None, PartitionLinears.name)
@@ -148,3 +150,10 @@ def take(weight: Tensor, part: ColumnPart, heads: int) -> Tensor:
     width = weight.shape[-1] // heads
     grouped = weight.unflatten(-1, (heads, width))
     return grouped[..., part.start : part.stop].flatten(-2).clone(memory_format=torch.contiguous_format)
+
+
+def give(x: Tensor, part: ColumnPart, width: int, heads: int) -> Tensor:
+    """A value [..., width] of a whole linear whose product is that of the input x of a part: nothing in the columns of the others."""
+    whole = x.new_zeros(*x.shape[:-1], heads, width // heads)
+    whole[..., part.start : part.stop] = x.unflatten(-1, (heads, -1))
+    return whole.flatten(-2)

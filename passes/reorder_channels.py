@@ -19,6 +19,7 @@ from resq_compiler.analysis.topology import FeedForward, Topology
 from resq_compiler.calibration import requests
 from resq_compiler.calibration.experts import check_reached
 from resq_compiler.calibration.statistics import Request, Statistics
+from resq_compiler.ir.promises import Around
 from resq_compiler.ir.views import Linear
 from resq_compiler.numerics.channels import Energy, Peak
 from resq_compiler.numerics.expert_channels import ExpertEnergy, ExpertPeak
@@ -85,13 +86,18 @@ def change(gm: GraphModule, linear: Linear, order: Tensor, dim: int) -> None:
     if linear.of_experts and order.dim() == 2:
         linear.change_experts(gm, lambda w, experts: taken(w, order[experts], dim))
     else:
-        linear.change_weight(gm, lambda w: taken(w, order, dim))
+        around = (
+            Around(before=lambda x: taken(x, order.argsort(), -1))
+            if dim == -1
+            else Around(after=lambda y: taken(y, order, -1))
+        )
+        linear.change_weight(gm, lambda w: taken(w, order, dim), around)
 
 
 def taken(value: Tensor, order: Tensor, dim: int) -> Tensor:
     """The value with the entries of a dimension, counted from the last, in another order, the same for all experts or one for each."""
     if order.dim() == 1:
-        return value.index_select(dim, order)
+        return value.index_select(dim, order.to(value.device))
     return torch.stack([one.index_select(dim, mine) for one, mine in zip(value, order, strict=True)])
 
 

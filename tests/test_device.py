@@ -13,8 +13,14 @@ import torch
 import resq_compiler
 from resq_compiler import api
 from resq_compiler.calibration import precision
+from resq_compiler.frontend.capture import capture_promised
+from resq_compiler.frontend.opened import of_instance
+from resq_compiler.frontend.source import ModelSource
 from resq_compiler.ir import graph_tools, promises
 from resq_compiler.numerics import hadamard
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import Pipeline, prefill_and_decode
+from resq_compiler.recipes.named import passes_for, resolve
 from resq_compiler.tiny import tiny_model, tiny_tokens
 from resq_compiler.util import devices
 from tests.fake_cuda import CUDA, FakeCuda
@@ -98,6 +104,27 @@ def test_products_with_a_table_go_there_by_pieces(monkeypatch):
         with FakeCuda():
             found = linear(x.to(CUDA), promises.Promised(promises.in_memory(weight)))
             assert found.device == CUDA and torch.equal(found.cpu(), expected)
+
+
+def test_values_go_around_promised_weights_there(cuda, monkeypatch):
+    """The check of exact passes, of a model whose weights are promised: gains, rotations, reordered channels and parts of columns."""
+    monkeypatch.setattr(promises, "TABLE", 1)
+    opened = of_instance(tiny_model("llama-untied", hidden_size=256), None, "here", ModelSource("instance", ""))
+    captured = capture_promised(opened.skeleton, opened.weights)
+    gm, inputs = captured.graph_module, captured.example_inputs
+    passes = passes_for(resolve("resq", down_proj="energy-split"))
+    pipeline = Pipeline(PassContext(inputs, tiny_tokens(4, 32)))
+    pipeline.start(gm)
+    pipeline.run(gm, passes[: [item.name for item in passes].index("partition-linears") + 1])
+    expected = prefill_and_decode(gm, inputs)
+    with (
+        cuda,
+        devices.computing_on(CUDA),
+        mock.patch.object(promises.Changed, "_whole", side_effect=AssertionError("made")),
+    ):
+        found = prefill_and_decode(gm, inputs)
+        assert found.device == CUDA
+        torch.testing.assert_close(found.cpu(), expected)
 
 
 def test_mixed_devices_fail():

@@ -14,7 +14,9 @@ from resq_compiler.frontend.capture import capture_promised
 from resq_compiler.frontend.opened import of_instance
 from resq_compiler.frontend.source import ModelSource
 from resq_compiler.ir import graph_tools, promises
-from resq_compiler.pipeline.run import prefill_and_decode
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import Pipeline, prefill_and_decode
+from resq_compiler.recipes.named import passes_for, resolve
 from resq_compiler.tiny import tiny_model, tiny_tokens
 from resq_compiler.util import memory
 
@@ -63,7 +65,26 @@ def test_a_prefill_and_its_decode_make_lm_head_once(family, monkeypatch):
     captured = capture_promised(opened.skeleton, opened.weights)
     apart = prefill_and_decode(captured.graph_module, captured.example_inputs)
     monkeypatch.setattr(promises, "TABLE", 131 * 64 * 4)
-    with mock.patch.object(promises, "product", wraps=promises.product) as products:
+    with mock.patch.object(promises.Promise, "times", autospec=True, side_effect=promises.Promise.times) as products:
         together = prefill_and_decode(captured.graph_module, captured.example_inputs)
     assert products.call_count == 1
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)  # float32 products of other shapes
+
+
+@pytest.mark.parametrize("family", ["llama-untied", "mistral", "qwen2"])
+def test_a_check_turns_values_and_not_weights(family, monkeypatch):
+    """Weights that transforms were fused into are not made for the few tokens of a check, and outputs are those of the weights."""
+    opened = of_instance(tiny_model(family, hidden_size=256), None, "here", ModelSource("instance", ""))
+    captured = capture_promised(opened.skeleton, opened.weights)
+    gm = captured.graph_module
+    ctx = PassContext(captured.example_inputs, tiny_tokens(4, 32))
+    passes = passes_for(resolve("resq"))
+    exact = passes[: [item.name for item in passes].index("partition-linears") + 1]
+    pipeline = Pipeline(ctx)
+    pipeline.start(gm)
+    pipeline.run(gm, exact)
+    monkeypatch.setattr(promises, "TABLE", 1)
+    with mock.patch.object(promises.Changed, "_whole", side_effect=AssertionError("a weight was turned")):
+        found = prefill_and_decode(gm, captured.example_inputs)
+    graph_tools.settle(gm)
+    torch.testing.assert_close(found, prefill_and_decode(gm, captured.example_inputs), rtol=1e-4, atol=1e-5)

@@ -32,10 +32,17 @@ def run_behind(gm: GraphModule, prefill: Sequence[Tensor], decode: Sequence[Tens
     return first[logits], second[logits]
 
 
-def reads_table(node: Node, env: Mapping[Node, Any]) -> bool:
-    """Whether a node multiplies with a table that is promised, as lm_head: every product makes all of it."""
+def reads_promise(node: Node, env: Mapping[Node, Any]) -> bool:
+    """Whether a node multiplies with a matrix that is promised, as lm_head: every product makes all of it, or all that it comes from."""
     linear = Linear.of(node) if is_call(node, aten.linear.default) else None
-    return linear is not None and promises.is_table(env[linear.weight])
+    return linear is not None and isinstance(env[linear.weight], promises.Promised)
+
+
+def is_turned(gm: GraphModule, node: Node) -> bool:
+    """Whether a node is a weight that only linears read, and that products can do without: the few tokens here are turned instead."""
+    if node.op != "get_attr":
+        return False
+    return promises.goes_around(graph_tools.held(gm, node)) and all(is_call(n, aten.linear.default) for n in node.users)
 
 
 def together(
@@ -54,7 +61,9 @@ def _run(
 ) -> None:
     waiting: list[Node] = []
     for node in schedule.order:
-        if reads_table(node, first) and not waiting:
+        if is_turned(gm, node):
+            first[node] = graph_tools.held(gm, node)
+        elif reads_promise(node, first) and not waiting:
             first[node], second[node] = together(gm, node, first, second)
         else:
             first[node] = run_node(gm, node, first)

@@ -76,7 +76,7 @@ class _Rounded:
         if x not in self.values:
             self.values[x] = x.to(self.dtype)
         if promises.is_table(weight):
-            y = promises.product(self.values[x], weight.promise).to(x.dtype)
+            y = weight.promise.times(self.values[x]).to(x.dtype)
         else:
             y = F.linear(self.values[x], weight.to(self.dtype)).to(x.dtype)
         return y if bias is None else y.add_(bias)

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from resq_compiler.ir import meta, ops
-from resq_compiler.ir.promises import Changed, ChangedEach, ChangedRows, Promise, Promised, is_stack, is_table, written
+from resq_compiler.ir.promises import (
+    Around,
+    Changed,
+    ChangedEach,
+    ChangedRows,
+    Promise,
+    Promised,
+    is_stack,
+    is_table,
+    written,
+)
 from resq_compiler.numerics.float64 import by_row_chunks
 
 aten = torch.ops.aten
@@ -87,18 +97,21 @@ def set_tensor(gm: GraphModule, target: str, value: Tensor) -> None:
 
 
 def change_tensor(
-    gm: GraphModule, node: Node, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None
-) -> None:
+    gm: GraphModule, node: Node, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None, around: Around | None = None
+) -> None:  # fmt: skip
     """Bind what `change` makes of a get_attr node's tensor under the same name. shape: of the result, where it is another one."""
-    set_tensor(gm, str(node.target), _changed(held(gm, node), change, shape))
+    set_tensor(gm, str(node.target), _changed(held(gm, node), change, shape, around))
 
 
-def change_rows(gm: GraphModule, node: Node, change: Callable[[Tensor], Tensor]) -> None:
+def change_rows(
+    gm: GraphModule, node: Node, change: Callable[[Tensor], Tensor], around: Around | None = None
+) -> None:  # fmt: skip
     """`change_tensor` with a float64 function of rows, each for itself; rounded once."""
     value = held(gm, node)
-    changed = (
-        Promised(ChangedRows(value.promise, change)) if isinstance(value, Promised) else by_row_chunks(value, change)
-    )
+    if isinstance(value, Promised):
+        changed: Tensor = Promised(ChangedRows(value.promise, change, around))
+    else:
+        changed = by_row_chunks(value, change)
     set_tensor(gm, str(node.target), changed)
 
 
@@ -128,7 +141,7 @@ def change_experts(gm: GraphModule, node: Node, change: Callable[[Tensor, Tensor
 
 def derive_tensor(
     gm: GraphModule, node: Node, target: str, change: Callable[[Tensor], Tensor], shape: Sequence[int], made_by: str,
-    of_experts: bool = False,
+    of_experts: bool = False, around: Around | None = None,
 ) -> Node:  # fmt: skip
     """A new get_attr node for what `change` makes of another one's tensor, which stays as it is. of_experts: of each one for itself."""
     value = held(gm, node)
@@ -136,7 +149,7 @@ def derive_tensor(
         value.promise.children += 1
         if of_experts:
             return add_tensor(gm, target, Promised(ChangedEach(value.promise, lambda w, _: change(w), shape)), made_by)
-    return add_tensor(gm, target, _changed(value, change, shape), made_by)
+    return add_tensor(gm, target, _changed(value, change, shape, around), made_by)
 
 
 def rows_of(value: Tensor, ids: Tensor) -> Tensor:
@@ -144,10 +157,12 @@ def rows_of(value: Tensor, ids: Tensor) -> Tensor:
     return value.promise.rows(ids) if isinstance(value, Promised) else value[ids]
 
 
-def _changed(value: Tensor, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None) -> Tensor:
+def _changed(
+    value: Tensor, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None, around: Around | None
+) -> Tensor:  # fmt: skip
     """A promise stays one; a value changes now."""
     if isinstance(value, Promised):
-        return Promised(Changed(value.promise, change, shape))
+        return Promised(Changed(value.promise, change, shape, around))
     changed, expected = change(value), tuple(value.shape if shape is None else shape)
     assert tuple(changed.shape) == expected, f"{tuple(changed.shape)} where {expected} was announced"
     return changed

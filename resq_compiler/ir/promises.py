@@ -137,6 +137,14 @@ class Promise(ABC):
             yield piece
             del piece  # before the next is made
 
+    def times(self, x: Tensor) -> Tensor:
+        """linear(x, value) of a matrix, a piece of its rows at a time, in the dtype and on the device of x."""
+        y, start = x.new_empty(*x.shape[:-1], self.shape[0]), 0
+        for piece in self.counted_pieces():
+            y[..., start : start + len(piece)] = F.linear(x, piece.to(x.device, x.dtype))
+            start += len(piece)
+        return y
+
     def whole(self) -> Tensor:
         """The value, or the one that is held."""
         return self.made() if _held is None else _held.get(self, None, self.made, self._asked())
@@ -219,12 +227,37 @@ class Kept(Stored):
             return value
 
 
-class ChangedRows(Promise):
+@dataclass(frozen=True)
+class Around:
+    """linear(x, change(W)) as after(linear(before(x), W)), both in float64: less work where x has few rows. None: nothing to do."""
+
+    before: Callable[[Tensor], Tensor] | None = None
+    after: Callable[[Tensor], Tensor] | None = None
+
+
+class Change(Promise):
+    """What becomes of another promise. around: how a product with it can do without."""
+
+    def __init__(self, of: Promise, shape: Sequence[int] | None, around: Around | None):
+        super().__init__(of.shape if shape is None else shape, of.dtype)
+        self.of, self.around = of, around
+
+    def times(self, x: Tensor) -> Tensor:
+        if self.around is None:
+            return super().times(x)
+        before, after = self.around.before, self.around.after
+        if x.shape[:-1].numel() >= self.shape[0 if after is None else 1]:
+            return super().times(x)
+        y = self.of.times(x if before is None else before(x.double()).to(x.dtype))
+        return y if after is None else after(y.double()).to(x.dtype)
+
+
+class ChangedRows(Change):
     """change: a float64 function of rows, each for itself; its result is rounded once."""
 
-    def __init__(self, of: Promise, change: Callable[[Tensor], Tensor]):
-        super().__init__(of.shape, of.dtype)
-        self.of, self._change = of, change
+    def __init__(self, of: Promise, change: Callable[[Tensor], Tensor], around: Around | None = None):
+        super().__init__(of, None, around)
+        self._change = change
 
     def pieces(self) -> Iterator[Tensor]:
         for piece in self.of.pieces():
@@ -255,12 +288,14 @@ class ChangedEach(Promise):
         return value
 
 
-class Changed(Promise):
+class Changed(Change):
     """change: a function of the whole value."""
 
-    def __init__(self, of: Promise, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None):
-        super().__init__(of.shape if shape is None else shape, of.dtype)
-        self.of, self._change = of, change
+    def __init__(
+        self, of: Promise, change: Callable[[Tensor], Tensor], shape: Sequence[int] | None = None, around: Around | None = None
+    ):  # fmt: skip
+        super().__init__(of, shape, around)
+        self._change = change
 
     def pieces(self) -> Iterator[Tensor]:
         yield from self.whole().split(ROWS)
@@ -315,22 +350,13 @@ def looked_up(table: Promise, ids: Tensor) -> Tensor:
     return table.rows(different.cpu()).to(ids.device)[place]
 
 
-def product(x: Tensor, weight: Promise) -> Tensor:
-    """linear(x, weight) of a promise, a piece of its rows at a time, in the dtype and on the device of x."""
-    y, start = x.new_empty(*x.shape[:-1], weight.shape[0]), 0
-    for piece in weight.counted_pieces():
-        y[..., start : start + len(piece)] = F.linear(x, piece.to(x.device, x.dtype))
-        start += len(piece)
-    return y
-
-
 class _Product(torch.autograd.Function):
     """linear(x, weight, bias) with a weight that is promised, a piece of its rows at a time; gradients of x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Promise, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        y = product(x, weight)
+        y = weight.times(x)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -373,7 +399,7 @@ class Promised(Tensor):
                 return args[0].promise.rows(torch.tensor([args[1]]))[0]
             if func is aten.embedding.default and is_table(args[0]):
                 return looked_up(args[0].promise, args[1])
-            if func is aten.linear.default and is_table(args[1]):
+            if func is aten.linear.default and (is_table(args[1]) or goes_around(args[1])):
                 return _Product.apply(args[0], args[1].promise, args[2] if len(args) > 2 else None)
             return func(*args, **(kwargs or {}))
 
@@ -393,6 +419,11 @@ class Promised(Tensor):
 def is_table(value: Any) -> TypeGuard[Promised]:
     """Whether a value is promised, and a matrix too large to be made whole for a few rows, or for a product."""
     return isinstance(value, Promised) and len(value.promise.shape) == 2 and value.promise.nbytes >= TABLE
+
+
+def goes_around(value: Any) -> TypeGuard[Promised]:
+    """Whether a value is a matrix that is promised, and a product with few rows can do without it."""
+    return isinstance(value, Promised) and isinstance(value.promise, Change) and value.promise.around is not None
 
 
 def is_stack(value: Any) -> TypeGuard[Promised]:

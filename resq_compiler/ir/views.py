@@ -33,6 +33,7 @@ from resq_compiler.ir.args import (
     set_argument,
     tensor_arg,
 )
+from resq_compiler.ir.promises import Around
 from resq_compiler.numerics.quantized import QuantizedActivation, column_scales
 
 aten = torch.ops.aten
@@ -126,13 +127,13 @@ class Linear(View):
         """Type of the weight."""
         return graph_tools.held(gm, self.weight).dtype
 
-    def change_weight(self, gm: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+    def change_weight(self, gm: GraphModule, change: Callable[[Tensor], Tensor], around: Around | None = None) -> None:
         """W <- change(W), of the same shape."""
-        graph_tools.change_tensor(gm, self.weight, change)
+        graph_tools.change_tensor(gm, self.weight, change, around=around)
 
-    def change_rows(self, gm: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+    def change_rows(self, gm: GraphModule, change: Callable[[Tensor], Tensor], around: Around | None = None) -> None:
         """W <- change(W) in float64, for a function of rows, each for itself; rounded once."""
-        graph_tools.change_rows(gm, self.weight, change)
+        graph_tools.change_rows(gm, self.weight, change, around)
 
     def change_experts(self, gm: GraphModule, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         """W[i] <- change(W[i], i), for some experts i at a time."""

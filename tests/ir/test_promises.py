@@ -192,7 +192,31 @@ def test_a_product_with_a_table_holds_a_piece_at_a_time(monkeypatch) -> None:
 def test_a_product_with_a_table_in_the_dtype_of_its_input(monkeypatch) -> None:
     weight, value, _ = table(monkeypatch)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.equal(promises.product(x, weight.promise), torch.nn.functional.linear(x, value.bfloat16()))
+    assert torch.equal(weight.promise.times(x), torch.nn.functional.linear(x, value.bfloat16()))
+
+
+def test_a_product_of_few_rows_goes_around_the_change() -> None:
+    """y = (x T^-1) W^T in place of x (W T^-T)^T, and no matrix is made but the one that they come from."""
+    generator = torch.Generator().manual_seed(2)
+    of, reads = counted((6, 8))
+    s = torch.rand(8, generator=generator, dtype=torch.float64) + 0.5
+    made: list[str] = []
+
+    def scaled(w: torch.Tensor) -> torch.Tensor:
+        made.append("rows")
+        return w * s
+
+    def turned(w: torch.Tensor) -> torch.Tensor:
+        made.append("whole")
+        return w.flip(0)
+
+    rows = ChangedRows(of, scaled, promises.Around(before=lambda x: x * s))
+    weight = Promised(Changed(rows, turned, around=promises.Around(after=lambda y: y.flip(-1))))
+    few, many = torch.randn(5, 8, generator=generator), torch.randn(6, 8, generator=generator)
+    found = torch.ops.aten.linear.default(few, weight)
+    assert not made and reads == [(0, 6)]
+    torch.testing.assert_close(found, few @ weight.make().T)
+    assert torch.equal(torch.ops.aten.linear.default(many, weight), many @ weight.make().T)
 
 
 def test_only_a_head_is_a_table(monkeypatch, captured) -> None:
