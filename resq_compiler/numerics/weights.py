@@ -16,7 +16,7 @@ from resq_compiler.errors import QuantError
 from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts, column_scales
 from resq_compiler.numerics.scale_search import Clip, check_weight, search_scale
 
-ROWS = 4096  # that are compared at a time, in float64
+ROWS = 1024  # that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def noise_of(pieces: Iterable[tuple[Tensor, Tensor, Tensor, int | None]]) -> flo
     """The same of codes, their scales, and the weights that they are of, with the size of groups: a piece of each after the other."""
     lost = kept = 0.0
     for codes, scale, exact, group_size in pieces:
-        wide = exact.to(codes.device).double()
-        lost += float((codes * column_scales(scale, codes.shape[1], group_size) - wide).square().sum())
-        kept += float(wide.square().sum())
+        here = exact.to(codes.device)
+        off = torch.mul(codes, column_scales(scale, codes.shape[1], group_size)).sub_(here)
+        lost += float(torch.linalg.vector_norm(off, dtype=torch.float64)) ** 2
+        kept += float(torch.linalg.vector_norm(here, dtype=torch.float64)) ** 2
     return (lost / max(kept, torch.finfo(torch.float64).tiny)) ** 0.5
 
 
