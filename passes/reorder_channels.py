@@ -86,12 +86,11 @@ def change(gm: GraphModule, linear: Linear, order: Tensor, dim: int) -> None:
     if linear.of_experts and order.dim() == 2:
         linear.change_experts(gm, lambda w, experts: taken(w, order[experts], dim))
     else:
-        around = (
-            Around(before=lambda x: taken(x, order.argsort(), -1))
-            if dim == -1
-            else Around(after=lambda y: taken(y, order, -1))
+        columns, rows = (
+            Around(before=lambda x: taken(x, order.argsort(), -1)),
+            Around(after=lambda y: taken(y, order, -1)),
         )
-        linear.change_weight(gm, lambda w: taken(w, order, dim), around)
+        linear.change_weight(gm, lambda w: taken(w, order, dim), columns if dim == -1 else rows)
 
 
 def taken(value: Tensor, order: Tensor, dim: int) -> Tensor:
