@@ -113,4 +113,4 @@ class NativeRunner(nn.Module):
         if isinstance(past, CacheTensor) and ours:
             return past.appended(new)
         shape = (*past.shape[:2], 0)
-        return CacheTensor.of(self.bound.buffer(index, len(past), max(ROOM, new)), shape, CPU.cache).appended(new)
+        return CacheTensor.of(self.bound.buffer(index, len(past), new + ROOM), shape, CPU.cache).appended(new)

@@ -14,7 +14,7 @@ from resq_compiler.backends.onnx.kept_logits import KEEP
 from resq_compiler.backends.onnx.session import denormals_of
 from torch import Tensor
 
-ROOM = 256  # tokens that a fresh cache has room for
+ROOM = 256  # tokens that a fresh cache has room for, and one that has grown behind those it grew for
 
 
 class BoundSession:
@@ -99,7 +99,7 @@ class GrowingCache:
         capacity = self.buffers[0].shape[2]
         if tokens <= capacity:
             return
-        larger = self.bound.buffers(len(self.buffers[0]), max(tokens, 2 * capacity))
+        larger = self.bound.buffers(len(self.buffers[0]), max(tokens + ROOM, 2 * capacity))
         for new, old in zip(larger, self.buffers, strict=True):
             new[:, :, : self.length] = old[:, :, : self.length]
         self.buffers = larger

@@ -8,6 +8,7 @@ import pytest
 import torch
 from resq_compiler.backends import backends_for
 from resq_compiler.backends.cpu import library as libraries
+from resq_compiler.backends.onnx.shared_buffers import ROOM
 from transformers import DynamicCache
 
 from resq_compiler.errors import BackendError
@@ -68,6 +69,7 @@ def test_beams_and_a_cache_that_is_continued_twice(compiled):
     assert torch.equal(ours.generate(ids, **beams), reference.generate(ids, **beams))
     cache = ours(ids).past_key_values
     assert cache.get_seq_length() == 9 and cache.layers[0].keys.packed.dtype == torch.uint8
+    assert cache.layers[0].keys.capacity == 9 + ROOM  # tokens behind a prompt wait for no copy
     handles = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     first = ours(ids[:, :1], past_key_values=filled(DynamicCache(), handles)).logits
     ours(ids[:, 1:2], past_key_values=filled(DynamicCache(), handles))

@@ -9,7 +9,7 @@ import torch
 from resq_compiler.backends.cpu import library as libraries
 from resq_compiler.backends.onnx import export_onnx, shared_buffers
 from resq_compiler.backends.onnx.runtime import OnnxDecoder
-from resq_compiler.backends.onnx.shared_buffers import BoundSession
+from resq_compiler.backends.onnx.shared_buffers import ROOM, BoundSession, GrowingCache
 
 from resq_compiler.tiny import tiny_tokens
 
@@ -74,6 +74,18 @@ def test_a_cache_in_place_is_the_cache_that_is_passed_on(decoder, monkeypatch):
         ids, mask = np.concatenate([ids, new], 1), np.concatenate([mask, np.ones_like(new)], 1)
         positions = mask.sum(1, keepdims=True) - 1
     assert np.array_equal(got, ids)
+
+
+def test_tokens_behind_a_long_prompt_find_room(decoder):
+    """The first one does not wait for a copy of all that came before."""
+    cache, prompt = GrowingCache(BoundSession(decoder.session), 1), ROOM + 1
+    ids = tiny_tokens(1, prompt, seed=12).numpy()
+    cache.step(ids, np.ones_like(ids), np.arange(prompt)[None])
+    buffers = cache.buffers
+    for length in (prompt, prompt + ROOM - 1):
+        cache.length = length
+        cache.step(np.array([[3]]), np.ones((1, length + 1), np.int64), np.array([[length]]))
+        assert cache.buffers is buffers
 
 
 def test_buffers_are_written_where_they_are(decoder):
