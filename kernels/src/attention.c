@@ -149,7 +149,10 @@ static int all_seen(const query_tile *t, int64_t first, int64_t keys) {
 RK_INLINE void attend_block(const query_tile *t, attention_space *w, int64_t row, int64_t first, int64_t keys, int seen, const int rows) {
     const rk_attention_args *a = t->args;
     const int64_t whole = rk_round_up(keys, 16);
-    score_rows(w, row, keys, rows);
+    if (TAKES_CACHED && w->key_rows.row)
+        cached_score_rows(w, keys, rows);
+    else
+        score_rows(w, row, keys, rows);
     for (int r = 0; r < rows; r++) {
         const int64_t slot = slot_of_row(t, row + r);
         for (int64_t j = 0; a->softcap > 0 && j < whole; j += RK_WIDTH)
@@ -168,7 +171,7 @@ RK_INLINE void attend_block(const query_tile *t, attention_space *w, int64_t row
         for (int part = 0; part < 2; part++)
             if (w->value.width[part])
                 code_weights(w, r, part, whole);
-    if (TAKES_CACHED_VALUES && w->value_rows) {
+    if (TAKES_CACHED && w->value_rows) {
         cached_value_rows(w, 0, keys, rows);
         cached_value_rows(w, 1, keys, rows);
         return;
@@ -180,11 +183,15 @@ RK_INLINE void attend_block(const query_tile *t, attention_space *w, int64_t row
             value_rows(w, 1, row, keys, rows);
 }
 
-/* Reads a tile of keys and values, or of the latter only scales where their codes are taken from the cache. */
+/* Reads a tile of keys and values: where these are taken from the cache nothing of keys, and of values only their scales. */
 static void read_tile(const query_tile *t, attention_space *w, int64_t first, int64_t keys) {
     const rk_attention_args *a = t->args;
     const cache_reader k = open_cache(t, &a->key, a->key_cache, first), v = open_cache(t, &a->value, a->value_cache, first);
-    read_keys(w->key, k, keys, w->keys, &w->key_scales);
+    w->key_rows = k;
+    if (!takes_cached_keys(t, &w->key)) {
+        w->key_rows.row = NULL;
+        read_keys(w->key, k, keys, w->keys, &w->key_scales);
+    }
     if (takes_cached_values(t, &w->value, &v, keys)) {
         w->value_rows = v.row, w->value_bytes = v.bytes, w->next_values = v.row + TILE_KEYS * v.bytes;
         read_value_scales(w->value, v, keys, &w->value_scales);

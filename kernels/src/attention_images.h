@@ -81,15 +81,33 @@ RK_INLINE void four_quads(const uint8_t *rows, int64_t stride, i32v quads[4]) {
     rk_transpose_fours(v, quads);
 }
 
-/* Zero points and scales of RK_WIDTH rows, the first being the j-th of the tile, from the quads behind their codes. */
-RK_INLINE void store_scales(const head_layout l, const i32v quads[3], int64_t j, tile_scales *s) {
+/* The same of RK_WIDTH rows. */
+typedef struct {
+    f32v scale[2];
+    i32v zero_point[2];
+} row_scales;
+
+/* Scales and zero points of rows from the quads behind their codes. */
+RK_INLINE row_scales scales_of(const head_layout l, const i32v quads[3]) {
     const u32v t[3] = {(u32v)quads[0], (u32v)quads[1], (u32v)quads[2]};
     const int both = l.width[0] && l.width[1];
     const u32v first = both ? t[0] >> 16 | t[1] << 16 : t[0] >> 8 | t[1] << 24, second = both ? t[1] >> 16 | t[2] << 16 : first;
-    rk_store_bytes(s->zero_point[0] + j, (i32v)(t[0] & 255));
-    rk_store_bytes(s->zero_point[1] + j, (i32v)((both ? t[0] >> 8 : t[0]) & 255));
-    rk_store(s->scale[0] + j, (f32v)first);
-    rk_store(s->scale[1] + j, (f32v)second);
+    return (row_scales){{(f32v)first, (f32v)second}, {(i32v)(t[0] & 255), (i32v)((both ? t[0] >> 8 : t[0]) & 255)}};
+}
+
+/* Those of rows whose first is the j-th of the tile. */
+RK_INLINE void store_scales(const head_layout l, const i32v quads[3], int64_t j, tile_scales *s) {
+    const row_scales rows = scales_of(l, quads);
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; part++) {
+        rk_store_bytes(s->zero_point[part] + j, rows.zero_point[part]);
+        rk_store(s->scale[part] + j, rows.scale[part]);
+    }
+}
+
+/* Whether both parts of a row and what lies behind them begin a quad. */
+RK_INLINE int in_whole_quads(const head_layout *l) {
+    return (l->bytes[0] % 4 == 0 || !l->width[1]) && (l->bytes[0] + l->bytes[1]) % 4 == 0;
 }
 
 RK_INLINE void read_scales(const head_layout l, const uint8_t *rows, int64_t stride, int64_t j, tile_scales *s) {
@@ -116,7 +134,7 @@ RK_INLINE void spread(const uint8_t *rows, int64_t stride, int64_t count, int32_
  * multiplied with zeros of the query. */
 static void read_keys(const head_layout l, cache_reader r, int64_t keys, int32_t *quads, tile_scales *s) {
     const int64_t together = l.bytes[0] % 4 == 0 ? l.quads[1] : 0;
-    const int all = (l.bytes[0] % 4 == 0 || !l.width[1]) && (l.bytes[0] + l.bytes[1]) % 4 == 0; /* scales begin a quad as well */
+    const int all = in_whole_quads(&l);
     uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < keys; j += RK_WIDTH) {
         const int64_t bytes = r.bytes;

@@ -48,7 +48,8 @@ typedef struct {
     float sums[LANES * COLUMN_SPACE];                /* [row][column] */
     int32_t keys[QUAD_SPACE * TILE_KEYS];            /* [quad][key] */
     int32_t values[TILE_KEYS / 4 * COLUMN_SPACE + 16]; /* [quad of keys][column] */
-    const uint8_t *value_rows; /* this tile's in the cache, where values are taken from there; NULL: from `values` */
+    cache_reader key_rows;     /* this tile's in the cache, where keys are taken from there; NULL: from `keys` */
+    const uint8_t *value_rows; /* the same of values */
     int64_t value_bytes;
     const uint8_t *next_values; /* of the next tile: what to ask for meanwhile */
 } attention_space;
@@ -102,6 +103,13 @@ RK_INLINE void product_block(const int8_t *a, int64_t a_stride, const int32_t *b
 
 /* Scores ------------------------------------------------------------------------------------------------------------------ */
 
+/* q . k of a part of a query, from the sums of its limbs and a vector of keys. */
+RK_INLINE f32v score_of(const query_codes *c, i32v top, i32v middle, i32v last, f32v scale, u32v zero_point) {
+    const u32v rest = ((u32v)top << 8) + (u32v)middle - zero_point * (uint32_t)c->rest;
+    const u32v bottom = (u32v)last - zero_point * (uint32_t)c->bottom;
+    return limbs_to_float((i32v)rest, (i32v)bottom) * (scale * c->scale);
+}
+
 /* What a part adds to the scores of some rows with some vectors of keys. */
 RK_INLINE void score_block(attention_space *w, const int part, int64_t row, int64_t key, const int rows, const int vectors, const int add) {
     i32v sums[BLOCK_LIMBS][BLOCK_VECTORS];
@@ -115,10 +123,8 @@ RK_INLINE void score_block(attention_space *w, const int part, int64_t row, int6
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             float *score = w->scores[r] + key + i * RK_WIDTH;
-            const query_codes *c = &w->codes[row + r][part];
-            const u32v rest = ((u32v)sums[LIMBS * r][i] << 8) + (u32v)sums[LIMBS * r + 1][i] - zero_point * (uint32_t)c->rest;
-            const u32v bottom = (u32v)sums[LIMBS * r + 2][i] - zero_point * (uint32_t)c->bottom;
-            const f32v product = limbs_to_float((i32v)rest, (i32v)bottom) * (scale * c->scale);
+            const f32v product =
+                score_of(&w->codes[row + r][part], sums[LIMBS * r][i], sums[LIMBS * r + 1][i], sums[LIMBS * r + 2][i], scale, zero_point);
             rk_store(score, add ? rk_load(score) + product : product);
         }
     }
@@ -214,13 +220,26 @@ RK_INLINE void weigh(attention_space *w, int64_t row, int r, int64_t keys) {
     w->weight_scale[r][0] = rk_highest_of(highest[0]), w->weight_scale[r][1] = rk_highest_of(highest[1]);
 }
 
+/* The codes of a vector of weights times the scale of their value. */
+RK_INLINE i32v weight_code(const attention_space *w, int r, int part, int64_t key, float factor) {
+    return code_of(rk_load(w->scores[r] + key) * rk_load(w->value_scales.scale[part] + key), factor);
+}
+
 /* Weights times the scale of their value, as limbs; weight_scale becomes the scale of these. */
 RK_INLINE void code_weights(attention_space *w, int r, int part, int64_t keys) {
     float *scale = &w->weight_scale[r][part];
     const float factor = to_codes(*scale);
     int8_t *limbs = w->weights[part] + r * LIMBS * TILE_KEYS;
-    for (int64_t j = 0; j < keys; j += RK_WIDTH)
-        store_limbs(code_of(rk_load(w->scores[r] + j) * rk_load(w->value_scales.scale[part] + j), factor), limbs + j, TILE_KEYS);
+    int64_t j = 0;
+    for (; FOUR_AT_ONCE && j + 4 * RK_WIDTH <= keys; j += 4 * RK_WIDTH) {
+        i32v code[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            code[i] = weight_code(w, r, part, j + i * RK_WIDTH, factor);
+        store_four_limbs(code, limbs + j, TILE_KEYS);
+    }
+    for (; j < keys; j += RK_WIDTH)
+        store_limbs(weight_code(w, r, part, j, factor), limbs + j, TILE_KEYS);
     *scale = from_codes(*scale);
 }
 
