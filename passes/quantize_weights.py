@@ -139,7 +139,8 @@ class QuantizeWeights(Pass):
         else:
             round_blocks(gm, ctx, sites, self.plain_clip)
         for site in head:
-            store(gm, [site], rounded_by_rows(gm, site, self.plain_clip))
+            codes, noise = rounded_by_rows(gm, site, self.plain_clip)
+            store(gm, [site], codes, noise)
         graph_tools.delete_unused_tensors(gm)
         return len(sites) + len(head)
 
@@ -207,12 +208,22 @@ def rounded(
     return quantize_each(experts_of(gm, [site]), quantize)
 
 
-def rounded_by_rows(gm: GraphModule, site: Site, clip: Literal["mse", "max"]) -> list[weight_core.QuantizedWeight]:
-    """Codes of a linear of one part, some thousands of rows of a table at a time: that of lm_head is the largest matrix of all."""
+def rounded_by_rows(
+    gm: GraphModule, site: Site, clip: Literal["mse", "max"]
+) -> tuple[list[weight_core.QuantizedWeight], float]:
+    """Codes of a linear of one part, and their noise, some thousands of rows of a table at a time, each made once: that of lm_head is the
+    largest matrix of all."""
     (node,), parts = site.nodes, site.parts()
     rows = functools.partial(weight_core.quantize_weight_rtn, parts=parts, clip=clip)
-    pieces = map(devices.here, graph_tools.pieces(gm, Linear.require(node).weight))
-    return weight_core.join_rows(quantize_shared(piece, parts, None, rows) for piece in pieces)
+    made: list[list[weight_core.QuantizedWeight]] = []
+
+    def beside() -> Iterator[tuple[Tensor, Tensor, Tensor, int | None]]:
+        for piece in map(devices.here, graph_tools.pieces(gm, Linear.require(node).weight)):
+            made.append(quantize_shared(piece, parts, None, rows))
+            yield made[-1][0].qdata, made[-1][0].scale, piece, None
+
+    noise = weight_core.noise_of(beside())
+    return weight_core.join_rows(made), noise
 
 
 def experts_of(gm: GraphModule, group: list[Site]) -> Iterator[Tensor]:
@@ -222,17 +233,24 @@ def experts_of(gm: GraphModule, group: list[Site]) -> Iterator[Tensor]:
         yield torch.cat([site.expert_weight(gm, expert) for site in group])
 
 
-def store(gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight]) -> list[list[str]]:
-    """Replace the linears of a group by linears on codes and release the float weights; the names of the codes, by linear and part."""
+def store(
+    gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight], noise: float | None = None
+) -> list[list[str]]:
+    """Replace the linears of a group by linears on codes and release the float weights; the names of the codes, by linear and part.
+
+    noise: of the codes, where it is known.
+    """
     rows = [values.width(site.nodes[0]) for site in group]
     return [
-        [replace_by_codes(gm, node, piece) for node, piece in zip(site.nodes, pieces, strict=True)]
+        [replace_by_codes(gm, node, piece, noise) for node, piece in zip(site.nodes, pieces, strict=True)]
         for site, pieces in zip(group, weight_core.split_rows(codes, rows), strict=True)
     ]
 
 
-def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWeight) -> str:
-    """Put a linear on codes in the place of a part; the name of the codes."""
+def replace_by_codes(
+    gm: GraphModule, node: Node, piece: weight_core.QuantizedWeight, noise: float | None = None
+) -> str:  # fmt: skip
+    """Put a linear on codes in the place of a part; the name of the codes. noise: of the codes, where it is known."""
     linear, image = Linear.require(node), Dequantize.of(source(node))
     tensors = [
         graph_tools.add_tensor(gm, f"{linear.name}.{label}", value.cpu().contiguous(), QuantizeWeights.name)
@@ -241,7 +259,8 @@ def replace_by_codes(gm: GraphModule, node: Node, piece: weight_core.QuantizedWe
     part = meta.require(node, meta.LinearPart)
     if linear.indices is None:
         experts: tuple[Node, ...] = ()
-        noise, coded = weight_core.rows_noise(piece, graph_tools.pieces(gm, linear.weight)), CODED
+        coded = CODED
+        noise = weight_core.rows_noise(piece, graph_tools.pieces(gm, linear.weight)) if noise is None else noise
     else:
         noise, coded, experts = relative_noise(piece, matrices(gm, linear)), CODED_EXPERTS, (linear.indices,)
     if image is None:
