@@ -20,7 +20,7 @@ from resq_compiler.inspection.rates import Rates
 from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.ir.views import Linear
 from resq_compiler.numerics import inverse_factor
-from resq_compiler.passes import AllocateBits, ComputeBases, QuantizeWeights
+from resq_compiler.passes import AllocateBits, ComputeBases, FuseProjections, QuantizeWeights
 from resq_compiler.pipeline.passes import Pass
 from resq_compiler.recipes.settings import CompileConfig
 from resq_compiler.util.memory import LARGE_MODEL
@@ -189,7 +189,7 @@ def forecast(
         steps.append(plan.sensitivities())
     quantizer = next((item for item in passes if isinstance(item, QuantizeWeights)), None)
     if quantizer is not None:
-        steps.append(plan.quantizing(quantizer))
+        steps.append(plan.quantizing(quantizer, any(isinstance(item, FuseProjections) for item in passes)))
     return Forecast((*steps, plan.writing()), plan.kept(), processes, plan.aside())
 
 
@@ -256,10 +256,9 @@ class _Plan:
         s = self.shapes
         streams = 1 if s.fusable else 2 * len(s.blocks)
         cubes = streams * s.hidden**3 + 2 * len(s.blocks) * s.kv_heads * s.head_dim**3
-        fused = sum(2 * group.weights * s.hidden for group in s.groups)  # products with bases, in float64
         return Step(
             "bases", {"eigenvectors": 3 * DOUBLE * s.hidden**2, "weights of a block": 2 * FLOAT * s.largest_block, "table": self.table},
-            seconds=self._time(lambda r: cubes * r.eigen + fused / r.doubles),
+            seconds=self._time(lambda r: cubes * r.eigen),
         )  # fmt: skip
 
     def sensitivities(self) -> Step:
@@ -277,20 +276,25 @@ class _Plan:
             "sensitivities", memory, seconds=self._time(lambda r: 4 * windows * length * self._forward() / r.products)
         )
 
-    def quantizing(self, item: QuantizeWeights) -> Step:
-        """Codes of one block after the other."""
+    def quantizing(self, item: QuantizeWeights, turned: bool) -> Step:
+        """Codes of one block after the other. turned: weights are multiplied with bases, in float64, in every process."""
         s, tokens = self.shapes, self._tokens(self.config.calibration_samples)
+        products = sum(2 * group.weights * s.hidden for group in s.groups) if turned else 0
         memory = {"weights of a block": FLOAT * s.largest_block}
         if not item.by_block:
             memory["rows at work"] = max(FLOAT * ROWS * group.weights // group.experts for group in s.groups)
-            return Step("round", memory, seconds=self._time(lambda r: s.linears * r.search / self.processes))
+            return Step(
+                "round",
+                memory,
+                seconds=self._time(lambda r: products / r.doubles + s.linears * r.search / self.processes),
+            )
         moment = max(MOMENT * group.columns**2 for group in s.groups)
         memory |= {**self._running(tokens), "Hessian": moment}
         memory["rows at work"] = max(FLOAT * ROWS * group.rows * group.columns for group in s.groups)
-        return Step("GPTQ" if item.method == "gptq" else "round by output", memory, seconds=self._time(self._gptq(tokens)),
+        return Step("GPTQ" if item.method == "gptq" else "round by output", memory, seconds=self._time(self._gptq(tokens, products)),
                     sent=self._sent(sum(DOUBLE * g.columns**2 * g.experts for g in s.groups) + s.linears))  # fmt: skip
 
-    def _gptq(self, tokens: int) -> Callable[[Rates], float]:
+    def _gptq(self, tokens: int, products: int) -> Callable[[Rates], float]:
         s = self.shapes
 
         def seconds(r: Rates) -> float:
@@ -298,7 +302,7 @@ class _Plan:
             run = (tokens * self._forward() + moments) / r.products
             factors = sum(g.experts * inverse_factor.work(g.columns) for g in s.groups) * r.factor
             spread = sum(g.weights * g.columns for g in s.groups) / r.products
-            return run + factors + (s.linears * (r.search + r.columns) + spread) / self.processes
+            return run + products / r.doubles + factors + (s.linears * (r.search + r.columns) + spread) / self.processes
 
         return seconds
 
