@@ -7,7 +7,8 @@
 
 A graph module holds a `Promised` in the place of the tensor: it has shape, dtype and device, and no values. `graph_tools.get_tensor` makes
 them, a caller lets them go; an operator that meets a `Promised` makes it for itself. Inside `keeping()` a promise that several others
-come from is made once. Large tables, embeddings and lm_head, are never made whole by those who look up rows of them or multiply with them.
+come from is made once. A product with few rows goes around a change that says how (`Around`), and never makes its result. Large
+tables, embeddings and lm_head, are never made whole by those who look up rows of them or multiply with them.
 """
 
 from __future__ import annotations
