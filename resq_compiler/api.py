@@ -344,7 +344,7 @@ def _checking_export(on_stage: Callable[[Stage], None], ctx: PassContext, backen
 
     def seen(stage: Stage) -> None:
         on_stage(stage)
-        if stage.name != FindTopology.name:
+        if stage.name != FindTopology.name or stage.failed is not None:
             return
         problem = export_problem(stage.graph)
         refused = kernel_problem(stage.graph) if backend == "triton" else None
@@ -363,7 +363,7 @@ def _checking_fit(on_stage: Callable[[Stage], None], begun: _Begun) -> Callable[
 
     def seen(stage: Stage) -> None:
         on_stage(stage)
-        if stage.name != FindTopology.name:
+        if stage.name != FindTopology.name or stage.failed is not None:
             return
         shapes = forecast.Shapes.of(begun.captured.graph_module, begun.ctx.facts.get(Topology))
         found = forecast.forecast(shapes, begun.config, begun.passes, processes=processes.current().size)

@@ -10,7 +10,7 @@ from resq_compiler.errors import ResqError
 from resq_compiler.evaluation.sizes import average_bits
 from resq_compiler.frontend.checks import check_model
 from resq_compiler.tiny import tiny_tokens
-from tests.families import HEAD, LATENT_FAMILIES, MIXTURES, PAGE, WORK, check_exact, row, small
+from tests.families import EIGHT, HEAD, LATENT_FAMILIES, MIXTURES, PAGE, WORK, check_exact, row, small
 
 LINES = dict(zip((*WORK, *MIXTURES), PAGE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines(), strict=True))
 FEW = ("bloom", "gptj", "apertus")
@@ -80,3 +80,10 @@ def test_refused_with_one_clear_error(name):
     with pytest.raises(ResqError, match=REFUSED[name]):
         check_model(model)
         trace(model)
+
+
+@pytest.mark.parametrize("name", ["axk1", "ctrl"])
+def test_compile_refuses_with_the_same_error(name):
+    """What looks at the topology while a compile runs does not hide why there is none."""
+    with pytest.raises(ResqError, match=REFUSED[name]):
+        resq_compiler.compile(small(name), tiny_tokens(4, 32), **EIGHT)
