@@ -225,6 +225,17 @@ def clamp(low: Lowering, node: Node) -> Value:
     return Value(low.b.op("Clip", operand(low, node_arg(node, "self"), dtype), *given))
 
 
+@emits(aten.clamp.Tensor)
+def clamp_between(low: Lowering, node: Node) -> Value:
+    """Tensors as bounds, which broadcast; the upper one holds where they cross."""
+    dtype = values.dtype(node)
+    x = operand(low, node_arg(node, "self"), dtype)
+    for name, target in (("min", "Max"), ("max", "Min")):
+        bound = argument(node, name)
+        x = x if bound is None else low.b.op(target, x, operand(low, bound, dtype))
+    return Value(x)
+
+
 @emits(aten.softmax.int)
 def softmax(low: Lowering, node: Node) -> Value:
     return Value(

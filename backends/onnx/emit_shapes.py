@@ -99,6 +99,14 @@ def squeeze(low: Lowering, node: Node) -> Value:
     return Value(low.b.op("Squeeze", x, low.b.ints(axis_of(node))) if rank(node) < rank(source) else x)
 
 
+@emits(aten.squeeze.default)
+def squeeze_all(low: Lowering, node: Node) -> Value:
+    """Without any axis of length 1; batch, tokens and past are longer in the values of a graph, so they are none."""
+    x = node_arg(node, "self")
+    axes = [axis for axis, length in enumerate(values.shape(x)) if length == 1]
+    return Value(low.b.op("Squeeze", low.exact(x), low.b.ints(*axes)) if axes else low.exact(x))
+
+
 @emits(aten.transpose.int)
 def transpose(low: Lowering, node: Node) -> Value:
     order = list(range(rank(node)))
@@ -152,7 +160,7 @@ def getitem(low: Lowering, node: Node) -> Value:
     return Value(pieces.names[index])
 
 
-@emits(aten.cat.default)
+@emits(aten.cat.default, aten.concat.default)
 def cat(low: Lowering, node: Node) -> Value:
     pieces = [operand(low, piece, values.dtype(node)) for piece in nodes_arg(node, "tensors")]
     return Value(low.b.op("Concat", *pieces, axis=int_arg(node, "dim")))

@@ -165,6 +165,11 @@ def test_clamp(bounds):
     check_call(aten.clamp.default, X, *bounds)
 
 
+@pytest.mark.parametrize("bounds", [(X[:1], None), (None, X.abs()), (X + 0.5, X - 0.5)])
+def test_clamp_between_tensors(bounds):
+    check_call(aten.clamp.Tensor, X, *bounds)
+
+
 def test_softmax_and_sums():
     check_call(aten.softmax.int, X, 1)
     check_call(aten.softmax.int, X, -1, torch.float32)
@@ -223,6 +228,6 @@ def test_every_emitter_of_this_module_is_tested():
         aten.silu.default, aten.gelu.default, aten.expm1.default, aten.to.dtype, aten._to_copy.default, aten.to.device,
         aten.linear.default, aten.embedding.default, aten.max.default, aten.min.default, aten.clamp.default, aten.softmax.int,
         aten.sum.dim_IntList, aten.topk.default, aten.scatter.value, aten.zeros_like.default, aten.ones_like.default,
-        aten.max.dim, aten.min.dim,
+        aten.max.dim, aten.min.dim, aten.clamp.Tensor,
     }  # fmt: skip
     assert tested == {target for target, emitter in EMITTERS.items() if emitter.__module__ == emit_aten.__name__}
