@@ -245,6 +245,10 @@ def _begin(
     if where.type == "cuda":
         name = torch.cuda.get_device_name(where)
         ctx.note(f"computed on {where} ({name}); codes may differ from those of a CPU by rounding")
+    for name, count in captured.left_out.items():
+        ctx.note(
+            f"left out: {name} ({count:,} weights), which text does not reach; the compiled model takes text alone"
+        )
     _note_calibration(ctx, config, start_of_text)
     seconds = time.perf_counter() - start
     return _Begun(chosen.passes, config, where, ctx, captured, about, compared, seconds)

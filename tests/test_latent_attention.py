@@ -157,7 +157,7 @@ def test_no_settings_for_a_runtime_that_knows_one_width(deepseek, tmp_path, capl
     path = export_onnx(deepseek, tmp_path / "model", "qdq")
     assert not (path / "genai_config.json").exists()
     assert (
-        "genai_config.json is left out: the two parts of this model's cache have different widths [8, 24]"
+        "genai_config.json is left out: parts of this model's cache have different shapes (heads x width: 1 x 8, 1 x 24)"
         in caplog.text
     )
 

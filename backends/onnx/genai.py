@@ -52,8 +52,8 @@ def genai_takes(compiled: CompileResult) -> bool:
     shapes = {(s.num_heads, width) for s in compiled.cache_specs for width in (s.key_dim, s.value_dim)}
     if len(shapes) > 1:
         log.warning(
-            "genai_config.json is left out: the two parts of this model's cache have different widths %s, and onnxruntime-genai knows one "
-            "head size; this package's runtime (resq generate) runs the model", sorted(width for _, width in shapes),
+            "genai_config.json is left out: parts of this model's cache have different shapes (heads x width: %s), and onnxruntime-genai "
+            "knows one; this package's runtime (resq generate) runs the model", ", ".join(f"{h} x {w}" for h, w in sorted(shapes)),
         )  # fmt: skip
     return len(shapes) == 1
 

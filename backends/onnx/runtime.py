@@ -70,7 +70,10 @@ class OnnxDecoder:
         for name in ("config.json", "generation_config.json"):
             path = self.directory / name
             if path.is_file():
-                merged.update({k: v for k, v in read_settings(path).items() if v is not None})
+                found = read_settings(path)
+                of_text = found.get("text_config")  # of a model that sees or hears too
+                found = {**of_text, **found} if isinstance(of_text, dict) else found
+                merged.update({k: v for k, v in found.items() if v is not None})
         for name in ("eos_token_id", "pad_token_id"):
             value = merged.get(name, 0)
             ids = value if name == "eos_token_id" and isinstance(value, list) else [value]

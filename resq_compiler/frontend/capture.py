@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,15 @@ class CacheSpec:
 
 @dataclass
 class Captured:
-    """A captured model: the graph, the shapes of its cache and float example inputs (left-padded, with a past)."""
+    """A captured model: the graph, the shapes of its cache and float example inputs (left-padded, with a past).
+
+    left_out: modules whose weights no token reaches, such as a vision tower, each with the number of its weights.
+    """
 
     graph_module: GraphModule
     cache: tuple[CacheSpec, ...]
     example_inputs: tuple[Tensor, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 class _PlainCacheModel(nn.Module):
@@ -140,12 +144,26 @@ def capture_promised(skeleton: PreTrainedModel, weights: Mapping[str, Promise]) 
         captured = capture(copy.deepcopy(skeleton, memo))
     buffers = dict(skeleton.named_buffers(remove_duplicate=False))
     gm = captured.graph_module
-    for target in sorted({str(node.target) for node in gm.graph.find_nodes(op="get_attr")}):
+    reached = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    for target in sorted(reached):
         held = getattr(*graph_tools.owner_and_name(gm, target))
         if isinstance(held, Tensor):
             graph_tools.set_tensor(gm, target, _value_of(target, held, weights, buffers))
     vocabulary = skeleton.config.get_text_config().vocab_size
-    return dataclasses.replace(captured, example_inputs=concrete_example(vocabulary, captured.cache))
+    left_out = dict(
+        _left_out(skeleton, "", {id(p) for n, p in skeleton.named_parameters(remove_duplicate=False) if n in reached})
+    )
+    return dataclasses.replace(captured, example_inputs=concrete_example(vocabulary, captured.cache), left_out=left_out)
+
+
+def _left_out(module: nn.Module, name: str, reached: set[int]) -> Iterator[tuple[str, int]]:
+    """The outermost modules with weights of which none is reached, and the numbers of these."""
+    weights = {id(p): p.numel() for p in module.parameters()}
+    if weights and not weights.keys() & reached:
+        yield name, sum(weights.values())
+    elif weights:
+        for part, child in module.named_children():
+            yield from _left_out(child, f"{name}.{part}" if name else part, reached)
 
 
 def _value_of(name: str, found: Tensor, weights: Mapping[str, Promise], buffers: Mapping[str, Tensor]) -> Tensor:
