@@ -26,7 +26,7 @@ from resq_compiler.errors import TopologyError
 from resq_compiler.frontend import eager_attention, latent
 from resq_compiler.frontend.capture import concrete_example
 from resq_compiler.frontend.eager_attention import WrittenOut
-from resq_compiler.frontend.sinks import take_sinks
+from resq_compiler.frontend.sinks import take_share, take_sinks
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import argument, node_arg, optional_float_arg, optional_node_arg, set_argument, source
 from resq_compiler.ir.graph_tools import VIEW_OPS, aten, emit, evaluate, is_call, replace, rewrite
@@ -50,6 +50,8 @@ class NameAttention(Pass):
         for softmax in list(gm.graph.find_nodes(op="call_function", target=aten.softmax.int)):
             node, sinks = take_sinks(gm, softmax, env, self.name)
             found = eager_attention.find(gm, node, lambda n: is_call(n, ops.append_cache), self.name)
+            if found is not None and sinks is None:
+                found.product, sinks = take_share(gm, found.product, source(node), env, self.name)
             if found is not None:
                 done += replace_written_out(gm, found, env, sinks)
         gm.graph.eliminate_dead_code()

@@ -239,19 +239,38 @@ def merge(gm: GraphModule, root: Node, env: dict[Node, Tensor]) -> int:
 
 
 def move_transposes(gm: GraphModule) -> int:
-    """transpose(norm(transpose(x))) -> norm(x): a per-head norm does not care for the order of the other dimensions."""
-    done = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=ops.rms_norm)):
-        inner = source(node)
-        if not turns_tokens_and_heads(inner) or not all(map(turns_tokens_and_heads, node.users)):
-            continue
-        set_argument(node, "x", source(inner))
-        values.forget(node)
-        for user in list(node.users):
-            replace(user, node)
-        done += 1
+    """norm(transpose(x)) -> transpose(norm(x)), rope too, and two transposes that meet are none: heads before tokens, [B, H, S, D].
+
+    Norms of heads and rotary embeddings do not care for the order of the other dimensions.
+    """
+    done, tables = 0, dict[Node, Node]()
+    for node in list(gm.graph.nodes):
+        if is_call(node, ops.rms_norm, ops.rope) and turns_tokens_and_heads(source(node)):
+            move_behind(gm, node, tables)
+            done += 1
+        elif turns_tokens_and_heads(node) and turns_tokens_and_heads(source(node)):
+            replace(node, source(source(node)))
+            done += 1
     gm.graph.eliminate_dead_code()
     return done
+
+
+def move_behind(gm: GraphModule, node: Node, tables: dict[Node, Node]) -> None:
+    """Let a norm or a rotary embedding work on what was transposed for it. tables: cosines and sines that lie as the others do by now."""
+    users, turn = list(node.users), source(node)
+    set_argument(node, "x", source(turn))
+    if is_call(node, ops.rope):
+        for name in ("cos", "sin"):
+            table = argument(node, name)
+            if table not in tables:
+                with gm.graph.inserting_after(table):
+                    tables[table] = emit(gm.graph, aten.transpose.int, (table, 1, 2), table, SplitFused.name)
+            set_argument(node, name, tables[table])
+    values.forget(node)
+    with gm.graph.inserting_after(node):
+        turned = emit(gm.graph, aten.transpose.int, (node, 1, 2), node, SplitFused.name)
+    for user in users:
+        user.replace_input_with(node, turned)
 
 
 def turns_tokens_and_heads(node: Node) -> bool:

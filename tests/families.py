@@ -40,6 +40,11 @@ GROUPED = {
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
 }
+SHARED = {**CHOSEN, "head_dim": 16, "num_shared_experts": 1}
+GEMMA_4 = {  # as its larger models: no embeddings of each layer, keys and values of full attention from one linear
+    "hidden_size_per_layer_input": 0, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "head_dim": 8,
@@ -52,11 +57,22 @@ OWN = {  # values that cannot be guessed from the names of fields
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "helium": {"head_dim": 16}, "hunyuan_v1_dense": {"head_dim": 16},
     "ministral": {"head_dim": 16}, "falcon-alibi": {"alibi": True},
     "dots1": {**GROUPED, "n_group": 1},
-    **{name: LATENT for name in ("minicpm3", "youtu")}, **{name: {**GROUPED, **LATENT} for name in ("deepseek_v3", "glm4_moe_lite")},
+    **{name: LATENT for name in ("minicpm3", "youtu")},
+    **{name: {**GROUPED, **LATENT} for name in ("axk1", "deepseek_v3", "glm4_moe_lite")},
     "deepseek_v2": {**GROUPED, **LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "phi3-longrope": {"original_max_position_embeddings": 10, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
                       "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i / 4 for i in range(8)]}},
-    "axk1": {**GROUPED, **LATENT},
+    "gemma4_text": GEMMA_4,
+    "gemma4_text-experts": {**GEMMA_4, **CHOSEN, "enable_moe_block": True, "top_k_experts": 2},
+    "aria_text": {"moe_num_experts": 4, "head_dim": 16, "moe_topk": 2},
+    "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_k": 2, "moe_num_experts": 4},
+    "exaone_moe": {**SHARED, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_moe": {"num_experts": 4, "head_dim": 16, "moe_topk": 2}, "minimax_m2": {**CHOSEN, "head_dim": 16},
+    **{name: CHOSEN for name in ("flex_olmo", "granitemoe_swa", "granitemoeshared", "phimoe")},
+    **{name: SHARED for name in ("afmoe", "cohere2_moe", "flint", "hy_v3", "kolibri1", "laguna", "mellum")},
+    "mimo_v2_flash": {**GROUPED, "n_group": 1, "head_dim": 16, "v_head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    "solar_open": {**GROUPED, "n_group": 1, "head_dim": 16}, "internlm3": {"head_dim": 16}, "iquestcoder": {"head_dim": 16},
+    "gemma4_text-layers": {**GEMMA_4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 131},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
 }  # fmt: skip
 LARGER = {  # sizes that are no powers of two among them, more experts than choices by a factor, several groups
@@ -68,8 +84,9 @@ LARGER = {  # sizes that are no powers of two among them, more experts than choi
 """Values of fields that `small` has others of, where it has any."""
 WORK = (
     "apertus", "arcee", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "codegen", "cohere", "cohere2", "cwm", "ernie4_5",
-    "exaone4", "falcon", "falcon-alibi", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "granite", "helium",
-    "hunyuan_v1_dense", "hyperclovax", "jais2", "minicpm3", "ministral",
+    "exaone4", "falcon", "falcon-alibi", "gemma", "gemma4_text",
+    "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "granite", "granite_swa", "helium",
+    "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "minicpm3", "ministral",
     "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
     "phi", "phi3-longrope", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",
 )  # fmt: skip
@@ -77,6 +94,12 @@ MIXTURES = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "dots1", "gpt_oss", "deepseek_v2", "deepseek_v3",
     "glm4_moe_lite",
 )  # fmt: skip
+MORE_MIXTURES = (
+    "aria_text", "axk1", "cohere2_moe", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text-experts", "granitemoe_swa",
+    "granitemoeshared",
+    "hunyuan_v1_moe", "hy_v3", "kolibri1", "mellum", "mimo_v2_flash", "minimax_m2", "phimoe", "solar_open",
+)  # fmt: skip
+FAMILIES = (*WORK, *MIXTURES, *MORE_MIXTURES)
 LATENT_FAMILIES = tuple(name for name in (*WORK, *MIXTURES) if "kv_lora_rank" in OWN.get(name, {}))
 EIGHT = {
     "calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32", "weight_method": "rtn",
@@ -252,7 +275,7 @@ def main() -> None:
     """Measure every family and write the page."""
     torch.set_num_threads(1)
     lines = []
-    for name in (*WORK, *MIXTURES):
+    for name in FAMILIES:
         lines.append(row(name))
         print(lines[-1], flush=True)
     PAGE.write_text(HEAD + "\n".join(lines) + "\n")

@@ -10,11 +10,11 @@ from resq_compiler.errors import ResqError
 from resq_compiler.evaluation.sizes import average_bits
 from resq_compiler.frontend.checks import check_model
 from resq_compiler.tiny import tiny_tokens
-from tests.families import EIGHT, HEAD, LATENT_FAMILIES, MIXTURES, PAGE, WORK, check_exact, row, small
+from tests.families import EIGHT, FAMILIES, HEAD, LATENT_FAMILIES, MIXTURES, PAGE, WORK, check_exact, row, small
 
-LINES = dict(zip((*WORK, *MIXTURES), PAGE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines(), strict=True))
-FEW = ("bloom", "gptj", "apertus")
-"""ALiBi over flattened heads; interleaved rotary embedding of some channels; an activation of its own."""
+LINES = dict(zip(FAMILIES, PAGE.read_text(encoding="utf-8").removeprefix(HEAD).splitlines(), strict=True))
+FEW = ("bloom", "gptj", "apertus", "gemma4_text")
+"""ALiBi over flattened heads; interleaved rotary embedding of some channels; an activation of its own; heads of two widths."""
 
 
 def test_the_page_has_a_line_for_every_family():
@@ -30,7 +30,7 @@ def test_a_few_families_do_what_the_page_says(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in (*WORK, *MIXTURES) if name not in FEW])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FEW])
 def test_every_family_does_what_the_page_says(name):
     check_exact(name)
     assert row(name) == LINES[name]
@@ -63,11 +63,13 @@ def test_larger_mixtures_and_latent_attention(name):
 
 
 REFUSED = {
-    "axk1": r"find-topology: node \w+ \(model\.layers\.1\.mlp\.gate\): a linear that is part of no attention, .* under `floats` there",
+    "afmoe": r"pass \d find-topology: node attention: expected merge_heads and then one linear \(output projection\)",
     "bamba": r"cannot compute logits from token ids alone: .*; expected a decoder-only",
     "bart": r"pass \d find-topology: node \w+: the residual stream starts here; expected a token embedding",
     "bert": r"not a causal decoder",
     "ctrl": r"node \w+: in the residual stream; expected an add",
+    "gemma4_text-layers": r"nodes attention and attention_1: .*; node linear \(model\.per_layer_model_projection\) reaches from before",
+    "laguna": r"pass \d split-fused: node view_\d: expected the heads of attention merged",
     "mamba": r"it wrote no keys and values into its cache; expected a decoder with attention in every layer",
     "openai-gpt": r"it wrote no keys and values into its cache",
 }
@@ -82,7 +84,7 @@ def test_refused_with_one_clear_error(name):
         trace(model)
 
 
-@pytest.mark.parametrize("name", ["axk1", "ctrl"])
+@pytest.mark.parametrize("name", ["afmoe", "ctrl", "gemma4_text-layers"])
 def test_compile_refuses_with_the_same_error(name):
     """What looks at the topology while a compile runs does not hide why there is none."""
     with pytest.raises(ResqError, match=REFUSED[name]):

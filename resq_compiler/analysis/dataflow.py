@@ -6,6 +6,9 @@ is a TopologyError that names the node and what was expected there.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.latents import find_latent, latent_attention
@@ -17,7 +20,7 @@ from resq_compiler.analysis.overrides import (
     TopologyOverrides,
     switched_off,
 )
-from resq_compiler.analysis.residual import EMBEDDING, LINEARS, find_cuts, find_head, find_residual
+from resq_compiler.analysis.residual import EMBEDDING, LINEARS, NORMS, find_cuts, find_head, find_residual
 from resq_compiler.analysis.topology import STREAM_ROLES, Attention, Block, FeedForward, Residual, Topology
 from resq_compiler.errors import TopologyError
 from resq_compiler.ir import graph_tools, meta, ops, values, views
@@ -168,11 +171,11 @@ def make_blocks(
 ) -> list[Block]:  # fmt: skip
     """One block for each attention: from the last cut before it to the last cut before the next one."""
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    starts = find_starts(cuts, attentions, order)
+    starts = find_starts(cuts, attentions, order, set(residual.values))
     ends = [*starts[1:], cuts[-1]]
     blocks = [Block(i, s, e, a) for i, (s, e, a) in enumerate(zip(starts, ends, attentions, strict=True))]
     readers = {n for g in residual.readers for n in g.linears}
-    writers = set(residual.writers) | {Norm.require(n).x for n in residual.gained_writers}
+    writers = {*residual.writers, *itertools.chain.from_iterable(map(written_through, residual.gained_writers))}
     for block in blocks:
         stated, attention = overrides.block(block.index), block.attention
         check_reads_stream(attention, readers, stated)
@@ -194,7 +197,20 @@ def make_blocks(
     return blocks
 
 
-def find_starts(cuts: list[Node], attentions: list[Attention], order: dict[Node, int]) -> list[Node]:
+def written_through(norm: Node) -> Iterator[Node]:
+    """What a norm that writes into the stream is made of: behind sums, sums over experts and the norms of their terms."""
+    pending = [Norm.require(norm).x]
+    while pending:
+        node = pending.pop()
+        if is_call(node, aten.add.Tensor):
+            pending.extend(n for n in operands(node) if isinstance(n, Node))
+        elif is_call(node, ops.combine_experts, *NORMS):
+            pending.append(source(node))
+        else:
+            yield node
+
+
+def find_starts(cuts: list[Node], attentions: list[Attention], order: dict[Node, int], stream: set[Node]) -> list[Node]:
     """Of each attention the last cut before it. Raises TopologyError: there is none, or two attentions share one."""
     starts = []
     for attention in attentions:
@@ -206,9 +222,39 @@ def find_starts(cuts: list[Node], attentions: list[Attention], order: dict[Node,
                 node=attention.core.name,
             )
         starts.append(before[-1])
-    if len(set(starts)) != len(starts):
-        raise TopologyError("two attentions share a stretch of the residual stream; expected one attention in a block")
+    for (start, one), (following, other) in itertools.pairwise(zip(starts, attentions, strict=True)):
+        if start is following:
+            raise _shared_stretch(one.core, other.core, stream)
     return starts
+
+
+def _shared_stretch(one: Node, other: Node, stream: set[Node]) -> TopologyError:
+    across, why = _first_across(one, other, stream), ""
+    if across is not None:
+        why = (
+            f"; node {across.name} ({graph_tools.module_of(across)}) reaches from before the first to behind the second"
+        )
+    return TopologyError(
+        f"nodes {one.name} and {other.name}: two attentions share a stretch of the residual stream; expected one attention in a block, "
+        f"and all that blocks read of each other in the stream{why}",
+        node=(across or other).name,
+    )
+
+
+def _first_across(one: Node, other: Node, stream: set[Node]) -> Node | None:
+    """The first linear that needs no attention and is read behind another one beside the stream, as embeddings for each layer are."""
+    for linear in one.graph.nodes:
+        if not is_call(linear, *LINEARS) or one in graph_tools.ancestors([linear]):
+            continue
+        pending, seen = [linear], {linear, one, *stream}
+        while pending:
+            for user in pending.pop().users:
+                if user.op != "output" and user not in seen:
+                    if other in graph_tools.ancestors([user]):
+                        return linear
+                    seen.add(user)
+                    pending.append(user)
+    return None
 
 
 def check_reads_stream(attention: Attention, readers: set[Node], stated: BlockOverride) -> None:

@@ -41,10 +41,12 @@ def _is_scalar(value: object) -> bool:
 
 
 def _scaled(product: Node) -> Node | None:
-    """What a product scales: the factor beside a number, or beside one number for each token. None where it mixes channels."""
+    """What a product or quotient scales: the factor beside a number, or beside one number a token. None where it mixes channels."""
     first, second = operands(product)
     if _is_scalar(second):
         return first
+    if is_call(product, aten.div.Tensor):
+        return None
     for x, by in ((first, second), (second, first)):
         if isinstance(by, Node) and len(values.shape(by)) == 3 and values.width(by) == 1 < values.width(x):
             return x
@@ -66,7 +68,7 @@ def find_residual(head: Node) -> Residual:
         found[node] = None
         if is_call(node, aten.add.Tensor):
             pending.extend(a for a in operands(node) if isinstance(a, Node))
-        elif is_call(node, aten.mul.Tensor) and (scaled := _scaled(node)) is not None:
+        elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and (scaled := _scaled(node)) is not None:
             pending.append(scaled)
         elif is_call(node, ops.combine_experts):
             pending.append(source(node))

@@ -1,6 +1,6 @@
 """Norms and rotary embeddings that a model writes out in single operators, named.
 
-    mul(weight, mul(x, rsqrt(add(mean(pow(x, 2), -1), eps))))  -> rms_norm(x, weight, eps)
+    mul(weight, mul(x, rsqrt(add(mean(pow(x, 2), -1), eps))))  -> rms_norm(x, weight, eps)      rsqrt(y), or pow(y, -0.5)
     the same on x = y - mean(y, -1)                            -> layer_norm(y, weight)
     add(mul(x, cos), mul(cat(neg(x[h:]), x[:h]), sin))         -> rope(x, cos, sin)
     cat(a·cos - b·sin, b·cos + a·sin), a and b halves of x     -> rope(x, cat(cos, cos), cat(sin, sin))
@@ -37,6 +37,11 @@ def name_composites(gm: GraphModule, made_by: str) -> tuple[int, list[str]]:
             if reason:
                 misses.append(f"node {node.name}: {reason}")
     return done, misses
+
+
+def match_power_norm(gm: GraphModule, power: Node, made_by: str) -> str | None:
+    """Root at pow(mean(x²) + eps, -0.5), another way to write rsqrt."""
+    return match_rms_norm(gm, power, made_by) if argument(power, "exponent") == -0.5 else ""
 
 
 def match_rms_norm(gm: GraphModule, rsqrt: Node, made_by: str) -> str | None:
@@ -233,6 +238,7 @@ def match_partial_rope(gm: GraphModule, node: Node, made_by: str) -> str | None:
 
 ROOTS: dict[Callable[[GraphModule, Node, str], str | None], Callable] = {
     match_rms_norm: aten.rsqrt.default,
+    match_power_norm: aten.pow.Tensor_Scalar,
     match_rope: aten.add.Tensor,
     match_halves_rope: aten.cat.default,
     match_complex_rope: aten.view_as_real.default,

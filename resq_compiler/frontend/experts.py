@@ -44,7 +44,10 @@ LAST_DIMENSION = {
 def name_experts(gm: GraphModule, made_by: str) -> int:
     """Name every mixture of experts; how many there are. Raises TopologyError naming the node that is not understood."""
     done = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=aten.sort.default)):
+    sorts = [n for n in gm.graph.find_nodes(op="call_function", target=aten.sort.default) if Sort.of(n) is not None]
+    if sorts:
+        sink_flattening(gm, made_by)  # what experts read may be a norm of flattened rows
+    for node in sorts:
         sort = Sort.of(node)
         if sort is not None:
             _Experts(gm, sort, made_by).name()
@@ -287,7 +290,7 @@ def _function(node: Node) -> Callable:
 
 FLATTENED = {
     aten.linear.default, aten.relu.default, aten.gelu.default, aten.silu.default, aten.add.Tensor, aten.mul.Tensor, aten.sigmoid.default,
-    aten.tanh.default, aten.pow.Tensor_Scalar, aten.div.Tensor,
+    aten.tanh.default, aten.pow.Tensor_Scalar, aten.div.Tensor, aten.mean.dim, aten.rsqrt.default,
 }  # fmt: skip
 """Operators on the last dimension alone, that may as well run before their input is flattened."""
 
@@ -301,7 +304,7 @@ def sink_flattening(gm: GraphModule, made_by: str) -> None:
                 replace(node, source(source(node)))
             elif values.shape(node) == values.shape(source(node)):
                 replace(node, source(node))
-        elif is_call(node, *FLATTENED) and (inputs := _flat_inputs(node)):
+        elif _is_row_wise(node) and (inputs := _flat_inputs(node)):
             _sink(gm, node, inputs, made_by)
     gm.graph.eliminate_dead_code()
 
@@ -312,6 +315,10 @@ def is_flattened(node: object) -> bool:
         return False
     before, after = values.shape(source(node)), values.shape(node)
     return len(before) == 3 and len(after) == 2 and before[-1] == after[-1]
+
+
+def _is_row_wise(node: Node) -> bool:
+    return is_call(node, *FLATTENED) and (not is_call(node, aten.mean.dim) or argument(node, "dim") == [-1])
 
 
 def _flat_inputs(node: Node) -> list[Node]:

@@ -13,8 +13,11 @@ from resq_compiler.frontend import models
 from resq_compiler.frontend.models import load_model, open_model
 from resq_compiler.ir.promises import Stacked
 from resq_compiler.tiny import tiny_model
-from tests.families import MIXTURES, small
+from tests.families import MIXTURES, MORE_MIXTURES, small
 from tests.gguf_files import small_llama
+
+STACKED = ("granitemoe", "gpt_oss", "aria_text", "flint", "gemma4_text-experts", "granitemoe_swa", "granitemoeshared")
+"""Families whose checkpoints have the experts of a layer in one tensor."""
 
 
 def assert_opened_as_read_whole(source):
@@ -44,7 +47,7 @@ def test_directories(family, dtype, size, tmp_path):
     assert_opened_as_read_whole(tmp_path)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", (*MIXTURES, *MORE_MIXTURES))
 def test_experts_that_lie_one_by_one(family, tmp_path):
     """A tensor for each expert, as checkpoints are published; transformers stacks them."""
     model = small(family).to(torch.bfloat16)
@@ -53,7 +56,7 @@ def test_experts_that_lie_one_by_one(family, tmp_path):
     files = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     one_by_one = any(".experts.3." in name for name in files)
     assert one_by_one == any(isinstance(weight, Stacked) for weight in opened.weights.values())
-    assert one_by_one == (family not in ("granitemoe", "gpt_oss"))
+    assert one_by_one == (family not in STACKED)
 
 
 def test_an_expert_that_lacks_a_projection(tmp_path):

@@ -4,11 +4,14 @@ import pytest
 import torch
 from resq_compiler.passes import SplitFused
 
+from resq_compiler.api import trace
 from resq_compiler.errors import TopologyError
-from resq_compiler.ir import graph_tools, ops
+from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.graph_tools import aten
+from resq_compiler.ir.views import Rope
 from resq_compiler.pipeline.run import prefill_and_decode
 from resq_compiler.tiny import TINY_FAMILIES
+from tests.families import small
 
 LINEAR = aten.linear.default
 
@@ -86,3 +89,15 @@ def test_numerics(family, build):
 def test_idempotent(family, build):
     built = build(family, "untie-embeddings")
     assert SplitFused().run(built.gm, built.ctx) == 0
+
+
+def test_heads_come_before_tokens_where_the_model_turns_them_last():
+    """Gemma 4: norm and rotary embedding work on [B, S, H, D]."""
+    graph, _ = trace(small("gemma4_text"))
+    turns = graph.graph.find_nodes(op="call_function", target=ops.rope)
+    assert len(turns) == 4
+    tokens = {values.shape(node)[2] for node in graph.graph.find_nodes(op="call_function", target=ops.attention)}
+    for node in turns:
+        rope = Rope.require(node)
+        assert {values.shape(n)[2] for n in (rope.x, rope.cos, rope.sin)} == tokens
+        assert values.shape(rope.cos)[1] == 1 and values.shape(rope.x)[1] in (4, 2, 1)
