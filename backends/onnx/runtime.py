@@ -72,8 +72,8 @@ class OnnxDecoder:
             if path.is_file():
                 found = read_settings(path)
                 of_text = found.get("text_config")  # of a model that sees or hears too
-                found = {**of_text, **found} if isinstance(of_text, dict) else found
-                merged.update({k: v for k, v in found.items() if v is not None})
+                for part in (of_text if isinstance(of_text, dict) else {}, found):
+                    merged.update({k: v for k, v in part.items() if v is not None})
         for name in ("eos_token_id", "pad_token_id"):
             value = merged.get(name, 0)
             ids = value if name == "eos_token_id" and isinstance(value, list) else [value]

@@ -243,18 +243,28 @@ def _shared_stretch(one: Node, other: Node, stream: set[Node]) -> TopologyError:
 
 def _first_across(one: Node, other: Node, stream: set[Node]) -> Node | None:
     """The first linear that needs no attention and is read behind another one beside the stream, as embeddings for each layer are."""
+    behind_one, behind_other = _behind(one), _behind(other)
     for linear in one.graph.nodes:
-        if not is_call(linear, *LINEARS) or one in graph_tools.ancestors([linear]):
+        if not is_call(linear, *LINEARS) or linear in behind_one:
             continue
         pending, seen = [linear], {linear, one, *stream}
         while pending:
             for user in pending.pop().users:
                 if user.op != "output" and user not in seen:
-                    if other in graph_tools.ancestors([user]):
+                    if user in behind_other:
                         return linear
                     seen.add(user)
                     pending.append(user)
     return None
+
+
+def _behind(node: Node) -> set[Node]:
+    """A node and all that is made of it."""
+    found = {node}
+    for other in node.graph.nodes:
+        if any(n in found for n in other.all_input_nodes):
+            found.add(other)
+    return found
 
 
 def check_reads_stream(attention: Attention, readers: set[Node], stated: BlockOverride) -> None:
