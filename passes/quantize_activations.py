@@ -22,7 +22,8 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.analysis.topology import STREAM_ROLES, Topology
-from resq_compiler.calibration.statistics import both, observe
+from resq_compiler.calibration import executor
+from resq_compiler.calibration.statistics import both, observe, observe_blocks
 from resq_compiler.frontend.latent import is_quantized_vector
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.args import set_argument, source
@@ -153,16 +154,39 @@ def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Nod
             readers.setdefault(source(node), []).append(node)
     if not sites:
         return {}
-    searches = {
-        x: ClipSearch(part.activation_bits, torch.cat([float_weight(gm, n) for n in readers[x]]) if by_output else None)
-        for x, part in sites.items()
-    }
     windows = ctx.windows[: max(1, SEARCH_TOKENS // ctx.windows.shape[1])]
+    batches = len(executor.batches(windows))
+    searches = {
+        x: SiteSearch(gm, part.activation_bits, readers[x] if by_output else (), batches) for x, part in sites.items()
+    }
     taps = {x: search.update for x, search in searches.items()}
-    observe(gm, taps, windows, lambda done, total: ctx.progress("search clips", done, total))
-    found = processes.current().agreed([search.best() for search in searches.values()])
+    blocks = ctx.facts.get(Topology).blocks
+    observe_blocks(gm, taps, windows, blocks, ctx.work, lambda done, total: ctx.progress("search clips", done, total))
+    found = processes.current().agreed([search.found for search in searches.values()])
     ctx.lines += [f"clip of {name_of(part)}: {share:g}" for part, share in zip(sites.values(), found, strict=True)]
     return dict(zip(sites, found, strict=True))
+
+
+class SiteSearch:
+    """The search of one site: what its readers make of errors is held from its first batch of tokens to its last, no longer.
+
+    readers: the linears that read it; none where the error of the value counts. batches: how many there will be. found: the share.
+    """
+
+    def __init__(self, gm: GraphModule, bits: int, readers: Sequence[Node], batches: int) -> None:
+        self.gm, self.bits, self.readers, self.left = gm, bits, readers, batches
+        self.search: ClipSearch | None = None
+        self.found = 1.0
+
+    def update(self, x: Tensor) -> None:
+        """See a batch of values."""
+        if self.search is None:
+            weights = [float_weight(self.gm, n) for n in self.readers]
+            self.search = ClipSearch(self.bits, torch.cat(weights) if weights else None)
+        self.search.update(x)
+        self.left -= 1
+        if not self.left:
+            self.found, self.search = self.search.best(), None
 
 
 def float_weight(gm: GraphModule, node: Node) -> Tensor:

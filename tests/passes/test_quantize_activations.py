@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
-from resq_compiler.passes import QuantizeActivations
+from resq_compiler.passes import QuantizeActivations, quantize_activations
 from resq_compiler.passes.quantize_activations import may_clip, open_parts, search_clips
 
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
 from resq_compiler.ir.graph_tools import aten
-from resq_compiler.numerics.clip import SHARES
+from resq_compiler.numerics.clip import SHARES, ClipSearch
 from resq_compiler.tiny import tiny_tokens
 
 BEFORE_WEIGHTS = {"gptq_on_quantized_activations": True}
@@ -64,6 +66,24 @@ def test_searched_clips_lose_least(build):
             for share in SHARES
         }
         assert error[node.args[3]] <= min(error.values()) * (1 + 1e-5)  # float32 sums
+
+
+def test_readers_are_held_for_one_block_at_a_time(build, monkeypatch):
+    """A model of users' size has gigabytes of them."""
+    held, most = weakref.WeakSet(), []
+
+    class Seen(ClipSearch):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            held.add(self)
+            most.append(len(held))
+
+    monkeypatch.setattr(quantize_activations, "ClipSearch", Seen)
+    built = build("llama", "quantize-activations", activation_clip="output", weight_method="rtn")
+    sites = [part.site.block for node, part in open_parts(built.gm) if may_clip(part)]
+    with executor.batches_of(built.ctx.windows.shape[1]):
+        search_clips(built.gm, built.ctx, by_output=True)
+    assert len(most) == 6 and max(most) == 3 and len(set(sites)) == 2 and not held
 
 
 @pytest.mark.parametrize("options", [{"weight_method": "rtn"}, BEFORE_WEIGHTS], ids=str)
