@@ -21,6 +21,7 @@ from resq_compiler.frontend.capture import concrete_example
 from resq_compiler.model.compiled_model import CompiledModel
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
+from tests.backends.coded import coded
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 SIZES = {
@@ -175,14 +176,17 @@ def native_errors(model: CompiledModel) -> torch.Tensor:
     ids, mask = tiny_tokens(2, 13, seed=5), torch.ones(2, 13, dtype=torch.long)
     mask[0, :3] = 0
     found = []
-    for name in ("reference", "cpu"):
-        model.use_backend(name)
+
+    def compute(model: CompiledModel) -> None:
         cache, pieces = None, []
         for start, stop in ((0, 7), (7, 12), (12, 13)):
             output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             pieces.append(output.logits)
         found.append(torch.cat(pieces, 1)[mask.bool()])
+
+    coded(model, compute)
+    compute(model.use_backend("cpu"))
     return (found[1] - found[0]).norm(dim=-1) / found[0].norm(dim=-1)
 
 

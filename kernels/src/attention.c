@@ -63,9 +63,9 @@ static void begin_row(const query_tile *t, attention_space *w, int64_t row) {
 
 static void code_query(const query_tile *t, attention_space *w, int64_t row) {
     const float *q = query_of(t, row), factor = score_factor(t->args);
-    int8_t *limbs = w->queries + row * LIMBS * QUERY_SPACE;
-    w->codes[row][0] = code_low(q, w->key.width[0], w->key.quads[0], limbs);
-    w->codes[row][1] = code_high(q + w->key.width[0], w->key.width[1], w->key.quads[1], limbs + 8 * w->key.quads[0]);
+    int8_t *codes = w->queries + row * QUERY_SPACE;
+    w->codes[row][0] = code_low(q, w->key.width[0], w->key.quads[0], codes);
+    w->codes[row][1] = code_high(q + w->key.width[0], w->key.width[1], w->key.quads[1], codes + 8 * w->key.quads[0]);
     w->codes[row][0].scale *= factor, w->codes[row][1].scale *= factor;
     w->slope[row] = t->args->slopes ? t->args->slopes[head_of(t, row)] * LOG2_E : 0;
 }

@@ -2,14 +2,14 @@
 #ifndef RK_ATTENTION_IMAGES_H
 #define RK_ATTENTION_IMAGES_H
 
+#include "attention_codes.h"
 #include "cache_rows.h"
-#include "limbs.h"
 
 #define TILE_KEYS 128
 #define SLACK 64                            /* bytes that may be read behind a row */
 #define ROW_BYTES (RK_MAX_HEAD + 10)     /* of a cached head, at most */
 #define QUAD_SPACE (RK_MAX_HEAD / 4 + 4)    /* quads of a key */
-#define QUERY_SPACE (RK_MAX_HEAD + 16)      /* bytes of a query's limb */
+#define QUERY_SPACE (RK_MAX_HEAD + 16)      /* codes of a query */
 #define COLUMN_SPACE (RK_MAX_HEAD + 2 * 16) /* columns of a value */
 
 /* Where the two parts of a head lie. A quad of a key is four bytes of its row, which hold eight columns of the low part or four of the
@@ -40,15 +40,15 @@ typedef struct {
     uint8_t zero_point[2][TILE_KEYS];
 } tile_scales;
 
-/* The next RK_WIDTH rows of a cache that has `keys` more, zeros where it has none, with SLACK bytes behind them that may be read: copied
- * to `space` where the cache ends before. ask: for the rows that the next tile has in this place. */
-RK_INLINE const uint8_t *next_rows(cache_reader *r, int64_t keys, const int ask, uint8_t space[RK_WIDTH * ROW_BYTES + SLACK]) {
+/* The next `count` rows of a cache that has `keys` more, zeros where it has none, with SLACK bytes behind them that may be read: copied
+ * to `space`, which has room for them, where the cache ends before. ask: for the rows that the next tile has in this place. */
+RK_INLINE const uint8_t *next_rows(cache_reader *r, const int count, int64_t keys, const int ask, uint8_t *space) {
     const uint8_t *rows = r->row;
-    const int64_t bytes = RK_WIDTH * r->bytes;
+    const int64_t bytes = count * r->bytes;
     for (int64_t i = 0; ask && i < bytes; i += 64)
         __builtin_prefetch(rows + TILE_KEYS * r->bytes + i, 0, 2);
-    if (keys < RK_WIDTH || r->left < bytes + SLACK) {
-        const int64_t there = rk_min(keys, RK_WIDTH) * r->bytes;
+    if (keys < count || r->left < bytes + SLACK) {
+        const int64_t there = rk_min(keys, count) * r->bytes;
         memcpy(space, rows, (size_t)there);
         memset(space + there, 0, (size_t)(bytes - there));
         rows = space;
@@ -138,7 +138,7 @@ static void read_keys(const head_layout l, cache_reader r, int64_t keys, int32_t
     uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < keys; j += RK_WIDTH) {
         const int64_t bytes = r.bytes;
-        const uint8_t *rows = next_rows(&r, keys - j, 1, space);
+        const uint8_t *rows = next_rows(&r, RK_WIDTH, keys - j, 1, space);
         if (all) {
             i32v rest[3];
             spread(rows, bytes, l.quads[0] + l.quads[1], quads + j, rest);
@@ -186,7 +186,7 @@ static void read_values(const head_layout l, cache_reader r, int64_t keys, int32
     uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
         const int64_t bytes = r.bytes;
-        const uint8_t *rows = next_rows(&r, keys > j ? keys - j : 0, 1, space);
+        const uint8_t *rows = next_rows(&r, RK_WIDTH, keys > j ? keys - j : 0, 1, space);
         read_scales(l, rows, bytes, j, s);
         for (int64_t i = 0; i < rk_min(RK_WIDTH, keys - j); i += 4)
             value_quads(l, rows + i * bytes, bytes, quads + (j + i) / 4 * l.columns);
@@ -198,25 +198,24 @@ static void read_value_scales(const head_layout l, cache_reader r, int64_t keys,
     uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
     for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
         const int64_t bytes = r.bytes;
-        read_scales(l, next_rows(&r, keys > j ? keys - j : 0, 0, space), bytes, j, s);
+        read_scales(l, next_rows(&r, RK_WIDTH, keys > j ? keys - j : 0, 0, space), bytes, j, s);
     }
 }
 
-/* Sums of the codes of a part of a query. */
+/* What the codes of a part of a query are multiplied with, and their sum: an integer. */
 typedef struct {
-    float scale;
-    int32_t rest, bottom;
+    float scale, sum;
 } query_codes;
 
-/* Codes of some columns, limbs [LIMBS][QUERY_SPACE]; zeros up to a whole vector. */
-static void code_columns(const float *q, int64_t count, float factor, int8_t *limbs, query_codes *sums) {
-    i32v rest = {0}, bottom = {0};
+/* Codes of some columns, zeros up to a whole vector; returns their sum. */
+static int32_t code_columns(const float *q, int64_t count, float factor, int8_t *codes) {
+    i32v sum = {0};
     for (int64_t i = 0; i < count; i += RK_WIDTH) {
         const i32v code = code_of(rk_load_some(q + i, count - i), factor);
-        store_limbs(code, limbs + i, QUERY_SPACE);
-        rest += rest_of(code), bottom += bottom_of(code);
+        rk_store_bytes(codes + i, code);
+        sum += (i32v)((u32v)code << 24) >> 24;
     }
-    sums->rest += rk_sum_across(rest), sums->bottom += rk_sum_across(bottom);
+    return rk_sum_across(sum);
 }
 
 static float largest_of(const float *q, int64_t width) {
@@ -229,37 +228,28 @@ static float largest_of(const float *q, int64_t width) {
 }
 
 /* The low part of a query: the quads that low nibbles are multiplied with (the first half of the columns, and an odd last one) in turn
- * with those of high nibbles. limbs: [LIMBS][QUERY_SPACE]. */
-static query_codes code_low(const float *q, int64_t width, int64_t quads, int8_t *limbs) {
+ * with those of high nibbles. */
+static query_codes code_low(const float *q, int64_t width, int64_t quads, int8_t *codes) {
     const int64_t half = width / 2;
-    const float largest = largest_of(q, width), factor = to_codes(largest);
-    int8_t first[LIMBS * QUERY_SPACE] = {0}, second[LIMBS * QUERY_SPACE] = {0};
-    query_codes c = {from_codes(largest), 0, 0};
-    code_columns(q, half, factor, first, &c);
-    code_columns(q + half, half, factor, second, &c);
-    if (width % 2) {
-        int8_t last[LIMBS * QUERY_SPACE];
-        code_columns(q + width - 1, 1, factor, last, &c);
-        for (int i = 0; i < LIMBS; i++)
-            first[i * QUERY_SPACE + half] = last[i * QUERY_SPACE];
+    const float largest = largest_of(q, width), factor = to_codes(largest, LARGEST_QUERY);
+    int8_t first[QUERY_SPACE] = {0}, second[QUERY_SPACE] = {0};
+    int32_t sum = code_columns(q, half, factor, first) + code_columns(q + half, half, factor, second);
+    if (width % 2)
+        sum += code_columns(q + width - 1, 1, factor, first + half);
+    for (int64_t j = 0; j < quads; j++) {
+        memcpy(codes + 8 * j, first + 4 * j, 4);
+        memcpy(codes + 8 * j + 4, second + 4 * j, 4);
     }
-    for (int i = 0; i < LIMBS; i++)
-        for (int64_t j = 0; j < quads; j++) {
-            memcpy(limbs + i * QUERY_SPACE + 8 * j, first + i * QUERY_SPACE + 4 * j, 4);
-            memcpy(limbs + i * QUERY_SPACE + 8 * j + 4, second + i * QUERY_SPACE + 4 * j, 4);
-        }
-    return c;
+    return (query_codes){from_codes(largest, LARGEST_QUERY), (float)sum};
 }
 
 /* The high part. */
-static query_codes code_high(const float *q, int64_t width, int64_t quads, int8_t *limbs) {
+static query_codes code_high(const float *q, int64_t width, int64_t quads, int8_t *codes) {
     const float largest = largest_of(q, width);
-    int8_t made[LIMBS * QUERY_SPACE] = {0};
-    query_codes c = {from_codes(largest), 0, 0};
-    code_columns(q, width, to_codes(largest), made, &c);
-    for (int i = 0; i < LIMBS; i++)
-        memcpy(limbs + i * QUERY_SPACE, made + i * QUERY_SPACE, (size_t)(4 * quads));
-    return c;
+    int8_t made[QUERY_SPACE] = {0};
+    const int32_t sum = code_columns(q, width, to_codes(largest, LARGEST_QUERY), made);
+    memcpy(codes, made, (size_t)(4 * quads));
+    return (query_codes){from_codes(largest, LARGEST_QUERY), (float)sum};
 }
 
 #endif

@@ -1,8 +1,8 @@
 /* Rows of attention with tiles of keys: scores, weights, sums of values.
  *
  * Queries and weights are broadcast, keys and columns of values lie in lanes, so that only a row's highest score and total are found
- * across lanes. A part of a query becomes limbs, and so do the weights of a row and tile, each multiplied by its value's scale: products
- * with codes of the cache are exact integers. Scores are in units of log 2: weights are powers of two. */
+ * across lanes. A part of a query becomes codes, and so do the weights of a row and tile, each multiplied by its value's scale: products
+ * with codes of the cache are exact integers below 2^24, which floats hold. Scores are in units of log 2: weights are powers of two. */
 #ifndef RK_ATTENTION_ROWS_H
 #define RK_ATTENTION_ROWS_H
 
@@ -15,11 +15,10 @@
 #define LOG2_E 1.44269504f
 
 #define BLOCK_ROWS 4
-#define BLOCK_LIMBS (BLOCK_ROWS * LIMBS)
 #if RK_WIDTH == 16 || defined(__aarch64__) /* 32 registers */
-#define BLOCK_VECTORS 2
+#define BLOCK_VECTORS 4
 #else
-#define BLOCK_VECTORS 1
+#define BLOCK_VECTORS 2
 #endif
 
 typedef struct {
@@ -43,8 +42,8 @@ typedef struct {
     query_codes codes[LANES][2];
     float slope[LANES], shrink[BLOCK_ROWS], weight_scale[BLOCK_ROWS][2];
     float scores[BLOCK_ROWS][TILE_KEYS];
-    int8_t weights[2][BLOCK_LIMBS * TILE_KEYS];      /* [part][row, limb][key] */
-    int8_t queries[LANES * LIMBS * QUERY_SPACE];     /* [row, limb][quads of the low part, those of the high one] */
+    uint8_t weights[2][BLOCK_ROWS * TILE_KEYS];      /* [part][row][key] */
+    int8_t queries[LANES * QUERY_SPACE];             /* [row][quads of the low part, those of the high one] */
     float sums[LANES * COLUMN_SPACE];                /* [row][column] */
     int32_t keys[QUAD_SPACE * TILE_KEYS];            /* [quad][key] */
     int32_t values[TILE_KEYS / 4 * COLUMN_SPACE + 16]; /* [quad of keys][column] */
@@ -59,37 +58,39 @@ static int64_t head_of(const query_tile *t, int64_t row) { return t->kv_head * t
 static int64_t slot_of_row(const query_tile *t, int64_t row) { return t->args->start[t->batch] + token_of(t, row); }
 
 enum { BYTES, NIBBLES, TWO_NIBBLES }; /* a quad: four bytes, four nibbles each in a byte, or four low nibbles and then four high ones */
+enum { QUERIES, WEIGHTS };            /* what codes of the cache are multiplied with: signed or unsigned bytes */
 
-RK_INLINE void clear_sums(const int rows, const int vectors, i32v sums[BLOCK_LIMBS][BLOCK_VECTORS]) {
-#pragma GCC unroll 12
+RK_INLINE void clear_sums(const int rows, const int vectors, i32v sums[BLOCK_ROWS][BLOCK_VECTORS]) {
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++)
             sums[r][i] = (i32v){0};
 }
 
-/* sums[r] = sums[r] + a[r] . v for a quad of each of some rows of limbs and some vectors. */
-RK_INLINE void add_quads(const int8_t *a, int64_t a_stride, const i32v v[BLOCK_VECTORS], const int nibbles, const int rows, const int vectors,
-                         i32v sums[BLOCK_LIMBS][BLOCK_VECTORS]) {
-#pragma GCC unroll 12
+/* sums[r] = sums[r] + a[r] . v for a quad of each of some rows and some vectors. */
+RK_INLINE void add_quads(const void *a, int64_t a_stride, const i32v v[BLOCK_VECTORS], const int nibbles, const int what, const int rows,
+                         const int vectors, i32v sums[BLOCK_ROWS][BLOCK_VECTORS]) {
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
         int32_t four;
-        memcpy(&four, a + r * a_stride, sizeof four);
+        memcpy(&four, (const char *)a + r * a_stride, sizeof four);
         i32v w = rk_splat_i32(four);
         KEEP_IN_REGISTER(w);
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++)
-            sums[r][i] = rk_dot_quads(sums[r][i], v[i], w, nibbles);
+            sums[r][i] = what == WEIGHTS ? rk_dot_unsigned(sums[r][i], v[i], w, nibbles) : rk_dot_quads(sums[r][i], v[i], w, nibbles);
     }
 }
 
-/* sums[r][v] = sum_k a[r][k] . b[k][v] for some rows of limbs and vectors of quads. */
-RK_INLINE void product_block(const int8_t *a, int64_t a_stride, const int32_t *b, int64_t b_stride, int64_t k, const int kind,
-                             const int rows, const int vectors, i32v sums[BLOCK_LIMBS][BLOCK_VECTORS]) {
+/* sums[r][v] = sum_k a[r][k] . b[k][v] for some rows and vectors of quads. */
+RK_INLINE void product_block(const void *a, int64_t a_stride, const int32_t *b, int64_t b_stride, int64_t k, const int kind, const int what,
+                             const int rows, const int vectors, i32v sums[BLOCK_ROWS][BLOCK_VECTORS]) {
+    const char *at = a;
     clear_sums(rows, vectors, sums);
     for (int64_t j = 0; j < k; j++, b += b_stride)
 #pragma GCC unroll 2
-        for (int high = 0; high <= (kind == TWO_NIBBLES); high++, a += 4) {
+        for (int high = 0; high <= (kind == TWO_NIBBLES); high++, at += 4) {
             i32v v[BLOCK_VECTORS];
 #pragma GCC unroll 4
             for (int i = 0; i < vectors; i++) {
@@ -97,34 +98,34 @@ RK_INLINE void product_block(const int8_t *a, int64_t a_stride, const int32_t *b
                 if (kind == TWO_NIBBLES)
                     v[i] = (high ? v[i] >> 4 : v[i]) & 0x0f0f0f0f;
             }
-            add_quads(a, a_stride, v, kind != BYTES, rows, vectors, sums);
+            add_quads(at, a_stride, v, kind != BYTES, what, rows, vectors, sums);
         }
 }
 
 /* Scores ------------------------------------------------------------------------------------------------------------------ */
 
-/* q . k of a part of a query, from the sums of its limbs and a vector of keys. */
-RK_INLINE f32v score_of(const query_codes *c, i32v top, i32v middle, i32v last, f32v scale, u32v zero_point) {
-    const u32v rest = ((u32v)top << 8) + (u32v)middle - zero_point * (uint32_t)c->rest;
-    const u32v bottom = (u32v)last - zero_point * (uint32_t)c->bottom;
-    return limbs_to_float((i32v)rest, (i32v)bottom) * (scale * c->scale);
+/* Zero points of a part of keys as rk_dot_quads leaves their codes. */
+RK_INLINE f32v zero_points(i32v stored, const int part) { return __builtin_convertvector(stored - (part ? BYTE_SHIFT : 0), f32v); }
+
+/* q . k of a part of a query and a vector of keys, from the products of their codes. */
+RK_INLINE f32v score_of(const query_codes *c, i32v products, f32v scale, f32v zero_point) {
+    return (__builtin_convertvector(products, f32v) - zero_point * c->sum) * (scale * c->scale);
 }
 
 /* What a part adds to the scores of some rows with some vectors of keys. */
 RK_INLINE void score_block(attention_space *w, const int part, int64_t row, int64_t key, const int rows, const int vectors, const int add) {
-    i32v sums[BLOCK_LIMBS][BLOCK_VECTORS];
-    const int8_t *queries = w->queries + row * LIMBS * QUERY_SPACE + (part ? 8 * w->key.quads[0] : 0);
+    i32v sums[BLOCK_ROWS][BLOCK_VECTORS];
+    const int8_t *queries = w->queries + row * QUERY_SPACE + (part ? 8 * w->key.quads[0] : 0);
     const int32_t *keys = w->keys + (part ? w->key.quads[0] : 0) * TILE_KEYS + key;
-    product_block(queries, QUERY_SPACE, keys, TILE_KEYS, w->key.quads[part], part ? BYTES : TWO_NIBBLES, LIMBS * rows, vectors, sums);
+    product_block(queries, QUERY_SPACE, keys, TILE_KEYS, w->key.quads[part], part ? BYTES : TWO_NIBBLES, QUERIES, rows, vectors, sums);
 #pragma GCC unroll 4
     for (int i = 0; i < vectors; i++) {
         const f32v scale = rk_load(w->key_scales.scale[part] + key + i * RK_WIDTH);
-        const u32v zero_point = (u32v)rk_load_bytes(w->key_scales.zero_point[part] + key + i * RK_WIDTH) - (uint32_t)(part ? BYTE_SHIFT : 0);
+        const f32v zero_point = zero_points(rk_load_bytes(w->key_scales.zero_point[part] + key + i * RK_WIDTH), part);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             float *score = w->scores[r] + key + i * RK_WIDTH;
-            const f32v product =
-                score_of(&w->codes[row + r][part], sums[LIMBS * r][i], sums[LIMBS * r + 1][i], sums[LIMBS * r + 2][i], scale, zero_point);
+            const f32v product = score_of(&w->codes[row + r][part], sums[r][i], scale, zero_point);
             rk_store(score, add ? rk_load(score) + product : product);
         }
     }
@@ -174,10 +175,10 @@ static void mask_row(const query_tile *t, attention_space *w, float *scores, int
 
 /* Weights ----------------------------------------------------------------------------------------------------------------- */
 
-/* 2^x for x <= 0, to 2 units in the last place; what is below 2^-126 is nothing. 2^f for |f| <= 1/2 is the polynomial with the least
- * relative error, 1e-7. */
+/* 2^x for x <= 0, to 2 units in the last place; what is below 2^-126 is nothing, whatever comes out for it first. 2^f for |f| <= 1/2 is the
+ * polynomial with the least relative error, 1e-7. */
 RK_INLINE f32v weight_of(f32v x) {
-    const f32v bounded = rk_highest(x, rk_splat(-126.0f)), shifted = bounded + 12582912.0f, f = bounded - (shifted - 12582912.0f);
+    const f32v shifted = x + 12582912.0f, f = x - (shifted - 12582912.0f);
     f32v e = f * 1.3264727e-3f + 9.6715130e-3f;
     e = e * f + 5.5507336e-2f;
     e = e * f + 2.4022242e-1f;
@@ -220,69 +221,59 @@ RK_INLINE void weigh(attention_space *w, int64_t row, int r, int64_t keys) {
     w->weight_scale[r][0] = rk_highest_of(highest[0]), w->weight_scale[r][1] = rk_highest_of(highest[1]);
 }
 
-/* The codes of a vector of weights times the scale of their value. */
-RK_INLINE i32v weight_code(const attention_space *w, int r, int part, int64_t key, float factor) {
-    return code_of(rk_load(w->scores[r] + key) * rk_load(w->value_scales.scale[part] + key), factor);
-}
-
-/* Weights times the scale of their value, as limbs; weight_scale becomes the scale of these. */
+/* Weights times the scale of their value, as codes, zeros for the rest of a tile; weight_scale becomes the scale of these. */
 RK_INLINE void code_weights(attention_space *w, int r, int part, int64_t keys) {
     float *scale = &w->weight_scale[r][part];
-    const float factor = to_codes(*scale);
-    int8_t *limbs = w->weights[part] + r * LIMBS * TILE_KEYS;
-    int64_t j = 0;
-    for (; FOUR_AT_ONCE && j + 4 * RK_WIDTH <= keys; j += 4 * RK_WIDTH) {
-        i32v code[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            code[i] = weight_code(w, r, part, j + i * RK_WIDTH, factor);
-        store_four_limbs(code, limbs + j, TILE_KEYS);
+    uint8_t *codes = w->weights[part] + r * TILE_KEYS;
+    const float factor = to_codes(*scale, LARGEST_WEIGHT);
+    for (int64_t j = 0; j < keys; j += RK_WIDTH) {
+        const f32v weight = rk_load(w->scores[r] + j) * rk_load(w->value_scales.scale[part] + j);
+        rk_store_bytes(codes + j, code_of(weight, factor));
     }
-    for (; j < keys; j += RK_WIDTH)
-        store_limbs(weight_code(w, r, part, j, factor), limbs + j, TILE_KEYS);
-    *scale = from_codes(*scale);
+    memset(codes + keys, 0, (size_t)(TILE_KEYS - keys));
+    *scale = from_codes(*scale, LARGEST_WEIGHT);
 }
 
 /* Values ------------------------------------------------------------------------------------------------------------------ */
 
-/* Sums of weights times the zero points of their values, for some rows of limbs. */
-RK_INLINE void weigh_zero_points(const attention_space *w, const int part, int64_t keys, const int rows, int32_t sums[BLOCK_LIMBS]) {
+/* Sums of weights times the zero points of their values, for some rows. */
+RK_INLINE void weigh_zero_points(const attention_space *w, const int part, int64_t keys, const int rows, int32_t sums[BLOCK_ROWS]) {
     for (int r = 0; r < rows; r++) {
         i32v sum = {0};
-        for (int64_t j = 0; j < keys; j += 4 * RK_WIDTH)
-            sum = rk_dot_quads(sum, rk_load_i32(w->value_scales.zero_point[part] + j), rk_load_i32(w->weights[part] + r * TILE_KEYS + j), part == 0);
+        for (int64_t j = 0; j < keys; j += 4 * RK_WIDTH) {
+            const i32v zero_points = rk_load_i32(w->value_scales.zero_point[part] + j);
+            sum = rk_dot_unsigned(sum, zero_points, rk_load_i32(w->weights[part] + r * TILE_KEYS + j), part == 0);
+        }
         sums[r] = rk_sum_across(sum);
     }
 }
 
-/* sums = sums * shrink + products of limbs with codes - those with zero points, for row r of a block and a vector of `count` columns or
+/* sums = sums * shrink + products of weights with codes - those with zero points, for row r of a block and a vector of `count` columns or
  * more. */
-RK_INLINE void add_products(attention_space *w, const int part, int64_t row, const int r, int64_t column, int64_t count, const int32_t *zeros,
-                            const int vector, i32v products[BLOCK_LIMBS][BLOCK_VECTORS]) {
-    const int32_t rest_zeros = zeros[LIMBS * r] * 256 + zeros[LIMBS * r + 1], bottom_zeros = zeros[LIMBS * r + 2];
+RK_INLINE void add_products(attention_space *w, const int part, int64_t row, const int r, int64_t column, int64_t count, i32v products,
+                            const int32_t zeros[BLOCK_ROWS]) {
     float *sum = w->sums + (row + r) * COLUMN_SPACE + column;
-    const i32v rest = products[LIMBS * r][vector] * 256 + products[LIMBS * r + 1][vector] - rest_zeros;
-    const f32v added = limbs_to_float(rest, products[LIMBS * r + 2][vector] - bottom_zeros) * w->weight_scale[r][part];
+    const f32v added = __builtin_convertvector(products - zeros[r], f32v) * w->weight_scale[r][part];
     rk_store_some(sum, rk_load_some(sum, count) * w->shrink[r] + added, count);
 }
 
 /* sums = sums * shrink + weights . (values - zero points), for some rows and vectors of columns. */
-RK_INLINE void value_block(attention_space *w, const int part, int64_t row, int64_t column, int64_t quads, const int32_t *zeros,
+RK_INLINE void value_block(attention_space *w, const int part, int64_t row, int64_t column, int64_t quads, const int32_t zeros[BLOCK_ROWS],
                            const int rows, const int vectors) {
-    i32v sums[BLOCK_LIMBS][BLOCK_VECTORS];
-    product_block(w->weights[part], TILE_KEYS, w->values + column, w->value.columns, quads, part ? BYTES : NIBBLES, LIMBS * rows, vectors, sums);
+    i32v sums[BLOCK_ROWS][BLOCK_VECTORS];
+    product_block(w->weights[part], TILE_KEYS, w->values + column, w->value.columns, quads, part ? BYTES : NIBBLES, WEIGHTS, rows, vectors, sums);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; i++)
-            add_products(w, part, row, r, column + i * RK_WIDTH, RK_WIDTH, zeros, i, sums);
+            add_products(w, part, row, r, column + i * RK_WIDTH, RK_WIDTH, sums[r][i], zeros);
 }
 
 RK_INLINE void value_rows(attention_space *w, const int part, int64_t row, int64_t keys, const int rows) {
     const int64_t last = w->value.column_at[part] + w->value.width[part], quads = (keys + 3) / 4;
     int64_t i = w->value.column_at[part];
-    int32_t zeros[BLOCK_LIMBS];
-    weigh_zero_points(w, part, rk_round_up(keys, 16), LIMBS * rows, zeros);
+    int32_t zeros[BLOCK_ROWS];
+    weigh_zero_points(w, part, rk_round_up(keys, 16), rows, zeros);
     for (; i + (BLOCK_VECTORS - 1) * RK_WIDTH < last; i += BLOCK_VECTORS * RK_WIDTH)
         value_block(w, part, row, i, quads, zeros, rows, BLOCK_VECTORS);
     for (; i < last; i += RK_WIDTH)

@@ -21,7 +21,7 @@ RK_INLINE i32v rk_load_bytes(const uint8_t *p) {
 #endif
 }
 
-/* The lowest byte of every lane, RK_WIDTH bytes; lanes hold -128..255. */
+/* The lowest byte of every lane, RK_WIDTH bytes. */
 RK_INLINE void rk_store_bytes(void *p, i32v v) {
 #if defined(__AVX512F__)
     _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v));

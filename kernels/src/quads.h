@@ -1,5 +1,5 @@
-/* Sums of products of unsigned bytes with signed ones, four to a lane: what attention computes with. All are exact, on every instruction
- * set, but for a multiple of the sum of the signed ones where BYTE_SHIFT says so. */
+/* Sums of products of the cache's unsigned bytes, four to a lane, with signed or unsigned ones: what attention computes with. All are exact,
+ * on every instruction set, but for a multiple of the sum of the others where BYTE_SHIFT or rk_dot_unsigned says so. */
 #ifndef RK_QUADS_H
 #define RK_QUADS_H
 
@@ -35,6 +35,25 @@ RK_INLINE i32v rk_dot_quads(i32v sum, i32v a, i32v b, const int nibbles) {
     (void)nibbles;
     for (int i = 0; i < 32; i += 8)
         sum += (i32v)((u32v)a >> i & 255) * ((i32v)((u32v)b << (24 - i)) >> 24);
+    return sum;
+#endif
+}
+
+/* The same with unsigned b. Bytes that are not nibbles may all have the same number subtracted from them, a power of two or none. */
+RK_INLINE i32v rk_dot_unsigned(i32v sum, i32v a, i32v b, const int nibbles) {
+#if defined(RK_AVX512VNNI) || defined(RK_AVXVNNI)
+    return rk_dot_quads(sum, b, nibbles ? a : a ^ (int32_t)0x80808080, 0);
+#elif defined(RK_AVX2)
+    const __m256i low = nibbles ? (__m256i)a : (__m256i)(a & 0x0f0f0f0f), high = (__m256i)((u32v)a >> 4 & 0x0f0f0f0f);
+    sum += (i32v)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)b, low), _mm256_set1_epi16(1));
+    return nibbles ? sum : sum + (i32v)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)b, high), _mm256_set1_epi16(16));
+#elif defined(RK_NEON_DOTPROD) || defined(RK_NEON_I8MM)
+    (void)nibbles;
+    return (i32v)vdotq_u32((uint32x4_t)sum, (uint8x16_t)a, (uint8x16_t)b);
+#else
+    (void)nibbles;
+    for (int i = 0; i < 32; i += 8)
+        sum += (i32v)(((u32v)a >> i & 255) * ((u32v)b >> i & 255));
     return sum;
 #endif
 }

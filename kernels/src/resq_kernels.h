@@ -227,7 +227,8 @@ typedef struct {
  * The result goes to out, or if codes.parts is not 0 to codes, a run for each head, cut into the parts' columns.
  * A unit is a few queries of the heads that share a key head. Where few queries see many keys, these are cut into chunks, which are
  * units, if there is scratch: rk_attention_scratch bytes, aligned to 4, the first batch * kv_heads * 4 of them zero. Products with
- * codes of the cache are exact, of 23-bit codes: of each query's part, and of each tile's weights times their value's scale. */
+ * codes of the cache are exact, of codes of a byte: signed ones of each query's part, unsigned ones of each tile's weights times their
+ * value's scale. */
 typedef struct {
     int64_t batch, tokens, heads, kv_heads;
     const float *q;                        /* [batch, tokens, heads, D] */

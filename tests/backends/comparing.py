@@ -22,8 +22,8 @@ Gemma 2, Qwen3 and GPT-NeoX: none of 190 000."""
 class ComparingKernels(Kernels):
     """counts: calls of each operator.    moved: of each, codes that were a step off, and all codes."""
 
-    def __init__(self, target: Target):
-        self.target, self.form = target, TorchKernels(target.codes, target.cache)
+    def __init__(self, target: Target, form: Kernels | None = None):
+        self.target, self.form = target, form or TorchKernels(target.codes, target.cache)
         self.counts: dict[str, int] = defaultdict(int)
         self.moved: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 

@@ -92,15 +92,55 @@ def test_queries_are_normed_rotated_and_turned(library, isa, bases, rotary, norm
     assert (steps.abs() > 1e-4).float().mean() < 0.01  # a key that rounding put on the other side of a step
 
 
+def coded(q, head):
+    """Queries as the kernel multiplies them with cached keys: signed codes of 8 bits, a scale for each part."""
+    parts = []
+    for part in (part for part in q.split([head.low, head.high], -1) if part.shape[-1]):
+        largest = part.abs().amax(-1, keepdim=True)
+        parts.append(torch.round(part * (127 / largest)) * (largest / 127))
+    return torch.cat(parts, -1)
+
+
+def value_codes(cache, total):
+    """Images of values, and the scale that each column of them has."""
+    head, v = cache.value_head, formats.unpack_cache(cache.values[:, :, :total], cache.value_head)
+    parts = len(head.spans)
+    scales = (
+        cache.values[:, :, :total, head.row_bytes - 4 * parts :]
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.float32)
+    )
+    return v, torch.cat(
+        [scales[..., i : i + 1].expand(*v.shape[:3], b - a) for i, (_, a, b) in enumerate(head.spans)], -1
+    )
+
+
+def check(got, q, cache, *options, **more):
+    """Float attention, but for the rounding of weights: codes of 8 bits of a row's weights times the scales of their values, a tile at a
+    time. Rounding errors are as good as independent, each at most half a step and 1 / sqrt(12) of one in the mean."""
+    expected, seen, p = reference(q, cache, *options, **more)
+    group = q.shape[2] // cache.keys.shape[1]
+    v, scale = (x.repeat_interleave(group, 1) for x in value_codes(cache, options[-1]))
+    largest = torch.stack(
+        [(p * scale[:, :, None, :, e]).amax(-1) for e in range(v.shape[-1])], -1
+    )  # [B, H, S, columns]
+    squares = torch.einsum("bst,bhtd->bhsd", seen.float(), (v / scale).square())
+    error = (largest / 255 * (squares / 12).sqrt()).transpose(1, 2)
+    assert ((got - expected).abs() <= 6 * error + 1e-4 * expected.abs() + 2e-6).all()
+    few = 4 / (got.numel() / got.shape[-1]) ** 0.5  # rows, which have errors of their own
+    assert (got - expected).square().mean().sqrt() <= (1.1 + few) * error.square().mean().sqrt() + 2e-6
+
+
 def reference(q, cache, scale, mask, window, softcap, sinks, total, prefix=None, slopes=None):
-    """Float attention over the images, rows that see nothing are 0."""
+    """Float attention over the images, rows that see nothing are 0; which cached keys are seen [B, S, total], and their weights [B, H, S,
+    total]."""
     batch, heads = q.shape[0], q.shape[2]
     group = heads // cache.keys.shape[1]
     k, v = (
         formats.unpack_cache(x[:, :, :total], h).repeat_interleave(group, 1)
         for x, h in ((cache.keys, cache.key_head), (cache.values, cache.value_head))
     )
-    scores = torch.einsum("bshd,bhtd->bhst", q, k) * scale
+    scores = torch.einsum("bshd,bhtd->bhst", coded(q, cache.key_head), k) * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     slots = cache.start[:, None] + torch.arange(q.shape[1])
     keys = torch.arange(total)
@@ -119,7 +159,7 @@ def reference(q, cache, scale, mask, window, softcap, sinks, total, prefix=None,
     if sinks is not None:
         scores = torch.cat((scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)), -1)
     p = torch.softmax(scores, -1).nan_to_num(0.0)[..., : v.shape[2]]
-    return torch.einsum("bhst,bhtd->bshd", p, v)
+    return torch.einsum("bhst,bhtd->bshd", p, v), seen[..., -total:], p[..., -total:]
 
 
 CASES = {
@@ -157,7 +197,7 @@ def case(name, head=HEADS["both"], value_head=None):
 def test_attention(library, isa, name):
     q, cache, options, total = case(name)
     got = attention(library, q, cache, *options)
-    torch.testing.assert_close(got, reference(q, cache, *options, total), **CLOSE)
+    check(got, q, cache, *options, total)
 
 
 @pytest.mark.parametrize("name", ["decode", "prefill", "window", "softcap", "padding", "sinks", "sinks_decode"])
@@ -167,7 +207,7 @@ def test_prefix(library, isa, name):
     g = cache.keys.shape[1]
     prefix = random(g, 3, 64, seed=4), random(g, 3, 64, seed=5)
     got = attention(library, q, cache, *options, prefix=prefix)
-    torch.testing.assert_close(got, reference(q, cache, *options, total, prefix), **CLOSE)
+    check(got, q, cache, *options, total, prefix=prefix)
 
 
 @pytest.mark.parametrize("name", ["decode", "prefill", "window", "softcap", "padding", "sinks"])
@@ -176,7 +216,7 @@ def test_slopes(library, isa, name):
     q, cache, options, total = case(name)
     slopes = random(q.shape[2], seed=6).abs()
     got = attention(library, q, cache, *options, slopes=slopes)
-    torch.testing.assert_close(got, reference(q, cache, *options, total, None, slopes), **CLOSE)
+    check(got, q, cache, *options, total, slopes=slopes)
 
 
 @pytest.mark.parametrize("window", [0, 700])
@@ -195,7 +235,7 @@ def test_long_contexts_are_shared_in_chunks(library, isa, heads, window):
     )
     options = (0.125, mask, window, 0.0, sinks)
     got = [attention(library, q, cache, *options, threads=threads, prefix=prefix) for threads in (1, 2, 5)]
-    torch.testing.assert_close(got[0], reference(q, cache, *options, slots, prefix), **CLOSE)
+    check(got[0], q, cache, *options, slots, prefix=prefix)
     assert all(torch.equal(got[0], other) for other in got)
 
 
@@ -224,7 +264,7 @@ def test_a_token_that_outweighs_all_others(library, isa):
     cache.values.copy_(formats.pack_cache(v, head))
     cache.start.fill_(slots - 1)
     q = formats.unpack_cache(cache.keys, head)[:, :, :1] * 0.1
-    got, expected = attention(library, q, cache, 0.125), reference(q, cache, 0.125, None, 0, 0.0, None, slots)
+    got, expected = attention(library, q, cache, 0.125), reference(q, cache, 0.125, None, 0, 0.0, None, slots)[0]
     assert ((got - expected).norm() / expected.norm()) < 1e-3
 
 
@@ -233,7 +273,7 @@ def test_a_token_that_outweighs_all_others(library, isa):
 def test_heads_of_other_shapes(library, isa, name, head):
     q, cache, options, total = case(name, head, CachedHead(21, 11))
     got = attention(library, q, cache, *options)
-    torch.testing.assert_close(got, reference(q, cache, *options, total), **CLOSE)
+    check(got, q, cache, *options, total)
 
 
 @pytest.mark.parametrize(("low", "high"), [(448, 64), (0, 33), (7, 0), (21, 3)])
@@ -276,12 +316,12 @@ def test_any_sizes_and_threads(library, new, start, group, g, low, high, window,
     cache = filled(1, g, start + new, head)
     cache.start.fill_(start)
     q = random(1, new, g * group, head.columns, seed=seed)
-    expected = reference(q, cache, 0.3, None, window, 0.0, None, start + new)
+    options = (0.3, None, window, 0.0, None)
     results = []
     for name in (name for name, able in library.instruction_sets().items() if able):
         with library.using(name):
-            got = [attention(library, q, cache, 0.3, None, window, threads=threads) for threads in (1, 2, 3, 4)]
-        torch.testing.assert_close(got[0], expected, **CLOSE)
+            got = [attention(library, q, cache, *options, threads=threads) for threads in (1, 2, 3, 4)]
+        check(got[0], q, cache, *options, start + new)
         results.extend(got)
     assert all(torch.equal(results[0], other) for other in results)
 
@@ -300,11 +340,14 @@ def test_a_sequence_in_pieces_is_the_sequence_at_once(library):
     torch.testing.assert_close(torch.cat(outputs, 1), expected, **CLOSE)
 
 
-def test_heads_of_torch_attention(library):
+def test_what_is_expected_is_torch_attention(library):
     q, cache, _, total = case("prefill")
     k, v = (formats.unpack_cache(x[:, :, :total], cache.key_head) for x in (cache.keys, cache.values))
-    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(attention(library, q, cache, 0.125).transpose(1, 2), expected, **CLOSE)
+    queries = coded(q, cache.key_head).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(queries, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    options = (0.125, None, 0, 0.0, None, total)
+    torch.testing.assert_close(reference(q, cache, *options)[0], expected, **CLOSE)
+    check(attention(library, q, cache, 0.125), q, cache, *options)
 
 
 def test_operands_that_do_not_fit(library):

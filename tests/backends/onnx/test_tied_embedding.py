@@ -14,6 +14,7 @@ from resq_compiler.errors import BackendError
 from resq_compiler.ir import graph_tools
 from resq_compiler.ir.views import CodedLinear, Embedding
 from resq_compiler.tiny import tiny_tokens
+from tests.backends.coded import coded
 from tests.backends.onnx.conftest import relative
 
 
@@ -21,6 +22,7 @@ from tests.backends.onnx.conftest import relative
 def built_library(library, monkeypatch):
     """The kernels are those of the tree, installed or not."""
     monkeypatch.setattr(libraries, "library", lambda: library)
+    monkeypatch.setattr(libraries, "unavailable", lambda: None)
 
 
 def test_an_image_is_found_exactly_whatever_the_pieces():
@@ -65,7 +67,7 @@ def test_an_export_computes_with_the_map_and_stores_no_table(compile_tiny, tmp_p
     graph_tools.set_tensor(compiled.graph_module, str(view.table.target), rows @ torch.from_numpy(found))
     try:
         with torch.no_grad():
-            expected = compiled(ids).logits
+            expected = coded(compiled, lambda model: model(ids).logits)
     finally:
         graph_tools.set_tensor(compiled.graph_module, str(view.table.target), kept)
     decoder = OnnxDecoder(path, threads=1)
