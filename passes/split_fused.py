@@ -27,6 +27,8 @@ from resq_compiler.ir.views import Linear
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 LINEAR = aten.linear.default
+OF_HEADS = (ops.rms_norm, aten.layer_norm.default, ops.rope)
+"""What works on the columns of a head, whatever the order of the other dimensions."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def move_transposes(gm: GraphModule) -> int:
     """
     done, tables = 0, dict[Node, Node]()
     for node in list(gm.graph.nodes):
-        if is_call(node, ops.rms_norm, ops.rope) and turns_tokens_and_heads(source(node)):
+        if is_call(node, *OF_HEADS) and turns_tokens_and_heads(source(node)) and has_heads_first(source(source(node))):
             move_behind(gm, node, tables)
             done += 1
         elif turns_tokens_and_heads(node) and turns_tokens_and_heads(source(node)):
@@ -255,10 +257,17 @@ def move_transposes(gm: GraphModule) -> int:
     return done
 
 
+def has_heads_first(node: Node) -> bool:
+    """[B, H, S, D]: split heads, behind norms of them and rotary embeddings."""
+    while is_call(node, *OF_HEADS):
+        node = source(node)
+    return is_call(node, ops.split_heads)
+
+
 def move_behind(gm: GraphModule, node: Node, tables: dict[Node, Node]) -> None:
     """Let a norm or a rotary embedding work on what was transposed for it. tables: cosines and sines that lie as the others do by now."""
     users, turn = list(node.users), source(node)
-    set_argument(node, "x", source(turn))
+    set_argument(node, "input" if is_call(node, aten.layer_norm.default) else "x", source(turn))
     if is_call(node, ops.rope):
         for name in ("cos", "sin"):
             table = argument(node, name)

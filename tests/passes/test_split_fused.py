@@ -91,9 +91,10 @@ def test_idempotent(family, build):
     assert SplitFused().run(built.gm, built.ctx) == 0
 
 
-def test_heads_come_before_tokens_where_the_model_turns_them_last():
-    """Gemma 4: norm and rotary embedding work on [B, S, H, D]."""
-    graph, _ = trace(small("gemma4_text"))
+@pytest.mark.parametrize("family", ["gemma4_text", "persimmon"])
+def test_heads_come_before_tokens_where_the_model_turns_them_later(family):
+    """Norms work on [B, S, H, D] in both, rotary embeddings in Gemma 4 alone."""
+    graph, _ = trace(small(family))
     turns = graph.graph.find_nodes(op="call_function", target=ops.rope)
     assert len(turns) == 4
     tokens = {values.shape(node)[2] for node in graph.graph.find_nodes(op="call_function", target=ops.attention)}
