@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from resq_compiler.errors import CaptureError
 from resq_compiler.frontend.dynamic_rope import rope_of_positions
 from resq_compiler.frontend.filled import join_filled
+from resq_compiler.frontend.long_rope import forget_long_factors, long_factors_kept
 from resq_compiler.ir import graph_tools, values
 from resq_compiler.ir.promises import Promise, Promised
 from resq_compiler.util import torch_state
@@ -100,9 +101,12 @@ def capture(model: PreTrainedModel) -> Captured:
     was_training = model.training
     model.eval()
     try:
-        with exportable_attention(model), rope_of_positions(model), torch_state.quiet_export(), torch.no_grad():
+        with (
+            exportable_attention(model), rope_of_positions(model), long_factors_kept(model), torch_state.quiet_export(), torch.no_grad(),
+        ):  # fmt: skip
             cache = _probe_cache(model)
             example = _example_arguments(model, cache)
+            forget_long_factors(model)  # those that the probe made belong to its own mode
             with (
                 unset_fake_temporarily()
             ):  # export has a mode of its own; constants of the model's code keep their values

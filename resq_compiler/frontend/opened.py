@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from resq_compiler.errors import ModelError
+from resq_compiler.frontend.long_rope import forget_long_factors
 from resq_compiler.frontend.merged import Sources, sources_of
 from resq_compiler.frontend.source import ModelSource
 from resq_compiler.ir.promises import Promise, Stacked, Stored, in_memory
@@ -62,6 +63,7 @@ def of_instance(model: PreTrainedModel, tokenizer: Any, where: str, source: Mode
     parameters = dict(model.named_parameters(remove_duplicate=False))
     memo: dict[int, Any] = {id(p): _absent(p) for p in parameters.values()}
     skeleton = copy.deepcopy(model, memo)
+    forget_long_factors(skeleton)
     for module in skeleton.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
