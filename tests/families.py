@@ -85,9 +85,8 @@ LARGER = {  # sizes that are no powers of two among them, more experts than choi
 """Values of fields that `small` has others of, where it has any."""
 WORK = (
     "apertus", "arcee", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "codegen", "cohere", "cohere2", "cwm", "ernie4_5",
-    "exaone4", "falcon", "falcon-alibi", "gemma", "gemma4_text",
-    "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "granite", "granite_swa", "helium",
-    "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "minicpm3", "ministral",
+    "exaone4", "falcon", "falcon-alibi", "gemma", "gemma4_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj",
+    "granite", "granite_swa", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "minicpm3", "ministral",
     "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
     "phi", "phi3-longrope", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",
 )  # fmt: skip
@@ -97,8 +96,7 @@ MIXTURES = (
 )  # fmt: skip
 MORE_MIXTURES = (
     "aria_text", "axk1", "cohere2_moe", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text-experts", "granitemoe_swa",
-    "granitemoeshared",
-    "hunyuan_v1_moe", "hy_v3", "kolibri1", "mellum", "mimo_v2_flash", "minimax_m2", "phimoe", "solar_open",
+    "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "mellum", "mimo_v2_flash", "minimax_m2", "phimoe", "solar_open",
 )  # fmt: skip
 FAMILIES = (*WORK, *MIXTURES, *MORE_MIXTURES)
 LATENT_FAMILIES = tuple(name for name in (*WORK, *MIXTURES) if "kv_lora_rank" in OWN.get(name, {}))
@@ -269,12 +267,14 @@ Families of transformers beyond those that [models-and-topology.md](models-and-t
 - PyTorch: the exact passes keep the logits of the original within 1e-4, in a prefill and in a decode with a cache, left-padded.
 - ONNX, profiles `ort` and `qdq`: ONNX Runtime gives the logits of the model quantized in PyTorch, at 8 bits, in a prefill and a decode of
   several tokens and of one. A value at a tie may fall to the neighbouring code.
-- native: profile `native`, and `use_backend("cpu")`, give the logits of the model quantized in PyTorch, or say what they cannot take.
+- native: profile `native`, and `use_backend("cpu")`, give the logits of the model quantized in PyTorch, with queries and softmax
+  weights of 8 bits as the [kernels](cpu.md) have them, or say what they cannot take. On five draws of tokens, most of which must agree
+  to rounding.
 - Triton: `yes` where every operator of a block has a kernel; `partly` where PyTorch runs some, with `allow_fallback=True`.
   That is what the lowering takes; kernels are compared with their definitions elsewhere.
 
-The last ones are mixtures of experts ([more](models-and-topology.md#mixtures-of-experts)). DeepSeek-V2 and V3, GLM-4-MoE lite, MiniCPM3 and
-Youtu have latent attention ([more](models-and-topology.md#latent-attention)).
+The last ones are mixtures of experts ([more](models-and-topology.md#mixtures-of-experts)). A.X K1, DeepSeek-V2 and V3,
+GLM-4-MoE lite, MiniCPM3 and Youtu have latent attention ([more](models-and-topology.md#latent-attention)).
 
 | family | PyTorch | ONNX `ort` | ONNX `qdq` | native | Triton |
 |---|---|---|---|---|---|
