@@ -79,7 +79,7 @@ def gptq(
     each = [column for p, s in zip(parts, scales, strict=True) for column in _columns(p, s, group_size)]
     loop = _Loop(columns, upper, [each[j] for j in order.tolist()], block_size)
     loop.run(0, w.shape[1])
-    found, row_loss = loop.codes, loop.errors.double().square_().sum(0)
+    found, row_loss = loop.codes, _sum_of_squares(loop.errors)
     codes = torch.empty_like(found)
     codes[order] = found
     quantized = [
@@ -136,6 +136,14 @@ class _Loop:
         code = (column / scale).round_().clamp_(spec.qmin, spec.qmax)
         self.codes[j] = code
         torch.addcmul(column, code, scale, value=-1, out=self.errors[j]).mul_(self.inverse_diagonal[j])
+
+
+def _sum_of_squares(errors: Tensor, step: int = 256) -> Tensor:
+    """Over rows of errors [K, N], float64 [N]: some rows at a time, since all of them in float64 are twice the weight."""
+    total = errors.new_zeros(errors.shape[1], dtype=torch.float64)
+    for rows in errors.split(step):
+        total += rows.double().square_().sum(0)
+    return total
 
 
 def _part_scale(w: Tensor, part: Part, clip: Clip, weighting: Tensor | None, group_size: int | None) -> Tensor:
