@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. Argument errors raise SystemExit(2), as argparse does."""
     argv = sys.argv[1:] if argv is None else list(argv)
     name = next((word for word in argv if not word.startswith("-")), None)
+    if name not in AS_PYTORCH_IS:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # of util/memory.py; torch is not imported yet
     if name not in AS_PYTORCH_IS and others_compute():
         # OpenMP reads it when torch is imported. Threads that spin while they wait keep the one that has the work from a core: beside
         # one other busy process GPTQ of a block takes 80 s, and 7 s when they sleep. Alone, a compile that sleeps takes 1.3 times as long.

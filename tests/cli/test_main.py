@@ -89,6 +89,18 @@ def test_threads_that_wait_sleep_beside_other_work(monkeypatch, capsys, name, bu
 
 
 @pytest.mark.parametrize(
+    ("name", "before", "expected"), [("compile", None, "1"), ("compile", "0", "0"), ("demo", None, None)]
+)
+def test_pytorch_asks_for_huge_pages(monkeypatch, capsys, name, before, expected):
+    """Unless somebody else said, or PyTorch is measured as it is."""
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", before or "")  # what was there comes back after the test
+    if before is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    run(capsys, name, "--help")
+    assert os.environ.get("THP_MEM_ALLOC_ENABLE") == expected
+
+
+@pytest.mark.parametrize(
     ("text", "expected"), [("0.5 0.4 0.3 1/80 7\n", False), ("0.5 0.4 0.3 2/80 7\n", True), ("", False), (None, False)]
 )
 def test_whether_others_compute(monkeypatch, tmp_path, text, expected):
