@@ -25,6 +25,7 @@ KEPT = (
     64 * 2**20
 )  # free bytes at the end of the heap that stay until `trim`; glibc gives back what exceeds 128 KB at every free
 MADV_PAGEOUT = 21  # of madvise(2), since Linux 5.4
+FILE_PAGE, SWAPPED = 1 << 61, 1 << 62  # of an entry of /proc/PID/pagemap, proc_pid_pagemap(5)
 LARGE_MODEL = 256 * 2**20  # from this many bytes of float weights on, what is finished waits in files
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch looks at it when it first allocates memory of the CPU
@@ -75,10 +76,28 @@ def trim() -> None:
 
 
 def page_out(address: int, size: int) -> None:
-    """Let go of the pages of a mapped file; who looks again reads them again. Nothing where the system cannot."""
+    """Let go of the pages of a mapped file; who looks again gets them from the system's cache, or its disk. Nothing where it cannot.
+
+    Pages that somebody wrote to, in a mapping that is not shared, are the process's own: they go to swap, if there is any.
+    """
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    if _glibc() is not None and address + size > start:
-        _glibc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), MADV_PAGEOUT)
+    stop = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if _glibc() is not None and stop > start:
+        advice = mmap.MADV_DONTNEED if _all_of_files(start, stop) else MADV_PAGEOUT
+        _glibc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+
+
+def _all_of_files(start: int, stop: int) -> bool:
+    """Whether the pages that are in memory between two addresses, multiples of a page, are those of files and nobody's own."""
+    try:
+        with open("/proc/self/pagemap", "rb") as opened:
+            opened.seek(start // mmap.PAGESIZE * 8)
+            found = opened.read((stop - start) // mmap.PAGESIZE * 8)
+    except OSError:
+        return False
+    entries = torch.frombuffer(bytearray(found), dtype=torch.int64)
+    own = (entries < 0) & (entries & FILE_PAGE == 0) | (entries & SWAPPED != 0)  # the sign is bit 63: in memory
+    return not bool(own.any())
 
 
 def page_out_tensor(tensor: Tensor) -> None:
