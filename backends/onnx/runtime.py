@@ -131,25 +131,26 @@ class OnnxDecoder:
         """
         ids, mask = self._checked(input_ids, attention_mask)
         ends = self._ends(eos_token_id)
-        pad = self._pad(ends)
+        pad, last = self._pad(ends), set(ends.tolist())
         choose = Chooser(sampling or Sampling())
         cache = self._new_cache(len(ids))
         logits = self._prefill(cache, ids, mask)
-        done = np.zeros(len(ids), bool)
-        seen = ids
+        done = [False] * len(ids)
+        seen, positions = ids, mask.sum(1, keepdims=True) - 1
         for step in range(1, max_new_tokens + 1):
-            tokens = np.where(done, pad, choose(logits, seen))
+            tokens = choose(logits, seen)
+            if any(done):
+                tokens[done] = pad
             yield tokens
             seen = np.concatenate([seen, tokens[:, None]], 1)
-            done |= np.isin(tokens, ends)
-            if done.all() or step == max_new_tokens:
+            done = [is_done or token in last for is_done, token in zip(done, tokens.tolist(), strict=True)]
+            if all(done) or step == max_new_tokens:
                 return
-            mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], 1)
+            mask, positions = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], 1), positions + 1
             if mask.shape[1] - 1 == self.short_length:
                 cache = self._new_cache(len(ids))  # its keys would be those of the short factors
                 logits = self._prefill(cache, seen, mask)
                 continue
-            positions = mask.sum(1, keepdims=True) - 1
             logits = self._step(cache, tokens[:, None], mask, positions)
 
     def generate(

@@ -162,9 +162,13 @@ def run(session: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def denormals_of(session: Any) -> AbstractContextManager[None]:
     """Inside, the calling thread, which computes as well, takes denormal numbers as the threads of the session do."""
+    return denormals(flushes(session))
+
+
+def flushes(session: Any) -> bool:
+    """Whether the threads of a session take denormal numbers as zero."""
     (name,) = FLUSH_DENORMALS
     try:
-        value = session.get_session_options().get_session_config_entry(name)
+        return session.get_session_options().get_session_config_entry(name) == "1"
     except RuntimeError:  # not set
-        value = "0"
-    return denormals(value == "1")
+        return False

@@ -102,6 +102,29 @@ def test_buffers_are_written_where_they_are(decoder):
     )
 
 
+def test_what_is_bound_stays_bound(decoder):
+    """A step binds anew what has another shape than in the step before; what the caller gave stays the caller's."""
+    bound, asked = BoundSession(decoder.session), []
+    bind = bound._binding.bind_ortvalue_input
+    bound._binding.bind_ortvalue_input = lambda name, value: (asked.append(name), bind(name, value))
+    cache = GrowingCache(bound, 1)
+    ids = tiny_tokens(1, 5, seed=12).numpy()
+    got = [cache.step(ids, np.ones_like(ids), np.arange(5)[None])]
+    for at in (5, 6, 7):
+        asked.clear()
+        tokens = np.array([[at]])
+        got.append(cache.step(tokens, np.ones((1, at + 1), np.int64), np.array([[at]])))
+        tokens[:] = 0
+    assert asked == ["attention_mask"]
+    assert bound._inputs["input_ids"] == [[7]]
+    whole = np.concatenate([ids, [[5, 6, 7]]], 1)
+    for expected, length in zip(got, (5, 6, 7, 8), strict=True):
+        one = GrowingCache(BoundSession(decoder.session), 1)
+        for start, stop in [(0, 5), *((at, at + 1) for at in range(5, length))]:
+            logits = one.step(whole[:, start:stop], np.ones((1, stop), np.int64), np.arange(start, stop)[None])
+        assert np.array_equal(logits, expected)
+
+
 def test_a_buffer_without_room(decoder):
     """What a client that shares buffers does wrong is an error of ONNX Runtime that names the node."""
     bound = BoundSession(decoder.session)
