@@ -25,7 +25,7 @@ from resq_compiler.ir import meta
 from resq_compiler.ir.views import Linear
 from resq_compiler.learning.blockwise import BlockTask, advance
 from resq_compiler.learning.clipped_weights import ClippedWeights, coded_parts
-from resq_compiler.learning.end_to_end import Model
+from resq_compiler.learning.end_to_end import Border, Model
 from resq_compiler.learning.holding import hold
 from resq_compiler.learning.learned import Learned
 from resq_compiler.learning.loop import Plan, Task, held_back, learn, report
@@ -78,8 +78,8 @@ class LearnBlocks(Pass):
         return done
 
     def _block(
-        self, gm: GraphModule, ctx: PassContext, model: Model, block: Block, windows: Tensor, inputs: list[Tensor],
-        targets: list[Tensor],
+        self, gm: GraphModule, ctx: PassContext, model: Model, block: Block, windows: Tensor, inputs: list[Border],
+        targets: list[Border],
     ) -> int:  # fmt: skip
         """Learn for one block and put its codes in place; returns how many parts got codes."""
         plan, nodes = ctx.facts.get(ColumnPlan), nodes_of(gm, block)

@@ -131,43 +131,48 @@ def backward(
     """Values of nodes, with gradients of the log-likelihood of tokens drawn from the model's predictions for each batch of ids [B, S].
 
     Block by block from the last to the first, batch by batch, those in the block: between two blocks only the stream and its gradients
-    are kept, and of the stream what every block starts from.
+    are kept, and of the stream what every block starts from; with it what leads past the block, as shared keys and values do.
     """
     blocks = topology.blocks
     runner = Lockstep.begin(gm, batches, blocks[0].start)
-    starts: list[list[Tensor]] = []
+    starts: list[list[dict[Node, Any]]] = []
     directory = None if work is None else work.path
     with precision.linears_in("float32"):
         for block in blocks:
             progress("sensitivity", block.index, 2 * len(blocks))
-            starts.append([put_aside(state[block.start], directory) for state in runner.states])
+            starts.append([{n: put_aside(x, directory) for n, x in state.items()} for state in runner.states])
             runner.advance(block.end)
     gradients = last_gradients(gm, runner, blocks[-1].end, draw)
     for block in reversed(blocks):
         progress("sensitivity", 2 * len(blocks) - block.index - 1, 2 * len(blocks))
-        way = Way(gm, block.start, block.end, wanted, runner.shared[0])
-        for i, start in enumerate(starts.pop()):
-            values = way.values(wide(start), runner.shared[i])
-            torch.autograd.backward(values[block.end], gradients[i])
-            gradients[i] = found_gradient(values[block.start])
+        states = starts.pop()
+        way = Way(gm, list(states[0]), list(gradients[0]), wanted, runner.shared[0])
+        for i, state in enumerate(states):
+            leaves, values = way.values({n: wide(x) for n, x in state.items()}, runner.shared[i])
+            reached = [n for n in gradients[i] if values[n].requires_grad]
+            torch.autograd.backward([values[n] for n in reached], [gradients[i][n] for n in reached])
+            gradients[i] = {n: x.grad for n, x in leaves.items() if x.grad is not None}
             yield {node: values[node] for node in way.seen}
-            del values
+            del values, leaves
     progress("sensitivity", 2 * len(blocks), 2 * len(blocks))
 
 
 class Way:
-    """The way from one value of the stream to another, its weights, and which of the wanted nodes are on it, but for its end."""
+    """The way from values at one cut to those at another, its weights, and which of the wanted nodes are on it, but for its ends."""
 
-    def __init__(self, gm: GraphModule, start: Node, end: Node, wanted: set[Node], known: Iterable[Node]):
-        self.gm, self.start = gm, start
-        on_it = {start, *executor.Schedule(gm, [end], [start, *known]).order} - {end}
+    def __init__(self, gm: GraphModule, starts: list[Node], ends: list[Node], wanted: set[Node], known: Iterable[Node]):
+        self.gm, given = gm, [*starts, *known]
+        on_it = {*starts, *executor.Schedule(gm, ends, given).order} - set(ends)
         self.seen = [node for node in gm.graph.nodes if node in wanted and node in on_it]
-        self.schedule = executor.Schedule(gm, [end, *self.seen], [start, *known])
+        self.schedule = executor.Schedule(gm, [*ends, *self.seen], given)
         self.weights = executor.weights_of(gm, self.schedule.order)
 
-    def values(self, start: Tensor, known: Mapping[Node, Any]) -> dict[Node, Tensor]:
-        """Of the end and of the nodes on the way, which gradients will be kept of, from a value at its start."""
-        env: dict[Node, Any] = {**known, **self.weights, self.start: start.detach().requires_grad_()}
+    def values(
+        self, starts: Mapping[Node, Tensor], known: Mapping[Node, Any]
+    ) -> tuple[dict[Node, Tensor], dict[Node, Tensor]]:
+        """Those at its start as leaves, and those of the ends and of the nodes on the way, which gradients will be kept of."""
+        leaves = {node: x.detach().requires_grad_() for node, x in starts.items()}
+        env: dict[Node, Any] = {**known, **self.weights, **leaves}
         with torch.enable_grad():
             for node in self.schedule.order:
                 if node not in env:
@@ -175,23 +180,25 @@ class Way:
                 if node in self.seen and env[node].is_floating_point():
                     env[node].retain_grad()
                 for dead in self.schedule.release.get(node, ()):
-                    if dead is not self.start:
+                    if dead not in leaves:
                         env.pop(dead, None)
-        return env
+        return leaves, env
 
 
-def last_gradients(gm: GraphModule, runner: Lockstep, end: Node, draw: torch.Generator) -> list[Tensor]:
+def last_gradients(
+    gm: GraphModule, runner: Lockstep, end: Node, draw: torch.Generator
+) -> list[dict[Node, Tensor]]:  # fmt: skip
     """Gradients, at the end of the last block, of the log-likelihood of tokens drawn from the predictions for each batch."""
     logits = graph_tools.output_args(gm.graph)[0]
-    way = Way(gm, end, logits, set(), runner.shared[0])
+    way = Way(gm, [end], [logits], set(), runner.shared[0])
     gradients = []
     for state, shared in zip(runner.states, runner.shared, strict=True):
-        values = way.values(wide(state[end]), shared)
+        _, values = way.values({end: wide(state[end])}, shared)
         with torch.enable_grad():
             log_p = values[logits].float().log_softmax(-1).flatten(0, -2)
             drawn = torch.multinomial(log_p.detach().exp().to(draw.device), 1, generator=draw)
             log_p.gather(-1, drawn.to(log_p.device)).sum().backward()
-        gradients.append(found_gradient(values[end]))
+        gradients.append({end: found_gradient(values[end])})
         del values, log_p
     return gradients
 

@@ -7,6 +7,7 @@ forward function gives neither.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,17 +73,22 @@ def _waits(node: Node) -> bool:
 
 
 class Stretch:
-    """A schedule on the way to `goal`: computes `targets` and knows which values (`alive`) the rest of the way needs."""
+    """A schedule on the way to `goal`: computes `targets` and knows which values (`alive`) the rest of the way needs.
+
+    beside: values that are wanted at the goal, too.
+    """
 
     def __init__(
-        self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], goal: Node, also: Iterable[Node] = ()
-    ):
-        whole = Schedule(gm, [goal], given)
+        self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], goal: Node, also: Iterable[Node] = (),
+        beside: Iterable[Node] = (),
+    ):  # fmt: skip
+        goals = {goal, *beside}
+        whole = Schedule(gm, goals, given)
         done = set(Schedule(gm, targets, given).order)
         now = Schedule(gm, [*targets, *also], given)
         self.gm, self.order = gm, now.order
         self.alive = {source for node in whole.order if node not in done for source in node.all_input_nodes}
-        self.alive = {node for node in self.alive if node.op != "get_attr"} | {goal} & (done | set(given))
+        self.alive = {node for node in self.alive if node.op != "get_attr"} | goals & (done | set(given))
         self.release = last_uses(now.order, keep=set(now.targets) | self.alive)
 
     def run(self, env: dict[Node, Any]) -> None:
@@ -166,15 +172,42 @@ def batches_of(tokens: int | None) -> Iterator[None]:
 
 
 def shared_values(gm: GraphModule, ids: Tensor, start: Node) -> dict[Node, Any]:
-    """Inputs, and values that blocks need beside the residual stream (masks, rotary tables), for sequences from an empty cache."""
+    """Inputs, and values that blocks need beside the residual stream (masks, rotary tables), for sequences from an empty cache.
+
+    None that depends on the tokens themselves: these are `carried`.
+    """
     env = first_tokens(gm, ids)
-    hidden = depends_on(gm, [start])
-    inside = hidden - {start}
+    hidden = depends_on(gm, [start, *lookups(gm)])
+    inside = depends_on(gm, [start]) - {start}
     wanted = [
         n for n in gm.graph.nodes if n not in hidden and n.op == "call_function" and any(u in inside for u in n.users)
     ]
     Schedule(gm, wanted, env).run(env)
     return {n: v for n, v in env.items() if n.op == "placeholder" or n in wanted}
+
+
+def lookups(gm: GraphModule) -> list[Node]:
+    """The embeddings of token ids."""
+    ids = graph_tools.placeholders(gm.graph)[0]
+    found = gm.graph.find_nodes(op="call_function", target=graph_tools.aten.embedding.default)
+    return [n for n in found if ids in graph_tools.ancestors(list(n.all_input_nodes[1:]))]
+
+
+def carried(gm: GraphModule, cut: Node) -> list[Node]:
+    """Values that lead past a cut of the residual stream: made of the tokens before it or beside it, and read by what depends on it.
+
+    Embeddings of each layer, and keys and values that later blocks read.
+    """
+    behind = depends_on(gm, [cut])
+    made = depends_on(gm, lookups(gm)) - behind
+    readers = {n for n in behind if n.op != "output"} - {cut}
+    return [n for n in gm.graph.nodes if n in made and not readers.isdisjoint(n.users)]
+
+
+def numbers_a_token(nodes: Sequence[Node]) -> int:
+    """Of values of tokens together, the first of which is [B, S, d]."""
+    tokens = math.prod(values.shape(nodes[0])[:2])
+    return sum(math.prod(values.shape(node)) for node in nodes) // tokens
 
 
 def depends_on(gm: GraphModule, sources: Iterable[Node]) -> set[Node]:

@@ -10,9 +10,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration import aside
-from resq_compiler.calibration.executor import Schedule, Stretch, first_tokens, shared_values, weights_of
+from resq_compiler.calibration.executor import (
+    Schedule,
+    Stretch,
+    carried,
+    first_tokens,
+    numbers_a_token,
+    shared_values,
+    weights_of,
+)
 from resq_compiler.calibration.workdir import WorkDirectory
-from resq_compiler.ir import ops, values
+from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.numerics.quantized import QuantizedActivation
 from resq_compiler.util import memory
@@ -28,7 +36,8 @@ class Lockstep:
     """Advances several batches through a graph together: what a stretch learns about the weights comes from all of them.
 
     Between two stretches a batch keeps what the way to the goal needs, as long as all that were kept grew by no more than `room` bytes:
-    the next stretch of the others starts where this one did. The results are the same to the bit.
+    the next stretch of the others starts where this one did. The results are the same to the bit. What leads past the goal to later
+    blocks beside it (`carried`) is kept in any case.
     states: for each batch, the values kept so far. shared: values that no stretch changes (masks, rotary tables). directory: where values
     between two stretches lie; None: in memory.
     """
@@ -47,15 +56,15 @@ class Lockstep:
         tables = {shape: shared_values(gm, ids, start) for shape, ids in {b.shape: b for b in batches}.items()}
         states: list[dict[Node, Any]] = []
         weights: dict[Node, Tensor] = {}
-        tokens = sum(ids.numel() for ids in batches)
-        directory = aside.directory_for(round((1 + ROOM) * 4 * tokens * values.width(start)), work)
+        tokens, border = sum(ids.numel() for ids in batches), [start, *carried(gm, start)]
+        directory = aside.directory_for(round((1 + ROOM) * 4 * tokens * numbers_a_token(border)), work)
         for ids in batches:
             given = first_tokens(gm, ids)
-            schedule = Schedule(gm, [start], given)
+            schedule = Schedule(gm, border, given)
             weights = weights or weights_of(gm, schedule.order)
             env = {**given, **weights}
             schedule.run(env)
-            states.append({start: aside.put_aside(aside.narrow(env[start]), directory)})
+            states.append({node: aside.put_aside(aside.narrow(env[node]), directory) for node in border})
         del weights, env
         return cls(gm, states, [tables[b.shape] for b in batches], ROOM * sum(map(_bytes, states)), directory)
 
@@ -69,19 +78,22 @@ class Lockstep:
         goal: Node,
         see: Callable[[int, dict[Node, Any]], None],
         also: Sequence[Node] = (),
+        last: bool = False,
     ) -> None:
         """Compute targets on the way to goal; `see` gets the number of every batch and its values.
 
-        also: values behind the targets to be seen and not kept: they come from weights that are going to change.
+        also: values behind the targets to be seen and not kept: they come from weights that are going to change. last: nothing is run
+        behind the goal; else it is a cut.
         """
         targets, spent = list(targets), 0
+        beside = [] if last else carried(self.gm, goal)
         plans: dict[frozenset[Node], Stretch] = {}
         weights: dict[Node, Tensor] = {}
         for i, (state, shared) in enumerate(zip(self.states, self.shared, strict=True)):
             env = self.known(i)
             known = frozenset(env)
             if known not in plans:
-                plans[known] = Stretch(self.gm, targets, known, goal, also)
+                plans[known] = Stretch(self.gm, targets, known, goal, also, beside)
                 weights |= weights_of(self.gm, [n for n in plans[known].order if n not in weights])
             plan = plans[known]
             env.update((node, weights[node]) for node in plan.order if node.op == "get_attr")

@@ -187,12 +187,12 @@ def observe_blocks(
     left = sorted(taps, key=place.__getitem__)
     runner = Lockstep.begin(gm, executor.batches(windows), blocks[0].start, work)
 
-    def see_all(nodes: list[Node], goal: Node) -> None:
+    def see_all(nodes: list[Node], goal: Node, last: bool = False) -> None:
         def see(batch: int, env: dict[Node, Any]) -> None:
             for node in nodes:
                 taps[node](env[node])
 
-        runner.run([*nodes, goal], goal, see)
+        runner.run([*nodes, goal], goal, see, last=last)
         memory.trim()
 
     for i, block in enumerate(blocks):
@@ -203,7 +203,7 @@ def observe_blocks(
             break
         see_all(here, block.end)
     if left:
-        see_all(left, left[-1])
+        see_all(left, left[-1], last=True)
     progress(len(blocks), len(blocks))
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from resq_compiler.calibration import executor
 from resq_compiler.calibration.cuts import cuts
 from resq_compiler.frontend.positions import longest_text
-from resq_compiler.ir import graph_tools, values
+from resq_compiler.ir import graph_tools
 from resq_compiler.util import devices, memory
 
 ROOM = 2**30
@@ -40,9 +40,9 @@ class ByBlocks:
 
     def __init__(self, gm: GraphModule, model: Any = None, device: torch.device = devices.CPU):
         self.graph_module, self.model, self.device = gm, model, device
-        self._cuts = cuts(gm)
+        self._cuts = [[node, *executor.carried(gm, node)] for node in cuts(gm)]
         self._shared: dict[torch.Size, dict[Node, Any]] = {}
-        self._waiting: Iterator[Tensor] = iter(())
+        self._waiting: Iterator[dict[Node, Tensor]] = iter(())
         self._last: tuple[executor.Schedule, dict[Node, Tensor]] | None = None
 
     @property
@@ -66,7 +66,7 @@ class ByBlocks:
 
     def at_once(self, length: int) -> int:
         """How many windows of a length are run together."""
-        return max(1, ROOM // (length * values.width(self._cuts[0]) * 4))
+        return max(1, ROOM // (length * max(map(executor.numbers_a_token, self._cuts)) * 4))
 
     @torch.no_grad()
     def prepare(self, batches: Sequence[Tensor]) -> None:
@@ -74,20 +74,18 @@ class ByBlocks:
         with devices.computing_on(self.device):
             shapes = {ids.shape: ids for ids in batches}
             self._shared = {
-                s: executor.shared_values(self.graph_module, ids, self._cuts[0]) for s, ids in shapes.items()
+                s: executor.shared_values(self.graph_module, ids, self._cuts[0][0]) for s, ids in shapes.items()
             }
-            states: list[Tensor] = []
-            for start, stop in zip([None, *self._cuts[:-1]], self._cuts, strict=True):
+            states: list[dict[Node, Tensor]] = [{} for _ in batches]
+            for start, stop in zip([[], *self._cuts[:-1]], self._cuts, strict=True):
                 schedule, weights = self._stretch(start, stop)
                 for i, ids in enumerate(batches):
-                    env = self._given(ids, weights)
-                    if start is not None:
-                        env[start] = states[i]
+                    env = self._given(ids, weights) | states[i]
                     schedule.run(env)
-                    states[i : i + 1] = [env[stop]]
+                    states[i] = {node: env[node] for node in stop}
                 del schedule, weights, env
                 memory.trim()
-            self._last = self._stretch(self._cuts[-1], graph_tools.output_args(self.graph_module.graph)[0])
+            self._last = self._stretch(self._cuts[-1], graph_tools.output_args(self.graph_module.graph)[:1])
         self._waiting = iter(states)
 
     @torch.no_grad()
@@ -96,16 +94,15 @@ class ByBlocks:
         assert self._last is not None, "prepare comes before"
         schedule, weights = self._last
         with devices.computing_on(self.device):
-            env = self._given(ids, weights)
-            env[self._cuts[-1]] = next(self._waiting)
+            env = self._given(ids, weights) | next(self._waiting)
             schedule.run(env)
         return Logits(env[schedule.targets[0]])
 
     def _given(self, ids: Tensor, weights: dict[Node, Tensor]) -> dict[Node, Any]:
         return {**self._shared[ids.shape], **executor.first_tokens(self.graph_module, ids), **weights}
 
-    def _stretch(self, start: Node | None, stop: Node) -> tuple[executor.Schedule, dict[Node, Tensor]]:
+    def _stretch(self, start: Sequence[Node], stop: Sequence[Node]) -> tuple[executor.Schedule, dict[Node, Tensor]]:
         """The way from one cut to the next, and its weights, on the device that computes."""
-        given = [*next(iter(self._shared.values())), *([] if start is None else [start])]
-        schedule = executor.Schedule(self.graph_module, [stop], given)
+        given = [*next(iter(self._shared.values())), *start]
+        schedule = executor.Schedule(self.graph_module, stop, given)
         return schedule, executor.weights_of(self.graph_module, schedule.order)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resq_compiler.analysis.topology import Block
-from resq_compiler.learning.end_to_end import Model
+from resq_compiler.learning.end_to_end import Border, Model
 from resq_compiler.learning.learned import Learned
 from resq_compiler.learning.losses import relative_square
 from resq_compiler.learning.running import Run
@@ -20,7 +20,7 @@ from resq_compiler.util import memory
 
 @dataclass
 class BlockTask:
-    """Steps and judgements for one block. inputs, targets: the stream before and behind it, for each window [1, length, d].
+    """Steps and judgements for one block. inputs, targets: the values before and behind it, for each window.
 
     held: so many windows at the end are for judging alone.
     """
@@ -29,15 +29,14 @@ class BlockTask:
     block: Block
     learned: Learned
     windows: Tensor
-    inputs: list[Tensor]
-    targets: list[Tensor]
+    inputs: list[Border]
+    targets: list[Border]
     held: int
 
-    def output(self, run: Run, index: int) -> Tensor:
-        """What the block makes of the input of a window."""
-        env = {**self.model.shared(run, self.windows[index : index + 1]), self.block.start: self.inputs[index]}
-        found: Tensor = run.to([self.block.end], env)[self.block.end]
-        return found
+    def loss(self, run: Run, index: int) -> Tensor:
+        """Of what the block makes of the input of a window."""
+        ids, end = self.windows[index : index + 1], self.block.end
+        return relative_square(self.model.to_border(run, ids, end, self.inputs[index])[end], self.targets[index][end])
 
     def step(self, picked: list[int]) -> float:
         """The mean loss of some windows, with gradients in the parameters."""
@@ -46,7 +45,7 @@ class BlockTask:
             self.learned.begin()
             for i in picked:
                 run = self.learned.run(self.model.gm)
-                loss = relative_square(self.output(run, i), self.targets[i]) / len(picked)
+                loss = self.loss(run, i) / len(picked)
                 loss.backward()
                 total += float(loss.detach())
             self.learned.end()
@@ -58,16 +57,13 @@ class BlockTask:
         self.learned.begin()
         run = self.learned.run(self.model.gm)
         indices = range(len(self.windows) - self.held, len(self.windows))
-        losses = [float(relative_square(self.output(run, i), self.targets[i])) for i in indices]
+        losses = [float(self.loss(run, i)) for i in indices]
         memory.trim()
         return sum(losses) / len(losses)
 
 
 @torch.no_grad()
-def advance(model: Model, run: Run, block: Block, windows: Tensor, stream: list[Tensor]) -> list[Tensor]:
-    """The stream behind a block, for each window."""
-    found = []
-    for ids, value in zip(windows.split(1), stream, strict=True):
-        env = {**model.shared(run, ids), block.start: value}
-        found.append(run.to([block.end], env)[block.end])
-    return found
+def advance(model: Model, run: Run, block: Block, windows: Tensor, before: list[Border]) -> list[Border]:
+    """The values behind a block, for each window."""
+    pairs = zip(windows.split(1), before, strict=True)
+    return [model.to_border(run, ids, block.end, given) for ids, given in pairs]

@@ -1,7 +1,7 @@
 """Learning against the predictions of the float model, with the memory of one block whatever the model's depth.
 
-Forward, only the stream between blocks is kept; backward, every block runs once more and passes the gradient of its input on. Where there
-is memory for it, the insides of the blocks are kept too, and run once.
+Forward, only the stream between blocks is kept, and what leads past them; backward, every block runs once more and passes the gradient
+of its input on. Where there is memory for it, the insides of the blocks are kept too, and run once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools
 from resq_compiler.learning.learned import Learned
@@ -24,6 +24,10 @@ from resq_compiler.learning.running import Run, shared_values
 from resq_compiler.util import devices, machine, memory
 
 TOKENS_ON_GPU = 8192  # at once: fewer leave a GPU waiting for the next operator
+
+
+Border = dict[Node, Tensor]
+"""The stream between two blocks, first, and the values that lead past it (`executor.carried`)."""
 
 
 class Loss(Protocol):
@@ -40,6 +44,7 @@ class Model:
     topology: Topology
     _shared: dict[torch.Size, dict[Node, Any]] = field(default_factory=dict)
     _fits: dict[torch.Size, bool] = field(default_factory=dict)
+    _borders: dict[Node, list[Node]] = field(default_factory=dict)
 
     @property
     def logits(self) -> Node:
@@ -52,12 +57,18 @@ class Model:
             self._shared[ids.shape] = shared_values(run, ids, self.topology.blocks[0].start)
         return {**self._shared[ids.shape], **executor.first_tokens(self.gm, ids)}
 
+    def to_border(self, run: Run, ids: Tensor, cut: Node, given: Border) -> Border:
+        """Values at the cut before or behind a block, from those at the one before it; from the token ids where these are none."""
+        if cut not in self._borders:
+            self._borders[cut] = [cut, *executor.carried(self.gm, cut)]
+        wanted = self._borders[cut]
+        found = run.to(wanted, {**self.shared(run, ids), **given})
+        return {node: found[node] for node in wanted}
+
     @torch.no_grad()
-    def stream_start(self, run: Run, ids: Tensor) -> Tensor:
-        """The stream at the start of the first block."""
-        start = self.topology.blocks[0].start
-        found: Tensor = run.to([start], self.shared(run, ids))[start]
-        return found
+    def stream_start(self, run: Run, ids: Tensor) -> Border:
+        """Values at the start of the first block."""
+        return self.to_border(run, ids, self.topology.blocks[0].start, {})
 
     @torch.no_grad()
     def each(self, run: Run, windows: Tensor) -> Iterator[Tensor]:
@@ -66,8 +77,8 @@ class Model:
         for ids in windows.split(at_once):
             value = self.stream_start(run, ids)
             for block in self.topology.blocks:
-                value = self._behind(run, ids, block, value)
-            for one, last in zip(ids.split(1), value.split(1), strict=True):
+                value = self.to_border(run, ids, block.end, value)
+            for one, last in zip(ids.split(1), value[self.topology.blocks[-1].end].split(1), strict=True):
                 yield self.predictions(run, one, last)
 
     def predictions(self, run: Run, ids: Tensor, last: Tensor) -> Tensor:
@@ -79,40 +90,50 @@ class Model:
     def backward(self, run: Run, ids: Tensor, losses: Sequence[Callable[[Tensor], Tensor]]) -> float:
         """The mean loss of windows [B, length]; its gradients are added to the leaves that the run reads."""
         blocks, kept = self.topology.blocks, self._forward(run, ids)
-        last, total = kept[-1][1].detach().requires_grad_(), 0.0
+        last, total = kept[-1][1][blocks[-1].end].detach().requires_grad_(), 0.0
         for i, loss_of in enumerate(losses):  # one at a time: logits are the largest values of all
             loss = loss_of(self.predictions(run, ids[i : i + 1], last[i : i + 1])) / len(losses)
             loss.backward()
             total += float(loss.detach())
-        gradient = last.grad
+        gradient = gradients_of({blocks[-1].end: last})
         for block in reversed(blocks):
             start, end = kept.pop()
-            if not end.requires_grad:
-                end = self._behind(run, ids, block, start)
-            end.backward(gradient)
-            gradient = start.grad
-        first = run.to([blocks[0].start], self.shared(run, ids))[blocks[0].start]
-        if first.requires_grad:
-            first.backward(gradient)
+            if not end[block.end].requires_grad:
+                end = self.to_border(run, ids, block.end, start)
+            propagate(end, gradient)
+            gradient = gradients_of(start)
+        propagate(self.to_border(run, ids, blocks[0].start, {}), gradient)
         return total
 
-    def _behind(self, run: Run, ids: Tensor, block: Block, start: Tensor) -> Tensor:
-        """The stream behind a block."""
-        found: Tensor = run.to([block.end], {**self.shared(run, ids), block.start: start})[block.end]
-        return found
-
-    def _forward(self, run: Run, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The stream before and behind every block; with what gradients need of its inside, where a quarter of free memory holds it."""
+    def _forward(self, run: Run, ids: Tensor) -> list[tuple[Border, Border]]:
+        """Values before and behind every block; with what gradients need of its inside, where a quarter of free memory holds it."""
         value, kept, blocks = self.stream_start(run, ids), [], self.topology.blocks
         if ids.shape not in self._fits:
-            needed = saved_bytes(lambda: self._behind(run, ids, blocks[0], value.detach().requires_grad_()))
+            needed = saved_bytes(lambda: self.to_border(run, ids, blocks[0].end, leaves(value)))
             self._fits[ids.shape] = needed * len(blocks) < (free_memory() or 0) / 4
         for block in blocks:
-            start = value.detach().requires_grad_()
+            start = leaves(value)
             with torch.set_grad_enabled(self._fits[ids.shape]):
-                value = self._behind(run, ids, block, start)
+                value = self.to_border(run, ids, block.end, start)
             kept.append((start, value))
         return kept
+
+
+def leaves(border: Border) -> Border:
+    """The same values, which gradients end at."""
+    return {node: value.detach().requires_grad_() for node, value in border.items()}
+
+
+def gradients_of(border: Border) -> Border:
+    """Of leaves that anything was made of."""
+    return {node: value.grad for node, value in border.items() if value.grad is not None}
+
+
+def propagate(border: Border, gradients: Border) -> None:
+    """Add to the gradients of what values at a border are made of."""
+    reached = [node for node in gradients if border[node].requires_grad]
+    if reached:
+        torch.autograd.backward([border[node] for node in reached], [gradients[node] for node in reached])
 
 
 def free_memory() -> int | None:
@@ -121,7 +142,7 @@ def free_memory() -> int | None:
     return machine.free_memory() if device is None else devices.free_memory(device)
 
 
-def saved_bytes(compute: Callable[[], Tensor]) -> int:
+def saved_bytes(compute: Callable[[], Any]) -> int:
     """How much memory a computation keeps for its gradients."""
     sizes: dict[int, int] = {}
 
