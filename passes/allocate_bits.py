@@ -242,10 +242,10 @@ def caches(ctx: PassContext, felt: Felt) -> list[Choice]:
     plan, bases = ctx.facts.get(ColumnPlan), ctx.facts.get(Bases)
     bits = (plan.kv_bits, plan.common.high_bits)
     choices = []
-    for block in ctx.facts.get(Topology).blocks if bits[0] < bits[1] else ():
-        i, heads = block.index, block.attention.num_kv_heads
+    for attention in ctx.facts.get(Topology).keepers if bits[0] < bits[1] else ():
+        i, heads = attention.block, attention.num_kv_heads
         keys = bases.key[i] if bases.key[i].dim() == 3 else bases.key[i][None]
-        values = ((Site("value", i), bases.value[i]),) if block.attention.latent is None else ()
+        values = ((Site("value", i), bases.value[i]),) if attention.latent is None else ()
         for site, basis in ((Site("key", i), keys), *values):
             choices.append(Choice(site, along(basis, felt[site]), heads, *bits))
     return choices

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.amplification import residual_readers, value_readers, weigh
 from resq_compiler.analysis.sites import Site
-from resq_compiler.analysis.topology import Block, Compressed, ReadGroup, Topology
+from resq_compiler.analysis.topology import Attention, Compressed, ReadGroup, Topology
 from resq_compiler.calibration import requests
 from resq_compiler.calibration.bases import (
     Bases,
@@ -107,13 +107,13 @@ class ComputeBases(Pass):
                 moment = weigh(moment, residual_readers(gm, groups))
             return agreed(principal_basis(moment)[0].cpu())
 
-        heads = [self._head_moments(gm, seen, block) for block in topology.blocks]
-        value = tuple(each_basis(values) for values, _ in heads)
-        key = tuple(each_basis(keys) for _, keys in heads)
-        if self.key_basis == "shared":
-            key = tuple(u[0] for u in key)
+        def of_heads(attention: Attention) -> tuple[Tensor, Tensor]:
+            value, key = map(each_basis, self._head_moments(gm, seen, topology.sharing(attention)))
+            return value, key[0] if self.key_basis == "shared" else key
+
+        heads = by_block(topology, of_heads)
         stream = stream_bases(topology, of_stream, self.online == "own")
-        return Bases(*stream, value, key, down, self._of_vectors(gm, topology, seen))
+        return Bases(*stream, *heads, down, self._of_vectors(gm, topology, seen))
 
     def _of_vectors(self, gm: GraphModule, topology: Topology, seen: Statistics) -> dict[Site, Tensor]:
         """Bases of the compressed vectors of latent attention."""
@@ -125,15 +125,27 @@ class ComputeBases(Pass):
             found[site] = agreed(principal_basis(moment)[0].cpu())
         return found
 
-    def _head_moments(self, gm: GraphModule, seen: Statistics, block: Block) -> tuple[Tensor, Tensor]:
-        """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D]."""
-        sites = (Site(name, block.index) for name in ("value", "key", "query"))
+    def _head_moments(self, gm: GraphModule, seen: Statistics, sharing: Sequence[Attention]) -> tuple[Tensor, Tensor]:
+        """Moments whose eigenvectors are the bases of values [G, D, D] and of keys, [G, D, D] or pooled [1, D, D].
+
+        sharing: the attentions that read them, the first of which keeps them.
+        """
+        sites = (Site(name, sharing[0].block) for name in ("value", "key", "query"))
         value, key, query = (devices.here(seen.get(SecondMoment, site).mean()) for site in sites)
         if self.key_basis == "shared":
             key, query = key.mean(0, keepdim=True), query.mean(0, keepdim=True)
         if self.weighting == "readers":
-            value, key = weigh(value, value_readers(gm, block.attention)), weigh(key, query)
+            value, key = weigh(value, value_readers(gm, sharing)), weigh(key, query)
         return value, key
+
+
+def by_block(
+    topology: Topology, of: Callable[[Attention], tuple[Tensor, Tensor]]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Bases of values and of keys of every block, made once for all blocks that read the same ones."""
+    found = {attention.block: of(attention) for attention in topology.keepers}
+    pairs = [found[block.attention.keeper] for block in topology.blocks]
+    return tuple(value for value, _ in pairs), tuple(key for _, key in pairs)
 
 
 def each_basis(moments: Tensor) -> Tensor:
@@ -173,15 +185,15 @@ def ordered(
     def sizes(name: str, block: int) -> Tensor:
         return seen.get(SecondMoment, Site(name, block)).mean().diagonal(dim1=-2, dim2=-1)
 
-    blocks = range(len(topology.blocks))
-    value = tuple(torch.stack([permutation(size) for size in sizes("value", i)]) for i in blocks)
-    if shared:
-        key = tuple(permutation(sizes("key", i).mean(0)) for i in blocks)
-    else:
-        key = tuple(torch.stack([permutation(size) for size in sizes("key", i)]) for i in blocks)
+    def of_heads(attention: Attention) -> tuple[Tensor, Tensor]:
+        value, key = sizes("value", attention.block), sizes("key", attention.block)
+        order = permutation(key.mean(0)) if shared else torch.stack(list(map(permutation, key)))
+        return torch.stack(list(map(permutation, value))), order
+
+    heads = by_block(topology, of_heads)
     stream = stream_bases(topology, lambda site, _: permutation(seen.get(Peak, site).sizes), own)
     latent = {site: permutation(sizes(site.name, i)) for site, i, _ in vectors_of(topology)}
-    return Bases(*stream, value, key, down, latent)
+    return Bases(*stream, *heads, down, latent)
 
 
 def vectors_of(topology: Topology) -> list[tuple[Site, int, Compressed]]:
@@ -192,20 +204,24 @@ def vectors_of(topology: Topology) -> list[tuple[Site, int, Compressed]]:
 def of_weights(gm: GraphModule, topology: Topology, seed: int, own: bool, down: dict[Node, BlockBasis]) -> Bases:
     """Principal directions of the weights that read the stream, and of those that read values; keys, which no weight reads, at random."""
     stream = stream_bases(topology, lambda _, groups: agreed(principal_basis(residual_readers(gm, groups))[0]), own)
-    attentions = [block.attention for block in topology.blocks]
-    value = tuple(each_basis(value_readers(gm, a)) for a in attentions)
-    key = tuple(random_basis(a.key_dim, "hadamard", seed, "key") for a in attentions)
+
+    def of_heads(attention: Attention) -> tuple[Tensor, Tensor]:
+        value = each_basis(value_readers(gm, topology.sharing(attention)))
+        return value, random_basis(attention.key_dim, "hadamard", seed, "key")
+
+    heads = by_block(topology, of_heads)
     latent = {site: agreed(principal_basis(residual_readers(gm, [v]))[0]) for site, _, v in vectors_of(topology)}
-    return Bases(*stream, value, key, down, latent)
+    return Bases(*stream, *heads, down, latent)
 
 
 def drawn(topology: Topology, kind: str, seed: int, down: dict[Node, BlockBasis]) -> Bases:
     """Random rotations of the whole width: one for the stream, one for the values and one for the keys of all heads."""
     residual = random_basis(topology.hidden_size, kind, seed, "residual")
-    heads = [block.attention for block in topology.blocks]
-    value = tuple(
-        torch.stack([random_basis(a.value_dim, kind, seed, "head")] * a.value_heads) for a in heads
-    )  # fmt: skip
-    key = tuple(random_basis(a.key_dim, kind, seed, "key") for a in heads)
+
+    def of_heads(attention: Attention) -> tuple[Tensor, Tensor]:
+        one = random_basis(attention.value_dim, kind, seed, "head")
+        return torch.stack([one] * attention.value_heads), random_basis(attention.key_dim, kind, seed, "key")
+
+    heads = by_block(topology, of_heads)
     latent = {site: random_basis(v.width, kind, seed, v.site) for site, _, v in vectors_of(topology)}
-    return Bases(*stream_bases(topology, lambda *_: residual, False), value, key, down, latent)
+    return Bases(*stream_bases(topology, lambda *_: residual, False), *heads, down, latent)

@@ -6,8 +6,8 @@
          behind the gain, and the projection stays an operator of its own; every value that linears read has its own basis.  So do
          linears whose norm keeps its gain (fold-norms) in a stream that changes basis: out of U, the gain, and into their basis are
          one matrix.
-    U_B  values: project_heads before the cache, inverse after attention.
-    U_C  queries and keys, after RoPE: project both; the product q kᵀ does not change.
+    U_B  values: project_heads before the cache, inverse after every attention that reads them.
+    U_C  keys, after RoPE, and the queries of every attention that reads them: project both; the product q kᵀ does not change.
     U_L  compressed vectors of latent attention: project before the norm, inverse before the linears that read them.  A rotation passes
          a norm without gain (fold-norms); where the gain stays, the projection stands behind it and is an operator of its own.
     U_D  input of down projections: Hadamard transform and its inverse; inside each part where channels are split by energy. Before it,
@@ -18,6 +18,8 @@ Source: ResQ, arXiv 2412.14363, section 4 and figure 3.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -64,14 +66,15 @@ class InsertProjections(Pass):
             done += insert_residual(gm, topology, bases.residual, ctx)
         if bases.reading:
             done += insert_reading(gm, topology, bases, ctx)
-        for block in topology.blocks:
+        for a in topology.keepers:
             if bases.value:
-                done += insert_value(gm, block.attention, bases.value[block.index], block.index, ctx)
+                done += insert_value(gm, topology.sharing(a), bases.value[a.block], ctx)
+            if bases.key and ctx.facts.get(ColumnPlan).kv_bits < FLOAT_BITS:
+                done += insert_key(gm, topology.sharing(a), bases.key[a.block], ctx)
+        for block in topology.blocks:
             for vector in block.attention.vectors:
                 basis = bases.latent.get(Site(vector.site, block.index))
                 done += 0 if basis is None else insert_vector(gm, vector, basis, block.index, ctx)
-            if bases.key and ctx.facts.get(ColumnPlan).kv_bits < FLOAT_BITS:
-                done += insert_key(gm, block.attention, bases.key[block.index], block.index, ctx)
             downs = [f.down for f in block.feed_forwards if f.down not in topology.floats]
             for down in downs if self.down == "hadamard" else ():
                 done += insert_down(gm, down, bases.down.get(down), ctx, block.index)
@@ -87,7 +90,8 @@ def insert_residual(gm: GraphModule, topology: Topology, basis: Tensor, ctx: Pas
     fused = [group for group in residual.readers if not group.online]
     for group in fused:
         pass_norm(gm, group.norm, order_of(basis))
-        u.inverse(group.value, group.linears, meta.Projection("U_A", inverse=True))
+        value = source(group.linears[0])  # behind the projection, where linears read what a writer made
+        u.inverse(value, group.linears, meta.Projection("U_A", inverse=True))
     return len(residual.writers) + len(fused)
 
 
@@ -148,27 +152,30 @@ def insert_change(gm: GraphModule, group: ReadGroup, stream: Tensor, basis: Tens
     return meta.put(projected, meta.Projection("U_A", online=True))
 
 
-def insert_value(gm: GraphModule, attention: Attention, basis: Tensor, index: int, ctx: PassContext) -> int:
-    """U_B between the value projection and the cache; its inverse after attention."""
-    u = place(gm, ctx, HeadRotation(basis), f"U_B.{index}", attention.v, InsertProjections)
-    forward = meta.Projection("U_B", online=not attention.value_is_linear, block=index)
-    value, reader = attention.values
-    u.forward(value, [reader], forward)
-    u.inverse(attention.core, attention.core.users, meta.Projection("U_B", inverse=True, block=index))
-    return 2
+def insert_value(gm: GraphModule, sharing: Sequence[Attention], basis: Tensor, ctx: PassContext) -> int:
+    """U_B between the value projection and the cache; its inverse after every attention that reads it, the first of which keeps it."""
+    keeper = sharing[0]
+    u = place(gm, ctx, HeadRotation(basis), f"U_B.{keeper.block}", keeper.v, InsertProjections)
+    value, reader = keeper.values
+    u.forward(value, [reader], meta.Projection("U_B", online=not keeper.value_is_linear, block=keeper.block))
+    for a in sharing:
+        u.inverse(a.core, a.core.users, meta.Projection("U_B", inverse=True, block=a.block))
+    return 1 + len(sharing)
 
 
-def insert_key(gm: GraphModule, attention: Attention, basis: Tensor, index: int, ctx: PassContext) -> int:
-    """U_C on queries and new keys after RoPE."""
+def insert_key(gm: GraphModule, sharing: Sequence[Attention], basis: Tensor, ctx: PassContext) -> int:
+    """U_C on new keys after RoPE, and on the queries of every attention that reads them, the first of which keeps them."""
+    keeper = sharing[0]
     transform = Rotation(basis) if basis.dim() == 2 else HeadRotation(basis)
     u, fact = (
-        place(gm, ctx, transform, f"U_C.{index}", attention.k, InsertProjections),
-        meta.Projection("U_C", block=index),
+        place(gm, ctx, transform, f"U_C.{keeper.block}", keeper.k, InsertProjections),
+        meta.Projection("U_C", block=keeper.block),
     )
-    query, reader = attention.queries
-    u.forward(attention.new_keys, [attention.key_cache], fact)
-    u.forward(query, [reader], fact)
-    return 2
+    u.forward(keeper.new_keys, [keeper.key_cache], fact)
+    for a in sharing:
+        query, reader = a.queries
+        u.forward(query, [reader], dataclasses.replace(fact, block=a.block))
+    return 1 + len(sharing)
 
 
 def insert_vector(gm: GraphModule, vector: Compressed, basis: Tensor, index: int, ctx: PassContext) -> int:

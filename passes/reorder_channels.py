@@ -52,17 +52,18 @@ class ReorderChannels(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         seen = ctx.facts.get(Statistics)
-        done = 0
-        for site, feed_forward in requests.feed_forwards(ctx.facts.get(Topology)):
-            if not feed_forward.channelwise:
-                ctx.note(
-                    f"node {feed_forward.down.name}: its input channels cannot be reordered, operators before it mix them; its 8-bit "
-                    "channels are the last ones, not the strongest (down_proj='hadamard' may serve this model better)"
-                )
-                continue
+        found = requests.feed_forwards(ctx.facts.get(Topology))
+        free = [(site, f) for site, f in found if f.channelwise]
+        if kept := [f.down.name for _, f in found if not f.channelwise]:
+            others = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            ctx.note(
+                f"node {kept[0]}{others}: its input channels cannot be reordered, operators before it mix them, or multiply them by "
+                "what is made beside the stream; its 8-bit channels are the last ones, not the strongest (down_proj='hadamard' may serve "
+                "this model better)"
+            )
+        for site, feed_forward in free:
             reorder(gm, feed_forward, self._sizes(seen, site, feed_forward).argsort(dim=-1, stable=True))
-            done += 1
-        return done
+        return len(free)
 
     def _sizes(self, seen: Statistics, site: Site, feed_forward: FeedForward) -> Tensor:
         """Of each channel, [width] or [E, width]."""

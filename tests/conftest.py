@@ -29,6 +29,7 @@ from resq_compiler.pipeline.run import Pipeline
 from resq_compiler.recipes import named
 from resq_compiler.recipes.settings import RUN_OPTIONS, CompileConfig
 from resq_compiler.tiny import tiny_model, tiny_tokens
+from tests.beside_models import BESIDE, beside_model
 from tests.captures import SharedCaptures
 
 with torch.device(
@@ -75,12 +76,12 @@ class Built:
 
 @pytest.fixture(scope="session")
 def tiny():
-    """family -> its tiny model, the same object every time; do not change it."""
+    """family, or BESIDE -> its tiny model, the same object every time; do not change it."""
     models: dict = {}
 
     def make(family: str):
         if family not in models:
-            models[family] = tiny_model(family)
+            models[family] = beside_model() if family == BESIDE else tiny_model(family)
         return models[family]
 
     return make

@@ -46,6 +46,10 @@ GEMMA_4 = {  # as its larger models: no embeddings of each layer, keys and value
     "hidden_size_per_layer_input": 0, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
+GEMMA_4_LAYERS = {  # as its smaller ones: embeddings of each layer, and the last layers read the keys and values of earlier ones
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 131, "head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2, "use_double_wide_mlp": True,
+}  # fmt: skip
 LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
     "head_dim": 8,
@@ -73,7 +77,7 @@ OWN = {  # values that cannot be guessed from the names of fields
     **{name: SHARED for name in ("afmoe", "cohere2_moe", "flint", "hy_v3", "kolibri1", "laguna", "mellum")},
     "mimo_v2_flash": {**GROUPED, "n_group": 1, "head_dim": 16, "v_head_dim": 16, "layer_types": ["full_attention", "sliding_attention"]},
     "solar_open": {**GROUPED, "n_group": 1, "head_dim": 16}, "internlm3": {"head_dim": 16}, "iquestcoder": {"head_dim": 16},
-    "gemma4_text-layers": {**GEMMA_4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 131},
+    "gemma4_text-layers": GEMMA_4_LAYERS,
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
 }  # fmt: skip
 LARGER = {  # sizes that are no powers of two among them, more experts than choices by a factor, several groups

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3Config
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma4Config
 
 import resq_compiler
 from resq_compiler import tiny as tiny_module
 from resq_compiler.cli.main import main
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
-from tests.families import EIGHT, EXACT, FLOAT
+from tests.families import EIGHT, EXACT, FLOAT, GEMMA_4_LAYERS
 
 TEXT = {
     "vocab_size": 131, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
@@ -71,3 +71,38 @@ def test_its_export_knows_what_the_text_part_says(checkpoint, tmp_path, capsys):
     assert np.array_equal(decoder.generate(prompt.numpy(), max_new_tokens=6), expected.numpy())
     assert main(["bench", str(tmp_path / "ort"), "--prompt", "8", "-n", "2", "--rounds", "1", "--threads", "1"]) == 0
     assert "decode tokens/s" in capsys.readouterr().out
+
+
+def test_gemma_4_with_embeddings_of_each_layer(tmp_path):
+    """As its small checkpoints are: bfloat16 in several files, both lookups behind a choice between tokens and padding; and exported."""
+    from resq_compiler.backends.onnx.runtime import OnnxDecoder
+
+    vision = {**VISION, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
+    tokens = {
+        "image_token_id": 122,
+        "video_token_id": 123,
+        "audio_token_id": 124,
+        "boi_token_id": 120,
+        "eoi_token_id": 121,
+    }
+    config = Gemma4Config(text_config={**TEXT, **GEMMA_4_LAYERS}, vision_config=vision, audio_config=None, **tokens)
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+    tiny_module._fill(model, seed=0)
+    model.bfloat16().save_pretrained(tmp_path / "gemma4", max_shard_size="60KB")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma4", dtype=torch.float32).eval()
+    assert len(list((tmp_path / "gemma4").glob("*.safetensors"))) > 3
+    ids = tiny_tokens(2, 20, seed=5) % 100  # none of the tokens that stand for images
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    settings = {"calibration_samples": 4, "calibration_length": 32}
+    exact = resq_compiler.compile(tmp_path / "gemma4", tiny_tokens(4, 32), **settings, **FLOAT)
+    assert relative_error(exact(ids).logits, expected) <= EXACT
+    compiled = resq_compiler.compile(tmp_path / "gemma4", tiny_tokens(4, 32), **settings)
+    compiled.save_pretrained(tmp_path / "saved")
+    loaded = resq_compiler.load(tmp_path / "saved")
+    assert torch.equal(loaded(ids).logits, compiled(ids).logits)
+    compiled.export_onnx(tmp_path / "ort", profile="ort", embedding="int8")
+    assert not (tmp_path / "ort" / "genai_config.json").exists()  # heads of two widths
+    found = OnnxDecoder(tmp_path / "ort", threads=1).generate(ids[:1].numpy(), max_new_tokens=4)
+    assert found.shape == (1, 24)

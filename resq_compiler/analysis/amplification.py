@@ -47,11 +47,18 @@ def added(matrices: Iterable[Tensor]) -> Tensor:
     return found
 
 
-def value_readers(gm: GraphModule, attention: Attention) -> Tensor:
-    """For each key/value head, Wᵀ W of the output projection's columns of its query heads: float64 [G, D, D]."""
-    weight = devices.here(Linear.require(attention.o).weight_tensor(gm)).double()
-    heads = weight.unflatten(1, (attention.value_heads, -1, attention.value_dim))
-    return torch.einsum("nghd,nghe->gde", heads, heads)
+def value_readers(gm: GraphModule, sharing: Iterable[Attention]) -> Tensor:
+    """For each key/value head, Wᵀ W of the output projections' columns of its query heads: float64 [G, D, D].
+
+    sharing: all attentions that read these values.
+    """
+
+    def of_one(attention: Attention) -> Tensor:
+        weight = devices.here(Linear.require(attention.o).weight_tensor(gm)).double()
+        heads = weight.unflatten(1, (attention.value_heads, -1, attention.value_dim))
+        return torch.einsum("nghd,nghe->gde", heads, heads)
+
+    return added(map(of_one, sharing))
 
 
 def weigh(moment: Tensor, readers: Tensor) -> Tensor:

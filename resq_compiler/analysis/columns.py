@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from resq_compiler.analysis.expert_bits import ExpertBits
 from resq_compiler.analysis.site_shares import Shares, SiteShares
+from resq_compiler.analysis.sites import Site
 from resq_compiler.errors import ConfigError
 from resq_compiler.numerics.quantized import Part, parts_for
 
@@ -62,7 +64,11 @@ class ColumnPlan:
 
     def sizes(self, width: int, *sites: str, block: int | None = None) -> list[int]:
         """Columns between one part's border and the next, ascending in precision: of all sites that share a basis."""
-        borders = sorted({0} | {p.stop for site in sites for p in self.column_parts(width, site, block)})
+        return self.sizes_of(width, [Site(site, block) for site in sites])
+
+    def sizes_of(self, width: int, sites: Iterable[Site]) -> list[int]:
+        """The same of sites of several blocks."""
+        borders = sorted({0} | {p.stop for site in sites for p in self.column_parts(width, site.name, site.block)})
         return [stop - start for start, stop in itertools.pairwise(borders)]
 
     def linear_parts(self, width: int, site: str, block: int | None = None) -> tuple[ColumnPart, ...]:

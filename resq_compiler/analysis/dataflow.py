@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch.fx import GraphModule, Node
 
+from resq_compiler.analysis.beside import edges_beside, find_beside, find_keepers
 from resq_compiler.analysis.latents import find_latent, latent_attention
 from resq_compiler.analysis.mixtures import find_experts, weighs_tokens
 from resq_compiler.analysis.overrides import (
@@ -41,20 +42,25 @@ def analyze(gm: GraphModule, overrides: TopologyOverrides | None = None) -> Topo
     residual = find_residual(head)
     why = "norms with a gain write into the stream: " + ", ".join(n.name for n in residual.gained_writers)
     residual.fusable = switched_off(residual.fusable, overrides.fusable, "residual fusable", why)
-    cuts = find_cuts(gm, residual, head)
-    cores = gm.graph.find_nodes(op="call_function", target=ops.attention)
-    attentions = [trace_attention(n, i, overrides.block(i), names) for i, n in enumerate(cores)]
+    cores = list(gm.graph.find_nodes(op="call_function", target=ops.attention))
+    beside, keepers = find_beside(gm, residual), find_keepers(cores)
+    cuts = find_cuts(gm, residual, head, edges_beside(beside, cores, keepers))
+    attentions = [
+        trace_attention(n, (i, k), overrides.block(i), names)
+        for i, (n, k) in enumerate(zip(cores, keepers, strict=True))
+    ]
     if not attentions:
         raise TopologyError("no attention operator was found; expected a decoder with scaled-dot-product attention")
     if unknown := [i for i in overrides.blocks if i >= len(attentions)]:
         raise TopologyError(
             f"topology override, block {unknown[0]}: the model has the blocks 0 to {len(attentions) - 1}"
         )
-    blocks = make_blocks(gm, cuts, attentions, residual, overrides, set(floats))
+    blocks = make_blocks(gm, cuts, attentions, residual, overrides, set(floats), beside)
     hidden = values.width(residual.values[0])
     if overrides.hidden_size not in (None, hidden):
         raise TopologyError(f"topology override, hidden_size: the graph says {hidden}; got {overrides.hidden_size!r}")
-    topology = Topology(residual, blocks, head, hidden, floats, [n for block in blocks for n in block.routers])
+    routers = [n for block in blocks for n in block.routers]
+    topology = Topology(residual, blocks, head, hidden, floats, routers, linears_beside(gm, beside))
     label_linears(gm, topology)
     return topology
 
@@ -84,9 +90,15 @@ def trace_back(node: Node, goal: str) -> Node:
     return next(iter(linears))
 
 
-def trace_attention(core: Node, index: int, stated: BlockOverride, names: LinearNames) -> Attention:
-    """The linears around an attention operator and the shapes of its heads."""
-    view = views.Attention.require(core)
+def linears_beside(gm: GraphModule, beside: set[Node]) -> list[Node]:
+    """The linears that values beside the stream are made with."""
+    behind = graph_tools.ancestors(beside)
+    return [n for n in gm.graph.nodes if n in behind and is_call(n, *LINEARS)]
+
+
+def trace_attention(core: Node, place: tuple[int, int], stated: BlockOverride, names: LinearNames) -> Attention:
+    """The linears around an attention operator and the shapes of its heads. place: its block, and that of its keys and values."""
+    view, (index, keeper) = views.Attention.require(core), place
     where = f"block {index}, attention"
 
     def behind(value: Node, role: str, goal: str) -> Node:
@@ -101,7 +113,7 @@ def trace_attention(core: Node, index: int, stated: BlockOverride, names: Linear
         )
     found = find_latent(core)
     if found is not None:
-        attention = latent_attention(core, output, found, trace_back)
+        attention = latent_attention(core, place, output, found, trace_back)
         check_stated(attention, stated, where)
         check_derived(attention, stated, where)
         return attention
@@ -121,7 +133,7 @@ def trace_attention(core: Node, index: int, stated: BlockOverride, names: Linear
     why = f"node {new_value.name} stands between the value projection and the cache"
     attention = Attention(
         core, q, k, v, output, view.k, view.v, values.shape(view.q)[1], key_shape[1], key_shape[3], values.width(view.v),
-        value_is_linear=switched_off(direct, stated.values_fusable, f"{where} values_fusable", why),
+        switched_off(direct, stated.values_fusable, f"{where} values_fusable", why), index, keeper,
     )  # fmt: skip
     check_derived(attention, stated, where)
     return attention
@@ -154,6 +166,7 @@ def check_derived(attention: Attention, stated: BlockOverride, where: str) -> No
     found: dict[str, object] = {
         "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
         "value_dim": attention.value_dim, "window": attention.window, "compressed": attention.compressed,
+        "keys_of": None if attention.keeps else attention.keeper,
     }  # fmt: skip
     if others := stated.linears.keys() - attention.linears.keys():
         raise TopologyError(
@@ -167,9 +180,11 @@ def check_derived(attention: Attention, stated: BlockOverride, where: str) -> No
 
 
 def make_blocks(
-    gm: GraphModule, cuts: list[Node], attentions: list[Attention], residual: Residual, overrides: TopologyOverrides, floats: set[Node]
+    gm: GraphModule, cuts: list[Node], attentions: list[Attention], residual: Residual, overrides: TopologyOverrides, floats: set[Node],
+    beside: set[Node],
 ) -> list[Block]:  # fmt: skip
     """One block for each attention: from the last cut before it to the last cut before the next one."""
+    outside = set(linears_beside(gm, beside))
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     starts = find_starts(cuts, attentions, order, set(residual.values))
     ends = [*starts[1:], cuts[-1]]
@@ -179,9 +194,9 @@ def make_blocks(
     for block in blocks:
         stated, attention = overrides.block(block.index), block.attention
         check_reads_stream(attention, readers, stated)
-        used = set(attention.linears.values())
+        used = {*attention.linears.values(), *outside}
         rest = [n for n in _between(order, block) if is_call(n, *LINEARS) and n not in used]
-        block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats)
+        block.feed_forwards = find_feed_forwards(block.index, rest, writers, readers, stated, floats, beside)
         known = {n for f in block.feed_forwards for n in (*f.gates, *f.ups, f.down)}
         block.routers = [f.experts.router for f in block.feed_forwards if f.experts is not None]
         block.routers += [n for n in rest if n not in known and n not in block.routers and weighs_tokens(n, readers)]
@@ -284,7 +299,8 @@ def _between(order: dict[Node, int], block: Block) -> list[Node]:
 
 
 def find_feed_forwards(
-    index: int, linears: list[Node], writers: set[Node], readers: set[Node], stated: BlockOverride, floats: set[Node]
+    index: int, linears: list[Node], writers: set[Node], readers: set[Node], stated: BlockOverride, floats: set[Node],
+    beside: set[Node],
 ) -> list[FeedForward]:  # fmt: skip
     """The feed-forwards of a block: found from the linears that write into the stream, or stated."""
     said = {item.down: item for item in stated.feed_forwards or ()}
@@ -295,7 +311,7 @@ def find_feed_forwards(
             continue
         try:
             result.append(
-                trace_feed_forward(node, readers, said.get(name), floats, f"block {index}, feed_forward {name}")
+                trace_feed_forward(node, readers, said.get(name), floats, beside, f"block {index}, feed_forward {name}")
             )
         except TopologyError:
             if name in said or node not in floats:  # a linear that stays float needs no role
@@ -310,9 +326,9 @@ def find_feed_forwards(
 
 
 def trace_feed_forward(
-    down: Node, readers: set[Node], stated: FeedForwardOverride | None, floats: set[Node], where: str
+    down: Node, readers: set[Node], stated: FeedForwardOverride | None, floats: set[Node], beside: set[Node], where: str
 ) -> FeedForward:  # fmt: skip
-    """Linears behind `down` and whether only elementwise operators lie between."""
+    """Linears behind `down`, and whether only elementwise operators of them lie between."""
     gates: list[Node] = []
     ups: list[Node] = []
     channelwise = True
@@ -333,6 +349,9 @@ def trace_feed_forward(
             raise TopologyError(
                 f"node {node.name}: expected a linear that reads the residual stream before {down.name}", node=node.name
             )
+        if node in beside:
+            channelwise = False  # its channels would have to move, too
+            continue
         channelwise &= is_call(node, *ELEMENTWISE)
         pending.extend(node.all_input_nodes)
     if said:
@@ -363,6 +382,8 @@ def label_linears(gm: GraphModule, topology: Topology) -> None:
         meta.put(node, meta.LinearSite(Linear.require(node).name, role, block))
 
     label(topology.head, "head", None)
+    for node in topology.beside:
+        label(node, "beside", None)
     for block in topology.blocks:
         attention = block.attention
         for role, node in attention.linears.items():

@@ -47,7 +47,9 @@ def find_latent(core: Node) -> Found | None:
     return None if k is None or v is None else Found(pieces[0], rotary, k, v)
 
 
-def latent_attention(core: Node, output: Node, found: Found, behind: Behind) -> Attention:
+def latent_attention(
+    core: Node, place: tuple[int, int], output: Node, found: Found, behind: Behind
+) -> Attention:  # fmt: skip
     """The attention and its parts. Raises TopologyError naming the node that is not understood."""
     view = views.Attention.require(core)
     cached = cache_of(found.k.node)
@@ -66,7 +68,7 @@ def latent_attention(core: Node, output: Node, found: Found, behind: Behind) -> 
     heads, key_shape = values.shape(view.q)[1], values.shape(found.rotary_cache)
     return Attention(
         core, q, found.k.node, found.v.node, output, found.rotary_cache, cached, heads, key_shape[1], values.width(view.q),
-        values.width(view.v), value_is_linear=True, latent=Latent(shared, q_rotary, vectors, rotary, view.q),
+        values.width(view.v), True, *place, latent=Latent(shared, q_rotary, vectors, rotary, view.q),
     )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ from resq_compiler.errors import ConfigError, TopologyError
 from resq_compiler.ir import graph_tools
 from resq_compiler.ir.views import Linear
 
-_DERIVED = {"model", "hidden_size", "not_fused"}
-_ATTENTION = {*ROLES, "values_fusable", "heads", "kv_heads", "head_dim", "value_dim", "window", "compressed"}
+_DERIVED = {"model", "hidden_size", "not_fused", "beside"}
+_ATTENTION = {*ROLES, "values_fusable", "heads", "kv_heads", "head_dim", "value_dim", "window", "compressed", "keys_of"}
 _FEED_FORWARD = {"gate", "up", "down", "channelwise", "experts"}
 _RESIDUAL = {"fusable", "values", "writers", "gained_writers", "readers"}
 _FORM = "expected the form of `resq inspect MODEL --topology --json`, or a part of it"

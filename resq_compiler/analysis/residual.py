@@ -5,6 +5,8 @@ What is not understood is a TopologyError that names the node and what was expec
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import networkx as nx
 from torch.fx import GraphModule, Node
 
@@ -122,11 +124,16 @@ def _linear_users(norm: Node) -> list[Node]:
     return list(norm.users)
 
 
-def find_cuts(gm: GraphModule, residual: Residual, head: Node) -> list[Node]:
-    """Stream values through which every path from the embeddings to the logits goes (dominators of the head)."""
+def find_cuts(
+    gm: GraphModule, residual: Residual, head: Node, beside: Set[tuple[Node, Node]] = frozenset()
+) -> list[Node]:  # fmt: skip
+    """Stream values through which every path from the embeddings to the logits goes (dominators of the head).
+
+    beside: edges that lead past cuts, of what blocks read beside the stream (beside.py).
+    """
     graph: nx.DiGraph = nx.DiGraph()
     for node in gm.graph.nodes:
-        graph.add_edges_from((source, node) for source in node.all_input_nodes)
+        graph.add_edges_from((source, node) for source in node.all_input_nodes if (source, node) not in beside)
     for node in residual.writers:
         if is_call(node, EMBEDDING):
             graph.add_edge(EMBEDDINGS, node)

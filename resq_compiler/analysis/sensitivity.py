@@ -69,8 +69,9 @@ def places(topology: Topology) -> dict[Site, list[Place]]:
         found[Site("down", i)] = [
             Place(source(f.down), channels=True, experts=f.experts) for _, f in block.main_feed_forwards
         ]
-        found[Site("key", i)] = [Place(a.new_keys, a.num_kv_heads)]
-        found[Site("value", i)] = [Place(a.values[0], a.value_heads)]
+        if a.keeps:
+            found[Site("key", i)] = [Place(a.new_keys, a.num_kv_heads)]
+            found[Site("value", i)] = [Place(a.values[0], a.value_heads)]
         for vector in a.vectors:
             found[Site(vector.site, i)] = [Place(vector.written)]
     return found

@@ -78,12 +78,11 @@ def prefix_bytes(topology: Topology, tokens: int) -> int:
 def projection_bytes(topology: Topology, plan: ColumnPlan, bases: Bases) -> int:
     """Bases that stay online: U_C, U_A where norms write into the stream, U_B where values are no plain linear, blocks of U_D; float32."""
     numbers = online_matrices(bases) * topology.hidden_size**2
-    for block in topology.blocks:
-        a = block.attention
+    for a in topology.keepers:
         if plan.kv_bits < FLOAT_BITS:
-            numbers += bases.key[block.index].numel()
+            numbers += bases.key[a.block].numel()
         if not a.value_is_linear:
-            numbers += bases.value[block.index].numel()
+            numbers += bases.value[a.block].numel()
         numbers += sum(vector.width**2 for vector in a.vectors if vector.online)
     for down in bases.down.values():
         numbers += down.vectors.numel() + 2 * down.order.numel()  # the order of columns is int64

@@ -89,6 +89,9 @@ class Attention:
     """One attention: its operator, the linears around it, and the nodes where projections go.
 
     Of latent attention (`latent`), key_cache holds the rotary columns that all heads share and value_cache the compressed vectors.
+
+    block: its number. keeper: that of the block whose keys and values it reads, its own or an earlier one; then k, v and the caches
+    are the keeper's.
     """
 
     core: Node
@@ -103,11 +106,20 @@ class Attention:
     head_dim: int
     value_dim: int
     value_is_linear: bool  # nothing between v and the cache: U_B fuses into v
+    block: int
+    keeper: int
     latent: Latent | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether its keys and values are its own."""
+        return self.block == self.keeper
 
     @property
     def linears(self) -> dict[str, Node]:
         """Every linear by its role; one that reads another's vector behind it."""
+        if not self.keeps:
+            return {"q": self.q, "o": self.o}
         if self.latent is None:
             return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
         found = {vector.role: vector.writer for vector in self.latent.vectors}
@@ -142,7 +154,9 @@ class Attention:
 
     @property
     def caches(self) -> dict[str, Node]:
-        """What is cached, by site."""
+        """What it caches, by site."""
+        if not self.keeps:
+            return {}
         return {"key": self.key_cache, "value" if self.latent is None else "latent": self.value_cache}
 
     @property
@@ -195,7 +209,10 @@ class Experts:
 
 @dataclass
 class FeedForward:
-    """down(f(up linears)): `gates` are the linears that an activation follows, `ups` the others; all of `experts`, or of none."""
+    """down(f(up linears)): `gates` are the linears that an activation follows, `ups` the others; all of `experts`, or of none.
+
+    A factor that is made beside the stream, such as an embedding of the layer, is none of them.
+    """
 
     gates: list[Node]
     ups: list[Node]
@@ -242,11 +259,15 @@ class Topology:
     routers: list[Node] = field(
         default_factory=list
     )  # linears that choose or weigh experts: rotated, but never quantized
+    beside: list[Node] = field(
+        default_factory=list
+    )  # linears that make values beside the stream, of all blocks: likewise
 
     @property
     def readers(self) -> list[ReadGroup]:
         """The groups of linears inside blocks that read the residual stream."""
-        return [group for group in self.residual.readers if self.head not in group.linears]
+        outside = {self.head, *self.beside}
+        return [group for group in self.residual.readers if not outside.issuperset(group.linears)]
 
     @property
     def online(self) -> list[ReadGroup]:
@@ -261,8 +282,17 @@ class Topology:
     @property
     def linears(self) -> list[Node]:
         """All linears inside blocks that are to be quantized, in execution order."""
-        left_out = {self.head, *self.floats, *self.routers}
+        left_out = {self.head, *self.floats, *self.routers, *self.beside}
         return [n for n in self.head.graph.nodes if is_call(n, *views.Linear.targets) and n not in left_out]
+
+    def sharing(self, attention: Attention) -> list[Attention]:
+        """All attentions that read the same keys and values, the keeper first."""
+        return [block.attention for block in self.blocks if block.attention.keeper == attention.keeper]
+
+    @property
+    def keepers(self) -> list[Attention]:
+        """The attentions with keys and values of their own."""
+        return [block.attention for block in self.blocks if block.attention.keeps]
 
     @property
     def mixtures(self) -> list[tuple[Block, FeedForward, Experts]]:

@@ -6,7 +6,7 @@ Source: ResQ, arXiv 2412.14363, section 4; eigenvectors of uncentred second mome
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,8 +34,9 @@ class Bases:
     """A fact: orthogonal bases in float64, columns [low | high]; None, or empty, where a recipe has none.
 
     residual U_A [d, d] of the whole stream; reading: where U_A stays online, U_A [d, d] of every value that linears read;
-    value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; down: what stands before U_D's Hadamard transform, by down
-    projection; latent: of every compressed vector of latent attention [r, r], by site.
+    value U_B per block [G, D, D]; key U_C per block [D, D], or [G, D, D]; where blocks read the same keys and values they have the same
+    tensors; down: what stands before U_D's Hadamard transform, by down projection; latent: of every compressed vector of latent
+    attention [r, r], by site.
     """
 
     residual: Tensor | None = None
@@ -78,26 +79,36 @@ def random_basis(width: int, kind: str, seed: int, purpose: str) -> Tensor:
 def rotated(bases: Bases, plan: ColumnPlan, kind: str, seed: int) -> Bases:
     """The bases with a random rotation of their own inside each part: one poor draw for all heads would cost accuracy."""
 
-    def turn(basis: Tensor, purpose: str, *sites: str, block: int | None = None) -> Tensor:
-        columns = plan.sizes(basis.shape[-1], *sites, block=block)
+    def turn(basis: Tensor, purpose: str, *sites: Site) -> Tensor:
+        columns = plan.sizes_of(basis.shape[-1], sites)
         rotation = part_rotation(columns, kind, generator(seed, f"rotation.{purpose}"))
         return (devices.here(basis) @ devices.here(rotation)).cpu()
 
-    residual = None if bases.residual is None else turn(bases.residual, "residual", "attention", "mlp")
+    stream = (Site("attention"), Site("mlp"))
+    residual = None if bases.residual is None else turn(bases.residual, "residual", *stream)
     different = {id(u): u for u in bases.reading.values()}
-    turned = {key: turn(u, f"residual.{i}", "attention", "mlp") for i, (key, u) in enumerate(different.items())}
+    turned = {key: turn(u, f"residual.{i}", *stream) for i, (key, u) in enumerate(different.items())}
     reading = {node: turned[id(u)] for node, u in bases.reading.items()}
-    value = [
-        torch.stack([turn(u, f"value.{i}.{g}", "value", "o", block=i) for g, u in enumerate(heads)])
-        for i, heads in enumerate(bases.value)
-    ]
-    key = [
-        turn(u, f"key.{i}", "key", block=i)
-        if u.dim() == 2
-        else torch.stack([turn(each, f"key.{i}.{g}", "key", block=i) for g, each in enumerate(u)])
-        for i, u in enumerate(bases.key)
-    ]
-    latent = {site: turn(u, str(site), site.name, block=site.block) for site, u in bases.latent.items()}
-    return dataclasses.replace(
-        bases, residual=residual, reading=reading, value=tuple(value), key=tuple(key), latent=latent
-    )
+
+    def turn_values(i: int, blocks: list[int]) -> Tensor:
+        sites = (Site("value", i), *(Site("o", block) for block in blocks))
+        return torch.stack([turn(u, f"value.{i}.{g}", *sites) for g, u in enumerate(bases.value[i])])
+
+    def turn_keys(i: int, blocks: list[int]) -> Tensor:
+        u, site = bases.key[i], Site("key", i)
+        if u.dim() == 2:
+            return turn(u, f"key.{i}", site)
+        return torch.stack([turn(each, f"key.{i}.{g}", site) for g, each in enumerate(u)])
+
+    value, key = each_once(bases.value, turn_values), each_once(bases.key, turn_keys)
+    latent = {site: turn(u, str(site), site) for site, u in bases.latent.items()}
+    return dataclasses.replace(bases, residual=residual, reading=reading, value=value, key=key, latent=latent)
+
+
+def each_once(per_block: Sequence[Tensor], change: Callable[[int, list[int]], Tensor]) -> tuple[Tensor, ...]:
+    """What `change` makes of every tensor, from the first block that has it and all that have it; these have the result in common again."""
+    blocks: dict[int, list[int]] = {}
+    for i, tensor in enumerate(per_block):
+        blocks.setdefault(id(tensor), []).append(i)
+    changed = {key: change(found[0], found) for key, found in blocks.items()}
+    return tuple(changed[id(tensor)] for tensor in per_block)

@@ -66,10 +66,13 @@ def stream_name(site: Site) -> str:
 
 
 def head_moments(topology: Topology) -> list[Request]:
-    """SecondMoment of values, keys and queries of every block, for each key/value head: [G, D, D]."""
+    """SecondMoment of values, keys and queries of every block, for each key/value head: [G, D, D].
+
+    Of blocks that read the same keys and values all queries together, at the block that keeps these.
+    """
     found = []
-    for block in topology.blocks:
-        a, i = block.attention, block.index
+    for a in topology.keepers:
+        i = a.block
         value, key, query = (
             SecondMoment(f"block {i} {what}", width, groups=groups)
             for what, width, groups in (
@@ -81,7 +84,9 @@ def head_moments(topology: Topology) -> list[Request]:
         found += [
             Request(Site("value", i), value, (a.values[0],), heads_last),
             Request(Site("key", i), key, (a.new_keys,), heads_last),
-            Request(Site("query", i), query, (a.queries[0],), by_key_head(a.num_kv_heads)),
+            Request(
+                Site("query", i), query, tuple(r.queries[0] for r in topology.sharing(a)), by_key_head(a.num_kv_heads)
+            ),
         ]
     return [*found, *vector_moments(topology)]
 

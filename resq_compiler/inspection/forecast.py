@@ -14,11 +14,12 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis import sensitivity
 from resq_compiler.analysis.topology import Block, Topology
+from resq_compiler.calibration import executor
 from resq_compiler.calibration.aside import SHARE
 from resq_compiler.calibration.executor import TOKENS_PER_BATCH
 from resq_compiler.inspection.rates import Rates
 from resq_compiler.ir import graph_tools, promises, values
-from resq_compiler.ir.views import Linear
+from resq_compiler.ir.views import Embedding, Linear
 from resq_compiler.numerics import inverse_factor
 from resq_compiler.passes import AllocateBits, ComputeBases, FuseProjections, QuantizeWeights
 from resq_compiler.pipeline.passes import Pass
@@ -54,7 +55,8 @@ class Group:
 class Shapes:
     """Of a decoder: the groups of linears of each block, the width of the stream, the vocabulary, heads of attention, and all weights.
 
-    fusable: one basis for the whole stream.
+    fusable: one basis for the whole stream. beside: numbers a token that lead from block to block beside the stream, at most; tables:
+    weights of lookups that do not write into it.
     """
 
     blocks: tuple[tuple[Group, ...], ...]
@@ -65,6 +67,8 @@ class Shapes:
     head_dim: int
     all_weights: int
     fusable: bool
+    beside: int = 0
+    tables: int = 0
 
     @property
     def linears(self) -> int:
@@ -89,8 +93,18 @@ class Shapes:
         return cls(
             tuple(tuple(_groups(gm, topology, block)) for block in topology.blocks), topology.hidden_size,
             values.width(topology.head), attention.num_heads, attention.value_heads, max(attention.head_dim, attention.value_dim),
-            sum(t.numel() for t in tensors), topology.residual.fusable,
+            sum(t.numel() for t in tensors), topology.residual.fusable, _beside(gm, topology), _other_tables(gm, topology),
         )  # fmt: skip
+
+
+def _beside(gm: GraphModule, topology: Topology) -> int:
+    borders = ([block.end, *executor.carried(gm, block.end)] for block in topology.blocks)
+    return max(map(executor.numbers_a_token, borders)) - topology.hidden_size
+
+
+def _other_tables(gm: GraphModule, topology: Topology) -> int:
+    lookups = set(executor.lookups(gm)) - set(topology.residual.writers)
+    return sum(graph_tools.held(gm, Embedding.require(node).table).numel() for node in lookups)
 
 
 def _tensor_nodes(gm: GraphModule) -> list[Node]:
@@ -225,7 +239,7 @@ class _Plan:
 
     def aside(self) -> int:
         """Codes of finished blocks, as a byte each, and float embeddings, in the work directory or a temporary one."""
-        return self.shapes.linears + 2 * self.embedding if self.is_large else 0
+        return self.shapes.linears + 2 * self.embedding + FLOAT * self.shapes.tables if self.is_large else 0
 
     def kept(self) -> dict[str, int]:
         """Bases, and codes of finished blocks as a byte each until they are written; those of a large model wait in files."""
@@ -269,7 +283,7 @@ class _Plan:
         memory = {
             "weights of a block": FLOAT * s.largest_block,
             "values of a block": FLOAT * length * (3 * widest + 8 * s.hidden + 2 * s.heads * length),
-            "hidden states": self._kept_as * windows * length * s.hidden * (len(s.blocks) + 1),
+            "hidden states": self._kept_as * windows * length * (s.hidden + s.beside) * (len(s.blocks) + 1),
             "logits": 6 * FLOAT * length * s.vocabulary,
         }
         return Step(
@@ -321,7 +335,7 @@ class _Plan:
         batch = max(TOKENS_PER_BATCH, length)
         widest = max(group.columns * group.choices for group in s.groups)
         inside = batch * (3 * widest + 4 * s.hidden + 2 * s.heads * length)
-        return {"hidden states": self._kept_as * tokens * s.hidden, "a batch": FLOAT * inside}
+        return {"hidden states": self._kept_as * tokens * (s.hidden + s.beside), "a batch": FLOAT * inside}
 
     @property
     def _kept_as(self) -> int:

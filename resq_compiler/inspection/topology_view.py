@@ -30,6 +30,7 @@ def topology_dict(topology: Topology) -> dict[str, Any]:
         "blocks": [_block_dict(block) for block in topology.blocks],
         "head": _linear(topology.head),
         "float": [_linear(n) for n in topology.floats],
+        **({"beside": [_linear(n) for n in topology.beside]} if topology.beside else {}),
         "not_fused": not_fused(topology),
     }  # fmt: skip
 
@@ -71,8 +72,9 @@ def _stream_rows(topology: Topology) -> list[dict[str, Any]]:
 def _attention_rows(attention: Attention, where: str) -> list[dict[str, Any]]:
     why = "position embedding stands between the q and k projections and the cache"
     square = attention.key_dim**2
-    rows = [_row("U_C", where, why, (attention.num_heads + attention.num_kv_heads) * square, square)]
-    if not attention.value_is_linear:
+    turned = attention.num_heads + (attention.num_kv_heads if attention.keeps else 0)
+    rows = [_row("U_C", where, why, turned * square, square if attention.keeps else 0)]
+    if attention.keeps and not attention.value_is_linear:
         node = AppendCache.require(attention.value_cache).new
         split = SplitHeads.of(node)
         direct = split is not None and split.x is attention.v
@@ -92,7 +94,10 @@ def _feed_forward_rows(feed_forward: FeedForward, where: str) -> list[dict[str, 
         why += f"; a block transform of width {plan.block} on {width} channels: {plan.reason}"
     rows = [_row("U_D", where, why, HadamardRotation((width,)).products)]
     if not feed_forward.channelwise:
-        mixes = "operators before down mix channels, so down_proj=energy-split and outliers are not possible"
+        mixes = (
+            "operators before down mix channels, or multiply them by what is made beside the stream, so "
+            "down_proj=energy-split and outliers are not possible"
+        )
         rows.append(_row("channel order", where, mixes))
     return rows
 
@@ -110,6 +115,7 @@ def _block_dict(block: Block) -> dict[str, Any]:
             "heads": attention.num_heads, "kv_heads": attention.num_kv_heads, "head_dim": attention.head_dim,
             "value_dim": attention.value_dim, "window": attention.window, "values_fusable": attention.value_is_linear,
             **({"compressed": attention.compressed} if attention.compressed else {}),
+            **({} if attention.keeps else {"keys_of": attention.keeper}),
             **{role: _linear(node) for role, node in attention.linears.items()},
         },
         "feed_forward": [
@@ -153,6 +159,11 @@ def topology_text(name: str, found: dict[str, Any]) -> str:
     lines.append(f"├─ head: {_linear_text(found['head'])}")
     if found["float"]:
         lines.append("├─ stay float: " + ", ".join(linear["name"] for linear in found["float"]))
+    if "beside" in found:
+        lines.append(
+            "├─ beside the stream, for all blocks; stay float: "
+            + ", ".join(linear["name"] for linear in found["beside"])
+        )
     lines.append("└─ not fused, operators at run time")
     return "\n".join(lines + _reason_lines(found["not_fused"]))
 
@@ -222,7 +233,8 @@ def _block_lines(blocks: list[dict[str, Any]]) -> list[str]:
             else "feed-forward"
         )
         lines.append(
-            f"│  {branch} {kind}: " + ("elementwise between up and down" if item["channelwise"] else "channels mix")
+            f"│  {branch} {kind}: "
+            + ("elementwise between up and down" if item["channelwise"] else "channels keep their order")
         )
         lines += [f"│  {stem}   {role:<4} {_linear_text(n)}" for role in ("gate", "up") for n in item[role]]
         lines.append(f"│  {stem}   down {_linear_text(item['down'])}")
@@ -233,7 +245,8 @@ def _attention_text(a: dict[str, Any]) -> str:
     """Heads, and what is cached of latent attention."""
     heads = f"{a['heads']} heads of {a['head_dim']}"
     if "compressed" not in a:
-        return f"attention: {heads}, {a['kv_heads']} for keys and values"
+        whose = f", those of block {a['keys_of']}" if "keys_of" in a else ""
+        return f"attention: {heads}, {a['kv_heads']} for keys and values{whose}"
     sizes = a["compressed"]
     queries = f", queries to {sizes['qlatent']}" if "qlatent" in sizes else ""
     return f"latent attention: {heads}; keys and values compressed to {sizes['latent']} + {sizes['rotary']} rotary columns{queries}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import ColumnPlan
+from resq_compiler.analysis.sites import Site
 from resq_compiler.analysis.topology import STREAM_ROLES, Block, Topology
 from resq_compiler.errors import PassError
 from resq_compiler.ir import meta, values
@@ -70,6 +71,8 @@ class Places:
             return "U_A stays online in this model"
         if topology.online:
             return f"U_A stays online before {len(topology.online)} inputs of linears, in bases that lead out of the stream's own"
+        if topology.beside:
+            return f"node {topology.beside[0].name} makes values beside the stream of it"
         gains = [g for g in topology.residual.readers if (n := Norm.of(g.norm)) is not None and n.gain is not None]
         if gains:
             return f"node {gains[0].value.name} has a gain; a recipe with fold-norms has none"
@@ -93,17 +96,18 @@ class Places:
         return None
 
     def add_values(self, learned: Learned, block: Block) -> None:
-        """A rotation of the values of every key/value head of a block, undone in the output projection."""
+        """A rotation of the values of every key/value head of a block, undone in the output projections of all that read them."""
         attention, index = block.attention, block.index
-        if not attention.value_is_linear:
+        if not attention.value_is_linear or not attention.keeps:
             return
         width, name = attention.value_dim, f"value{index}"
-        sizes = self.plan.sizes(width, "value", "o", block=index)
+        readers = [a.block for a in self.topology.sharing(attention)]
+        sizes = self.plan.sizes_of(width, [Site("value", index), *(Site("o", i) for i in readers)])
         learned.add(name, LearnableHeads(torch.eye(width).repeat(attention.value_heads, 1, 1), sizes))
         for linear in self.sums(index, "v", "v_b"):
             for target in (*map(weight_of, linear.parts), *bias_of(linear)):
                 learned.change(target, name, into_outputs)
-        for linear in self.sums(index, "o"):
+        for linear in (found for i in readers for found in self.sums(i, "o")):
             for part, fact in zip(linear.parts, linear.facts, strict=True):
                 learned.change(weight_of(part), name, into_head_columns(fact.start, fact.stop))
 

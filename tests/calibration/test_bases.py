@@ -264,7 +264,7 @@ def test_readers_of_the_stream_and_of_values_are_the_models_own_weights(build, t
                 total += w.T @ w
     torch.testing.assert_close(residual_readers(gm, topology.readers), total, rtol=1e-4, atol=1e-5)  # float32 products
     o = layers[1].self_attn.o_proj.weight.detach().double()  # 4 query heads of 16, 2 key/value heads
-    found = value_readers(gm, topology.blocks[1].attention)
+    found = value_readers(gm, [topology.blocks[1].attention])
     for g in range(2):
         expected = sum(o[:, 16 * h : 16 * h + 16].T @ o[:, 16 * h : 16 * h + 16] for h in (2 * g, 2 * g + 1))
         torch.testing.assert_close(found[g], expected, rtol=1e-6, atol=1e-9)

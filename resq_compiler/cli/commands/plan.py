@@ -69,14 +69,17 @@ def make_plan(
 
 def check_disk(model: str, config: CompileConfig, output: Path) -> None:
     """Raise ConfigError where the compiled model will not fit on the disk of its directory; from the configuration alone."""
+    from torch import nn
+
     from resq_compiler.inspection.forecast import compiled_bytes, disk_problem
     from resq_compiler.util import machine
 
     float_model = common.meta_model(model)
-    embedding = float_model.get_input_embeddings().weight.numel()
+    tables = [m.weight.numel() for m in float_model.modules() if isinstance(m, nn.Embedding)]
     weights = sum(p.numel() for p in float_model.parameters())
     tied = float_model.config.get_text_config().tie_word_embeddings
-    linears = weights - embedding * (1 if tied else 2)
+    head = 0 if tied else float_model.get_input_embeddings().weight.numel()
+    linears = weights - sum(tables) - head
     if problem := disk_problem(compiled_bytes(linears, weights, config), machine.free_disk(output), str(output)):
         raise ConfigError(problem)
 
