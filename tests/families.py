@@ -89,7 +89,8 @@ LARGER = {  # sizes that are no powers of two among them, more experts than choi
 """Values of fields that `small` has others of, where it has any."""
 WORK = (
     "apertus", "arcee", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "codegen", "cohere", "cohere2", "cwm", "ernie4_5",
-    "exaone4", "falcon", "falcon-alibi", "gemma", "gemma4_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj",
+    "exaone4", "falcon", "falcon-alibi", "gemma", "gemma4_text", "gemma4_text-layers",
+    "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gptj",
     "granite", "granite_swa", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "minicpm3", "ministral",
     "ministral3", "mpt", "nanochat", "nemotron", "olmo", "olmo3", "persimmon",
     "phi", "phi3-longrope", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from resq_compiler.backends.fused.lower import lower
+from resq_compiler.backends.fused.plain import TORCH
+from resq_compiler.backends.fused.runner import prepare
 from resq_compiler.passes.insert_prefix import insert
 
 import resq_compiler
@@ -14,7 +17,7 @@ from resq_compiler.api import trace
 from resq_compiler.calibration import executor
 from resq_compiler.calibration.bases import Bases
 from resq_compiler.calibration.statistics import observe, observe_blocks
-from resq_compiler.errors import TopologyError
+from resq_compiler.errors import BackendError, TopologyError
 from resq_compiler.evaluation.by_blocks import ByBlocks
 from resq_compiler.inspection.forecast import Shapes
 from resq_compiler.inspection.topology_view import topology_dict, topology_text
@@ -25,8 +28,9 @@ from resq_compiler.learning.end_to_end import Model
 from resq_compiler.learning.running import Run
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
+from tests.backends.fused.test_lower import assert_same_bits, calls
 from tests.beside_models import BESIDE, LAYERS, beside_model, eager_logits
-from tests.families import EXACT, FLOAT, small
+from tests.families import EXACT, FLOAT, ROUNDING, small
 
 FEW = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}
 IDS = tiny_tokens(2, 20, seed=5)
@@ -275,3 +279,37 @@ def test_prefix_tokens_are_read_by_all(build):
     gm.recompile()
     assert relative_error(logits(gm, IDS), expected) < 1e-5
     assert len(gm.graph.find_nodes(op="call_function", target=ops.prepend)) == 2
+
+
+def test_lowered_once_for_all_readers(compiled):
+    """The first attention writes the cache; the others only read it. The same bits, in a prefill and a decode."""
+    gm = compiled.graph_module
+    runner = prepare(gm, TORCH, torch.float32, False, 1)
+    assert calls(runner)["rope_cache"] == 1 and calls(runner)["attention_quantize"] == LAYERS
+    assert not runner.reasons and len(runner.left) == LAYERS - 1
+    assert_same_bits(gm, runner)
+
+
+def test_triton_kernels_compute_it(compiled):
+    """In the interpreter. A value at a tie may fall to the neighbouring code, and then moves one token."""
+
+    def pieces():
+        first = compiled(IDS[:, :7], use_cache=True)
+        second = compiled(IDS[:, 7:9], past_key_values=first.past_key_values)
+        return torch.cat((first.logits, second.logits), 1)
+
+    expected = pieces()
+    compiled.use_backend("triton")
+    try:
+        errors = (pieces() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    finally:
+        compiled.use_backend("reference")
+    assert float(errors.median()) < ROUNDING
+
+
+def test_a_cache_is_packed_for_all_or_none(compiled):
+    gm = graph_tools.snapshot(compiled.graph_module)
+    *_, last = gm.graph.find_nodes(op="call_function", target=ops.attention)
+    set_argument(last, "mask", None)
+    with pytest.raises(BackendError, match=rf"cannot take 3 nodes:\n  attention: node {last.name} reads the same keys"):
+        lower(gm, TORCH)

@@ -1,4 +1,8 @@
-"""Attention over a quantized cache: its cache inputs become packed, and rope_cache and attention take the place of its nodes."""
+"""Attention over a quantized cache: its cache inputs become packed, and rope_cache and attention take the place of its nodes.
+
+Where several attentions read the same keys and values, the first appends them; the others have their queries from the graph's own
+operators. A cache is packed for all of them, or for none.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +54,20 @@ class _Match:
 def lower_attentions(low: Lowering) -> None:
     """Replace every attention whose cache is quantized; the others get a reason."""
     latent: list[Attention] = []
+    matches: dict[Node, _Match | str] = {}
     for node in list(low.graph.find_nodes(op="call_function", target=ops.attention)):
         view = Attention.require(node)
         if is_latent(view) and low.target.why_not_entry is not None:
             latent.append(view)
             continue
-        found = _match(low, view)
+        matches[node] = _match(low, view)
+    refused = {Attention.require(node).k: node.name for node, found in matches.items() if isinstance(found, str)}
+    for node, found in matches.items():
         if isinstance(found, str):
             low.reasons[node.name] = found
+        elif found.attention.k in refused:
+            other = refused[found.attention.k]
+            low.reasons[node.name] = f"node {other} reads the same keys and values, and cannot be taken"
         else:
             _replace(low, found)
     lower_latents(low, latent)
@@ -116,16 +126,11 @@ def behind_prefix(x: Node) -> Node:
 
 def _replace(low: Lowering, found: _Match) -> None:
     attention, node = found.attention, found.attention.node
-    before = turned(attention.q, found.keys.new)
-    _note_left(low, before)
     parts = (found.key_parts.attribute, found.value_parts.attribute)
     cache = (found.keys.past, found.values.past, low.table, low.start)
+    written = low.caches[low.cache_inputs.index(found.keys.past) // 2] is not None
     with low.graph.inserting_before(node):
-        flat = tuple(_heads_last(low, x, node) for x in (before.q, before.k, found.values.new))
-        rotation = (*_cos_sin(low, before, node), _bases(low, before, node))
-        norms = (before.q_norm, before.k_norm, before.eps)
-        arguments = (*flat, *rotation, *cache, *norms, found.keys.clip, *parts, low.target.name)
-        q = low.emit(operators.rope_cache, arguments, node)
+        q = _queries(low, found) if written else _appended(low, found)
         attended = (
             q,
             *cache,
@@ -141,6 +146,27 @@ def _replace(low: Lowering, found: _Match) -> None:
     low.attention_sites[heads_first] = AttentionSite(attended, found.value_parts)
     low.replace(node, heads_first)
     low.caches[low.cache_inputs.index(found.keys.past) // 2] = (found.key_parts, found.value_parts)
+
+
+def _appended(low: Lowering, found: _Match) -> Node:
+    """Queries [B, S, H, D] as attention reads them; keys and values of the new tokens enter the cache."""
+    node = found.attention.node
+    before = turned(found.attention.q, found.keys.new)
+    _note_left(low, before)
+    flat = tuple(_heads_last(low, x, node) for x in (before.q, before.k, found.values.new))
+    rotation = (*_cos_sin(low, before, node), _bases(low, before, node))
+    norms = (before.q_norm, before.k_norm, before.eps)
+    parts = (found.key_parts.attribute, found.value_parts.attribute)
+    cache = (found.keys.past, found.values.past, low.table, low.start)
+    arguments = (*flat, *rotation, *cache, *norms, found.keys.clip, *parts, low.target.name)
+    return low.emit(operators.rope_cache, arguments, node)
+
+
+def _queries(low: Lowering, found: _Match) -> Node:
+    """The same of an attention whose keys and values have entered the cache before."""
+    q, node = found.attention.q, found.attention.node
+    low.left[q.name] = "keys and values that go with these queries entered the cache before"
+    return low.emit(aten.contiguous.default, (low.emit(aten.transpose.int, (q, 1, 2), node),), node)
 
 
 def _extras(low: Lowering, found: _Match) -> tuple[Node | None, Node | None, Node | None, Node | None]:

@@ -178,6 +178,10 @@ class NativeLowering(Lowering):
         if only_linear(node) is not None:
             self.quantizers[node] = call
             return Pieces(("",) * 4)
+        return self.codes_apart(call)
+
+    def codes_apart(self, call: FusedCall) -> Pieces:
+        """The four results of an operator that quantizes, and does nothing more."""
         names = [self.b.fresh(name) for name in ("low", "high", "scale", "zero_point")]
         return Pieces(tuple(self.fused(f"{call.kind}Quantize", call.inputs, names, **call.attributes)))
 
@@ -412,7 +416,7 @@ def attention_quantize(low: Lowering, node: Node) -> Pieces:
     for side, b, width in zip(_sides(weight_bits), bits, widths, strict=True):
         attributes |= {f"{side}_bits": b, f"{side}_clip": clip, f"result_{side}_width": width}
     before = native.rotations.get(_arguments(node)[0])
-    if before is None:
-        return native.codes(node, FusedCall("Attention", tuple(inputs), attributes))
+    if before is None:  # queries that were turned elsewhere, or codes that others read, too
+        return native.codes_apart(FusedCall("Attention", tuple(inputs), attributes))
     call = FusedCall("Attention", (*before.inputs, *inputs[4:]), before.attributes | attributes, before.outputs)
     return native.codes(node, call)
