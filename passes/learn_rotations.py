@@ -61,6 +61,9 @@ class LearnRotations(Pass):
         places = Places(gm, topology, ctx.facts.get(ColumnPlan))
         places.check(self.name, pairs=True)
         learned = self._places(places, ctx)
+        if not learned.transforms:
+            ctx.note(f"{self.name}: nothing is learned: values do not come from a linear alone, either")
+            return 0
         plan = Plan(self.steps, self.rate, self.batch, judge_every(self.steps), self.patience, self.optimizer)
         windows, loss = self._loss_of(ctx)
         return learn_end_to_end(self.name, Model(gm, topology), learned, windows, loss, plan, ctx)

@@ -12,6 +12,7 @@ Linears that read a quantized cache read its codes (quantize-kv-cache), and get 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -126,8 +127,11 @@ def give_static_scales(gm: GraphModule, ctx: PassContext, quantizers: list[Node]
     observe(gm, taps_of(found, ranges), windows, functools.partial(ctx.progress, "range of activations"))
     searches = [StaticSearch(q.bits, r) for q, r in zip(found, ranges, strict=True)]
     observe(gm, taps_of(found, searches), windows, functools.partial(ctx.progress, "search static scales"))
+    seen: Counter[str] = Counter()
     for quantizer, search in zip(found, searches, strict=True):
         name = meta.require(quantizer.node, meta.QuantizerSite).name
+        seen[name] += 1  # a block with several feed-forwards has several of a name
+        name += f".{seen[name] - 1}" if seen[name] > 1 else ""
         for label, value in zip(("scale", "zero_point"), search.best(), strict=True):
             value = processes.current().from_first(value)
             tensor = graph_tools.add_tensor(gm, f"resq.static.{name}.{label}", value, QuantizeActivations.name)

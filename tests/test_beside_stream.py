@@ -281,6 +281,19 @@ def test_prefix_tokens_are_read_by_all(build):
     assert len(gm.graph.find_nodes(op="call_function", target=ops.prepend)) == 2
 
 
+def test_static_scales_of_two_feed_forwards():
+    """Each has its own, though their quantizers have one name."""
+    model = small("gemma4_text-layers")
+    found = resq_compiler.compile(model, tiny_tokens(4, 32), recipe="prefixquant", **FEW)
+    assert found(IDS).logits.isfinite().all()
+
+
+def test_a_recipe_that_finds_nothing_to_learn():
+    """U_A stays online, and norms stand between the linears of values and the cache: said in a note."""
+    found = resq_compiler.compile(small("gemma4_text-layers"), tiny_tokens(4, 32), recipe="spinquant", **FEW)
+    assert any(note.startswith("learn-rotations: nothing is learned") for note in found.notes)
+
+
 def test_lowered_once_for_all_readers(compiled):
     """The first attention writes the cache; the others only read it. The same bits, in a prefill and a decode."""
     gm = compiled.graph_module
