@@ -28,6 +28,7 @@ from resq_compiler.learning.end_to_end import Model
 from resq_compiler.learning.running import Run
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
+from tests.analysis.test_sensitivity import at_once
 from tests.backends.fused.test_lower import assert_same_bits, calls
 from tests.beside_models import BESIDE, LAYERS, beside_model, eager_logits
 from tests.families import EXACT, FLOAT, ROUNDING, small
@@ -207,27 +208,16 @@ def test_gradients_block_by_block_are_those_of_the_whole(gemma):
     """Those of shared keys and values come from all that read them."""
     gm, topology = gemma[0], topology_of(gemma)
     nodes = {p.node for where in sensitivity.places(topology).values() for p in where}
-    ids, logits = tiny_tokens(1, 24, seed=3), graph_tools.output_args(gm.graph)[0]
-    start, draw = topology.blocks[0].start, torch.Generator().manual_seed(1)
-    env = executor.first_tokens(gm, ids)
-    executor.Schedule(gm, [start, *executor.carried(gm, start)], env).run(env)
-    env[start] = env[start].detach().requires_grad_()
-    for node in executor.Schedule(gm, [logits], env).order:
-        env[node] = graph_tools.run_node(gm, node, env)
-        if node in nodes:
-            env[node].retain_grad()
-    log_p = env[logits].float().log_softmax(-1).flatten(0, -2)
-    log_p.gather(-1, torch.multinomial(log_p.detach().exp(), 1, generator=draw)).sum().backward()
-    draw = torch.Generator().manual_seed(1)
+    ids = tiny_tokens(1, 24, seed=3)
+    expected = at_once(gm, topology.blocks[0].start, ids, nodes, torch.Generator().manual_seed(1))
     seen = {}
-    for values in sensitivity.backward(gm, topology, [ids], nodes, draw, lambda *_: None):
+    for values in sensitivity.backward(gm, topology, [ids], nodes, torch.Generator().manual_seed(1), lambda *_: None):
         seen |= {node: (x.detach(), x.grad) for node, x in values.items()}
     assert seen.keys() == nodes
     for node, (x, gradient) in seen.items():
-        assert torch.equal(x, env[node])
-        torch.testing.assert_close(
-            gradient, env[node].grad, rtol=1e-4, atol=1e-6 * float(env[node].grad.abs().max()) + 1e-12
-        )
+        value, wanted = expected[node]
+        assert torch.equal(x, value)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()) + 1e-12)
 
 
 def test_learning_by_blocks_is_the_whole(gemma):

@@ -79,11 +79,10 @@ def test_gradients_that_are_not_finite_are_told(build, monkeypatch):
         measure(built)
 
 
-def at_once(built, ids, nodes, draw):
-    """Values and gradients of nodes by one backward pass through the whole graph."""
-    gm, start = built.gm, built.topology.blocks[0].start
+def at_once(gm, start, ids, nodes, draw):
+    """Values and gradients of nodes by one backward pass through the whole graph, from the start of its first block."""
     env = {**executor.shared_values(gm, ids, start), **executor.first_tokens(gm, ids)}
-    executor.Schedule(gm, [start], env).run(env)
+    executor.Schedule(gm, [start, *executor.carried(gm, start)], env).run(env)
     logits = graph_tools.output_args(gm.graph)[0]
     env[start] = env[start].detach().requires_grad_()
     for node in executor.Schedule(gm, [logits], env).order:
@@ -100,7 +99,7 @@ def test_block_by_block_is_the_whole_graph_to_the_bit(build, family):
     built = build(family, before="compute-bases", double=False)
     nodes = {p.node for where in sensitivity.places(built.topology).values() for p in where}
     windows, draw = built.ctx.windows.split(1), generator(0, "test")
-    expected = [at_once(built, ids, nodes, draw) for ids in windows]
+    expected = [at_once(built.gm, built.topology.blocks[0].start, ids, nodes, draw) for ids in windows]
     seen: dict = {node: [] for node in nodes}
     parts = sensitivity.backward(built.gm, built.topology, windows, nodes, generator(0, "test"), built.ctx.progress)
     for values in parts:
