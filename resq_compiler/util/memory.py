@@ -25,7 +25,8 @@ KEPT = (
     64 * 2**20
 )  # free bytes at the end of the heap that stay until `trim`; glibc gives back what exceeds 128 KB at every free
 MADV_PAGEOUT = 21  # of madvise(2), since Linux 5.4
-FILE_PAGE, SWAPPED = 1 << 61, 1 << 62  # of an entry of /proc/PID/pagemap, proc_pid_pagemap(5)
+PAGEMAP = Path("/proc/self/pagemap")  # an entry of eight bytes for every page, proc_pid_pagemap(5)
+FILE_PAGE, SWAPPED = 1 << 61, 1 << 62  # bits of one
 LARGE_MODEL = 256 * 2**20  # from this many bytes of float weights on, what is finished waits in files
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch looks at it when it first allocates memory of the CPU
@@ -88,16 +89,22 @@ def page_out(address: int, size: int) -> None:
 
 
 def _all_of_files(start: int, stop: int) -> bool:
-    """Whether the pages that are in memory between two addresses, multiples of a page, are those of files and nobody's own."""
+    """Whether the pages that are in memory between two addresses, multiples of a page, are those of files and nobody's own.
+
+    Only where the system says so of one page at least: zeros may be an answer that a sandbox makes up.
+    """
     try:
-        with open("/proc/self/pagemap", "rb") as opened:
+        with PAGEMAP.open("rb") as opened:
             opened.seek(start // mmap.PAGESIZE * 8)
             found = opened.read((stop - start) // mmap.PAGESIZE * 8)
     except OSError:
         return False
+    if len(found) < (stop - start) // mmap.PAGESIZE * 8:
+        return False
     entries = torch.frombuffer(bytearray(found), dtype=torch.int64)
-    own = (entries < 0) & (entries & FILE_PAGE == 0) | (entries & SWAPPED != 0)  # the sign is bit 63: in memory
-    return not bool(own.any())
+    here, of_file = entries < 0, entries & FILE_PAGE != 0  # the sign is bit 63: in memory
+    own = here & ~of_file | (entries & SWAPPED != 0)
+    return bool((here & of_file).any()) and not bool(own.any())
 
 
 def page_out_tensor(tensor: Tensor) -> None:

@@ -50,3 +50,40 @@ def test_pages_that_nobody_wrote_leave_the_process(tmp_path):
     memory.page_out_tensor(mapped)
     assert resident() <= 2 * 2**21  # pages at the ends, which may be large
     assert int(mapped.sum()) == 7 * size
+
+
+class Table:
+    """A pagemap that says the same of every page; None: there is none."""
+
+    def __init__(self, entry: bytes | None):
+        self.entry = entry
+
+    def open(self, mode: str) -> Table:
+        if self.entry is None:
+            raise FileNotFoundError
+        return self
+
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def seek(self, place: int) -> None:
+        pass
+
+    def read(self, size: int) -> bytes:
+        return self.entry * (size // 8)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise of Linux")
+@pytest.mark.parametrize("entry", [None, b"", bytes(8)], ids=["absent", "cut short", "zeros"])
+def test_what_was_written_stays_where_the_system_does_not_tell(tmp_path, monkeypatch, entry):
+    """A sandbox may have no pagemap, or one that says nothing of the pages."""
+    file, size = tmp_path / "w.bin", 2 * memory.LARGE_BLOCK
+    file.write_bytes(b"\x07" * size)
+    mapped = torch.from_file(str(file), size=size, dtype=torch.uint8)
+    mapped[:] = 9
+    monkeypatch.setattr(memory, "PAGEMAP", Table(entry))
+    memory.page_out_tensor(mapped)
+    assert bool((mapped == 9).all())
