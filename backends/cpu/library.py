@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resq_compiler.errors import BackendError
 
-VERSION = 7
+VERSION = 8
 MAX_PARTS = 4
 MAX_FACTORS = 6
 MAX_HEAD = 256

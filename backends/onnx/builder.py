@@ -35,6 +35,7 @@ class GraphBuilder:
         self.initializers: list[onnx.TensorProto | LargeArray] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
+        self.types: list[onnx.ValueInfoProto] = []  # of values between nodes, where ONNX Runtime cannot find them
         self._scope = ""
         self._count: dict[str, int] = {}
         self._constants: dict[tuple[Any, ...], str] = {}
@@ -189,13 +190,13 @@ class GraphBuilder:
     ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
         """The model with large arrays of custom operators and tables as graph inputs, and these arrays, which are not copied. Other
         operators keep theirs: ONNX Runtime lays the constants of products out anew."""
-        nodes, used = self._needed()
+        nodes, used = self.needed()
         taken = {i for node in nodes if node.domain or node.op_type == "Gather" for i in node.input}
         arrays = {t.name: t.array() for t in self.initializers if isinstance(t, LargeArray) and t.name in taken & used}
         return self._draft(name, metadata, version, set(arrays)).whole(), arrays
 
     def _draft(self, name: str, metadata: dict[str, str], version: str, given: set[str]) -> Draft:
-        nodes, used = self._needed()
+        nodes, used = self.needed()
         kept = [t for t in self.initializers if t.name in used]
         fed = [
             helper.make_tensor_value_info(t.name, t.element, t.dims)
@@ -204,7 +205,7 @@ class GraphBuilder:
         ]
         stored = [t for t in kept if t.name not in given]
         protos = [t.proto() if isinstance(t, LargeArray) else t for t in stored]
-        graph = helper.make_graph(nodes, name, self.inputs + fed, self.outputs, protos)
+        graph = helper.make_graph(nodes, name, self.inputs + fed, self.outputs, protos, value_info=self.types)
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid(*domain) for domain in self.domains.items()], ir_version=IR_VERSION[self.opset],
             producer_name="resq_compiler", producer_version=version,
@@ -212,7 +213,8 @@ class GraphBuilder:
         helper.set_model_props(model, metadata)
         return Draft(model, {t.name: t for t in stored if isinstance(t, LargeArray)})
 
-    def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
+    def needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that the outputs need, and all values that they read."""
         used = {o.name for o in self.outputs}
         kept = []
         for node in reversed(self.nodes):

@@ -21,6 +21,7 @@ from resq_compiler.backends.fused.formats import LOW_BITS, HeadParts, head_parts
 from resq_compiler.backends.fused.kernels import ACTIVATIONS, EXPERT_ACTIVATIONS, NORMS
 from resq_compiler.backends.fused.lower import Lowered, check_taken, lower
 from resq_compiler.backends.fused.targets import find_target
+from resq_compiler.backends.onnx.chain import DOMAIN, chained
 from resq_compiler.backends.onnx.emit_ops import hadamard_of
 from resq_compiler.backends.onnx.form_integer import IntegerForm
 from resq_compiler.backends.onnx.kept_logits import emit_kept, head_of, head_reader
@@ -40,8 +41,6 @@ from resq_compiler.numerics.hadamard_orders import is_power_of_two
 
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.builder import GraphBuilder
-
-DOMAIN = "resq"
 
 
 def kernels_library() -> Path:
@@ -114,7 +113,9 @@ class NativeLowering(Lowering):
 
     def run(self) -> GraphBuilder:
         self.b.domains[DOMAIN] = 1
-        return super().run()
+        builder = super().run()
+        builder.nodes, builder.types = chained(builder.needed()[0], (output.name for output in builder.outputs))
+        return builder
 
     def emit(self, node: Node) -> None:
         """As ever; what lm_head is about are the positions that are kept, and its rows may be the embedding."""

@@ -64,7 +64,7 @@ static void rope_and_append(call *c, tensor made[3]) {
     a.rotary_batch_stride = cos->dims[0] == 1 ? 0 : a.tokens * a.rotary;
     a.basis = basis->data, a.bases = basis->data && size_of(basis) > d * d ? n->kv_heads : 1;
     a.q_norm = c->in[7].data, a.k_norm = c->in[8].data, a.epsilon = n->epsilon, a.clip = n->cache_clip;
-    made[0] = (tensor){NULL, {a.batch, a.tokens, n->heads, d}, 4};
+    made[0] = (tensor){NULL, {a.batch, a.tokens, n->heads, d}, 4, ORT_FLOAT};
     made[0].data = n->fused ? make_room(c, 4 * size_of(&made[0])) : make_output(c, 0, made[0].dims, 4);
     made[1] = present_of(c, 1, &c->in[3], total);
     made[2] = present_of(c, 2, &c->in[4], total);

@@ -16,7 +16,8 @@
 typedef struct {
     void *data; /* NULL: an optional input that is absent */
     int64_t dims[MAX_DIMENSIONS];
-    size_t rank;
+    uint32_t rank;
+    int32_t type; /* ONNX's number */
 } tensor;
 
 /* A node's attributes; what an operator does not have is 0. */
@@ -34,14 +35,17 @@ typedef struct {
     rk_transform low_transform, high_transform;
 } node;
 
-typedef struct {
+typedef struct call call;
+struct call {
     const node *n;
     OrtKernelContext *context;
     OrtStatus *status;
     tensor in[MAX_INPUTS];
     void *room[MAX_ROOMS]; /* freed behind the call */
     int rooms;
-} call;
+    const char *step; /* of a chain: its name, and what gives its outputs their places; NULL: ONNX Runtime does */
+    void *(*place)(call *, size_t, const int64_t *, size_t);
+};
 
 /* Errors: the first one of a call is kept; ONNX Runtime adds the node's name. ----------------------------------------------- */
 
@@ -49,7 +53,7 @@ static inline void fail(call *c, const char *what, const char *expected) {
     char text[256];
     if (c->status)
         return;
-    snprintf(text, sizeof text, "resq: %s does not fit: expected %s", what, expected);
+    snprintf(text, sizeof text, "resq: %s%s%s does not fit: expected %s", c->step ? c->step : "", c->step ? ": " : "", what, expected);
     c->status = ORT_CREATE_STATUS(c->n->api)(ORT_INVALID_ARGUMENT, text);
 }
 
@@ -71,12 +75,14 @@ static inline int keep(call *c, OrtStatus *status) {
 static inline void read_tensor(call *c, const OrtValue *value, tensor *t) {
     const OrtApi api = c->n->api;
     OrtTensorInfo *info = NULL;
+    size_t rank = 0;
     if (!keep(c, ORT_TENSOR_INFO(api)(value, &info)))
         return;
-    if (keep(c, ORT_DIMENSIONS_COUNT(api)(info, &t->rank))) {
-        require(c, t->rank <= MAX_DIMENSIONS, "an input", "at most 6 dimensions");
+    if (keep(c, ORT_DIMENSIONS_COUNT(api)(info, &rank)) && keep(c, ORT_ELEMENT_TYPE(api)(info, &t->type))) {
+        require(c, rank <= MAX_DIMENSIONS, "an input", "at most 6 dimensions");
         if (!c->status)
-            keep(c, ORT_DIMENSIONS(api)(info, t->dims, t->rank));
+            keep(c, ORT_DIMENSIONS(api)(info, t->dims, rank));
+        t->rank = (uint32_t)rank;
     }
     ORT_RELEASE_TENSOR_INFO(api)(info);
     keep(c, ORT_DATA(api)((OrtValue *)value, &t->data));
@@ -100,6 +106,8 @@ static inline void *make_room(call *c, int64_t bytes) {
 static inline void *make_output(call *c, size_t index, const int64_t *dims, size_t rank) {
     OrtValue *value = NULL;
     void *data = NULL;
+    if (c->place)
+        return c->status ? NULL : c->place(c, index, dims, rank);
     if (!c->status && keep(c, ORT_OUTPUT(c->n->api)(c->context, index, dims, rank, &value)))
         keep(c, ORT_DATA(c->n->api)(value, &data));
     return data;

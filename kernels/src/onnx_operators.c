@@ -2,29 +2,13 @@
  * onnxruntime-genai call. Operands of every operator: the table at the end. */
 #include <unistd.h>
 
-#include "onnx_call.h"
+#include "onnx_kernel.h"
 
 #define RK_PUBLIC __attribute__((visibility("default")))
 
-typedef struct {
-    OrtCustomOp op; /* first, so that a pointer to it is one to the description */
-    const char *name;
-    void (*run)(call *);
-    const char *inputs;  /* a letter each: f float, b int8, u uint8, i int32, l int64, m bool; capital: optional */
-    const char *outputs;
-    int fused; /* a quantizer with the linear behind it */
-} description;
-
-typedef struct {
-    node n;
-    const description *d;
-    int is_constant[MAX_INPUTS];
-    tensor constant[MAX_INPUTS];
-} kernel;
-
 static const description *of(const OrtCustomOp *op) { return (const description *)op; }
 
-static int type_of(char letter) {
+int type_of(char letter) {
     switch (letter | 32) {
     case 'f': return ORT_FLOAT;
     case 'b': return ORT_INT8;
@@ -48,35 +32,39 @@ static int one(const OrtCustomOp *op) { (void)op; return 1; }
 static int newest(const OrtCustomOp *op) { (void)op; return INT32_MAX; }
 static void destroy(void *data) { free(data); }
 
-static void read_int(const OrtKernelInfo *info, OrtApi api, const char *name, int64_t *value) {
-    OrtStatus *status = ORT_ATTRIBUTE_INT(api)(info, name, value);
-    if (status) /* absent: the default stays */
-        ORT_RELEASE_STATUS(api)(status);
+void read_int(const origin *from, const char *name, int64_t *value) {
+    char whole[48];
+    snprintf(whole, sizeof whole, "%s%s", from->prefix, name);
+    OrtStatus *status = ORT_ATTRIBUTE_INT(from->api)(from->info, whole, value);
+    if (status)
+        ORT_RELEASE_STATUS(from->api)(status);
 }
 
-static void read_float(const OrtKernelInfo *info, OrtApi api, const char *name, float *value) {
-    OrtStatus *status = ORT_ATTRIBUTE_FLOAT(api)(info, name, value);
+static void read_float(const origin *from, const char *name, float *value) {
+    char whole[48];
+    snprintf(whole, sizeof whole, "%s%s", from->prefix, name);
+    OrtStatus *status = ORT_ATTRIBUTE_FLOAT(from->api)(from->info, whole, value);
     if (status)
-        ORT_RELEASE_STATUS(api)(status);
+        ORT_RELEASE_STATUS(from->api)(status);
 }
 
 /* prefix_blocks, prefix_order0, prefix_order1, ... */
-static void read_transform(const OrtKernelInfo *info, OrtApi api, const char *prefix, rk_transform *t) {
+static void read_transform(const origin *from, const char *prefix, rk_transform *t) {
     char name[32];
     t->blocks = 1;
     snprintf(name, sizeof name, "%s_blocks", prefix);
-    read_int(info, api, name, &t->blocks);
+    read_int(from, name, &t->blocks);
     for (t->factors = 0; t->factors < RK_MAX_FACTORS; t->factors++) {
         int64_t order = 0;
         snprintf(name, sizeof name, "%s_order%d", prefix, t->factors);
-        read_int(info, api, name, &order);
+        read_int(from, name, &order);
         if (order < 1)
             return;
         t->order[t->factors] = (int32_t)order;
     }
 }
 
-static void read_attributes(const OrtKernelInfo *info, node *n) {
+static void read_attributes(const origin *from, node *n) {
     struct { const char *name; int64_t *value; } ints[] = {
         {"norm", &n->norm}, {"activation", &n->activation}, {"groups", &n->groups}, {"heads", &n->heads}, {"kv_heads", &n->kv_heads},
         {"window", &n->window}, {"stacked", &n->stacked}, {"low_width", &n->low_width}, {"high_width", &n->high_width},
@@ -93,13 +81,13 @@ static void read_attributes(const OrtKernelInfo *info, node *n) {
         {"hidden_low_clip", &n->hidden_low_clip}, {"hidden_high_clip", &n->hidden_high_clip},
     };
     for (size_t i = 0; i < sizeof ints / sizeof ints[0]; i++)
-        read_int(info, n->api, ints[i].name, ints[i].value);
+        read_int(from, ints[i].name, ints[i].value);
     for (size_t i = 0; i < sizeof floats / sizeof floats[0]; i++)
-        read_float(info, n->api, floats[i].name, floats[i].value);
+        read_float(from, floats[i].name, floats[i].value);
     if (!n->result_low_width && !n->result_high_width)
         n->result_low_width = n->value_low_width, n->result_high_width = n->value_high_width;
-    read_transform(info, n->api, "low", &n->low_transform);
-    read_transform(info, n->api, "high", &n->high_transform);
+    read_transform(from, "low", &n->low_transform);
+    read_transform(from, "high", &n->high_transform);
 }
 
 static int sane_bits(int64_t low, int64_t high) { return low >= 2 && low <= 8 && high >= 2 && high <= 8; }
@@ -125,14 +113,13 @@ static int sane(const node *n) {
            sane_cached_bits(n->key_low_bits, n->key_high_bits) && sane_clip(n->low_clip) && sane_clip(n->high_clip) && sane_clip(n->cache_clip);
 }
 
-/* Weights are read once: asking ONNX Runtime for an operand costs a fifth of a microsecond. */
-static OrtStatus *read_constants(kernel *k, const OrtKernelInfo *info) {
+OrtStatus *read_constant(kernel *k, const OrtKernelInfo *info, size_t i, size_t index) {
     call c = {.n = &k->n};
-    for (size_t i = 0; i < strlen(k->d->inputs); i++) {
-        const OrtValue *value = NULL;
-        if (keep(&c, ORT_CONSTANT_INPUT(k->n.api)(info, i, &k->is_constant[i], &value)) && k->is_constant[i])
-            read_tensor(&c, value, &k->constant[i]);
-    }
+    const OrtValue *value = NULL;
+    int constant = 0;
+    if (keep(&c, ORT_CONSTANT_INPUT(k->n.api)(info, index, &constant, &value)) && constant)
+        read_tensor(&c, value, &k->constant[i]);
+    k->is_constant[i] = (int8_t)constant;
     return c.status;
 }
 
@@ -143,18 +130,25 @@ static OrtStatus *refuse_attributes(const kernel *k) {
     return ORT_CREATE_STATUS(k->n.api)(ORT_INVALID_ARGUMENT, text);
 }
 
-static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **made) {
-    const int needs_heads = strstr(of(op)->inputs, "uum") != NULL;
-    kernel *k = calloc(1, sizeof *k);
-    if (!k)
-        return ORT_CREATE_STATUS(api)(ORT_INVALID_ARGUMENT, "resq: out of memory");
-    k->d = of(op);
-    k->n = (node){.api = api, .fused = of(op)->fused, .threads = sysconf(_SC_NPROCESSORS_ONLN), .groups = 1, .low_bits = 4, .high_bits = 8,
+OrtStatus *begin_kernel(kernel *k, const description *d, const origin *from) {
+    const int needs_heads = strstr(d->inputs, "uum") != NULL;
+    k->d = d;
+    k->n = (node){.api = from->api, .fused = d->fused, .threads = sysconf(_SC_NPROCESSORS_ONLN), .groups = 1, .low_bits = 4, .high_bits = 8,
                   .value_low_bits = 4, .value_high_bits = 8, .key_low_bits = 4, .key_high_bits = 8,
                   .hidden_low_bits = 4, .hidden_high_bits = 8, .hidden_low_clip = 1, .hidden_high_clip = 1,
                   .low_clip = 1, .high_clip = 1, .cache_clip = 1, .scale = 1};
-    read_attributes(info, &k->n);
-    OrtStatus *status = sane(&k->n) && (!needs_heads || k->n.heads) ? read_constants(k, info) : refuse_attributes(k);
+    read_attributes(from, &k->n);
+    return sane(&k->n) && (!needs_heads || k->n.heads) ? NULL : refuse_attributes(k);
+}
+
+static OrtStatus *create(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info, void **made) {
+    const origin from = {api, info, ""};
+    kernel *k = calloc(1, sizeof *k);
+    if (!k)
+        return ORT_CREATE_STATUS(api)(ORT_INVALID_ARGUMENT, "resq: out of memory");
+    OrtStatus *status = begin_kernel(k, of(op), &from);
+    for (size_t i = 0; !status && i < strlen(k->d->inputs); i++)
+        status = read_constant(k, info, i, i);
     *made = status ? NULL : k;
     if (status)
         free(k);
@@ -199,6 +193,24 @@ static const description operators[] = {
     OPERATOR("Rows", op_rows, "luf", "f", 0),
 };
 
+const description *find_operator(const char *name) {
+    for (size_t i = 0; i < sizeof operators / sizeof operators[0]; i++)
+        if (!strcmp(operators[i].name, name))
+            return &operators[i];
+    return NULL;
+}
+
+/* Inputs and outputs of any number and type: a graph says which. */
+static const char *chain_name(const OrtCustomOp *op) { (void)op; return "Chain"; }
+static int any_type(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return ORT_UNDEFINED; }
+static size_t one_list(const OrtCustomOp *op) { (void)op; return 1; }
+static int variadic(const OrtCustomOp *op, size_t i) { (void)op, (void)i; return ORT_VARIADIC; }
+static int of_all_types(const OrtCustomOp *op) { (void)op; return 0; }
+
+static const OrtCustomOp chain_operator = {
+    ORT_VERSION, NULL, chain_name, on_cpu, any_type, one_list, any_type, one_list, NULL, destroy_chain, variadic, variadic, memory_type,
+    one, of_all_types, one, of_all_types, create_chain, compute_chain, NULL, one, newest};
+
 RK_PUBLIC OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     const OrtApi api = base->get_api(ORT_VERSION);
     OrtDomain *domain = NULL;
@@ -207,5 +219,7 @@ RK_PUBLIC OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiB
     OrtStatus *status = ORT_CREATE_DOMAIN(api)("resq", &domain);
     for (size_t i = 0; !status && i < sizeof operators / sizeof operators[0]; i++)
         status = ORT_DOMAIN_ADD(api)(domain, &operators[i].op);
+    if (!status)
+        status = ORT_DOMAIN_ADD(api)(domain, &chain_operator);
     return status ? status : ORT_ADD_DOMAIN(api)(options, domain);
 }

@@ -22,8 +22,8 @@ typedef struct {
     const char *(*version)(void);
 } OrtApiBase;
 
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7, ORT_BOOL = 9 };
-enum { ORT_REQUIRED, ORT_OPTIONAL };
+enum { ORT_UNDEFINED, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7, ORT_BOOL = 9 };
+enum { ORT_REQUIRED, ORT_OPTIONAL, ORT_VARIADIC };
 enum { ORT_INVALID_ARGUMENT = 2 };
 
 typedef struct OrtCustomOp OrtCustomOp;
@@ -58,11 +58,13 @@ struct OrtCustomOp {
 #define ORT_DOMAIN_ADD(api) ((OrtStatus * (*)(OrtDomain *, const OrtCustomOp *)) (api)[27])
 #define ORT_ADD_DOMAIN(api) ((OrtStatus * (*)(OrtSessionOptions *, OrtDomain *)) (api)[28])
 #define ORT_DATA(api) ((OrtStatus * (*)(OrtValue *, void **)) (api)[51])
+#define ORT_ELEMENT_TYPE(api) ((OrtStatus * (*)(const OrtTensorInfo *, int32_t *)) (api)[60])
 #define ORT_DIMENSIONS_COUNT(api) ((OrtStatus * (*)(const OrtTensorInfo *, size_t *)) (api)[61])
 #define ORT_DIMENSIONS(api) ((OrtStatus * (*)(const OrtTensorInfo *, int64_t *, size_t)) (api)[62])
 #define ORT_TENSOR_INFO(api) ((OrtStatus * (*)(const OrtValue *, OrtTensorInfo **)) (api)[65])
 #define ORT_ATTRIBUTE_FLOAT(api) ((OrtStatus * (*)(const OrtKernelInfo *, const char *, float *)) (api)[85])
 #define ORT_ATTRIBUTE_INT(api) ((OrtStatus * (*)(const OrtKernelInfo *, const char *, int64_t *)) (api)[86])
+#define ORT_ATTRIBUTE_STRING(api) ((OrtStatus * (*)(const OrtKernelInfo *, const char *, char *, size_t *)) (api)[87])
 #define ORT_INPUT(api) ((OrtStatus * (*)(const OrtKernelContext *, size_t, const OrtValue **)) (api)[90])
 #define ORT_OUTPUT(api) ((OrtStatus * (*)(OrtKernelContext *, size_t, const int64_t *, size_t, OrtValue **)) (api)[91])
 #define ORT_RELEASE_STATUS(api) ((void (*)(OrtStatus *)) (api)[93])

@@ -23,7 +23,7 @@
 
 #include <stdint.h>
 
-#define RK_VERSION 7
+#define RK_VERSION 8
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
 #define RK_MAX_FACTORS 6

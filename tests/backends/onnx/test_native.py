@@ -11,6 +11,7 @@ import pytest
 import torch
 from resq_compiler.backends.cpu import library as libraries
 from resq_compiler.backends.onnx import build_model, export_onnx, native
+from resq_compiler.backends.onnx.chain import unchained
 from resq_compiler.backends.onnx.native import cache_rows
 from resq_compiler.backends.onnx.runtime import OnnxDecoder
 
@@ -40,6 +41,11 @@ def made(compile_tiny, tmp_path):
         return compiled, export_onnx(compiled, tmp_path / "model", "native", embedding="float32", overwrite=True)
 
     return make
+
+
+def fused_nodes(path):
+    """Operators of the kernels, those of chains too."""
+    return [node for node in unchained(onnx.load(path / "model.onnx").graph.node) if node.domain == "resq"]
 
 
 def padded(seed=12):
@@ -81,9 +87,8 @@ def test_chunks_of_a_prompt_change_nothing(made, monkeypatch):
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
     compiled, path = made(family)
-    nodes = onnx.load(path / "model.onnx").graph.node
     layers = len(compiled.cache_specs)
-    assert Counter(n.op_type for n in nodes if n.domain == "resq") == {k: layers * n for k, n in BLOCK.items()}
+    assert Counter(n.op_type for n in fused_nodes(path)) == {k: layers * n for k, n in BLOCK.items()}
     assert_same(compiled, path)
 
 
@@ -91,7 +96,7 @@ def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
 def test_weights_of_four_bits_are_packed_beside_activations_of_eight(kv_bits, made):
     compiled, path = made(activation_bits=8, kv_bits=kv_bits)
     graph = onnx.load(path / "model.onnx").graph
-    fused = [node for node in graph.node if node.domain == "resq"]
+    fused = [node for node in fused_nodes(path)]
     layers = len(compiled.cache_specs)
     assert Counter(node.op_type for node in fused) == {k: layers * n for k, n in BLOCK.items()}
     for node in fused:
@@ -115,7 +120,7 @@ def test_quantizers_in_nodes_of_their_own(made, monkeypatch):
     expected, _ = fused.forward(ids, mask, positions, fused.empty_past(2))
     monkeypatch.setattr(native, "only_linear", lambda quantizer: None)
     _, path = made()
-    kinds = {n.op_type for n in onnx.load(path / "model.onnx").graph.node if n.domain == "resq"}
+    kinds = {n.op_type for n in fused_nodes(path)}
     assert kinds == {"NormQuantize", "MixedLinear", "RopeCache", "AttentionQuantize", "HadamardQuantize"}
     apart = OnnxDecoder(path, threads=1)
     got, _ = apart.forward(ids, mask, positions, apart.empty_past(2))
