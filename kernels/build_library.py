@@ -55,6 +55,7 @@ COMMON = (
     "onnx_latent",
     "onnx_experts",
     "onnx_rows",
+    "onnx_small",
     "onnx_chain",
 )
 """Files that do not depend on the instruction set."""

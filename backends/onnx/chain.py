@@ -29,6 +29,10 @@ OUTPUTS: dict[str, tuple[int, ...]] = {
     "Attention": _CACHED[:1],
     "Experts": _CACHED[:1],
     "Rows": _CACHED[:1],
+    "Embed": _CACHED[:1],
+    "Angles": _CACHED[:1],
+    "Keep": _CACHED[:1],
+    "Seen": (TensorProto.BOOL,),
 }
 """Operators that can be steps, and the types of their outputs."""
 

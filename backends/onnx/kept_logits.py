@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import TensorProto
 from resq_compiler.backends.fused import operators
 from torch.fx import Node
 
@@ -22,10 +21,9 @@ from resq_compiler.ir.graph_tools import aten
 from resq_compiler.ir.views import Linear
 
 if TYPE_CHECKING:
-    from resq_compiler.backends.onnx.lowering import Lowering
+    from resq_compiler.backends.onnx.native import NativeLowering
 
 KEEP = "logits_to_keep"
-TO_THE_END = int(np.iinfo(np.int64).max)
 ELEMENTWISE = (
     aten.mul.Tensor,
     aten.div.Tensor,
@@ -71,15 +69,7 @@ def _quantized_head(linear: Node) -> tuple[Node, Node] | None:
     return (maker, maker.all_input_nodes[0]) if only else None
 
 
-def emit_kept(low: Lowering, hidden: str) -> str:
+def emit_kept(low: NativeLowering, hidden: str) -> str:
     """[B, S, H] to [B, positions, H]."""
-    b = low.b
-    keep = b.default_input(KEEP, np.array([1], np.int64))
-    new, everything = low.size("input_ids", 1), b.op("Equal", keep, b.ints(0))
-    seen = b.op("Slice", "attention_mask", b.op("Neg", new), b.ints(TO_THE_END), b.ints(1))
-    last = b.op("ArgMax", b.op("Cast", seen, to=TensorProto.INT32), axis=1, keepdims=1, select_last_index=1)  # [B, 1]
-    count = b.op("Where", everything, new, b.op("Min", keep, new))
-    behind = b.op("Where", everything, new, b.op("Add", last, b.ints(1)))
-    steps = b.op("Range", b.constant(np.int64(0)), b.op("Squeeze", count, b.ints(0)), b.constant(np.int64(1)))
-    position = b.op("Max", b.op("Add", b.op("Sub", behind, count), steps), b.ints(0))  # [B, positions]
-    return b.op("GatherND", hidden, b.op("Unsqueeze", position, b.ints(-1)), batch_dims=1)
+    keep = low.b.default_input(KEEP, np.array([1], np.int64))
+    return low.fused("Keep", [hidden, "attention_mask", keep], [low.b.fresh("kept")])[0]

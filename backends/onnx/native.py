@@ -27,6 +27,7 @@ from resq_compiler.backends.onnx.form_integer import IntegerForm
 from resq_compiler.backends.onnx.kept_logits import emit_kept, head_of, head_reader
 from resq_compiler.backends.onnx.lowering import Lowering, LoweringOptions
 from resq_compiler.backends.onnx.registry import check_supported, emits
+from resq_compiler.backends.onnx.small_nodes import joined
 from resq_compiler.backends.onnx.tied_embedding import FROM_HEAD, embeds_tokens, rows_of_head
 from resq_compiler.backends.onnx.values import Pieces, Value
 from torch.fx import GraphModule, Node
@@ -114,6 +115,7 @@ class NativeLowering(Lowering):
     def run(self) -> GraphBuilder:
         self.b.domains[DOMAIN] = 1
         builder = super().run()
+        builder.nodes = joined(builder)
         builder.nodes, builder.types = chained(builder.needed()[0], (output.name for output in builder.outputs))
         return builder
 

@@ -235,5 +235,9 @@ void op_hadamard_linear(call *c);
 void op_attention_linear(call *c);
 void op_experts(call *c);
 void op_rows(call *c);
+void op_embed(call *c);
+void op_angles(call *c);
+void op_seen(call *c);
+void op_keep(call *c);
 
 #endif

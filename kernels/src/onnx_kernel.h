@@ -4,13 +4,15 @@
 
 #include "onnx_call.h"
 
+enum { PLAIN, FUSED, NO_ATTRIBUTES }; /* FUSED: a quantizer with the linear behind it */
+
 typedef struct {
     OrtCustomOp op; /* first, so that a pointer to it is one to the description */
     const char *name;
     void (*run)(call *);
     const char *inputs;  /* a letter each: f float, b int8, u uint8, i int32, l int64, m bool; capital: optional */
     const char *outputs;
-    int fused; /* a quantizer with the linear behind it */
+    int fused;
 } description;
 
 typedef struct {

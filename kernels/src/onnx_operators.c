@@ -133,10 +133,12 @@ static OrtStatus *refuse_attributes(const kernel *k) {
 OrtStatus *begin_kernel(kernel *k, const description *d, const origin *from) {
     const int needs_heads = strstr(d->inputs, "uum") != NULL;
     k->d = d;
-    k->n = (node){.api = from->api, .fused = d->fused, .threads = sysconf(_SC_NPROCESSORS_ONLN), .groups = 1, .low_bits = 4, .high_bits = 8,
+    k->n = (node){.api = from->api, .fused = d->fused == FUSED, .threads = sysconf(_SC_NPROCESSORS_ONLN), .groups = 1, .low_bits = 4, .high_bits = 8,
                   .value_low_bits = 4, .value_high_bits = 8, .key_low_bits = 4, .key_high_bits = 8,
                   .hidden_low_bits = 4, .hidden_high_bits = 8, .hidden_low_clip = 1, .hidden_high_clip = 1,
                   .low_clip = 1, .high_clip = 1, .cache_clip = 1, .scale = 1};
+    if (d->fused == NO_ATTRIBUTES)
+        return NULL;
     read_attributes(from, &k->n);
     return sane(&k->n) && (!needs_heads || k->n.heads) ? NULL : refuse_attributes(k);
 }
@@ -178,19 +180,23 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
 #define EXPERTS "ufiiF"
 
 static const description operators[] = {
-    OPERATOR("NormQuantize", op_norm_quantize, "fFF", "bbfi", 0),
-    OPERATOR("MixedLinear", op_mixed_linear, "bbfi" LINEAR, "f", 0),
-    OPERATOR("HadamardQuantize", op_hadamard_quantize, "fFF", "bbfi", 0),
-    OPERATOR("RopeCache", op_rope_cache, "fffuumFFF", "fuu", 0),
-    OPERATOR("CacheImage", op_cache_image, "fum", "fu", 0),
-    OPERATOR("LatentAttention", op_latent_attention, "fffmuuuufi", "fuu", 0),
-    OPERATOR("Attention", op_attention, "fuumFFFF", "f", 0),
-    OPERATOR("AttentionQuantize", op_attention_quantize, "fuumFFFF", "bbfi", 0),
-    OPERATOR("NormLinear", op_norm_linear, "fFF" LINEAR, "f", 1),
-    OPERATOR("HadamardLinear", op_hadamard_linear, "fFF" LINEAR, "f", 1),
-    OPERATOR("AttentionLinear", op_attention_linear, "fffuumFFF" "FFFF" LINEAR, "fuu", 1),
-    OPERATOR("Experts", op_experts, "bbfilf" EXPERTS EXPERTS "F", "f", 0),
-    OPERATOR("Rows", op_rows, "luf", "f", 0),
+    OPERATOR("NormQuantize", op_norm_quantize, "fFF", "bbfi", PLAIN),
+    OPERATOR("MixedLinear", op_mixed_linear, "bbfi" LINEAR, "f", PLAIN),
+    OPERATOR("HadamardQuantize", op_hadamard_quantize, "fFF", "bbfi", PLAIN),
+    OPERATOR("RopeCache", op_rope_cache, "fffuumFFF", "fuu", PLAIN),
+    OPERATOR("CacheImage", op_cache_image, "fum", "fu", PLAIN),
+    OPERATOR("LatentAttention", op_latent_attention, "fffmuuuufi", "fuu", PLAIN),
+    OPERATOR("Attention", op_attention, "fuumFFFF", "f", PLAIN),
+    OPERATOR("AttentionQuantize", op_attention_quantize, "fuumFFFF", "bbfi", PLAIN),
+    OPERATOR("NormLinear", op_norm_linear, "fFF" LINEAR, "f", FUSED),
+    OPERATOR("HadamardLinear", op_hadamard_linear, "fFF" LINEAR, "f", FUSED),
+    OPERATOR("AttentionLinear", op_attention_linear, "fffuumFFF" "FFFF" LINEAR, "fuu", FUSED),
+    OPERATOR("Experts", op_experts, "bbfilf" EXPERTS EXPERTS "F", "f", PLAIN),
+    OPERATOR("Rows", op_rows, "luf", "f", PLAIN),
+    OPERATOR("Embed", op_embed, "lbf", "f", NO_ATTRIBUTES),
+    OPERATOR("Angles", op_angles, "lf", "f", NO_ATTRIBUTES),
+    OPERATOR("Seen", op_seen, "l", "m", NO_ATTRIBUTES),
+    OPERATOR("Keep", op_keep, "fll", "f", NO_ATTRIBUTES),
 };
 
 const description *find_operator(const char *name) {

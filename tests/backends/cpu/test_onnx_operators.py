@@ -296,3 +296,51 @@ def test_rows_of_a_weight(library):
             Node(library, "Rows", [ids.fill_(wrong), tiles, scale], 1, high_width=43).run()
     with pytest.raises(Exception, match="(?s)the_node.*weight does not fit: expected tiles of as many channels"):
         Node(library, "Rows", [ids, tiles[:2], scale], 1, high_width=43).run()
+
+
+def test_embedding_and_angles(library):
+    """Codes of 8 bits times scales; positions times frequencies, twice."""
+    codes = torch.randint(-127, 128, (50, 12), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scale, ids = random(50, 1, seed=1), torch.tensor([[0, 49, 7], [7, 3, 20]])
+    (got,) = Node(library, "Embed", [ids, codes, scale], 1).run()
+    assert torch.equal(got, codes[ids].float() * scale[ids])
+    frequencies, positions = random(5, seed=2), torch.tensor([[0, 1, 4095], [2**24 + 1, 7, 3]])
+    (got,) = Node(library, "Angles", [positions, frequencies], 1).run()
+    assert torch.equal(got, (positions[..., None].float() * frequencies).repeat(1, 1, 2))
+    (got,) = Node(library, "Seen", [torch.tensor([[0, 1, -3], [2**40, 0, 1]])], 1).run()
+    assert got.tolist() == [[False, True, True], [True, False, True]]
+    for wrong in (-1, 50):
+        with pytest.raises(Exception, match="(?s)the_node.*ids does not fit: expected token numbers from 0"):
+            Node(library, "Embed", [ids.fill_(wrong), codes, scale], 1).run()
+    with pytest.raises(Exception, match="(?s)the_node.*scale does not fit"):
+        Node(library, "Embed", [ids.fill_(1), codes, scale[:-1]], 1).run()
+
+
+KEPT = [
+    (0, [[0, 1, 2, 3]] * 2),
+    (1, [[1], [3]]),
+    (3, [[0, 0, 1], [1, 2, 3]]),
+    (9, [[0, 0, 0, 1], [0, 1, 2, 3]]),
+]
+
+
+@pytest.mark.parametrize(("keep", "rows"), KEPT)
+def test_kept_rows(library, keep, rows):
+    """They end with the last token that is not masked; before the first one stands the first one."""
+    hidden, mask = random(2, 4, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1]])
+    (got,) = Node(library, "Keep", [hidden, mask, torch.tensor([keep])], 1).run()
+    assert torch.equal(got, torch.stack([hidden[b, rows[b]] for b in range(2)]))
+
+
+def test_rows_that_cannot_be_kept(library):
+    hidden, mask = random(2, 4, 6), torch.ones(2, 6, dtype=torch.int64)
+    one = torch.tensor([1])
+    for operands in (
+        [hidden, mask[:, :3], one],
+        [hidden, mask[:1], one],
+        [hidden[:, :0], mask, one],
+        [hidden, mask, -one],
+        [hidden, mask, torch.tensor([1, 1])],
+    ):
+        with pytest.raises(Exception, match="(?s)the_node.*does not fit"):
+            Node(library, "Keep", operands, 1).run()

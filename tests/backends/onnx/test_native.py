@@ -22,6 +22,7 @@ from tests.backends.onnx.conftest import relative
 from tests.conftest import with_layer_norms, with_prefix
 
 BLOCK = dict(NormLinear=2, AttentionLinear=1, HadamardLinear=1)
+ENDS = {"Seen", "Angles", "Embed", "Keep"}
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +89,9 @@ def test_chunks_of_a_prompt_change_nothing(made, monkeypatch):
 def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
     compiled, path = made(family)
     layers = len(compiled.cache_specs)
-    assert Counter(n.op_type for n in fused_nodes(path)) == {k: layers * n for k, n in BLOCK.items()}
+    assert Counter(n.op_type for n in fused_nodes(path) if n.op_type not in ENDS) == {
+        k: layers * n for k, n in BLOCK.items()
+    }
     assert_same(compiled, path)
 
 
@@ -96,7 +99,7 @@ def test_every_family_is_fused_and_generates_the_same_tokens(family, made):
 def test_weights_of_four_bits_are_packed_beside_activations_of_eight(kv_bits, made):
     compiled, path = made(activation_bits=8, kv_bits=kv_bits)
     graph = onnx.load(path / "model.onnx").graph
-    fused = [node for node in fused_nodes(path)]
+    fused = [node for node in fused_nodes(path) if node.op_type not in ENDS]
     layers = len(compiled.cache_specs)
     assert Counter(node.op_type for node in fused) == {k: layers * n for k, n in BLOCK.items()}
     for node in fused:
@@ -120,7 +123,7 @@ def test_quantizers_in_nodes_of_their_own(made, monkeypatch):
     expected, _ = fused.forward(ids, mask, positions, fused.empty_past(2))
     monkeypatch.setattr(native, "only_linear", lambda quantizer: None)
     _, path = made()
-    kinds = {n.op_type for n in fused_nodes(path)}
+    kinds = {n.op_type for n in fused_nodes(path)} - ENDS
     assert kinds == {"NormQuantize", "MixedLinear", "RopeCache", "AttentionQuantize", "HadamardQuantize"}
     apart = OnnxDecoder(path, threads=1)
     got, _ = apart.forward(ids, mask, positions, apart.empty_past(2))
