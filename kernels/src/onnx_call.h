@@ -45,6 +45,7 @@ struct call {
     int rooms;
     const char *step; /* of a chain: its name, and what gives its outputs their places; NULL: ONNX Runtime does */
     void *(*place)(call *, size_t, const int64_t *, size_t);
+    const char *ahead, *ahead_end; /* what the next step reads first, asked for at every kernel of this one */
 };
 
 /* Errors: the first one of a call is kept; ONNX Runtime adds the node's name. ----------------------------------------------- */
@@ -146,6 +147,8 @@ static inline void run_units(call *c, void (*kernel)(const void *, int64_t, int6
     work w = {kernel, args, units, units / grain < c->n->threads ? units / grain : c->n->threads};
     if (c->status)
         return;
+    for (const char *at = c->ahead; at < c->ahead_end; at += 64)
+        __builtin_prefetch(at);
     if (w.pieces <= 1)
         kernel(args, 0, units);
     else
