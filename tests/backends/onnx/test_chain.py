@@ -12,6 +12,7 @@ from resq_compiler.backends.cpu import library as libraries
 from resq_compiler.backends.onnx import export_onnx
 from resq_compiler.backends.onnx.chain import CHAIN, DOMAIN, chained, unchained
 from resq_compiler.backends.onnx.runtime import OnnxDecoder
+from resq_compiler.backends.onnx.speed import time_by_operator
 
 from resq_compiler.errors import BackendError
 from resq_compiler.tiny import tiny_tokens
@@ -179,3 +180,8 @@ def test_an_operand_of_another_type_or_of_a_later_step(exported):
             Exception, match="AttentionLinear: an input does not fit: expected the type that its operator"
         ):
             decoder.generate(tiny_tokens(1, 4, seed=1).numpy(), max_new_tokens=2, eos_token_id=[])
+
+
+def test_times_by_operator_tell_steps_apart(exported):
+    rows = {name: calls for name, calls, _ in time_by_operator(exported("llama"), 1, prompt=4, new=2)}
+    assert CHAIN not in rows and rows["AttentionLinear"] == 3 * 2 and rows["Embed"] == 3
