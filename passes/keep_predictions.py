@@ -1,6 +1,6 @@
 """keep-predictions: what the float model predicts for the calibration windows, for passes that learn from it. Changes nothing.
 
-Of every token the k largest logits: k · 8 bytes. `written` windows more are such that the float model writes itself.
+Of every token the k largest logits: k · 8 bytes.
 """
 
 from __future__ import annotations
@@ -8,22 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.topology import Topology
 from resq_compiler.learning.end_to_end import teach
 from resq_compiler.learning.holding import hold
-from resq_compiler.learning.loop import held_back
 from resq_compiler.learning.losses import Teacher
-from resq_compiler.learning.written import write_windows
 from resq_compiler.pipeline.options import option
 from resq_compiler.pipeline.passes import Pass, PassContext
 
 
 @dataclass(frozen=True)
 class KeepPredictions(Pass):
-    """Provide the Teacher. top: logits of every token that are kept. written: windows that the model writes to learn from, too."""
+    """Provide the Teacher. top: logits of every token that are kept."""
 
     name: ClassVar[str] = "keep-predictions"
     rewrites: ClassVar[bool] = False
@@ -31,7 +28,6 @@ class KeepPredictions(Pass):
     provides: ClassVar[tuple[type, ...]] = (Teacher,)
 
     top: int = option(1000, 1)
-    written: int = option(0, 0)
 
     @property
     def needs_calibration(self) -> bool:
@@ -40,9 +36,6 @@ class KeepPredictions(Pass):
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         topology = ctx.facts.get(Topology)
         hold(gm, ctx.work)
-        learned_from = ctx.windows[: len(ctx.windows) - held_back(len(ctx.windows), self.name)]
-        own = write_windows(gm, learned_from, self.written, ctx.seed, lambda i, n: ctx.progress("write text", i, n))
-        ids = torch.cat((own, ctx.windows))
-        found = teach(gm, topology, ids, self.top, lambda i, n: ctx.progress("float predictions", i, n))
-        ctx.facts.put(Teacher(ids, found))
+        found = teach(gm, topology, ctx.windows, self.top, lambda i, n: ctx.progress("float predictions", i, n))
+        ctx.facts.put(Teacher(found))
         return 0

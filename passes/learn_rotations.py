@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.columns import ColumnPlan
@@ -23,7 +22,7 @@ from resq_compiler.analysis.topology import Topology
 from resq_compiler.learning.end_to_end import Loss, Model
 from resq_compiler.learning.learned import Learned
 from resq_compiler.learning.loop import Plan, judge_every
-from resq_compiler.learning.losses import Teacher, cross_entropy, divergence
+from resq_compiler.learning.losses import Teacher, cross_entropy, top_divergence
 from resq_compiler.learning.places import Places
 from resq_compiler.pipeline.learning_end_to_end import learn_end_to_end
 from resq_compiler.pipeline.options import option
@@ -65,8 +64,7 @@ class LearnRotations(Pass):
             ctx.note(f"{self.name}: nothing is learned: values do not come from a linear alone, either")
             return 0
         plan = Plan(self.steps, self.rate, self.batch, judge_every(self.steps), self.patience, self.optimizer)
-        windows, loss = self._loss_of(ctx)
-        return learn_end_to_end(self.name, Model(gm, topology), learned, windows, loss, plan, ctx)
+        return learn_end_to_end(self.name, Model(gm, topology), learned, self._loss_of(ctx), plan, ctx)
 
     def _places(self, places: Places, ctx: PassContext) -> Learned:
         """What is learned."""
@@ -81,18 +79,9 @@ class LearnRotations(Pass):
                 places.add_hidden(learned, block)
         return learned
 
-    def _loss_of(self, ctx: PassContext) -> tuple[Tensor, Loss]:
-        """The windows to learn from, and what falls on them."""
-        windows = ctx.windows
-
-        def text(logits: Tensor, index: int) -> Tensor:
-            return cross_entropy(logits, windows[index])
-
+    def _loss_of(self, ctx: PassContext) -> Loss:
+        """What falls on the calibration windows."""
         if self.loss == "cross-entropy":
-            return windows, text
+            return lambda logits, index: cross_entropy(logits, ctx.windows[index])
         teacher = ctx.facts.get(Teacher)
-
-        def model(logits: Tensor, index: int) -> Tensor:
-            return divergence(logits, teacher.windows[index])
-
-        return teacher.ids, model
+        return lambda logits, index: top_divergence(logits, teacher.windows[index])

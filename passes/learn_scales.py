@@ -72,4 +72,4 @@ class LearnScales(Pass):
 
         plan = Plan(self.steps, self.rate, self.batch, judge_every(self.steps), self.patience)
         factors = {"codes": self.code_rate / self.rate if self.rate else 0.0}
-        return learn_end_to_end(self.name, Model(gm, topology), learned, teacher.ids, loss, plan, ctx, factors)
+        return learn_end_to_end(self.name, Model(gm, topology), learned, loss, plan, ctx, factors)

@@ -72,7 +72,7 @@ def test_a_compile_computes_there(cuda, captured, tiny, family, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"recipe": "resq++", "learning_steps": 12, "learning_windows": 1},
+        {"recipe": "resq++", "learning_steps": 12},
         {"recipe": "spinquant", "learning_steps": 2},
         {"recipe": "omniquant", "learning_steps": 2},
     ],

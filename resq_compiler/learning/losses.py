@@ -13,37 +13,58 @@ from resq_compiler.util import devices
 
 @dataclass(frozen=True)
 class TopPredictions:
-    """The k largest logits of every token of a window, and their ids: [length, k]; float32 and int32, in the memory of the CPU."""
+    """The k largest logits of every token of a window, and their ids: [length, k]; float32 and int32, in the memory of the CPU.
+
+    rest: log of the sum of exp(logit) over all other tokens, float32 [length]; -inf where there are none.
+    """
 
     logits: Tensor
     ids: Tensor
+    rest: Tensor
 
     @classmethod
     def of(cls, logits: Tensor, k: int) -> TopPredictions:
         """Of logits [length, vocabulary]."""
-        values, ids = logits.detach().float().topk(min(k, logits.shape[-1]), dim=-1)
-        return cls(values.cpu(), ids.int().cpu())
+        logits = logits.detach().float()
+        values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        return cls(values.cpu(), ids.int().cpu(), of_others(logits, ids).cpu())
+
+
+def of_others(logits: Tensor, ids: Tensor) -> Tensor:
+    """log of the sum of exp(logit) over the tokens that are not in ids: logits [length, vocabulary], ids [length, k] to [length]."""
+    return logits.scatter(-1, ids, -torch.inf).logsumexp(-1)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A fact: what the float model predicts for windows: those that it wrote itself, and then all of the calibration text.
+    """A fact: what the float model predicts for each window of the calibration text."""
 
-    ids: [n, length] int64. windows: the predictions for each.
-    """
-
-    ids: Tensor
     windows: tuple[TopPredictions, ...]
 
 
 def divergence(logits: Tensor, teacher: TopPredictions) -> Tensor:
+    """Mean over tokens of KL(p || q), where all tokens but the teacher's top k count as one: at most that of the whole vocabulary.
+
+    logits: [length, vocabulary]. What a student gives to the other tokens is seen; over the top alone (`top_divergence`) it would be free.
+    """
+    ids, rest = devices.here(teacher.ids).long(), devices.here(teacher.rest)[:, None]
+    student, aim = logits.float().gather(-1, ids), devices.here(teacher.logits)
+    if ids.shape[-1] < logits.shape[-1]:
+        student = torch.cat((student, of_others(logits.float(), ids)[:, None]), -1)
+        aim = torch.cat((aim, rest), -1)
+    return _divergence(student, aim)
+
+
+def top_divergence(logits: Tensor, teacher: TopPredictions) -> Tensor:
     """Mean over tokens of KL(p || q), both distributions over the teacher's top k alone, so that it is never below zero.
 
     logits: [length, vocabulary]. Source: OSTQuant's KL-Top, arXiv 2501.13987, section 4.3.
     """
-    student = logits.float().gather(-1, devices.here(teacher.ids).long())
-    aim = devices.here(teacher.logits).log_softmax(-1)
-    return F.kl_div(student.log_softmax(-1), aim, reduction="batchmean", log_target=True)
+    return _divergence(logits.float().gather(-1, devices.here(teacher.ids).long()), devices.here(teacher.logits))
+
+
+def _divergence(student: Tensor, aim: Tensor) -> Tensor:
+    return F.kl_div(student.log_softmax(-1), aim.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ PartBits = Literal[2, 3, 4, 5, 6, 7, 8]
 HighBits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 
 WHOLE_NUMBERS = {
-    "rank_multiple": 1, "learning_steps": 1, "learning_windows": 0,
+    "rank_multiple": 1, "learning_steps": 1,
     "calibration_samples": 1, "calibration_length": 1, "basis_samples": 1, "expert_tokens": 1,
     "seed": None,
 }  # fmt: skip
@@ -34,7 +34,7 @@ LEARNING = ("learn_rotations", "learn_pairs", "learn_blocks", "learn_scales", "l
 """Options that learn something."""
 
 REMOVED: dict[str, object] = {
-    "gptq_correction": "none", "gptq_correction_alpha": 1.0, "gptq_sweeps": 0, "basis_token_weighting": "none",
+    "gptq_correction": "none", "gptq_correction_alpha": 1.0, "gptq_sweeps": 0, "basis_token_weighting": "none", "learning_windows": 0,
 }  # fmt: skip
 """Options of versions before 0.2 that gained nothing, and their defaults."""
 
@@ -92,7 +92,6 @@ class CompileConfig:
     learn_scales: bool = False
     learn_codes: bool = False
     learning_steps: int = 100
-    learning_windows: int = 0
     learning_rate: float | None = None
     weight_group_size: Literal[32, 64, 128] | None = None
     lm_head_bits: Literal[8] | None = None

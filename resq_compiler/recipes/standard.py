@@ -67,7 +67,7 @@ def standard_passes(s: CompileConfig) -> tuple[Pass, ...]:
         *([SpreadOutliers()] if s.spread_outliers else []),
         *([FuseProjections()] if insert or s.spread_outliers else []),
         PartitionLinears(),
-        *([KeepPredictions(written=s.learning_windows)] if s.learn_rotations == "divergence" or s.learn_scales else []),
+        *([KeepPredictions()] if s.learn_rotations == "divergence" or s.learn_scales else []),
         *([InsertPrefix()] if s.prefix_tokens == "auto" else []),
         *quantizers(s),
     )

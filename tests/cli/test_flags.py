@@ -33,7 +33,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "weight_group_size": ("64", 64), "smooth_alpha": ("0.75", 0.75), "scale_search": ("", True), "outlier_threshold": ("5", 5.0),
     "learn_rotations": ("divergence", "divergence"), "learn_pairs": ("", True), "learn_blocks": ("", True), "learn_scales": ("", True),
     "learn_codes": ("", True),
-    "learning_steps": ("20", 20), "learning_windows": ("8", 8), "learning_rate": ("0.01", 0.01),
+    "learning_steps": ("20", 20), "learning_rate": ("0.01", 0.01),
     "expert_tokens": ("64", 64), "calibrate_all_experts": ("", True), "unreached_experts": ("layer", "layer"),
     "calibration_routing": ("quantized", "quantized"), "spread_outliers": ("", True), "activation_scales": ("static", "static"),
     "calibration_dtype": ("float32", "float32"), "hidden_dtype": ("bfloat16", "bfloat16"), "bos": ("never", "never"), "seed": ("7", 7),

@@ -20,11 +20,9 @@ from resq_compiler.learning.end_to_end import Model, teach
 from resq_compiler.learning.holding import hold
 from resq_compiler.learning.learned import Learned
 from resq_compiler.learning.loop import held_back
-from resq_compiler.learning.losses import Teacher, TopPredictions, divergence
+from resq_compiler.learning.losses import Teacher, TopPredictions, divergence, top_divergence
 from resq_compiler.learning.places import Places
 from resq_compiler.learning.running import Run
-from resq_compiler.learning.written import write_windows
-from resq_compiler.numerics.seeds import generator
 from resq_compiler.recipes import named
 from resq_compiler.tiny import tiny_tokens
 from resq_compiler.util import machine
@@ -126,13 +124,29 @@ def test_gradients_by_blocks_are_those_of_the_whole(free, build, monkeypatch):
         torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-5 + 1e-3 * float(value.abs().max()), msg=name)
 
 
-def test_the_divergence_over_the_top():
+@pytest.mark.parametrize("found", [divergence, top_divergence])
+def test_the_divergence_over_the_top(found):
     """Zero for the teacher itself, never below, and with all tokens the Kullback-Leibler divergence."""
     p, q = torch.randn(7, 20), torch.randn(7, 20)
-    assert float(divergence(p, TopPredictions.of(p, 5))) == pytest.approx(0, abs=1e-6)
-    assert float(divergence(q, TopPredictions.of(p, 5))) > 0
+    assert float(found(p, TopPredictions.of(p, 5))) == pytest.approx(0, abs=1e-6)
+    assert float(found(q, TopPredictions.of(p, 5))) > 0
     whole = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
-    assert float(divergence(q, TopPredictions.of(p, 1000))) == pytest.approx(float(whole), rel=1e-5)
+    assert float(found(q, TopPredictions.of(p, 1000))) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_the_divergence_counts_all_other_tokens_as_one():
+    """A student that differs from the teacher in how much it gives to them alone; by distributions written out, and with a gradient."""
+    p = torch.randn(7, 20)
+    teacher = TopPredictions.of(p, 5)
+    q = p.clone().scatter_add_(1, teacher.ids.long(), torch.ones(7, 5)).requires_grad_()
+    top = p.softmax(-1).gather(1, teacher.ids.long()).sum(-1), q.softmax(-1).gather(1, teacher.ids.long()).sum(-1)
+    expected = (top[0] * (top[0] / top[1]).log() + (1 - top[0]) * ((1 - top[0]) / (1 - top[1])).log()).mean()
+    assert float(top_divergence(q.detach(), teacher)) == pytest.approx(0, abs=1e-6)
+    assert (
+        float(divergence(q, teacher).detach()) == pytest.approx(float(expected.detach()), rel=1e-5) and expected > 0.01
+    )
+    (wanted,), (got,) = torch.autograd.grad(expected, q), torch.autograd.grad(divergence(q, teacher), q)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_teacher_is_the_float_model(build):
@@ -141,36 +155,6 @@ def test_the_teacher_is_the_float_model(build):
     found = teach(built.gm, built.topology, built.ctx.windows[:2], 3, lambda done, total: None)
     top = logits_of(exact.gm, exact.ctx.windows[:2]).topk(3)
     assert all(torch.equal(f.ids.long(), ids) for f, ids in zip(found, top.indices, strict=True))
-
-
-def test_windows_that_the_model_writes(build):
-    """They begin with text, and every further token is the draw from what the graph predicts for all before it, in one piece."""
-    built = build("llama", "quantize-activations", recipe="resq++", allocation="equal")
-    windows = built.ctx.windows
-    found = write_windows(built.gm, windows, 40, 3, lambda done, total: None)
-    assert found.shape == (40, windows.shape[1]) and found.dtype == torch.int64
-    begun = windows.shape[1] // 16
-    assert all((windows.unfold(1, begun, 1) == row[:begun]).all(-1).any() for row in found)
-    draw = generator(3, "written windows")
-    (
-        torch.randint(len(windows), (40,), generator=draw),
-        torch.randint(windows.shape[1] - begun + 1, (40,), generator=draw),
-    )
-    for batch in found.split(32):
-        predicted = logits_of(built.gm, batch).softmax(-1)
-        for position in range(begun, windows.shape[1]):
-            assert torch.equal(
-                torch.multinomial(predicted[:, position - 1], 1, generator=draw)[:, 0], batch[:, position]
-            )
-
-
-def test_predictions_of_written_windows_come_first(build):
-    """The last windows are the text, of which some are for judging alone."""
-    built = build("llama", "quantize-activations", recipe="resq++", allocation="equal", learning_windows=3)
-    teacher, windows = built.ctx.facts.get(Teacher), built.ctx.windows
-    assert len(teacher.windows) == len(teacher.ids) == 3 + len(windows) and torch.equal(teacher.ids[3:], windows)
-    top = logits_of(built.gm, teacher.ids[:1])[0].topk(5)
-    assert torch.equal(teacher.windows[0].ids[:, :5].long(), top.indices)
 
 
 def online(built):
@@ -197,7 +181,7 @@ def with_text(built, exact, windows=16):
     """More to learn from, with the float model's predictions for it."""
     ctx = dataclasses.replace(built.ctx, calibration=tiny_tokens(windows, 64, seed=1))
     quiet = lambda done, total: None  # noqa: E731
-    ctx.facts.put(Teacher(ctx.windows, teach(exact.gm, exact.topology, ctx.windows, 1000, quiet)))
+    ctx.facts.put(Teacher(teach(exact.gm, exact.topology, ctx.windows, 1000, quiet)))
     return ctx
 
 

@@ -69,7 +69,6 @@ HELP: dict[str, str] = {
     "learn_scales": "scales of codes, gains of norms and ranges are learned against the float model's predictions",
     "learn_codes": "beside learn_scales, the codes of weights are learned too: 20 bytes of memory for each weight of the model",
     "learning_steps": "of each of these, at most",
-    "learning_windows": "of text that the float model writes, to learn its predictions from beside the calibration text",
     "learning_rate": "the highest of their steps, codes 7/3 of it; none: the usual one of each",
     "smooth_alpha": "scales of channels, max|x|^alpha / max|W|^(1 - alpha), by which the output of norms is divided and weights are "
     "multiplied; none: there are none",
