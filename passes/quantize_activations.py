@@ -4,7 +4,8 @@
     weight_only_linear(x, q, scale) -> quantized_linear(quantize(x, bits), q, scale)
 
 One quantizer for each value and width, shared by the linears that read it (q, k, v; gate, up). Per token; the input of an
-output projection per token and head, or per token (`o_granularity`). How much of the range the codes cover is `clip`;
+output projection per token and head, or per token (`o_granularity`); with `group_size` inputs of attention and feed-forwards per token
+and group of columns, each with its share of every part. How much of the range the codes cover is `clip`;
 "input" searches it for each of them on calibration tokens, by the error of the value, "output" by that of the linears that read it.
 Linears that read a quantized cache read its codes (quantize-kv-cache), and get no quantizer.
 """
@@ -12,8 +13,9 @@ Linears that read a quantized cache read its codes (quantize-kv-cache), and get 
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,6 +49,10 @@ ON_CODES: dict[object, Callable] = {
 OPEN = (*Linear.targets, *ON_CODES)
 """Linears whose activations are float."""
 
+EXPERTS = (ops.expert_linear, ops.weight_only_expert_linear)
+GROUPED_ROLES = (*STREAM_ROLES, "gate", "up", "down")
+"""Linears whose input `group_size` cuts."""
+
 SEARCH_TOKENS = 2048  # shares that are nearly as good are all that more tokens would tell apart
 
 
@@ -56,6 +62,9 @@ class QuantizeActivations(Pass):
 
     clip: the share of the range that codes cover, or by what error it is searched. o_granularity: of the scales at output projections.
     scales "static": one scale and zero point for all tokens, with the least error on calibration tokens; `clip` means nothing then.
+    group_size: columns that share a scale at the inputs of attention and of feed-forwards without experts, at least; none: all of a part.
+    Groups are as small as divides the parts of an input evenly. Source of groups: Atom, arXiv 2310.19102, section 4.2; differs: groups
+    cut every part.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -65,6 +74,7 @@ class QuantizeActivations(Pass):
     clip: float | Literal["input", "output"] = option(1.0, 0.1, 1)
     o_granularity: Literal["head", "token"] = "head"
     scales: Literal["dynamic", "static"] = "dynamic"
+    group_size: Literal[32, 64, 128] | None = None
 
     @property
     def needs_calibration(self) -> bool:
@@ -74,11 +84,14 @@ class QuantizeActivations(Pass):
         shared: dict[tuple, Node] = {}
         done = 0
         static = self.scales == "static"
-        clips = search_clips(gm, ctx, self.clip == "output") if isinstance(self.clip, str) and not static else {}
+        groups_of = {} if self.group_size is None else groups_of_inputs(gm, self.group_size, ctx.note)
+        search = isinstance(self.clip, str) and not static
+        clips = search_clips(gm, ctx, self.clip == "output", groups_of) if search else {}
         for node, part in open_parts(gm):
             wide = 1.0 if isinstance(self.clip, str) else self.clip
             clip = clips.get(source(node), wide) if may_clip(part) else 1.0
             groups = part.heads if self.o_granularity == "head" else 1
+            groups = groups_of.get(part.site, groups)
             done += quantize_input(gm, node, part, 1.0 if static else clip, groups, shared)
         if static:
             give_static_scales(gm, ctx, list(shared.values()))
@@ -95,6 +108,38 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
         if is_call(node, *OPEN) and not is_call(source(node), ops.dequantize) and not is_quantized_vector(source(node)):
             found.append((node, part))
     return found
+
+
+def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) -> dict[meta.LinearSite, int]:
+    """For every linear that reads the stream or hidden channels, and has no experts, into how many groups its input is cut: as many as
+    divide all its parts, of at least `size` columns. A note where that is half as many as there could be, and for experts."""
+    parts: dict[meta.LinearSite, list[int]] = {}
+    experts = set()
+    for node, part in open_parts(gm):
+        if part.site.role not in GROUPED_ROLES:
+            continue
+        if is_call(node, *EXPERTS):
+            experts.add(part.site)
+        else:
+            parts.setdefault(part.site, []).append(part.stop - part.start)
+    found = {site: groups_of(widths, size) for site, widths in parts.items()}
+    wide = {(sum(widths), found[site]) for site, widths in parts.items() if sum(widths) >= 2 * size * found[site]}
+    if wide:
+        shown = ", ".join(f"{columns // groups} of {columns}" for columns, groups in sorted(wide))
+        note(
+            f"activation_group_size={size}: parts of some inputs have no such divisor in common; their groups have more columns: {shown}"
+        )
+    if experts:
+        note(
+            f"activation_group_size={size}: inputs of experts ({len(experts)} linears) keep one scale a token and part"
+        )
+    return found
+
+
+def groups_of(widths: Sequence[int], size: int) -> int:
+    """The most groups that divide all widths, and have `size` columns of these together, at least."""
+    common = math.gcd(*widths)
+    return max(g for g in range(1, common + 1) if common % g == 0 and (g == 1 or g * size <= sum(widths)))
 
 
 def quantize_input(
@@ -148,8 +193,13 @@ def taps_of(
     return taps
 
 
-def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Node, float]:
-    """For every value in question, the share of its range that loses least on calibration tokens; told in the stage."""
+def search_clips(
+    gm: GraphModule, ctx: PassContext, by_output: bool, groups: Mapping[meta.LinearSite, int] | None = None
+) -> dict[Node, float]:
+    """For every value in question, the share of its range that loses least on calibration tokens; told in the stage.
+
+    groups: into how many the inputs of linears are cut; the others are whole.
+    """
     readers: dict[Node, list[Node]] = {}
     sites: dict[Node, meta.LinearPart] = {}
     for node, part in open_parts(gm):
@@ -161,7 +211,10 @@ def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Nod
     windows = ctx.windows[: max(1, SEARCH_TOKENS // ctx.windows.shape[1])]
     batches = len(executor.batches(windows))
     searches = {
-        x: SiteSearch(gm, part.activation_bits, readers[x] if by_output else (), batches) for x, part in sites.items()
+        x: SiteSearch(
+            gm, part.activation_bits, readers[x] if by_output else (), batches, (groups or {}).get(part.site, 1)
+        )
+        for x, part in sites.items()
     }
     taps = {x: search.update for x, search in searches.items()}
     blocks = ctx.facts.get(Topology).blocks
@@ -174,11 +227,12 @@ def search_clips(gm: GraphModule, ctx: PassContext, by_output: bool) -> dict[Nod
 class SiteSearch:
     """The search of one site: what its readers make of errors is held from its first batch of tokens to its last, no longer.
 
-    readers: the linears that read it; none where the error of the value counts. batches: how many there will be. found: the share.
+    readers: the linears that read it; none where the error of the value counts. batches: how many there will be. groups: of its columns.
+    found: the share.
     """
 
-    def __init__(self, gm: GraphModule, bits: int, readers: Sequence[Node], batches: int) -> None:
-        self.gm, self.bits, self.readers, self.left = gm, bits, readers, batches
+    def __init__(self, gm: GraphModule, bits: int, readers: Sequence[Node], batches: int, groups: int = 1) -> None:
+        self.gm, self.bits, self.readers, self.left, self.groups = gm, bits, readers, batches, groups
         self.search: ClipSearch | None = None
         self.found = 1.0
 
@@ -186,7 +240,7 @@ class SiteSearch:
         """See a batch of values."""
         if self.search is None:
             weights = [float_weight(self.gm, n) for n in self.readers]
-            self.search = ClipSearch(self.bits, torch.cat(weights) if weights else None)
+            self.search = ClipSearch(self.bits, torch.cat(weights) if weights else None, self.groups)
         self.search.update(x)
         self.left -= 1
         if not self.left:

@@ -58,6 +58,7 @@ SETTINGS = {
     "high 1/2": ({"high_fraction": 0.5}, 0.36),
     "rank 16": ({"rank_multiple": 16}, 0.42),
     "per token": ({"o_proj_granularity": "token"}, 0.53),
+    "groups": ({"activation_group_size": 32}, 0.53),
     "lm_head": ({"lm_head_bits": 8}, 0.55),
     "orthogonal": ({"rotation": "orthogonal"}, 0.53),
     "no rotation": ({"rotation": "none"}, 0.53),

@@ -67,6 +67,7 @@ CASES = {
     "W3A5KV6": ({"weight_bits": 3, "activation_bits": 5, "kv_bits": 6}, {(3, 5), (8, 8)}, {6, 8}),
     "three parts": ({"low_fraction": 0.25}, {(2, 2), (4, 4), (8, 8)}, {2, 4, 8}),
     "per token": ({"o_proj_granularity": "token"}, {(4, 4), (8, 8)}, {4, 8}),
+    "groups": ({"activation_group_size": 32, "activation_clip": 0.95}, {(4, 4), (8, 8)}, {4, 8}),
     "clips": ({"activation_clip": 0.95, "kv_clip": 0.9, "weight_clip": "hessian"}, {(4, 4), (8, 8)}, {4, 8}),
     "energy-split": ({"down_proj": "energy-split"}, {(4, 4), (8, 8)}, {4, 8}),
 }

@@ -10,8 +10,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import resq_compiler
 from resq_compiler.errors import BackendError, DataError
 from resq_compiler.evaluation.sizes import average_bits, describe, memory_bytes
-from resq_compiler.ir import promises
-from resq_compiler.ir.views import CodedLinear, Linear
+from resq_compiler.ir import meta, promises
+from resq_compiler.ir.views import CodedLinear, Linear, Quantize
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
 from tests.families import EIGHT, EXACT, MIXTURES, small
@@ -55,6 +55,22 @@ def test_experts_have_codes_of_their_own_and_routers_stay_float(mixtral):
     assert all(view.on_codes for view in coded)
     floats = [view.name for node in nodes if (view := Linear.of(node)) is not None]
     assert floats == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"]
+
+
+def test_experts_keep_a_scale_a_token_where_other_inputs_have_groups():
+    compiled = resq_compiler.compile(
+        small("mixtral"), tiny_tokens(16, 32), weight_method="rtn", activation_group_size=32, **FOUR
+    )
+    (note,) = [note for note in compiled.result.notes if "activation_group_size" in note]
+    assert "inputs of experts (6 linears) keep one scale" in note
+    groups = {
+        (meta.require(q.node, meta.QuantizerSite).name.split(".")[2], q.groups)
+        for q in map(Quantize.of, compiled.graph_module.graph.nodes)
+        if q is not None
+    }
+    assert {name for name, n in groups if n == 1} == {"mlp_input", "down_input"} and ("attention_input", 2) in groups
+    twin = resq_compiler.compile(small("mixtral"), tiny_tokens(16, 32), weight_method="rtn", **FOUR)
+    assert relative_error(compiled(IDS).logits, twin(IDS).logits) < 1
 
 
 def test_the_stage_says_what_every_expert_was_rounded_with(mixtral):

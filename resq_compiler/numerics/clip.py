@@ -25,10 +25,11 @@ class ClipSearch:
 
     readers: [N, width], the weights that read the rows. With them the error is |(Q(x) - x) readers^T|^2 / |x|^2: what is cut off lies
     in the direction of x, which weights amplify, and what is rounded lies in any; the error of the input counts both alike.
+    groups: equal runs of columns with scales of their own.
     """
 
-    def __init__(self, bits: int, readers: Tensor | None = None) -> None:
-        self.bits = bits
+    def __init__(self, bits: int, readers: Tensor | None = None, groups: int = 1) -> None:
+        self.bits, self.groups = bits, groups
         self.errors = torch.zeros(len(SHARES), dtype=torch.float64)
         self.readers = None if readers is None else _factor(readers)
 
@@ -38,7 +39,7 @@ class ClipSearch:
         for rows in x.detach().flatten(0, -2).float().split(ROWS):
             energy = rows.square().sum(-1).clamp_min(torch.finfo(rows.dtype).tiny)
             for i in self.errors.isfinite().nonzero().flatten().tolist():
-                gap = dequantize(quantize_activation(rows, self.bits, clip=SHARES[i])).sub_(rows)
+                gap = dequantize(quantize_activation(rows, self.bits, self.groups, SHARES[i])).sub_(rows)
                 error = (gap if self.readers is None else gap @ self.readers).square_().sum(-1)
                 self.errors[i] += float((error / energy).sum())
             self.errors[self.errors > FAR * self.errors.min()] = torch.inf

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from resq_compiler.passes import QuantizeActivations, quantize_activations
-from resq_compiler.passes.quantize_activations import may_clip, open_parts, search_clips
+from resq_compiler.passes.quantize_activations import groups_of, may_clip, open_parts, search_clips
 
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
@@ -36,6 +36,51 @@ def test_rewrites(options, build):
 def test_granularity_of_o_proj(granularity, groups, build):
     built = build("llama", "quantize-kv-cache", o_proj_granularity=granularity, weight_method="rtn")
     assert {n.args[2] for n in quantizers(built.gm)} == groups
+
+
+@pytest.mark.parametrize(
+    "widths, size, groups",
+    [([504, 72], 64, 9), ([504, 72], 32, 18), ([486, 90], 64, 9), ([500, 76], 64, 4), ([1344, 192], 128, 12), ([64], 128, 1),
+     ([61, 3], 32, 1)],
+)  # fmt: skip
+def test_groups_divide_all_parts_of_an_input(widths, size, groups):
+    assert groups_of(widths, size) == groups
+
+
+@pytest.mark.parametrize("clip", [0.9, "output"])
+def test_inputs_in_groups(clip, build):
+    """Of attention, feed-forwards and down projections, high columns too; those of output projections go by heads."""
+    built = build("llama", "quantize-kv-cache", activation_group_size=32, activation_clip=clip, weight_method="rtn")
+    found = {(meta.get(n, meta.QuantizerSite).name.split(".")[2], n.args[1]): n.args[2] for n in quantizers(built.gm)}
+    assert found == {
+        ("attention_input", 4): 2, ("attention_input", 8): 2, ("mlp_input", 4): 2, ("mlp_input", 8): 2,
+        ("o_input", 4): 4, ("o_input", 8): 4, ("down_input", 4): 5,
+    }  # fmt: skip
+    assert not built.ctx.notes or not any("activation_group_size" in note for note in built.ctx.notes)
+
+
+def test_the_share_of_groups_that_loses_least():
+    """A channel that outgrows the others decides about its own group alone; whole rows would rather cut it off."""
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0] * 63 + [3.0])
+    found = {}
+    for groups in (1, 4):
+        search = ClipSearch(4, groups=groups)
+        search.update(x)
+        found[groups] = search.best()
+        errors = [
+            float(((ops.dequantize(ops.quantize(x, 4, groups, share)) - x).square().sum(-1) / x.square().sum(-1)).sum())
+            for share in SHARES
+        ]
+        assert errors[SHARES.index(found[groups])] <= min(errors) * (1 + 1e-5)
+    assert found[1] < found[4]
+
+
+def test_groups_that_do_not_fit_are_told(build):
+    built = build(
+        "llama", "quantize-kv-cache", activation_group_size=32, weight_method="rtn", site_fractions="mlp=7/64"
+    )
+    (note,) = [note for note in built.ctx.notes if "activation_group_size" in note]
+    assert "no such divisor in common" in note and "64 of 64" in note
 
 
 def test_clip_holds_for_narrow_codes_but_not_for_the_output_projection(build):

@@ -103,6 +103,7 @@ def test_exact_without_session_options(compile_tiny, profile, options):
 OPTIONS = [
     {"o_proj_granularity": "token", "lm_head_bits": 8},
     {"activation_clip": 0.9, "kv_clip": 0.95},
+    {"recipe": "resq+", "allocation": "equal", "activation_group_size": 32},
     {"recipe": "resq+", "key_basis": "head", "allocation": "equal", "site_fractions": "mlp=1/4,o=0"},
     {"recipe": "resq+", "average_bits": 4.75},
     {"recipe": "resq+", "allocation": "widths", "average_bits": 4.0},
