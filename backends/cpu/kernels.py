@@ -170,15 +170,16 @@ def hadamard_quantize(
              transform.    limit, slope: of the activation `clamped`.
     Raises:  BackendError: operands that do not fit each other, or more columns than MAX_COLUMNS.
     """
-    rows, columns = gate.shape[0], sum(p.width for p in parts)
+    widths = [p.width * p.groups for p in parts]
+    rows, columns = gate.shape[0], sum(widths)
     check_operand("hadamard_quantize", "gate", gate, torch.float32, (rows, columns))
     check_operand("hadamard_quantize", "up", up, torch.float32, (rows, columns))
     result, out = codes_out("hadamard_quantize", library, rows, parts)
-    plans = [hadamard_plan(p.width) for p in parts]
+    plans = [hadamard_plan(width) for width in widths]
     factors = [_dense_factors(plan, bool(transpose)) for plan in plans]
     transforms = (Transform * MAX_PARTS)(*map(_transform, plans, factors))
     if transpose is None:
-        transforms = (Transform * MAX_PARTS)(*(Transform(p.width, 0) for p in parts))
+        transforms = (Transform * MAX_PARTS)(*(Transform(width, 0) for width in widths))
     numbers = (columns, columns, ACTIVATIONS.index(activation), limit, slope)
     arguments = HadamardQuantizeArgs(rows, address(gate), address(up), *numbers, transforms, out)
     library.run("hadamard_quantize", arguments, threads)

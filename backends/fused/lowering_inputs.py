@@ -94,7 +94,7 @@ def _of_norm(low: Lowering, split: Split) -> CodesNodes:
     source = common_source(split.inputs)
     if source is None:
         return _quantize(low, split, _joined(low, split.inputs))
-    norm = source.norm(split.inputs)
+    norm = source.norm(split.inputs, low.target.grouped)
     if isinstance(norm, Norm):
         return _quantize(low, split, norm.x, norm)
     if norm is not None:
@@ -151,14 +151,14 @@ def _of_hadamard(low: Lowering, split: Split) -> CodesNodes | None:
             low.left[one.x.name] = f"its Hadamard transform is computed by PyTorch: {reason}"
         return None
     gate, up, activation = gated(transform.x)
-    arguments = (gate, up, activation, transform.transpose, *split.lists, split.clips, low.target.name)
+    arguments = (gate, up, activation, transform.transpose, *split.lists, split.inputs[0].groups, split.clips, low.target.name)
     node = low.emit(operators.hadamard_quantize, arguments, split.inputs[-1].node)
     return low.codes_of(node, split.parts)
 
 
 def why_not_transformed(low: Lowering, inputs: Inputs) -> str | None:
     """Why no kernel computes the transforms of these; None where one does."""
-    if inputs[0].groups != 1:
+    if inputs[0].groups != 1 and not low.target.grouped:
         return "it is quantized in groups"
     reasons = (low.target.why_not_transform(one.columns) for one in inputs)
     return next((reason for reason in reasons if reason is not None), None)

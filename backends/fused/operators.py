@@ -85,18 +85,18 @@ def mixed_linear(
 
 def _fake_hadamard_quantize(
     gate: Tensor, up: Tensor | None, activation: str, transpose: bool,
-    bits: list[int], weight_bits: list[int], widths: list[int], clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
 ) -> Codes:  # fmt: skip
-    return _fake_codes(gate, gate.shape[:-1], input_parts(bits, weight_bits, widths, 1), target)
+    return _fake_codes(gate, gate.shape[:-1], input_parts(bits, weight_bits, widths, groups), target)
 
 
 @_operator(_fake_hadamard_quantize)
 def hadamard_quantize(
     gate: Tensor, up: Tensor | None, activation: str, transpose: bool,
-    bits: list[int], weight_bits: list[int], widths: list[int], clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
 ) -> _FourTensors:  # fmt: skip
     """gate, up [..., n] -> (low, high, scale, zero_point) of the transformed product."""
-    parts = input_parts(bits, weight_bits, widths, 1)
+    parts = input_parts(bits, weight_bits, widths, groups)
     return find_target(target).kernels.hadamard_quantize(gate, up, parts, activation, transpose, tuple(clips))
 
 

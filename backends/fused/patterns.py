@@ -91,8 +91,8 @@ class Source:
     x: Node
     readers: frozenset[Node]
 
-    def norm(self, inputs: Inputs) -> Norm | str | None:
-        """How x is computed, if that is a norm; a reason where it is one that has to be computed apart."""
+    def norm(self, inputs: Inputs, grouped: bool = False) -> Norm | str | None:
+        """How x is computed, if that is a norm; a reason where it is one that has to be computed apart. grouped: as of targets."""
         norm = Norm.of(self.x)
         if norm is None:
             return None
@@ -101,7 +101,7 @@ class Source:
             return f"others than the quantizers of one linear's input read it: {', '.join(others)}"
         if norm.subtracts_mean and len(argument(self.x, "normalized_shape")) > 1:
             return "it is over more than the last dimension"
-        return "it is quantized in groups" if inputs[0].groups > 1 else norm
+        return "it is quantized in groups" if inputs[0].groups > 1 and not grouped else norm
 
 
 def common_source(inputs: Inputs) -> Source | None:

@@ -108,7 +108,7 @@ static void hadamard_quantize(const rk_hadamard_quantize_args *a, int64_t begin,
     for (int64_t row = begin; row < end; row++) {
         int64_t start = 0;
         for (int i = 0; i < a->out.parts; i++) {
-            const int64_t width = a->out.part[i].width;
+            const int64_t width = a->out.part[i].width * a->out.part[i].groups;
             const rk_transform *t = &a->transform[i];
             gate_part(a, row, start, width, 1.0f / sqrtf((float)(width / t->blocks)), y + start);
             transform_row(t, y + start, width, space);

@@ -107,7 +107,7 @@ void place_transforms(call *c, const tensor *factors, const rk_part *part, int p
     int64_t left = at ? size_of(factors) : 0;
     for (int i = 0; i < parts; i++) {
         transform[i] = i == 0 && low_first ? c->n->low_transform : c->n->high_transform;
-        require(c, width_of(&transform[i]) == part[i].width, "a transform", "blocks and orders whose product is the width of the part");
+        require(c, width_of(&transform[i]) == part[i].width * part[i].groups, "a transform", "blocks and orders whose product is the width of the part");
         at = place_factors(&transform[i], at, &left);
     }
     require(c, left == 0, "factors", "the matrices of all orders that are not powers of two, and no more");
@@ -117,17 +117,17 @@ void place_transforms(call *c, const tensor *factors, const rk_part *part, int p
 static void hadamard_quantize(call *c, rk_codes *codes) {
     const node *n = c->n;
     const tensor *gate = &c->in[0], *up = &c->in[1];
-    const int64_t columns = n->low_width + n->high_width, stride = n->stacked ? 2 * columns : columns;
+    const int64_t columns = (n->low_width + n->high_width) * n->groups, stride = n->stacked ? 2 * columns : columns;
     rk_hadamard_quantize_args a = {.rows = rows_of(gate), .gate = gate->data, .gate_stride = stride, .up_stride = stride};
     a.up = n->stacked ? (const float *)gate->data + columns : up->data;
     a.activation = (int32_t)n->activation;
     require(c, gate->rank > 0 && last_of(gate) == stride && columns <= RK_MAX_COLUMNS, "gate", "as many columns as its parts, at most 65536");
     require_size(c, up, rows_of(gate) * columns, "up");
-    const int count = parts_of(n, 1, a.out.part);
+    const int count = parts_of(n, n->groups, a.out.part);
     place_transforms(c, &c->in[2], a.out.part, count, n->low_width > 0, a.transform);
     if (c->status)
         return;
-    make_codes(c, gate->dims, gate->rank - 1, 1, &a.out);
+    make_codes(c, gate->dims, gate->rank - 1, n->groups, &a.out);
     RUN(c, hadamard_quantize, &a, 1);
     *codes = a.out;
 }

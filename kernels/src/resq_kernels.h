@@ -129,7 +129,7 @@ enum {
     RK_ACTIVATION_CLAMPED /* g sigmoid(slope g) of g = min(gate, limit), times 1 + up, up being clamped to [-limit, limit] */
 };
 
-/* y = transform(activation(gate) * up), a transform for every part (which has one run); then codes of y. up may be NULL. A unit is a
+/* y = transform(activation(gate) * up), a transform for every part, over all its runs; then codes of y. up may be NULL. A unit is a
  * row. limit, slope: of RK_ACTIVATION_CLAMPED. */
 typedef struct {
     int64_t rows;
