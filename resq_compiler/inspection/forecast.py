@@ -20,7 +20,6 @@ from resq_compiler.calibration.executor import TOKENS_PER_BATCH
 from resq_compiler.inspection.rates import Rates
 from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.ir.views import Embedding, Linear
-from resq_compiler.numerics import inverse_factor
 from resq_compiler.passes import AllocateBits, ComputeBases, FuseProjections, QuantizeWeights
 from resq_compiler.pipeline.passes import Pass
 from resq_compiler.recipes.settings import CompileConfig
@@ -30,8 +29,9 @@ from resq_compiler.util.text import megabytes
 FLOAT, DOUBLE = 4, 8
 BASE = 500 * 10**6
 """Bytes of PyTorch and transformers in memory."""
-MOMENT = 10
-"""Bytes for each entry of the moment of a group: its float64 sum, whose memory its factor is made in, and half of a float32 one."""
+MOMENT, ROUNDED_MOMENT = 10, 6
+"""Bytes for each entry of the moment of a group, whose memory its factor is made in: its float64 sum, and half of a float32 one. Of
+products in bfloat16, which one process adds up, both are float32."""
 ROWS = 4
 """Of the weights of a group in float32, at a time: stacked, by columns, errors, codes and their search."""
 
@@ -302,7 +302,8 @@ class _Plan:
                 memory,
                 seconds=self._time(lambda r: products / r.doubles + s.linears * r.search / self.processes),
             )
-        moment = max(MOMENT * group.columns**2 for group in s.groups)
+        rounded = self.config.calibration_dtype == "bfloat16" and self.processes == 1
+        moment = (ROUNDED_MOMENT if rounded else MOMENT) * max(group.columns for group in s.groups) ** 2
         memory |= {**self._running(tokens), "Hessian": moment}
         memory["rows at work"] = max(FLOAT * ROWS * group.rows * group.columns for group in s.groups)
         return Step("GPTQ" if item.method == "gptq" else "round by output", memory, seconds=self._time(self._gptq(tokens, products)),
@@ -314,7 +315,7 @@ class _Plan:
         def seconds(r: Rates) -> float:
             moments = sum(tokens * g.choices * g.columns**2 for g in s.groups)
             run = (tokens * self._forward() + moments) / r.products
-            factors = sum(g.experts * inverse_factor.work(g.columns) for g in s.groups) * r.factor
+            factors = sum(g.experts * g.columns**3 for g in s.groups) * r.factor
             spread = sum(g.weights * g.columns for g in s.groups) / r.products
             return run + products / r.doubles + factors + (s.linears * (r.search + r.columns) + spread) / self.processes
 

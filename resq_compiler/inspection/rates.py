@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resq_compiler.numerics import inverse_factor
+from resq_compiler.numerics import upper_factor
 from resq_compiler.numerics.basis import principal_basis
 from resq_compiler.numerics.gptq import gptq
 from resq_compiler.numerics.quantized import Part
@@ -25,7 +25,7 @@ class Rates:
     """How fast a device computes, from measurements of a second in all.
 
     products, in the dtype of calibration: multiplications and additions a second; doubles: the same in float64. eigen, factor: seconds
-    of the eigenvectors, and of the factorization and inverse in GPTQ, over the cube of a width of one block. search: seconds of the
+    of the eigenvectors, and of the factorization in GPTQ, over the cube of a width. search: seconds of the
     search for a scale, for each weight. columns: seconds of GPTQ's steps from column to column, for each weight. digest: bytes a second.
     """
 
@@ -46,9 +46,10 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     moment = wide.T @ wide
     rows = torch.cat([plain, -plain])  # enough for a step from column to column to take longer than to be started
     products = 2 * SIDE**3 / seconds(lambda: typed @ typed, device)
-    factor = seconds(lambda: inverse_factor.invert(moment.clone()), device)
+    rounded = moment.float()
+    factor = seconds(lambda: upper_factor.factorize(rounded.clone()), device)
     search = seconds(lambda: search_scale(rows, 4), device) / rows.numel()
-    whole = seconds(lambda: gptq(rows, moment, [Part(4, 0, SIDE)], clip="max"), device)
+    whole = seconds(lambda: gptq(rows, rounded, [Part(4, 0, SIDE)], clip="max"), device)
     spread = rows.numel() * SIDE / (2 * SIDE**3 / seconds(lambda: plain @ plain, device))
     held = bytes(2**22)
     return Rates(

@@ -57,7 +57,7 @@ class SecondMoment:
         return self._total
 
     @total.setter
-    def total(self, value: Tensor) -> None:
+    def total(self, value: Tensor | None) -> None:
         self._total, self._pending, self._tokens_pending = value, [], 0
 
     @torch.no_grad()
@@ -107,10 +107,13 @@ class SecondMoment:
         return self.total / self.tokens
 
     def take_mean(self) -> Tensor:
-        """`mean`, in the memory of the sum, which is gone. Raises: DataError: no token was added."""
+        """`mean` of a moment without groups in float32; the sum is gone. Raises: DataError: no token was added."""
         self._require_tokens()
-        total, tokens = self.total, self.tokens
-        self._total, self.tokens = None, 0
+        if self._rounded and self._total is None:
+            total = _add_stripes(None, self._pending, torch.float32)
+        else:
+            total = _narrowed(self.total)
+        tokens, self.total, self.tokens = self.tokens, None, 0
         return total.div_(tokens)
 
     def state(self) -> dict[str, Tensor]:
@@ -197,10 +200,10 @@ def _rounded_parts(rows: Tensor) -> Iterator[Tensor]:
         yield from stripes
 
 
-def _add_stripes(total: Tensor | None, stripes: list[Tensor]) -> Tensor:
-    """The sum in the memory of a matrix, or in a new float64 one; stripes of the upper half are let go one by one."""
+def _add_stripes(total: Tensor | None, stripes: list[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    """The sum in the memory of a matrix, or in a new one; stripes of the upper half are let go one by one."""
     first = stripes[0]
-    into = first.new_empty(first.shape[1], first.shape[1], dtype=torch.float64) if total is None else total
+    into = first.new_empty(first.shape[1], first.shape[1], dtype=dtype) if total is None else total
     for i in range(0, len(into), _STRIPE):
         here, part = slice(i, i + _STRIPE), stripes.pop(0)
         if total is None:
@@ -209,6 +212,14 @@ def _add_stripes(total: Tensor | None, stripes: list[Tensor]) -> Tensor:
             into[here, i:] += part
         into[here, :i] = into[:i, here].mT
     return into
+
+
+def _narrowed(matrix: Tensor, step: int = 256) -> Tensor:
+    """A float64 matrix [K, K] in float32, in the first half of its own memory: what is read is never behind what is written."""
+    narrow = matrix.view(torch.float32).flatten()[: matrix.numel()].view(matrix.shape)
+    for start in range(0, len(matrix), step):
+        narrow[start : start + step] = matrix[start : start + step].float()
+    return narrow
 
 
 def _wide(rows: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """GPTQ on one weight (or several stacked ones that share an input): tensor mathematics only.
 
-With H = sum x^T x + damping and U upper triangular, U^T U = H^-1, columns are rounded in order and each rounding error
-is spread over the columns still to come:
+With H = sum x^T x + damping = M M^T, M upper triangular, a row whose columns are off by e_i has the output error
 
-    q_j = round(w_j)        e_j = (w_j - q_j) / U_jj        w_i -= e_j U_ji   for i > j
+    sum_j (sum_i e_i M_ij)^2, i up to j
 
-sum_j e_j^2 is then the row's output error, diag(dW H dW^T).
+Columns are rounded in order, each where its own term is least, given those before it:
+
+    t_j = w_j + sum_(i < j) e_i M_ij / M_jj        q_j = round(t_j)        e_j = w_j - q_j
+
+and the row's output error, diag(dW H dW^T), is sum_j ((t_j - q_j) M_jj)^2. These are the integers of GPTQ, whose factor of the inverse of
+H is the inverse of M, and nothing is inverted. Source: Babai's nearest plane; that GPTQ is the same: arXiv 2507.18553.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 
 from resq_compiler.errors import QuantError
-from resq_compiler.numerics import inverse_factor
+from resq_compiler.numerics import upper_factor
 from resq_compiler.numerics.quantized import Part, QuantSpec, check_parts
 from resq_compiler.numerics.scale_search import Clip, check_weight
 from resq_compiler.numerics.weights import QuantizedWeight, part_scale
@@ -27,7 +31,7 @@ _DAMPING_RETRIES = 3
 
 @dataclass(frozen=True)
 class GptqResult:
-    """parts: codes and scales, in the order asked.    row_loss: float64 [N], sum_j e_j^2 (see the module docstring).
+    """parts: codes and scales, in the order asked.    row_loss: float64 [N], the output error of the damped H.
     damping: fraction of mean(diag H) really used; larger than asked if the factorization needed it.
     dead_columns: inputs that were zero in all calibration tokens (rounded to nearest, nothing to learn from).
     """
@@ -62,37 +66,38 @@ def gptq(
              by rounding only.    damping: fraction of mean(diag H).    act_order: within each part, columns by
              descending diag H.    clip: see search_scale; weighted_clip weighs its errors by diag H.
              group_size: columns of a part that share a scale; None: all. With act_order a column keeps the scale of its own group.
-             overwrite: the memory of a float64 hessian is used for its factor: no other matrix of this size is made.
+             overwrite: the memory of a float32 hessian is used for its factor: no other matrix of this size is made.
     Returns: GptqResult; parts[i].qdata int8 [N, K_i] in the original column order, scale float32 [N], or [N, groups].
     Raises:  QuantError: shapes, options or values not usable; H not positive definite even with 100x the damping.
-    Source:  GPTQ (arXiv 2210.17323) algorithm 1. Differs: errors move on by recursive halving; dead columns are rounded, not zeroed.
+    Source:  GPTQ (arXiv 2210.17323) algorithm 1. Differs: no inverse; errors move on by recursive halving; dead columns are rounded, not
+             zeroed.
     """
     _check(w, hessian, parts, block_size, damping)
     w = w.detach().float()
-    moment = hessian.to(torch.float64)
+    moment = hessian.to(torch.float32)
+    _check_moment(moment)
     diagonal = moment.diagonal().clone()
     order = _column_order(diagonal, parts, act_order)
-    upper, used = _inverse_factor(moment if overwrite or moment is not hessian else moment.clone(), order, damping)
+    upper, used = _factor(moment if overwrite or moment is not hessian else moment.clone(), order, damping)
     weighting = diagonal if weighted_clip else None
     scales = [_part_scale(w, p, clip, weighting, group_size) for p in parts]
-    columns = w.t()[order].contiguous()
     each = [column for p, s in zip(parts, scales, strict=True) for column in _columns(p, s, group_size)]
-    loop = _Loop(columns, upper, [each[j] for j in order.tolist()], block_size)
+    loop = _Loop(w.t()[order].contiguous(), upper, [each[j] for j in order.tolist()], block_size)
     loop.run(0, w.shape[1])
-    found, row_loss = loop.codes, _sum_of_squares(loop.errors)
-    codes = torch.empty_like(found)
-    codes[order] = found
+    codes = torch.empty_like(loop.codes)
+    codes[order] = loop.codes
     quantized = [
         QuantizedWeight(codes[p.start : p.stop].t().contiguous(), scale, p.bits, group_size)
         for p, scale in zip(parts, scales, strict=True)
     ]
-    return GptqResult(quantized, row_loss, used, int((diagonal == 0).sum()))
+    return GptqResult(quantized, _sum_of_squares(loop.weights), used, int((diagonal == 0).sum()))
 
 
 class _Loop:
     """State of one run, columns as contiguous rows: weights, errors and codes are [K, N]. columns: scale [N] and code of each.
 
-    upper: U, of which only the upper triangle is looked at, every block of it once.
+    upper: M, of which only the upper triangle is looked at, every block of it once. Of a column that is still to come, `errors` holds what
+    those before it move it by; of one that is done, `weights` holds its term of the output error, before it is squared.
     """
 
     def __init__(
@@ -103,15 +108,15 @@ class _Loop:
         block_size: int,
     ) -> None:
         self.weights = weights
-        self.errors = torch.empty_like(weights)
+        self.errors = torch.zeros_like(weights)
         self.codes = torch.empty_like(weights, dtype=torch.int8)
         self.block_size = block_size
         self.columns = columns
-        self.inverse_diagonal = (1 / upper.diagonal()).tolist()
         self.upper = upper
+        self.diagonal = upper.diagonal().tolist()
 
     def run(self, start: int, stop: int) -> None:
-        """Quantize columns [start, stop); errors of earlier columns are already in their weights."""
+        """Quantize columns [start, stop); what earlier columns move them by is already in their errors."""
         if stop - start <= self.block_size:
             spread = self._spread(slice(start, stop), slice(start, stop))
             for j in range(start, stop):
@@ -120,22 +125,26 @@ class _Loop:
         middle = (start + stop) // 2
         self.run(start, middle)
         rest, done = slice(middle, stop), slice(start, middle)
-        self.weights[rest].addmm_(self._spread(rest, done), self.errors[done], alpha=-1)
+        self.errors[rest].addmm_(self._spread(rest, done), self.errors[done])
         self.run(middle, stop)
 
     def _spread(self, to: slice, done: slice) -> Tensor:
-        """What columns receive from the errors of earlier ones: float32, a contiguous row for each that receives."""
+        """M_ij / M_jj: what columns j receive of the errors of earlier ones i, a contiguous row for each that receives."""
         block = self.upper[done, to].t()
-        return torch.empty(block.shape, dtype=torch.float32, device=block.device).copy_(block)
+        return torch.div(block, self.upper.diagonal()[to, None], out=block.new_empty(block.shape))
 
     def _column(self, start: int, j: int, spread: Tensor) -> None:
-        column = self.weights[j]
+        weight, error = self.weights[j], self.errors[j]
         if j > start:
-            column.addmv_(self.errors[start:j].t(), spread[: j - start], alpha=-1)
+            error.addmv_(self.errors[start:j].t(), spread[: j - start])
+        target = error.add_(weight)
         scale, spec = self.columns[j]
-        code = (column / scale).round_().clamp_(spec.qmin, spec.qmax)
+        code = (target / scale).round_().clamp_(spec.qmin, spec.qmax)
         self.codes[j] = code
-        torch.addcmul(column, code, scale, value=-1, out=self.errors[j]).mul_(self.inverse_diagonal[j])
+        image = code.mul_(scale)
+        left = torch.sub(target, image)
+        torch.sub(weight, image, out=error)
+        torch.mul(left, self.diagonal[j], out=weight)
 
 
 def _sum_of_squares(errors: Tensor, step: int = 256) -> Tensor:
@@ -168,21 +177,21 @@ def _column_order(diagonal: Tensor, parts: Sequence[Part], act_order: bool) -> T
     return torch.cat(pieces)
 
 
-def _inverse_factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U with U^T U = (H + damping)^-1, rows and columns of H in the given order, and the damping used.
+def _factor(moment: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """M with M M^T = H + damping, rows and columns of H in the given order, and the damping used.
 
     It is the upper triangle of the matrix that is returned, the one that was given; the lower one holds other values.
     """
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
-        inverse_factor.reorder(moment, order)
+        upper_factor.reorder(moment, order)
     found = moment.diagonal().clone()
     found += found == 0  # a dead column counts as 1
     for retry in range(_DAMPING_RETRIES):
         used = damping * 10**retry
         moment.diagonal().copy_(found + used * found.mean())
-        if inverse_factor.invert(moment):
+        if upper_factor.factorize(moment):
             return moment, used
-        inverse_factor.restore(moment)
+        upper_factor.restore(moment)
     raise QuantError(
         f"gptq: the [{len(moment)}, {len(moment)}] second moment is not positive definite with damping {used:g} * "
         f"mean(diag) (diagonal from {float(found.min()):g}, mean {float(found.mean()):g}); check that it is "
@@ -196,10 +205,14 @@ def _check(w: Tensor, hessian: Tensor, parts: Sequence[Part], block_size: int, d
     n, k = w.shape
     if hessian.shape != (k, k):
         raise QuantError(f"gptq: hessian must be [{k}, {k}] for a weight [{n}, {k}], got {tuple(hessian.shape)}")
-    if not all(bool(rows.isfinite().all()) for rows in hessian.split(1024)):
-        bad = int((~hessian.isfinite()).sum())
-        raise QuantError(f"gptq: hessian holds {bad} NaN or infinite entries; check the calibration data")
-    if bool((hessian.diagonal() < 0).any()):
-        raise QuantError("gptq: hessian has a negative diagonal entry; expected sum x^T x of the layer's input")
     if block_size < 1 or not damping > 0:
         raise QuantError(f"gptq: need block_size >= 1 and damping > 0, got {block_size} and {damping}")
+
+
+def _check_moment(moment: Tensor) -> None:
+    low, high = torch.aminmax(moment)  # NaN or infinite exactly when some entry is
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        bad = int((~moment.isfinite()).sum())
+        raise QuantError(f"gptq: hessian holds {bad} NaN or infinite entries in float32; check the calibration data")
+    if bool((moment.diagonal() < 0).any()):
+        raise QuantError("gptq: hessian has a negative diagonal entry; expected sum x^T x of the layer's input")

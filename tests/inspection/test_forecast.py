@@ -53,6 +53,8 @@ def test_sizes_of_llama_3_8b():
     assert memory["weights of a block"] == FLOAT * 218_103_808
     assert memory["hidden states"] == FLOAT * 64 * 512 * 4096
     assert memory["Hessian"] == 10 * 14336**2
+    rounded = of(calibration_samples=64, calibration_length=512, calibration_dtype="bfloat16")
+    assert step(rounded, "GPTQ").memory["Hessian"] == 6 * 14336**2
     assert found.memory == forecast.BASE + sum(found.kept.values()) + max(item.bytes for item in found.steps)
     assert found.seconds == pytest.approx(sum(item.seconds for item in found.steps))
     assert of(speeds=None).seconds is None

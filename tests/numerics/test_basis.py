@@ -36,6 +36,18 @@ def test_moment_equals_numpy():
     torch.testing.assert_close(moment.mean(), expected / 15000, rtol=0, atol=1e-6 * scale / 15000)  # the same
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [500, 9000])  # more than are summed in float32
+def test_a_mean_that_is_taken_is_the_rounded_mean(dtype, tokens):
+    moments = [SecondMoment("layers.0.input", 300, dtype=dtype) for _ in range(2)]
+    for moment in moments:
+        moment.update(activations(1, tokens, 300))
+    want = moments[0].mean().float()
+    torch.testing.assert_close(moments[1].take_mean(), want, rtol=2e-7, atol=0)  # divided before or behind the rounding
+    with pytest.raises(DataError, match="no tokens"):
+        moments[1].mean()
+
+
 def test_bfloat16_products_are_near_and_symmetric():
     """300 columns need two stripes. Rounding is random, so it averages out over tokens."""
     x = activations(4096, 300)
