@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -140,7 +140,7 @@ class QuantizeWeights(Pass):
             round_blocks(gm, ctx, sites, self.plain_clip)
         for site in head:
             codes, noise = rounded_by_rows(gm, site, self.plain_clip)
-            store(gm, [site], codes, noise)
+            store(gm, [site], codes, [[noise]])
         graph_tools.delete_unused_tensors(gm)
         return len(sites) + len(head)
 
@@ -169,8 +169,18 @@ def source_of(site: Site) -> tuple[Node, ...]:
 
 
 def stacked_weight(gm: GraphModule, group: list[Site]) -> Tensor:
-    """All weights of a group: rows of all sites, columns of all parts."""
-    return torch.cat([site.weight(gm) for site in group])
+    """All weights of a group: rows of all sites, columns of all parts; on the device that computes."""
+    rows = rows_of(group)
+    whole = torch.empty(sum(rows), sum(group[0].columns), device=devices.current())
+    for site, here in zip(group, whole.split(rows), strict=True):
+        for node, part in zip(site.nodes, here.split(site.columns, 1), strict=True):
+            part.copy_(Linear.require(node).weight_tensor(gm))
+    return whole
+
+
+def rows_of(group: list[Site]) -> list[int]:
+    """Rows of the weight of each linear."""
+    return [values.width(site.nodes[0]) for site in group]
 
 
 def round_blocks(gm: GraphModule, ctx: PassContext, sites: list[Site], clip: Literal["mse", "max"]) -> None:
@@ -234,16 +244,25 @@ def experts_of(gm: GraphModule, group: list[Site]) -> Iterator[Tensor]:
 
 
 def store(
-    gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight], noise: float | None = None
+    gm: GraphModule, group: list[Site], codes: list[weight_core.QuantizedWeight], noise: list[list[float]] | None = None
 ) -> list[list[str]]:
     """Replace the linears of a group by linears on codes and release the float weights; the names of the codes, by linear and part.
 
-    noise: of the codes, where it is known.
+    noise: of the codes, by linear and part, where it is known.
     """
-    rows = [values.width(site.nodes[0]) for site in group]
+    known: Sequence[Sequence[float | None]] = noise or [[None] * len(codes)] * len(group)
     return [
-        [replace_by_codes(gm, node, piece, noise) for node, piece in zip(site.nodes, pieces, strict=True)]
-        for site, pieces in zip(group, weight_core.split_rows(codes, rows), strict=True)
+        [replace_by_codes(gm, node, piece, lost) for node, piece, lost in zip(site.nodes, pieces, each, strict=True)]
+        for site, pieces, each in zip(group, weight_core.split_rows(codes, rows_of(group)), known, strict=True)
+    ]
+
+
+def noise_of_parts(group: list[Site], codes: list[weight_core.QuantizedWeight], weight: Tensor) -> list[list[float]]:
+    """Of the codes of a group, by linear and part; weight: what they are of."""
+    rows, columns = rows_of(group), group[0].columns
+    return [
+        [weight_core.rows_noise(piece, [part]) for piece, part in zip(pieces, here.split(columns, 1), strict=True)]
+        for pieces, here in zip(weight_core.split_rows(codes, rows), weight.split(rows), strict=True)
     ]
 
 
@@ -316,15 +335,14 @@ def quantize_block(
         if group[0].indices is None:
             hessian = input_moment(group[0], list(source_of(group[0])), stream, runner, block.end)
             memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
-            with promises.keeping(until_end=True):
-                made.append(quantize_group(gm, group, hessian, ctx, options))
-                del hessian
-                names.append(store(gm, group, made[-1]))
+            codes, noise = quantize_group(gm, group, hessian, ctx, options)
+            del hessian
+            names.append(store(gm, group, codes, noise))
         else:
             with promises.keeping(until_end=True):
                 codes, reports[group[0].fact.name] = quantize_experts(gm, group, block, stream, runner, ctx, options)
-                made.append(codes)
                 names.append(store(gm, group, codes))
+        made.append(codes)
     workdir.keep_block(ctx.work, block.index, made, ctx.notes[before:])
     workdir.put_away(gm, ctx.work, block.index, names)
     return reports
@@ -378,10 +396,13 @@ def written_share(stream: Node, experts: Experts, everywhere: bool, env: dict[No
 
 def quantize_group(
     gm: GraphModule, group: list[Site], hessian: Tensor, ctx: PassContext, options: QuantizeWeights
-) -> list[weight_core.QuantizedWeight]:
-    """Codes of the stacked weights of a group; the moment is of no use any more."""
+) -> tuple[list[weight_core.QuantizedWeight], list[list[float]]]:
+    """Codes of the stacked weights of a group, and their noise; the moment is of no use any more."""
     where = f"{group[0].fact.name} and linears of the same input"
-    return quantize_rows(stacked_weight(gm, group), hessian, group[0].parts(), where, ctx, options, overwrite=True)
+    with promises.keeping():
+        weight = stacked_weight(gm, group)
+    codes = quantize_rows(weight, hessian, group[0].parts(), where, ctx, options, overwrite=True)
+    return codes, noise_of_parts(group, codes, weight)
 
 
 def quantize_rows(
@@ -409,7 +430,7 @@ def quantize_rows(
 
 
 def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lockstep, goal: Node) -> Tensor:
-    """Mean of x^T x over all calibration tokens, float64 [K, K].
+    """Mean of x^T x over all calibration tokens, float32 [K, K].
 
     With the residual stream after a linear that writes into it, tokens count by the inverse of its mean square there: norms divide
     by it before anybody reads the stream. Else a few massive tokens are all that GPTQ sees (and damping is relative to).
