@@ -87,8 +87,9 @@ class Stretch:
         done = set(Schedule(gm, targets, given).order)
         now = Schedule(gm, [*targets, *also], given)
         self.gm, self.order = gm, now.order
-        self.alive = {source for node in whole.order if node not in done for source in node.all_input_nodes}
-        self.alive = {node for node in self.alive if node.op != "get_attr"} | goals & (done | set(given))
+        known = done | set(given)
+        needed = {source for node in whole.order if node not in done for source in node.all_input_nodes}
+        self.alive = {node for node in needed | goals if node in known and node.op != "get_attr"}
         self.release = last_uses(now.order, keep=set(now.targets) | self.alive)
 
     def run(self, env: dict[Node, Any]) -> None:

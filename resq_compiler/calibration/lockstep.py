@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.calibration import aside
+from resq_compiler.calibration import aside, precision
 from resq_compiler.calibration.executor import (
     Schedule,
     Stretch,
@@ -23,7 +23,7 @@ from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.ir import ops
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.numerics.quantized import QuantizedActivation
-from resq_compiler.util import memory
+from resq_compiler.util import devices, memory
 
 CHEAP = {
     ops.rms_norm, ops.columns, ops.merge_heads, ops.quantize, ops.dequantize, aten.layer_norm.default,
@@ -35,18 +35,20 @@ TRIM_EVERY = 8  # batches: after each one, pages that are needed again cost a th
 class Lockstep:
     """Advances several batches through a graph together: what a stretch learns about the weights comes from all of them.
 
-    Between two stretches a batch keeps what the way to the goal needs, as long as all that were kept grew by no more than `room` bytes:
-    the next stretch of the others starts where this one did. The results are the same to the bit. What leads past the goal to later
-    blocks beside it (`carried`) is kept in any case.
+    Between two stretches a batch keeps what the way to the goal needs, as long as all that were kept grew by no more than `room` bytes;
+    beyond that in files, or, where there are none, not: the next stretch of those starts where this one did. What only linears read
+    is kept as these round it. The results are the same to the bit. What leads past the goal to later blocks beside it (`carried`) is kept
+    in any case.
     states: for each batch, the values kept so far. shared: values that no stretch changes (masks, rotary tables). directory: where values
-    between two stretches lie; None: in memory.
+    between two stretches lie; None: in memory. files: where those lie that are beyond `room`; None: nowhere.
     """
 
     def __init__(
         self, gm: GraphModule, states: list[dict[Node, Any]], shared: list[dict[Node, Any]], room: float,
-        directory: Path | None = None,
+        directory: Path | None = None, files: Path | None = None,
     ):  # fmt: skip
         self.gm, self.states, self.shared, self.room, self.directory = gm, states, shared, room, directory
+        self.files, self.filed = files, [set[Node]() for _ in states]
 
     @classmethod
     def begin(
@@ -66,7 +68,8 @@ class Lockstep:
             schedule.run(env)
             states.append({node: aside.put_aside(aside.narrow(env[node]), directory) for node in border})
         del weights, env
-        return cls(gm, states, [tables[b.shape] for b in batches], ROOM * sum(map(_bytes, states)), directory)
+        files = None if work is None or devices.current() is not None else work.path
+        return cls(gm, states, [tables[b.shape] for b in batches], ROOM * sum(map(_bytes, states)), directory, files)
 
     def known(self, batch: int = 0) -> dict[Node, Any]:
         """The values at hand for a batch, in a new dict."""
@@ -89,28 +92,41 @@ class Lockstep:
         beside = [] if last else carried(self.gm, goal)
         plans: dict[frozenset[Node], Stretch] = {}
         weights: dict[Node, Tensor] = {}
-        for i, (state, shared) in enumerate(zip(self.states, self.shared, strict=True)):
+        for i in range(len(self.states)):
             env = self.known(i)
             known = frozenset(env)
             if known not in plans:
                 plans[known] = Stretch(self.gm, targets, known, goal, also, beside)
-                weights |= weights_of(self.gm, [n for n in plans[known].order if n not in weights])
+                made = weights_of(self.gm, [n for n in plans[known].order if n not in weights])
+                weights |= {node: precision.rounded(node, weight) for node, weight in made.items()}
+                del made
             plan = plans[known]
             env.update((node, weights[node]) for node in plan.order if node.op == "get_attr")
             plan.run(env)
             see(i, env)
-            kept = plan.alive if goal in plan.alive else not_cheap(plan.alive, set(shared))
-            after = {n: aside.narrow(v) for n, v in env.items() if n in kept and n not in shared}
-            growth = max(_bytes(after) - _bytes(state), 0)
-            if goal in kept or spent + growth <= self.room:
-                spent += growth
-                state.clear()
-                state.update((node, aside.put_aside(value, self.directory)) for node, value in after.items())
-            del env, after
-            if self.directory is not None:
-                aside.let_go(state.values())
+            spent += self._keep(i, env, plan.alive, goal, self.room - spent)
+            del env
             if i % TRIM_EVERY == TRIM_EVERY - 1:
                 memory.trim()
+
+    def _keep(self, batch: int, env: dict[Node, Any], alive: set[Node], goal: Node, room: float) -> int:
+        """Let the state of a batch be what is alive, where there is room for it; the bytes of memory that it grew by."""
+        state, shared, filed = self.states[batch], self.shared[batch], self.filed[batch]
+        kept = (alive if goal in alive else not_cheap(alive, set(shared))) & env.keys() - shared.keys()
+        new = {node: aside.narrow(precision.rounded(node, env[node])) for node in kept - state.keys()}
+        gone = state.keys() - kept
+        growth = max(_bytes(new) - _bytes({node: state[node] for node in gone - filed}), 0)
+        fits = goal in kept or growth <= room
+        if not fits and self.files is None:
+            return 0
+        place = self.directory if fits else self.files
+        for node in gone:
+            del state[node]
+        state.update((node, aside.put_aside(value, place)) for node, value in new.items())
+        self.filed[batch] = (filed & kept) | (set() if fits else new.keys())
+        if place is not None:
+            aside.let_go(state.values())
+        return growth if fits else 0
 
     def advance(self, goal: Node) -> None:
         """Run to a value that all later ones come from, and forget everything before it."""

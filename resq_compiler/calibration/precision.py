@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from resq_compiler.ir import ops, promises
-from resq_compiler.ir.graph_tools import aten
+from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.numerics.quantized import column_scales
 from resq_compiler.util.devices import CPU
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NATIVE = ("avx512_bf16", "amx_bf16")
 """Instruction sets, as torch.cpu.get_capabilities() names them; elsewhere bfloat16 is emulated, and slower than float32."""
+
+ROUNDED = (aten.linear.default, ops.weight_only_linear)
+"""Their first arguments are an input, and a weight or its codes."""
 
 _dtype = torch.float32
 
@@ -61,8 +65,21 @@ def substitutes() -> Mapping[object, Callable]:
     """Operators to call instead of a node's own, in one calibration run."""
     if _dtype == torch.float32:
         return {}
-    rounded = _Rounded(_dtype)
-    return {aten.linear.default: rounded.linear, ops.weight_only_linear: rounded.weight_only_linear}
+    linears = _Rounded(_dtype)
+    return dict(zip(ROUNDED, (linears.linear, linears.weight_only_linear), strict=True))
+
+
+def rounded(node: Node, value: Any) -> Any:
+    """The value of a node, or the tensor of the model that it is, in the dtype of linears where these are all that reads it."""
+    if _dtype == torch.float32 or not isinstance(value, Tensor) or isinstance(value, promises.Promised):
+        return value
+    return value.to(_dtype) if all(_rounds(user, node) for user in node.users) else value
+
+
+def _rounds(user: Node, node: Node) -> bool:
+    """Whether a node that reads another one is a linear in another dtype, and reads it as its input, its weight or its codes."""
+    kept = (*user.args[2:], *user.kwargs.values())
+    return is_call(user, *ROUNDED) and node in user.args[:2] and node not in kept
 
 
 class _Rounded:

@@ -57,6 +57,15 @@ def test_a_stretch_keeps_what_the_rest_of_the_way_needs(chain):
     assert second.order == [c, d] and env[d] == 43.0
 
 
+def test_what_is_only_to_be_seen_is_not_kept(chain):
+    """It comes from weights that are going to change: c is on the way, and is computed again."""
+    gm, (x, a, b, c, d) = chain
+    env = {x: torch.tensor(3.0)}
+    stretch = executor.Stretch(gm, [b], [x], goal=d, also=[c])
+    stretch.run(env)
+    assert c in env and stretch.alive == {a, b}
+
+
 def test_a_goal_that_is_known_stays_known(chain):
     """Else the next stretch would start again from the inputs: right, and quadratic in the number of blocks."""
     gm, (x, a, b, c, d) = chain

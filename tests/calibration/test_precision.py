@@ -55,6 +55,25 @@ def test_codes_lose_nothing_and_scales_stay_float32(operands):
     assert relative_error(found, whole) < 1e-3  # a sum at a tie may be rounded the other way
 
 
+def test_what_only_linears_read_is_kept_as_they_round_it(operands):
+    x, w, b = operands
+    graph = Graph()
+    alone, shared, weight, bias = map(graph.placeholder, ("alone", "shared", "weight", "bias"))
+    linears = [graph.call_function(aten.linear.default, (node, weight, bias)) for node in (alone, shared)]
+    graph.output((*linears, graph.call_function(aten.neg.default, (shared,))))
+    assert precision.rounded(alone, x) is x
+    with precision.linears_in("bfloat16"):
+        assert (
+            torch.equal(precision.rounded(alone, x), x.bfloat16())
+            and precision.rounded(weight, w).dtype == torch.bfloat16
+        )
+        assert (
+            precision.rounded(shared, x) is x
+            and precision.rounded(bias, b) is b
+            and precision.rounded(alone, (x,)) == (x,)
+        )
+
+
 def test_float32_is_the_operator_itself(operands):
     x, w, b = operands
     with precision.linears_in("float32"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -8,7 +9,7 @@ from resq_compiler.passes import QuantizeWeights
 from resq_compiler.passes.quantize_weights import find_sites, input_moment, source_of, written_stream
 
 import resq_compiler
-from resq_compiler.calibration import executor, lockstep
+from resq_compiler.calibration import executor, lockstep, precision, workdir
 from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.ir import graph_tools, meta, ops, promises
 from resq_compiler.numerics import gptq as gptq_core
@@ -17,6 +18,7 @@ from resq_compiler.numerics.quantized import Part
 from resq_compiler.numerics.weights import quantize_weight_rtn
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
+from resq_compiler.util import memory
 
 PLAIN = {"recipe": "gptq"}  # no change of basis: weights are the model's own, and gains stay with the values
 
@@ -209,27 +211,31 @@ ROOM_FOR_SOME = 0.5  # residual streams: less than the values of all windows, mo
 ROOMS = [
     {},
     {"gptq_on_quantized_activations": True},
+    {"gptq_token_weighting": "residual"},
 ]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", ROOMS, ids=str)
-def test_values_that_are_computed_again_change_nothing(options, build, monkeypatch):
-    """With room for nothing every stretch of a block starts at its start; with room for all none does: the same bits.
+def test_values_that_are_computed_again_change_nothing(options, dtype, build, monkeypatch, tmp_path):
+    """With room for nothing every stretch of a block starts at its start; with room for all, or files, none does: the same bits.
 
     In between some batches keep their values and others don't.
     """
     found, runs, totals = [], [], []
     monkeypatch.setattr(executor, "TOKENS_PER_BATCH", 1)  # one window in each
+    monkeypatch.setattr(memory, "LARGE_BLOCK", 8)  # no value is too small for a file
     plain = executor.Stretch.run
     monkeypatch.setattr(executor.Stretch, "run", lambda self, env: (runs.append(len(self.order)), plain(self, env))[1])
-    for room in (0.0, ROOM_FOR_SOME, 1e9):
+    for room, work in ((0.0, None), (ROOM_FOR_SOME, None), (1e9, None), (0.0, workdir.WorkDirectory(tmp_path, {}))):
         built = build("llama", "quantize-weights", **options)
         monkeypatch.setattr(lockstep, "ROOM", room)
-        QuantizeWeights().run(built.gm, built.ctx)
+        with precision.linears_in(dtype):
+            QuantizeWeights().run(built.gm, dataclasses.replace(built.ctx, work=work))
         found.append(coded(built.gm))
         totals.append(sum(runs))
         runs.clear()
-    assert totals[0] > totals[1] > totals[2]
+    assert totals[0] > totals[1] > totals[2] == totals[3]
     for other in found[1:]:
         assert found[0].keys() == other.keys() and len(other) == 26
         assert all(torch.equal(a, b) for name in other for a, b in zip(found[0][name], other[name], strict=True))
