@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.analysis.columns import FLOAT_BITS
 from resq_compiler.analysis.topology import STREAM_ROLES, Topology
-from resq_compiler.calibration import executor
+from resq_compiler.calibration import executor, precision
 from resq_compiler.calibration.statistics import both, observe, observe_blocks
 from resq_compiler.frontend.latent import is_quantized_vector
 from resq_compiler.ir import graph_tools, meta, ops
@@ -240,7 +240,7 @@ class SiteSearch:
         """See a batch of values."""
         if self.search is None:
             weights = [float_weight(self.gm, n) for n in self.readers]
-            self.search = ClipSearch(self.bits, torch.cat(weights) if weights else None, self.groups)
+            self.search = ClipSearch(self.bits, torch.cat(weights) if weights else None, precision.dtype(), self.groups)
         self.search.update(x)
         self.left -= 1
         if not self.left:

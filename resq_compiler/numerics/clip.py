@@ -15,7 +15,7 @@ from resq_compiler.numerics.quantized import dequantize, quantize_activation
 SHARES = tuple(round(1 - 0.05 * i, 2) for i in range(11))
 """Candidates, the whole range first: it wins ties."""
 ROWS = 256  # after so many, and so many more, shares far from the best are given up
-FAR = 1.15
+FAR = 0.15  # of the least error, after the first ROWS; of n times as many an n-th
 
 
 class ClipSearch:
@@ -24,14 +24,16 @@ class ClipSearch:
     Relative, because what reads the layer's output is a norm; a massive token would else decide alone.
 
     readers: [N, width], the weights that read the rows. With them the error is |(Q(x) - x) readers^T|^2 / |x|^2: what is cut off lies
-    in the direction of x, which weights amplify, and what is rounded lies in any; the error of the input counts both alike.
-    groups: equal runs of columns with scales of their own.
+    in the direction of x, which weights amplify, and what is rounded lies in any; the error of the input counts both alike. dtype: of the
+    products with them. groups: equal runs of columns of rows with scales of their own.
     """
 
-    def __init__(self, bits: int, readers: Tensor | None = None, groups: int = 1) -> None:
-        self.bits, self.groups = bits, groups
+    def __init__(
+        self, bits: int, readers: Tensor | None = None, dtype: torch.dtype = torch.float32, groups: int = 1
+    ) -> None:
+        self.bits, self.groups, self.rows = bits, groups, 0
         self.errors = torch.zeros(len(SHARES), dtype=torch.float64)
-        self.readers = None if readers is None else _factor(readers)
+        self.readers = None if readers is None else _factor(readers).to(dtype)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -40,9 +42,11 @@ class ClipSearch:
             energy = rows.square().sum(-1).clamp_min(torch.finfo(rows.dtype).tiny)
             for i in self.errors.isfinite().nonzero().flatten().tolist():
                 gap = dequantize(quantize_activation(rows, self.bits, self.groups, SHARES[i])).sub_(rows)
-                error = (gap if self.readers is None else gap @ self.readers).square_().sum(-1)
-                self.errors[i] += float((error / energy).sum())
-            self.errors[self.errors > FAR * self.errors.min()] = torch.inf
+                felt = gap if self.readers is None else (gap.to(self.readers.dtype) @ self.readers).float()
+                self.errors[i] += float((felt.square_().sum(-1) / energy).sum())
+            self.rows += len(rows)
+            near = 1 + FAR * min(1, ROWS / self.rows)
+            self.errors[self.errors > near * self.errors.min()] = torch.inf
 
     def best(self) -> float:
         """The share with the least error."""
