@@ -146,6 +146,14 @@ class Promise(ABC):
             start += len(piece)
         return y
 
+    def times_transposed(self, y: Tensor) -> Tensor:
+        """y value, of a matrix, likewise: what comes back through `times` of a gradient."""
+        x, start = y.new_zeros(*y.shape[:-1], self.shape[1]), 0
+        for piece in self.counted_pieces():
+            x += y[..., start : start + len(piece)] @ piece.to(y.device, y.dtype)
+            start += len(piece)
+        return x
+
     def whole(self) -> Tensor:
         """The value, or the one that is held."""
         return self.made() if _held is None else _held.get(self, None, self.made, self._asked())
@@ -244,13 +252,23 @@ class Change(Promise):
         self.of, self.around = of, around
 
     def times(self, x: Tensor) -> Tensor:
-        if self.around is None:
+        if self.around is None or not self._is_less(x):
             return super().times(x)
         before, after = self.around.before, self.around.after
-        if x.shape[:-1].numel() >= self.shape[0 if after is None else 1]:
-            return super().times(x)
         y = self.of.times(x if before is None else before(x.double()).to(x.dtype))
         return y if after is None else after(y.double()).to(x.dtype)
+
+    def times_transposed(self, y: Tensor) -> Tensor:
+        if self.around is None or not self._is_less(y):
+            return super().times_transposed(y)
+        before, after = self.around.before, self.around.after
+        x = self.of.times_transposed(y if after is None else pulled_back(after, y, self.of.shape[0]))
+        return x if before is None else pulled_back(before, x, self.shape[1])
+
+    def _is_less(self, x: Tensor) -> bool:
+        """Whether going around is less work for so many rows."""
+        assert self.around is not None
+        return x.shape[:-1].numel() < self.shape[0 if self.around.after is None else 1]
 
 
 class ChangedRows(Change):
@@ -363,11 +381,15 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (y,) = gradients
-        x, start = y.new_zeros(*y.shape[:-1], ctx.weight.shape[1]), 0
-        for piece in ctx.weight.counted_pieces():
-            x += y[..., start : start + len(piece)] @ piece.to(y.device)
-            start += len(piece)
-        return x, None, None
+        return ctx.weight.times_transposed(y), None, None
+
+
+def pulled_back(change: Callable[[Tensor], Tensor], gradient: Tensor, width: int) -> Tensor:
+    """The gradient of rows of a width, from that of what a linear function in float64 makes of them."""
+    rows = gradient.new_zeros(*gradient.shape[:-1], width, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(change(rows), rows, gradient.double())
+    return found.to(gradient.dtype)
 
 
 class Promised(Tensor):

@@ -213,9 +213,13 @@ def test_a_product_of_few_rows_goes_around_the_change() -> None:
     rows = ChangedRows(of, scaled, promises.Around(before=lambda x: x * s))
     weight = Promised(Changed(rows, turned, around=promises.Around(after=lambda y: y.flip(-1))))
     few, many = torch.randn(5, 8, generator=generator), torch.randn(8, 8, generator=generator)
+    few.requires_grad_()
     found = torch.ops.aten.linear.default(few, weight)
-    assert not made and reads == [(0, 6)]
-    torch.testing.assert_close(found, few @ weight.make().T)
+    gradient = torch.randn(5, 6, generator=generator)
+    found.backward(gradient)
+    assert not made and reads == [(0, 6)] * 2
+    torch.testing.assert_close(found.detach(), few.detach() @ weight.make().T)
+    torch.testing.assert_close(few.grad, gradient @ weight.make())
     made.clear()
     found = torch.ops.aten.linear.default(many, weight)
     assert made == ["rows", "whole"]
