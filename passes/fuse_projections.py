@@ -29,7 +29,7 @@ from resq_compiler.ir.graph_tools import aten, is_call, only_user, replace
 from resq_compiler.ir.promises import Around
 from resq_compiler.ir.transforms import TARGETS, Transforms
 from resq_compiler.ir.views import Embedding, Linear, Norm, SplitHeads
-from resq_compiler.numerics.float64 import each
+from resq_compiler.numerics.float64 import by_column_chunks, each
 from resq_compiler.numerics.transforms import HeadRotation, Scaling, Transform
 from resq_compiler.pipeline.passes import Pass, PassContext
 from resq_compiler.util import devices, memory
@@ -153,11 +153,14 @@ def change_outputs(gm: GraphModule, linear: Linear, transform: Transform) -> Non
     def change(value: Tensor) -> Tensor:
         return into(value.double()).to(value.dtype)
 
+    def change_columns(weight: Tensor) -> Tensor:
+        return by_column_chunks(weight, change)
+
     bias = linear.bias_tensor(gm)
     if linear.of_experts:
-        linear.change_experts(gm, lambda w, _: each(w, change))
+        linear.change_experts(gm, lambda w, _: each(w, change_columns))
     else:
-        linear.change_weight(gm, change, Around(after=there(transform, type(transform).forward)))
+        linear.change_weight(gm, change_columns, Around(after=there(transform, type(transform).forward)))
     if bias is not None:
         linear.set_bias(gm, each(bias, change) if linear.of_experts else change(bias), FuseProjections.name)
 

@@ -28,9 +28,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from resq_compiler.numerics.float64 import PIECE
 from resq_compiler.util import memory
 
-ROWS = 4096  # made at a time; the rows of vocabularies are many
+ROWS = 4096  # made at a time, at most; the rows of vocabularies are many
 TABLE = 64 * 2**20  # bytes of a matrix from which on it is worked on by rows
 HELD_ROWS = 2**30  # bytes of the matrices of single experts that are held for those who ask again
 
@@ -186,7 +187,8 @@ class Stored(Promise):
             memory.page_out_tensor(self._source)
 
     def pieces(self) -> Iterator[Tensor]:
-        count, step = self.shape[0] if self.shape else 1, max(1, ROWS // math.prod(self.shape[1:-1]))
+        count, numbers = self.shape[0] if self.shape else 1, math.prod(self.shape[1:])
+        step = max(1, min(ROWS // math.prod(self.shape[1:-1]), PIECE // max(4 * numbers, 1)))
         for start in range(0, count, step):
             yield self._read(start, min(start + step, count)).to(self.dtype)
 

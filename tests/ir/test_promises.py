@@ -151,6 +151,11 @@ def test_an_expert_that_several_ask_for_is_made_once_while_there_is_room(
     assert len(turned) == changes
 
 
+def test_wide_rows_are_fewer_at_a_time() -> None:
+    promise, reads = counted((5, promises.PIECE // 8))
+    assert [len(piece) for piece in promise.pieces()] == [2, 2, 1] and reads == [(0, 2), (2, 4), (4, 5)]
+
+
 def test_a_value_is_written_piece_by_piece(tmp_path) -> None:
     promise, reads = counted((9000, 3))
     changed = ChangedRows(promise, lambda w: w + 1)
