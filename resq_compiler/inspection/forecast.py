@@ -222,7 +222,7 @@ class _Plan:
     @property
     def table(self) -> int:
         """Bytes of the embedding, or of lm_head, that are made at a time: a large one piece by piece, in float64 where it is rotated."""
-        piece = (FLOAT + 2 * DOUBLE) * promises.ROWS * self.shapes.hidden
+        piece = (FLOAT + 2 * DOUBLE) * min(promises.ROWS * self.shapes.hidden, promises.PIECE // FLOAT)
         return piece if self.embedding >= promises.TABLE else 2 * self.embedding
 
     @property
