@@ -58,6 +58,6 @@ def _factor(readers: Tensor) -> Tensor:
     rows, width = readers.shape
     if rows <= width:
         return readers.mT.contiguous().float()
-    gram = readers.double().mT @ readers.double()
-    gram.diagonal().add_((1e-9 * gram.diagonal().mean()).clamp_min(1e-80))
+    gram = (readers.float().mT @ readers.float()).double()
+    gram.diagonal().add_((1e-6 * gram.diagonal().mean()).clamp_min(1e-80))  # more than the rounding of its sums
     return torch.linalg.cholesky(gram).float()
