@@ -20,6 +20,7 @@ from resq_compiler.calibration.executor import TOKENS_PER_BATCH
 from resq_compiler.inspection.rates import Rates
 from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.ir.views import Embedding, Linear
+from resq_compiler.numerics.float64 import PIECE
 from resq_compiler.passes import AllocateBits, ComputeBases, FuseProjections, QuantizeWeights
 from resq_compiler.pipeline.passes import Pass
 from resq_compiler.recipes.settings import CompileConfig
@@ -222,7 +223,7 @@ class _Plan:
     @property
     def table(self) -> int:
         """Bytes of the embedding, or of lm_head, that are made at a time: a large one piece by piece, in float64 where it is rotated."""
-        piece = (FLOAT + 2 * DOUBLE) * min(promises.ROWS * self.shapes.hidden, promises.PIECE // FLOAT)
+        piece = (FLOAT + 2 * DOUBLE) * min(promises.ROWS * self.shapes.hidden, PIECE // FLOAT)
         return piece if self.embedding >= promises.TABLE else 2 * self.embedding
 
     @property
