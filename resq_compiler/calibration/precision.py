@@ -19,6 +19,7 @@ from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from resq_compiler.ir import ops, promises
+from resq_compiler.ir.args import argument, parameters_of
 from resq_compiler.ir.graph_tools import aten, is_call
 from resq_compiler.numerics.quantized import column_scales
 from resq_compiler.util.devices import CPU
@@ -78,8 +79,10 @@ def rounded(node: Node, value: Any) -> Any:
 
 def _rounds(user: Node, node: Node) -> bool:
     """Whether a node that reads another one is a linear in another dtype, and reads it as its input, its weight or its codes."""
-    kept = (*user.args[2:], *user.kwargs.values())
-    return is_call(user, *ROUNDED) and node in user.args[:2] and node not in kept
+    if not is_call(user, *ROUNDED):
+        return False
+    names = list(parameters_of(user))
+    return not any(argument(user, name) is node for name in names[2:])
 
 
 class _Rounded:
