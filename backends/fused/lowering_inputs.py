@@ -151,7 +151,16 @@ def _of_hadamard(low: Lowering, split: Split) -> CodesNodes | None:
             low.left[one.x.name] = f"its Hadamard transform is computed by PyTorch: {reason}"
         return None
     gate, up, activation = gated(transform.x)
-    arguments = (gate, up, activation, transform.transpose, *split.lists, split.inputs[0].groups, split.clips, low.target.name)
+    arguments = (
+        gate,
+        up,
+        activation,
+        transform.transpose,
+        *split.lists,
+        split.inputs[0].groups,
+        split.clips,
+        low.target.name,
+    )
     node = low.emit(operators.hadamard_quantize, arguments, split.inputs[-1].node)
     return low.codes_of(node, split.parts)
 

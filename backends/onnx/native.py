@@ -254,7 +254,9 @@ def mixed_linear(low: Lowering, node: Node) -> Value:
 def hadamard_quantize(low: Lowering, node: Node) -> Pieces:
     gate, up, activation, transpose, bits, weight_bits, widths, groups, clips, _ = _arguments(node)
     native = _native(low)
-    attributes, dense = _transforms(weight_bits, [width * groups for width in widths], "transposed" if transpose else "hadamard")
+    attributes, dense = _transforms(
+        weight_bits, [width * groups for width in widths], "transposed" if transpose else "hadamard"
+    )
     together = None if up is None else _tiled([gate, up])
     products = (native.exact(gate), native.optional(up)) if together is None else (native.exact(together), "")
     inputs = (*products, native.b.constant(dense) if dense.size else "")

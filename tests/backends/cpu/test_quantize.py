@@ -134,6 +134,20 @@ def test_transforms(library, isa, n, transpose):
     assert_close_codes(got, hadamard_transform(F.silu(gate) * up, hadamard_plan(n), transpose), parts)
 
 
+def test_transforms_and_norms_in_groups(library, isa):
+    """A transform goes over all groups of a part; every group has a scale, and both parts have as many."""
+    gate, up = torch.randn(3, 192), torch.randn(3, 192)
+    parts = [CodePart(4, 28, 6), CodePart(8, 4, 6)]
+    got = hadamard_quantize(library, gate, up, parts, "silu")
+    pieces = (F.silu(gate) * up).split([168, 24], 1)
+    turned = torch.cat([hadamard_transform(piece, hadamard_plan(piece.shape[1])) for piece in pieces], 1)
+    assert got.scale.shape == (3, 12)
+    assert_close_codes(got, turned, parts)
+    assert_close_codes(
+        norm_quantize(library, gate, parts, "rms", None, None, 1e-5), F.rms_norm(gate, (192,), None, 1e-5), parts
+    )
+
+
 def test_parts_have_transforms_of_their_own(library, isa):
     gate, parts = torch.randn(4, 144), [CodePart(4, 128), CodePart(8, 16)]
     got = hadamard_quantize(library, gate, None, parts)

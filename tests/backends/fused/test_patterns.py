@@ -93,6 +93,7 @@ def test_near_misses_of_norms(build):
     assert reason == f"others than the quantizers of one linear's input read it: {other.name}"
     grouped = build.quantizers((build.call(ops.rms_norm, build.input(2, 5, 64), None, 1e-6), 4, 4))
     assert patterns.common_source(grouped).norm(grouped) == "it is quantized in groups"
+    assert isinstance(patterns.common_source(grouped).norm(grouped, grouped=True), Norm)
     plain = build.quantizers((build.input(2, 5, 64), 4))
     assert patterns.common_source(plain).norm(plain) is None
 

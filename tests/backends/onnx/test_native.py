@@ -130,12 +130,22 @@ def test_quantizers_in_nodes_of_their_own(made, monkeypatch):
     assert np.array_equal(got.numpy(), expected.numpy())
 
 
+def test_inputs_in_groups_take_no_operator_more(made):
+    compiled, path = made(recipe="resq+", allocation="equal", activation_group_size=32)
+    nodes = [n for n in fused_nodes(path) if n.op_type not in ENDS]
+    layers = len(compiled.cache_specs)
+    assert Counter(n.op_type for n in nodes) == {k: layers * n for k, n in BLOCK.items()}
+    groups = {(n.op_type, a.i) for n in nodes for a in n.attribute if a.name == "groups"}
+    assert {("NormLinear", 2), ("HadamardLinear", 5)} <= groups
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
         ("llama", dict(recipe="quarot")),
         ("llama", dict(recipe="rtn")),
         ("llama", dict(recipe="resq+", allocation="equal")),
+        ("llama", dict(recipe="resq+", allocation="equal", activation_group_size=32)),
         ("llama", dict(key_basis="head", site_fractions="mlp=1/4,o=0,value=0")),
         ("llama", dict(kv_bits=8, activation_bits=8)),
         ("llama", dict(activation_bits=8)),
