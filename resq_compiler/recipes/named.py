@@ -117,6 +117,7 @@ RECIPES: dict[str, Recipe] = {
             **PLUS,
             "allocation": "widths",
             "key_basis": "head",
+            "activation_group_size": 32,
             "gptq_on_quantized_activations": True,
             "learn_scales": True,
             "learn_codes": True,
