@@ -176,7 +176,7 @@ class CompileConfig:
             ("spread_outliers", False, {**plain, "outlier_threshold": (None,)}),
             ("outlier_threshold", None, {"basis": ("outliers",), "allocation": ("equal",), "average_bits": (None,),
                                          "model_megabytes": (None,), "high_fraction": (0.0,)}),
-            ("activation_group_size", None, {"activation_scales": ("dynamic",), "activation_bits": (2, 3, 4, 5, 6, 7)}),
+            ("activation_group_size", None, {"activation_scales": ("dynamic",)}),
             ("learn_rotations", "none", {**learned, "basis": ("pca", "weights", "hadamard")}),
             ("learn_pairs", False, {"learn_rotations": ("divergence", "cross-entropy")}),
             ("learn_blocks", False, {**learned, "weight_method": ("rtn",), "learn_scales": (False,)}),

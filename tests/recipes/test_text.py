@@ -35,8 +35,7 @@ def test_settings_are_read_back(values, share, damping, sites):
     share = 0.0 if values["high_bits"] == 16 else share
     learns = values["basis"] in ("pca", "weights", "hadamard") and values["activation_scales"] == "dynamic"
     values |= {"gptq_on_quantized_activations": True} if learns else {"learn_rotations": "none"}
-    grouped = values["activation_scales"] == "dynamic" and values["activation_bits"] < 8
-    values |= {} if grouped else {"activation_group_size": None}
+    values |= {} if values["activation_scales"] == "dynamic" else {"activation_group_size": None}
     values |= {"allocation": "equal", "high_fraction": share, "gptq_damping": damping, "site_fractions": sites}
     passes = passes_for(CompileConfig(**values))
     assert parse(to_text(passes)) == passes

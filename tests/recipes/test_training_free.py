@@ -141,6 +141,7 @@ def test_prefixquant_has_one_scale_for_all_tokens(build):
     "options, message",
     [
         ({"recipe": "resq", "smooth_alpha": 0.5}, "smooth_alpha: expected basis=none or outliers beside it; got basis=pca"),
+        ({"recipe": "prefixquant", "activation_group_size": 32}, "activation_group_size: expected activation_scales=dynamic beside it"),
         ({"recipe": "quarot", "scale_search": True}, "scale_search: expected basis=none or outliers beside it"),
         ({"recipe": "duquant", "high_fraction": 0.25}, "spread_outliers: expected high_fraction=0.0 beside it; got high_fraction=0.25"),
         ({"recipe": "llm-int8", "basis": "none"}, "outlier_threshold: expected basis=outliers beside it"),
