@@ -224,7 +224,7 @@ def write_gain(gm: GraphModule, node: Node, scaling: Transform, made_by: str) ->
 
 
 def may_learn_clip(node: Node) -> float | None:
-    """The clip of a quantizer below 8 bits of activations with dynamic ranges; None for any other node."""
+    """The clip of a quantizer below 8 bits of activations with dynamic ranges of whole parts; None for any other node."""
     quantizer = Quantize.of(node)
     if quantizer is not None and quantizer.bits < 8 and quantizer.scale is None and quantizer.groups == 1:
         return quantizer.clip

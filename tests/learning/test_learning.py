@@ -210,6 +210,7 @@ def test_learned_scales_leave_the_codes_alone(build):
         "learn_rotations": "none",
         "allocation": "equal",
         "activation_clip": 0.9,
+        "activation_group_size": None,
     }
     built, exact = build("llama", "learn-scales", **options), build("llama", "quantize-activations", **options)
     ctx = with_text(built, exact)
