@@ -63,7 +63,7 @@ class QuantizeActivations(Pass):
     clip: the share of the range that codes cover, or by what error it is searched. o_granularity: of the scales at output projections.
     scales "static": one scale and zero point for all tokens, with the least error on calibration tokens; `clip` means nothing then.
     group_size: columns that share a scale at the inputs of attention and of feed-forwards without experts, at least; none: all of a part.
-    Groups are as small as divides the parts of an input evenly. Source of groups: Atom, arXiv 2310.19102, section 4.2; differs: groups
+    There are as many groups as divide all parts of an input. Source of groups: Atom, arXiv 2310.19102, section 4.2; differs: groups
     cut every part.
     """
 
@@ -84,14 +84,13 @@ class QuantizeActivations(Pass):
         shared: dict[tuple, Node] = {}
         done = 0
         static = self.scales == "static"
-        groups_of = {} if self.group_size is None else groups_of_inputs(gm, self.group_size, ctx.note)
+        cut = {} if self.group_size is None else groups_of_inputs(gm, self.group_size, ctx.note)
         search = isinstance(self.clip, str) and not static
-        clips = search_clips(gm, ctx, self.clip == "output", groups_of) if search else {}
+        clips = search_clips(gm, ctx, self.clip == "output", cut) if search else {}
         for node, part in open_parts(gm):
             wide = 1.0 if isinstance(self.clip, str) else self.clip
             clip = clips.get(source(node), wide) if may_clip(part) else 1.0
-            groups = part.heads if self.o_granularity == "head" else 1
-            groups = groups_of.get(part.site, groups)
+            groups = cut.get(part.site, part.heads if self.o_granularity == "head" else 1)
             done += quantize_input(gm, node, part, 1.0 if static else clip, groups, shared)
         if static:
             give_static_scales(gm, ctx, list(shared.values()))
@@ -122,7 +121,7 @@ def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) ->
             experts.add(part.site)
         else:
             parts.setdefault(part.site, []).append(part.stop - part.start)
-    found = {site: groups_of(widths, size) for site, widths in parts.items()}
+    found = {site: most_groups(widths, size) for site, widths in parts.items()}
     wide = {(sum(widths), found[site]) for site, widths in parts.items() if sum(widths) >= 2 * size * found[site]}
     if wide:
         shown = ", ".join(f"{columns // groups} of {columns}" for columns, groups in sorted(wide))
@@ -136,7 +135,7 @@ def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) ->
     return found
 
 
-def groups_of(widths: Sequence[int], size: int) -> int:
+def most_groups(widths: Sequence[int], size: int) -> int:
     """The most groups that divide all widths, and have `size` columns of these together, at least."""
     common = math.gcd(*widths)
     return max(g for g in range(1, common + 1) if common % g == 0 and (g == 1 or g * size <= sum(widths)))

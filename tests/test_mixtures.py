@@ -69,8 +69,6 @@ def test_experts_keep_a_scale_a_token_where_other_inputs_have_groups():
         if q is not None
     }
     assert {name for name, n in groups if n == 1} == {"mlp_input", "down_input"} and ("attention_input", 2) in groups
-    twin = resq_compiler.compile(small("mixtral"), tiny_tokens(16, 32), weight_method="rtn", **FOUR)
-    assert relative_error(compiled(IDS).logits, twin(IDS).logits) < 1
 
 
 def test_the_stage_says_what_every_expert_was_rounded_with(mixtral):

@@ -32,6 +32,11 @@ class Split:
     def clips(self) -> list[float]:
         return [one.clip for one in self.inputs]
 
+    @property
+    def attributes(self) -> tuple[list[int], list[int], list[int], int, list[float]]:
+        """The lists, groups and clips, as operators take them that quantize."""
+        return *self.lists, self.inputs[0].groups, self.clips
+
     def cut(self, first: int, count: int) -> Split:
         """Some of them."""
         return Split(self.inputs[first : first + count], self.parts[first : first + count])
@@ -63,7 +68,7 @@ def _make(low: Lowering, split: Split) -> list[CodesNodes]:
 def _quantize(low: Lowering, split: Split, x: Node, norm: Norm | None = None) -> CodesNodes:
     """norm_quantize of x, whose columns are those of the inputs."""
     normed = (None, None, "none", 0.0) if norm is None else (norm.gain, norm.bias, _kind(norm), norm.eps)
-    arguments = (x, *normed, *split.lists, split.inputs[0].groups, split.clips, low.target.name)
+    arguments = (x, *normed, *split.attributes, low.target.name)
     node = low.emit(operators.norm_quantize, arguments, split.inputs[-1].node)
     return low.codes_of(node, split.parts)
 
@@ -151,16 +156,7 @@ def _of_hadamard(low: Lowering, split: Split) -> CodesNodes | None:
             low.left[one.x.name] = f"its Hadamard transform is computed by PyTorch: {reason}"
         return None
     gate, up, activation = gated(transform.x)
-    arguments = (
-        gate,
-        up,
-        activation,
-        transform.transpose,
-        *split.lists,
-        split.inputs[0].groups,
-        split.clips,
-        low.target.name,
-    )
+    arguments = (gate, up, activation, transform.transpose, *split.attributes, low.target.name)
     node = low.emit(operators.hadamard_quantize, arguments, split.inputs[-1].node)
     return low.codes_of(node, split.parts)
 

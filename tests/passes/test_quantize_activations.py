@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from resq_compiler.passes import QuantizeActivations, quantize_activations
-from resq_compiler.passes.quantize_activations import groups_of, may_clip, open_parts, search_clips
+from resq_compiler.passes.quantize_activations import may_clip, most_groups, open_parts, search_clips
 
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
@@ -44,7 +44,7 @@ def test_granularity_of_o_proj(granularity, groups, build):
      ([61, 3], 32, 1)],
 )  # fmt: skip
 def test_groups_divide_all_parts_of_an_input(widths, size, groups):
-    assert groups_of(widths, size) == groups
+    assert most_groups(widths, size) == groups
 
 
 @pytest.mark.parametrize("clip", [0.9, "output"])
