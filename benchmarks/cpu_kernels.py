@@ -56,7 +56,7 @@ def random_weight(low: int, high: int, channels: int, groups: int = 1) -> Linear
             span = 2 ** (bits - 1)
             q = torch.randint(-span, span, (channels, width * groups), dtype=torch.int8, generator=generator)
             parts.append((q, torch.full((channels,), 0.02 / span), bits))
-    return pack_linear(parts, (groups,) * len(parts))
+    return pack_linear(parts, (groups,) * len(parts), [bits for _, _, bits in parts])
 
 
 def linears(seconds: float) -> None:
@@ -146,7 +146,16 @@ def native_graph(blocks: int) -> Graph:
         for name in present:
             g.output(name, TensorProto.UINT8, [1, KV_HEADS, "T", HEAD.row_bytes])
         codes = g.op("AttentionQuantize", q, *present, mask, outputs=4, scale=0.125, **heads)
-        x = mixed(g, codes, random_weight(56, 8, HIDDEN, HEADS), x, low_width=56, high_width=8, groups=HEADS)
+        x = mixed(
+            g,
+            codes,
+            random_weight(56, 8, HIDDEN, HEADS),
+            x,
+            low_width=56,
+            high_width=8,
+            low_groups=HEADS,
+            high_groups=HEADS,
+        )
         codes = g.op("NormQuantize", x, gain, outputs=4, **norm)
         gate_up = mixed(g, codes, random_weight(504, 72, 2 * FFN), low_width=504, high_width=72)
         dense = g.constant(hadamard_factor())

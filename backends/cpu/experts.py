@@ -26,7 +26,8 @@ class ExpertWeight:
     """Weights of a linear of E experts.
 
     codes: uint8 [bytes], the tiles of an expert behind those of another, and of its parts behind each other (formats.pack_weight).
-    scale: float32 [E, parts, N].    row_sum: int32 of that shape.    bits: int32 [E, parts], of the weight codes.
+    scale: float32 [E, parts, N].    row_sum: int32 [E, parts whose rows are not centred, N].
+    bits: int32 [E, parts], of the weight codes.
     bias: float32 [E, N].
     """
 
@@ -117,15 +118,16 @@ def _arguments(
     check_operand(kernel, "zero_point", x.zero_point, torch.int32, (rows, len(x.rows)))
     check_operand(kernel, "scale", x.scale, torch.float32, (rows, len(x.rows)))
     check_operand(kernel, "weight scale", weight.scale, torch.float32, (experts, len(x.rows), n))
-    check_operand(kernel, "weight row_sum", weight.row_sum, torch.int32, (experts, parts, n))
+    summed = sum(bits > formats.CENTRED_BITS for bits in x.bits)
+    check_operand(kernel, "weight row_sum", weight.row_sum, torch.int32, (experts, summed, n))
     check_operand(kernel, "weight bits", weight.bits, torch.int32, (experts, parts))
     check_operand(kernel, "weight codes", weight.codes, torch.uint8, (int(places[-1]),))
     check_operand(kernel, "bias", weight.bias, torch.float32, (experts, n))
     _check_groups(kernel, groups, rows, experts)
     described = (LinearPart * MAX_PARTS)()
-    for i, (codes, width) in enumerate(zip(x.rows, x.widths, strict=True)):
+    for i, (codes, width, bits) in enumerate(zip(x.rows, x.widths, x.bits, strict=True)):
         check_operand(kernel, f"rows of part {i}", codes, torch.int8, (rows, library.row_bytes(width, 1)))
-        described[i] = LinearPart(Part(width, 1, 8, 1.0), 0, address(codes), address(weight.codes))
+        described[i] = LinearPart(Part(width, 1, bits, 1.0), 0, address(codes), address(weight.codes))
     linear = MixedLinearArgs(
         rows, n, len(x.rows), described, address(x.scale), address(x.zero_point), address(weight.scale),
         address(weight.row_sum), address(weight.bias), address(residual), n, address(y), n,

@@ -17,6 +17,8 @@ from resq_compiler.numerics.quantized import quantize_activation
 TILE = 64
 NIBBLE_BITS = 4
 """Codes of up to so many bits are stored two a byte."""
+CENTRED_BITS = 7
+"""Rows hold codes of up to so many bits less their zero point."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _runs(codes: Tensor, groups: int, where: str) -> Tensor:
 
 
 def pack_rows(codes: Tensor, groups: int = 1) -> Tensor:
-    """Activation codes of one part with the sums of every run behind them.
+    """Activation codes of one part, less their zero point up to CENTRED_BITS, with the sums of every run behind them.
 
     Args:    codes: [..., groups * width] int8.
     Returns: [..., groups * (stride + 4)] int8.

@@ -44,13 +44,14 @@ class CodePart:
 class RowParts:
     """Quantized rows of one or more parts.
 
-    rows: per part int8 [M, row bytes] (formats.pack_rows).    widths, groups: of every part.
+    rows: per part int8 [M, row bytes] (formats.pack_rows).    widths, groups, bits: of every part.
     scale: float32 [M, runs of all parts].    zero_point: int32, of the same shape.
     """
 
     rows: tuple[Tensor, ...]
     widths: tuple[int, ...]
     groups: tuple[int, ...]
+    bits: tuple[int, ...]
     scale: Tensor
     zero_point: Tensor
 
@@ -60,7 +61,7 @@ class LinearWeight:
     """Weights of one linear, or of several stacked along their outputs, packed for the kernels.
 
     tiles: per part uint8 (formats.pack_weight).    bits: of each part's weight codes.    scale: float32 [parts, N].
-    row_sum: int32 [runs, N], sums of the codes.
+    row_sum: int32 [runs of rows that are not centred, N], sums of the codes.
     """
 
     tiles: tuple[Tensor, ...]
@@ -73,11 +74,16 @@ class LinearWeight:
         return self.scale.shape[1]
 
 
-def pack_linear(parts: Sequence[tuple[Tensor, Tensor, int]], groups: Sequence[int]) -> LinearWeight:
-    """Pack the parts of a linear: (qdata int8 [N, K_part], scale [N], bits) and the runs that each part has."""
+def pack_linear(
+    parts: Sequence[tuple[Tensor, Tensor, int]], groups: Sequence[int], row_bits: Sequence[int]
+) -> LinearWeight:
+    """Pack the parts of a linear: (qdata int8 [N, K_part], scale [N], bits), the runs of each, and the bits of the rows that meet it."""
     tiles = tuple(formats.pack_weight(q, bits, g) for (q, _, bits), g in zip(parts, groups, strict=True))
-    sums = [q.unflatten(-1, (g, -1)).sum(-1, dtype=torch.int32).T for (q, _, _), g in zip(parts, groups, strict=True)]
     scale = torch.stack([scale.float() for _, scale, _ in parts]).contiguous()
+    sums = [scale.new_empty(0, scale.shape[1], dtype=torch.int32)]
+    for (q, _, _), g, bits in zip(parts, groups, row_bits, strict=True):
+        if bits > formats.CENTRED_BITS:
+            sums.append(q.unflatten(-1, (g, -1)).sum(-1, dtype=torch.int32).T)
     return LinearWeight(tiles, tuple(bits for _, _, bits in parts), scale, torch.cat(sums).contiguous())
 
 
@@ -100,7 +106,8 @@ def mixed_linear(
     check_operand("mixed_linear", "scale", x.scale, torch.float32, (m, sum(x.groups)))
     check_operand("mixed_linear", "zero_point", x.zero_point, torch.int32, (m, sum(x.groups)))
     check_operand("mixed_linear", "weight scale", weight.scale, torch.float32, (len(x.rows), n))
-    check_operand("mixed_linear", "weight row_sum", weight.row_sum, torch.int32, (sum(x.groups), n))
+    summed = sum(groups for groups, bits in zip(x.groups, x.bits, strict=True) if bits > formats.CENTRED_BITS)
+    check_operand("mixed_linear", "weight row_sum", weight.row_sum, torch.int32, (summed, n))
     check_operand("mixed_linear", "bias", bias, torch.float32, (n,))
     check_operand("mixed_linear", "residual", residual, torch.float32, (m, n))
     y = torch.empty(m, n, dtype=torch.float32)
@@ -124,7 +131,7 @@ def _linear_parts(library: Library, x: RowParts, weight: LinearWeight) -> ctypes
         check_operand("mixed_linear", f"rows of part {i}", rows, torch.int8, (m, library.row_bytes(width, groups)))
         expected = (tiles, library.tile_bytes(width, groups, bits))
         check_operand("mixed_linear", f"weight of part {i}", weight.tiles[i], torch.uint8, expected)
-        parts[i] = LinearPart(Part(width, groups, 8, 1.0), bits, address(rows), address(weight.tiles[i]))
+        parts[i] = LinearPart(Part(width, groups, x.bits[i], 1.0), bits, address(rows), address(weight.tiles[i]))
     return parts
 
 
@@ -210,8 +217,8 @@ def codes_out(kernel: str, library: Library, rows: int, parts: Sequence[CodePart
     out = CodesOut(len(parts), scale=address(scale), zero_point=address(zero_point))
     for i, part in enumerate(parts):
         out.part[i], out.rows[i] = Part(part.width, part.groups, part.bits, part.clip), address(codes[i])
-    result = RowParts(tuple(codes), tuple(p.width for p in parts), tuple(p.groups for p in parts), scale, zero_point)
-    return result, out
+    widths, groups, bits = zip(*((p.width, p.groups, p.bits) for p in parts), strict=True)
+    return RowParts(tuple(codes), widths, groups, bits, scale, zero_point), out
 
 
 def address(tensor: Tensor | None) -> int | None:

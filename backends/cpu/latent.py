@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,12 @@ class Entry:
     rows: Tensor
     new: Tensor
     head: CachedHead
+
+    def cut(self, widths: tuple[int, ...]) -> list[CodePart]:
+        """Parts of so many columns, each within one of the head's."""
+        starts = itertools.accumulate(widths[:-1], initial=0)
+        bits = (self.head.low_bits if start < self.head.low else self.head.high_bits for start in starts)
+        return [CodePart(b, width) for b, width in zip(bits, widths, strict=True)]
 
     def check(self, name: str, batch: int, tokens: int, capacity: int, most: int) -> None:
         """Raise BackendError unless the tensors fit each other and the kernel."""
@@ -91,7 +98,7 @@ def cache_codes(
     batch, heads, new, _ = entry.new.shape
     made, out = None, CodesOut(0)
     if widths:
-        made, out = codes_out("cache_codes", library, batch * heads * total, [CodePart(8, width) for width in widths])
+        made, out = codes_out("cache_codes", library, batch * heads * total, entry.cut(widths))
     arguments = CacheCodesArgs(
         batch, heads, new, total, address(entry.new), head_of(entry.head), clip, address(entry.rows), entry.rows.shape[2],
         address(start), out,

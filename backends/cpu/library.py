@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resq_compiler.errors import BackendError
 
-VERSION = 8
+VERSION = 9
 MAX_PARTS = 4
 MAX_FACTORS = 6
 MAX_HEAD = 256

@@ -30,6 +30,9 @@ class TiledCodes(CodeFormat):
 
     tile_rows = formats.TILE
 
+    def is_centred(self, part: InputPart) -> bool:
+        return part.bits <= formats.CENTRED_BITS
+
     def row_bytes(self, part: InputPart) -> int:
         return part.groups * (formats.stride(part.width) + 4)
 
@@ -95,8 +98,8 @@ def _check_float32(operator: str, dtype: torch.dtype) -> None:
 
 def _row_parts(x: Codes, parts: Sequence[InputPart]) -> RowParts:
     """Quantized rows, without leading dimensions."""
-    widths, groups = tuple(p.width for p in parts), tuple(p.groups for p in parts)
-    return RowParts(tuple(_rows(x.of(p)) for p in parts), widths, groups, _rows(x.scale), _rows(x.zero_point))
+    widths, groups, bits = zip(*((p.width, p.groups, p.bits) for p in parts), strict=True)
+    return RowParts(tuple(_rows(x.of(p)) for p in parts), widths, groups, bits, _rows(x.scale), _rows(x.zero_point))
 
 
 def _linear_weight(weight: PackedWeight) -> LinearWeight:

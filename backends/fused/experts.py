@@ -33,7 +33,7 @@ class Routing:
 class PackedExperts:
     """A linear of E experts.
 
-    codes: int8 [bytes].    scale: float32 [E, parts, N].    row_sum: int32 [E, parts, N], sums of codes.
+    codes: int8 [bytes].    scale: float32 [E, parts, N].    row_sum: int32 [E, parts that are not centred, N], sums of codes.
     bits: int32 [E, parts], of an expert's weight codes.    bias: float32 [E, N], or None.    parts: of the input.
     """
 
@@ -156,16 +156,18 @@ class ExpertBytes(Promise):
 
 
 class ExpertSums(Promise):
-    """Sums of the codes of every row, [E, parts, N] int32."""
+    """Sums of the codes of every row in the parts that need them, [E, these, N] int32."""
 
-    def __init__(self, codes: Sequence[Promise]):
-        super().__init__((codes[0].shape[0], len(codes), codes[0].shape[1]), torch.int32)
+    def __init__(self, code_format: CodeFormat, codes: Sequence[Promise], parts: tuple[InputPart, ...]):
         self._codes = codes
+        self._summed = [one for one, part in zip(codes, parts, strict=True) if not code_format.is_centred(part)]
+        super().__init__((codes[0].shape[0], len(self._summed), codes[0].shape[1]), torch.int32)
 
     def pieces(self) -> Iterator[Tensor]:
         for expert in range(self.shape[0]):
-            sums = [codes.between(expert, expert + 1).sum(-1, dtype=torch.int32) for codes in self._codes]
-            yield torch.stack(sums, 1)
+            none = torch.empty(1, 0, self.shape[2], dtype=torch.int32)
+            sums = [codes.between(expert, expert + 1).sum(-1, dtype=torch.int32) for codes in self._summed]
+            yield torch.cat([none, *(one[:, None] for one in sums)], 1)
 
     def let_go(self) -> None:
         """Codes as well, which are packed before their sums are made."""
@@ -186,7 +188,7 @@ def pack_experts(
     """Pack the parts of a linear of experts, one expert at a time. Codes that are promised become packed ones that are."""
     bits = [list(of_expert) for of_expert in zip(*(one.bits for one in given), strict=True)]
     codes = [promise_of(one.codes) for one in given]
-    packed, sums = ExpertBytes(code_format, codes, parts, bits), ExpertSums(codes)
+    packed, sums = ExpertBytes(code_format, codes, parts, bits), ExpertSums(code_format, codes, parts)
     later = all(isinstance(one.codes, Promised) for one in given)
     made = [Promised(promise) if later else filled(promise, given[0].codes.device) for promise in (packed, sums)]
     scale = torch.stack([one.scales.float() for one in given], 1).contiguous()

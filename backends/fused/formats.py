@@ -5,23 +5,25 @@ is multiplied with weight codes of up to 4 bits, high what is multiplied with wi
 alike call the activations' bits those of the weights. Bytes differ from target to target, everything else is the same for all:
 
     activations low, high [..., row bytes] int8      scale, zero_point [..., parts * groups] float32, int32;  [low groups | high groups]
-    weights     low, high: bytes of N output rows    scale [parts, N] float32    row_sum [parts * groups, N] int32, sums of codes
+    weights     low, high: bytes of N output rows    scale [parts, N] float32    row_sum [groups of parts, N] int32, sums of codes
     cache       one int8 tensor for keys and one for values of a layer; what a token's row holds is described by `HeadParts`
 
-A part that an operand does not have is a tensor whose last dimension is 0.
+A part that an operand does not have is a tensor whose last dimension is 0. Where a target's rows are centred, they hold codes less their
+zero point, the zero point beside them is 0, and the weights of that part have no row_sum.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from resq_compiler.errors import QuantError
+from resq_compiler.numerics.quantized import QuantizedActivation
 
 LOW_BITS = 4
 """Weight codes of up to so many bits lie in the low tensor, wider ones in the high tensor; activations where their weights do."""
@@ -131,11 +133,21 @@ class PackedWeight:
         return self.low if part.is_low else self.high
 
 
+def centred(x: QuantizedActivation) -> QuantizedActivation:
+    """The same values in codes less their zero point, which have one bit more; at most 7 bits, so that they fit into a byte."""
+    runs = x.qdata.unflatten(-1, (x.groups, -1)) - x.zero_point[..., None]
+    return replace(x, qdata=runs.flatten(-2).to(torch.int8), zero_point=torch.zeros_like(x.zero_point))
+
+
 class CodeFormat(ABC):
     """How a target packs the codes of activations and weights."""
 
     tile_rows: ClassVar[int] = 1
     """Output rows that a row of a packed weight holds; it holds nothing of others."""
+
+    def is_centred(self, part: InputPart) -> bool:
+        """Whether rows of a part are centred."""
+        return False
 
     @abstractmethod
     def row_bytes(self, part: InputPart) -> int:

@@ -53,14 +53,17 @@ class PackedLater(Promise):
 
 
 class SumsLater(Promise):
-    """Sums of the codes of every run of every part, [groups of all parts, N] int32."""
+    """Sums of the codes of every run of the parts that need them, [groups of these, N] int32."""
 
-    def __init__(self, parts: Sequence[tuple[Promise, InputPart]]):
-        super().__init__((sum(part.groups for _, part in parts), parts[0][0].shape[0]), torch.int32)
+    def __init__(self, code_format: CodeFormat, parts: Sequence[tuple[Promise, InputPart]]):
         self._parts = parts
+        self._summed = [(codes, part) for codes, part in parts if not code_format.is_centred(part)]
+        super().__init__((sum(part.groups for _, part in self._summed), parts[0][0].shape[0]), torch.int32)
 
     def pieces(self) -> Iterator[Tensor]:
-        for codes, part in self._parts:
+        if not self._summed:
+            yield torch.empty(self.shape, dtype=torch.int32)
+        for codes, part in self._summed:
             yield torch.cat([_sums(rows, part) for rows in _cut(codes, 1)], 1)
 
     def let_go(self) -> None:
@@ -98,7 +101,8 @@ def pack_weight(code_format: CodeFormat, parts: Sequence[tuple[Tensor, Tensor, I
     scale = torch.stack([s.to(torch.float32) for _, s, _ in parts]).contiguous()
     nothing = scale.new_empty(scale.shape[1], 0, dtype=torch.int8)
     low, high = packed.get(True, nothing), packed.get(False, nothing)
-    return PackedWeight(low, high, scale, _row_sums([(q, p) for q, _, p in parts]), tuple(p for _, _, p in parts))
+    sums = _row_sums(code_format, [(q, p) for q, _, p in parts])
+    return PackedWeight(low, high, scale, sums, tuple(p for _, _, p in parts))
 
 
 def _packed(code_format: CodeFormat, codes: Tensor, part: InputPart) -> Tensor:
@@ -107,12 +111,14 @@ def _packed(code_format: CodeFormat, codes: Tensor, part: InputPart) -> Tensor:
     return code_format.pack_weight(codes, part)
 
 
-def _row_sums(parts: Sequence[tuple[Tensor, InputPart]]) -> Tensor:
-    """Of all parts, [groups of all, N] int32."""
+def _row_sums(code_format: CodeFormat, parts: Sequence[tuple[Tensor, InputPart]]) -> Tensor:
+    """Of all parts that need them, [groups of these, N] int32."""
     promised = [(codes.promise, part) for codes, part in parts if isinstance(codes, Promised)]
     if len(promised) == len(parts):
-        return Promised(SumsLater(promised))
-    return torch.cat([_sums(codes, part) for codes, part in parts]).contiguous()
+        return Promised(SumsLater(code_format, promised))
+    none = parts[0][0].new_empty(0, parts[0][0].shape[0], dtype=torch.int32)
+    sums = [_sums(codes, part) for codes, part in parts if not code_format.is_centred(part)]
+    return torch.cat([none, *sums]).contiguous()
 
 
 def _sums(codes: Tensor, part: InputPart) -> Tensor:

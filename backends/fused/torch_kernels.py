@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from resq_compiler.backends.fused.experts import Between, PackedExperts, Routing
-from resq_compiler.backends.fused.formats import CacheFormat, CodeFormat, Codes, HeadParts, InputPart, PackedWeight
+from resq_compiler.backends.fused.formats import (
+    CacheFormat,
+    CodeFormat,
+    Codes,
+    HeadParts,
+    InputPart,
+    PackedWeight,
+    centred,
+)
 from resq_compiler.backends.fused.kernels import Kernels, LayerCache, Norm, Rotation, Scores
 from torch import Tensor
 
@@ -161,6 +169,7 @@ class TorchKernels(Kernels):
         rows, scales, zero_points = {}, [], []
         for x, part, clip in zip(pieces, parts, clips, strict=True):
             quantized = quantize_activation(x, part.bits, part.groups, clip)
+            quantized = centred(quantized) if self.codes.is_centred(part) else quantized
             rows[part.is_low] = self.codes.pack_rows(quantized.qdata, part)
             scales.append(quantized.scale)
             zero_points.append(quantized.zero_point)

@@ -205,12 +205,13 @@ def _arguments(node: Node) -> tuple[Any, ...]:
 
 
 def _parts(
-    bits: Sequence[int], weight_bits: Sequence[int], widths: Sequence[int], clips: Sequence[float] = ()
+    bits: Sequence[int], weight_bits: Sequence[int], widths: Sequence[int], clips: Sequence[float] = (), groups: int = 1
 ) -> dict[str, Any]:
     """Attributes of the parts of a row."""
     found: dict[str, Any] = {}
     for i, (b, side) in enumerate(zip(bits, _sides(weight_bits), strict=True)):
         found |= {f"{side}_bits": b, f"{side}_width": widths[i]}
+        found |= {f"{side}_groups": groups} if groups > 1 else {}
         found |= {f"{side}_clip": clips[i]} if clips else {}
     return found
 
@@ -231,7 +232,7 @@ def norm_quantize(low: Lowering, node: Node) -> Pieces:
     x, weight, bias, norm, eps, bits, weight_bits, widths, groups, clips, _ = _arguments(node)
     native = _native(low)
     inputs = (native.exact(x), native.optional(weight), native.optional(bias))
-    attributes = dict(norm=NORMS.index(norm), epsilon=eps, groups=groups, **_parts(bits, weight_bits, widths, clips))
+    attributes = dict(norm=NORMS.index(norm), epsilon=eps, **_parts(bits, weight_bits, widths, clips, groups))
     return native.codes(node, FusedCall("Norm", inputs, attributes))
 
 
@@ -247,7 +248,7 @@ def mixed_linear(low: Lowering, node: Node) -> Value:
         outputs = [*output, *call.outputs]
         return Value(native.fused(f"{call.kind}Linear", [*call.inputs, *weights], outputs, **call.attributes)[0])
     inputs = [*(native.exact(x) for x in codes), *weights]
-    return Value(native.fused("MixedLinear", inputs, output, groups=groups, **_parts(bits, weight_bits, widths))[0])
+    return Value(native.fused("MixedLinear", inputs, output, **_parts(bits, weight_bits, widths, (), groups))[0])
 
 
 @emits(operators.hadamard_quantize)
@@ -260,8 +261,8 @@ def hadamard_quantize(low: Lowering, node: Node) -> Pieces:
     together = None if up is None else _tiled([gate, up])
     products = (native.exact(gate), native.optional(up)) if together is None else (native.exact(together), "")
     inputs = (*products, native.b.constant(dense) if dense.size else "")
-    attributes |= _parts(bits, weight_bits, widths, clips)
-    attributes |= {"activation": ACTIVATIONS.index(activation), "stacked": int(together is not None), "groups": groups}
+    attributes |= _parts(bits, weight_bits, widths, clips, groups)
+    attributes |= {"activation": ACTIVATIONS.index(activation), "stacked": int(together is not None)}
     return native.codes(node, FusedCall("Hadamard", inputs, attributes))
 
 

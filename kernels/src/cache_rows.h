@@ -12,7 +12,7 @@ RK_INLINE void store_vector(uint8_t *p, u8v v) { memcpy(p, &v, sizeof v); }
 /* Codes of `width` values, unsigned, a byte each; returns the quantizer. */
 RK_INLINE quantizer unsigned_codes(const float *x, int64_t width, int bits, float clip, uint8_t codes[CODES_SPACE]) {
     const quantizer q = quantizer_of(x, width, bits, clip);
-    store_codes(q, x, width, (int8_t *)codes);
+    store_codes(q, x, width, 0, (int8_t *)codes);
     for (int64_t i = 0; i < width; i += RK_WIDTH)
         store_vector(codes + i, load_vector(codes + i) - (uint8_t)q.lowest);
     return q;

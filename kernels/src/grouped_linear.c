@@ -29,7 +29,7 @@ static rk_mixed_linear_args linear_of(const rk_grouped_linear_args *g, int64_t g
         weight += tiles_of(g) * rk_tile_size(&p->part, p->weight_bits);
     }
     a.rows = rows_of_group(g, group);
-    a.weight_scale += expert * a.parts * a.channels, a.weight_sum += expert * runs * a.channels;
+    a.weight_scale += expert * a.parts * a.channels, a.weight_sum += expert * summed_runs(&a) * a.channels;
     a.bias = a.bias ? a.bias + expert * a.channels : 0;
     a.residual = 0;
     return a;

@@ -2,7 +2,8 @@
  *
  * A unit is a tile of 64 channels and at most UNIT_ROWS rows. Within it, blocks of DOT_ROWS rows go over the tile: integer sums of
  * a run into acc, then a float epilogue adds them to y. Weights are unpacked in registers, for one row as for many.
- * With stored weights w + offset and codes q:  sum (q - z) w = sum q (w + offset) - offset sum q - z sum w. */
+ * With stored weights w + offset and codes q:  sum (q - z) w = sum q (w + offset) - offset sum q - z sum w, where z is 0 for codes of less
+ * than 8 bits, so that their sums of w are needed nowhere. */
 #include "dot.h"
 
 #define UNIT_ROWS 96
@@ -38,26 +39,49 @@ typedef struct {
     const tile_view *tile;
     const rk_linear_part *part;
     int64_t row, run; /* run: among those of all parts */
-    int group;        /* among those of this part */
+    int64_t summed; /* among those whose sums of weights are there */
+    int group;      /* among those of this part */
 } run_view;
 
+static int is_centred(const rk_linear_part *p) { return RK_CENTRED(p->part.bits); }
+static int sums_of(const rk_linear_part *p) { return is_centred(p) ? 0 : p->part.groups; }
+
 /* - offset sum q - z sum w: what is left of a sum without products */
-RK_INLINE void begin_sums(const run_view *v, const int rows, dot_sums acc) {
+RK_INLINE void begin_sums(const run_view *v, const int rows, const int nibbles, const int centred, dot_sums acc) {
     const rk_mixed_linear_args *a = v->tile->args;
     const rk_part *p = &v->part->part;
-    uint32_t space[RK_TILE];
-    const uint32_t *weight_sum = of_tile(v->tile, a->weight_sum + v->run * a->channels, space);
-    const uint32_t offset = is_nibbles(v->part) ? NIBBLE_OFFSET : BYTE_OFFSET;
+    const int32_t offset = nibbles ? NIBBLE_OFFSET : BYTE_OFFSET;
     const int64_t stride = rk_row_size(p);
     const int8_t *code_sums = v->part->x + v->row * stride + p->groups * rk_stride(p) + 4 * v->group;
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-        const uint32_t from_codes = offset * (uint32_t)rk_load32(code_sums + r * stride);
-        const uint32_t zero_point = (uint32_t)a->zero_point[(v->row + r) * v->tile->runs + v->run];
+    for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
         for (int i = 0; i < DOT_VECTORS; i++)
-            acc[r][i] = (i32v)(-from_codes - zero_point * rk_load_u32(weight_sum + i * RK_WIDTH));
-    }
+            acc[r][i] = (i32v){0} - offset * rk_load32(code_sums + r * stride);
+    if (centred)
+        return;
+    uint32_t space[RK_TILE];
+    const uint32_t *weight_sum = of_tile(v->tile, a->weight_sum + v->summed * a->channels, space);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int i = 0; i < DOT_VECTORS; i++) {
+            const uint32_t zero_point = (uint32_t)a->zero_point[(v->row + r) * v->tile->runs + v->run];
+            acc[r][i] = (i32v)((u32v)acc[r][i] - zero_point * rk_load_u32(weight_sum + i * RK_WIDTH));
+        }
+}
+
+/* Sums of products of a run. */
+RK_INLINE void sum_run(const run_view *v, const int rows, const int nibbles, const int centred, dot_sums acc) {
+    const rk_part *p = &v->part->part;
+    const int64_t blocks = rk_stride(p) / 8, stride = rk_row_size(p);
+    const int8_t *x = v->part->x + v->row * stride + v->group * rk_stride(p);
+    const uint8_t *weight = v->part->weight + (v->tile->tile * p->groups + v->group) * blocks * (nibbles ? NIBBLE_BLOCK : BYTE_BLOCK);
+    begin_sums(v, rows, nibbles, centred, acc);
+    if (nibbles)
+        dot_nibbles(weight, blocks, x, stride, rows, acc);
+    else
+        dot_bytes(weight, blocks, x, stride, rows, acc);
 }
 
 /* Where sums of a part go: to = before + sums + residual, rows of to and residual `stride` and `residual_stride` floats apart. before:
@@ -68,58 +92,75 @@ typedef struct {
     int64_t stride, residual_stride;
 } destination;
 
-/* Adds acc[r] * factor: scale * weight_scale, or only scale where there is no weight_scale. */
-RK_INLINE void add_sums(const run_view *v, const int rows, dot_sums acc, const float *weight_scale, const float *before,
-                        const float *residual, destination d) {
-    const float *scale = v->tile->args->scale + v->row * v->tile->runs + v->run;
+RK_INLINE const float *run_scales(const run_view *v) { return v->tile->args->scale + v->row * v->tile->runs + v->run; }
+
+/* A part of one run. */
+RK_INLINE void sum_one(run_view v, const int rows, const int nibbles, const int centred, const float *weight_scale, f32v sum[][DOT_VECTORS]) {
+    i32v acc[DOT_ROWS][DOT_VECTORS];
+    sum_run(&v, rows, nibbles, centred, acc);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
-        const float of_row = scale[r * v->tile->runs];
+        const float of_row = run_scales(&v)[r * v.tile->runs];
 #pragma GCC unroll 16
-        for (int i = 0; i < DOT_VECTORS; i++) {
-            const f32v factor = weight_scale ? of_row * rk_load(weight_scale + i * RK_WIDTH) : rk_splat(of_row);
-            f32v value = __builtin_convertvector(acc[r][i], f32v) * factor;
-            value = before ? rk_load(before + r * RK_TILE + i * RK_WIDTH) + value : value;
-            value = residual ? value + rk_load(residual + r * d.residual_stride + i * RK_WIDTH) : value;
-            rk_store(d.to + r * d.stride + i * RK_WIDTH, value);
-        }
+        for (int i = 0; i < DOT_VECTORS; i++)
+            sum[r][i] = __builtin_convertvector(acc[r][i], f32v) * (of_row * rk_load(weight_scale + i * RK_WIDTH));
     }
 }
 
-RK_INLINE void add_run(const run_view *v, const int rows, const float *weight_scale, destination d) {
-    const rk_part *p = &v->part->part;
-    const int64_t blocks = rk_stride(p) / 8, stride = rk_row_size(p), block = is_nibbles(v->part) ? NIBBLE_BLOCK : BYTE_BLOCK;
-    const int8_t *x = v->part->x + v->row * stride + v->group * rk_stride(p);
-    const uint8_t *weight = v->part->weight + (v->tile->tile * p->groups + v->group) * blocks * block;
-    i32v acc[DOT_ROWS][DOT_VECTORS];
-    begin_sums(v, rows, acc);
-    if (is_nibbles(v->part))
-        dot_nibbles(weight, blocks, x, stride, rows, acc);
-    else
-        dot_bytes(weight, blocks, x, stride, rows, acc);
-    if (d.before && d.residual)
-        add_sums(v, rows, acc, weight_scale, d.before, d.residual, d);
-    else if (d.before)
-        add_sums(v, rows, acc, weight_scale, d.before, 0, d);
-    else if (d.residual)
-        add_sums(v, rows, acc, weight_scale, 0, d.residual, d);
-    else
-        add_sums(v, rows, acc, weight_scale, 0, 0, d);
+/* A part of several runs: their sum, then times weight_scale. */
+RK_INLINE void sum_runs(run_view v, const int rows, const int nibbles, const int centred, const float *weight_scale, f32v sum[][DOT_VECTORS]) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int i = 0; i < DOT_VECTORS; i++)
+            sum[r][i] = rk_splat(-0.0f); /* adding to it changes nothing, not even the sign of zero */
+    for (; v.group < v.part->part.groups; v.group++, v.run++, v.summed++) {
+        i32v acc[DOT_ROWS][DOT_VECTORS];
+        sum_run(&v, rows, nibbles, centred, acc);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+            for (int i = 0; i < DOT_VECTORS; i++)
+                sum[r][i] += __builtin_convertvector(acc[r][i], f32v) * run_scales(&v)[r * v.tile->runs];
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+        for (int i = 0; i < DOT_VECTORS; i++)
+            sum[r][i] *= rk_load(weight_scale + i * RK_WIDTH);
 }
 
-/* A part of several runs: their sum, then times weight_scale. */
-RK_INLINE void add_runs(run_view v, const int rows, const float *weight_scale, destination d) {
-    float sum[DOT_ROWS * RK_TILE];
-    for (v.group = 0; v.group < v.part->part.groups; v.group++, v.run++)
-        add_run(&v, rows, 0, (destination){v.group ? sum : 0, 0, sum, RK_TILE, 0});
+/* to = before + sum + residual; before, residual: whether there are any. */
+RK_INLINE void put_sums(const int rows, const int before, const int residual, f32v sum[][DOT_VECTORS], destination d) {
+#pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
-        for (int i = 0; i < RK_TILE; i += RK_WIDTH) {
-            const int at = r * RK_TILE + i;
-            f32v value = rk_load(sum + at) * rk_load(weight_scale + i);
-            value = d.before ? rk_load(d.before + at) + value : value;
-            value = d.residual ? value + rk_load(d.residual + r * d.residual_stride + i) : value;
-            rk_store(d.to + r * d.stride + i, value);
+#pragma GCC unroll 16
+        for (int i = 0; i < DOT_VECTORS; i++) {
+            f32v value = before ? rk_load(d.before + r * RK_TILE + i * RK_WIDTH) + sum[r][i] : sum[r][i];
+            value = residual ? value + rk_load(d.residual + r * d.residual_stride + i * RK_WIDTH) : value;
+            rk_store(d.to + r * d.stride + i * RK_WIDTH, value);
         }
+}
+
+RK_INLINE void add_part(const run_view *v, const int rows, const float *weight_scale, destination d) {
+    f32v sum[DOT_ROWS][DOT_VECTORS];
+    const int one = v->part->part.groups == 1;
+    if (is_nibbles(v->part) && is_centred(v->part) && one)
+        sum_one(*v, rows, 1, 1, weight_scale, sum);
+    else if (is_nibbles(v->part) && is_centred(v->part))
+        sum_runs(*v, rows, 1, 1, weight_scale, sum);
+    else if (one)
+        sum_one(*v, rows, is_nibbles(v->part), is_centred(v->part), weight_scale, sum);
+    else
+        sum_runs(*v, rows, is_nibbles(v->part), is_centred(v->part), weight_scale, sum);
+    if (d.before && d.residual)
+        put_sums(rows, 1, 1, sum, d);
+    else if (d.before)
+        put_sums(rows, 1, 0, sum, d);
+    else if (d.residual)
+        put_sums(rows, 0, 1, sum, d);
+    else
+        put_sums(rows, 0, 0, sum, d);
 }
 
 /* y = sum + bias + residual of one row of a full tile; bias and residual may be NULL. */
@@ -163,9 +204,9 @@ RK_INLINE void block_of_rows(const tile_view *t, int64_t row, const int rows) {
     const rk_mixed_linear_args *a = t->args;
     const int at_once = t->channels == RK_TILE && !a->bias; /* the last part's sums are the result */
     float y[DOT_ROWS * RK_TILE];
-    run_view v = {t, a->part, row, 0, 0};
+    run_view v = {t, a->part, row, 0, 0, 0};
     prefetch_rows(t, row, rows);
-    for (int i = 0; i < a->parts; i++, v.run += v.part->part.groups, v.part++) {
+    for (int i = 0; i < a->parts; i++, v.run += v.part->part.groups, v.summed += sums_of(v.part), v.part++) {
         uint32_t space[RK_TILE];
         const float *weight_scale = of_tile(t, a->weight_scale + i * a->channels, space);
         destination d = {i ? y : 0, 0, y, RK_TILE, a->residual_stride};
@@ -173,10 +214,7 @@ RK_INLINE void block_of_rows(const tile_view *t, int64_t row, const int rows) {
             d.to = t->y + row * t->y_stride, d.stride = t->y_stride;
             d.residual = a->residual ? a->residual + row * a->residual_stride + t->first_channel : 0;
         }
-        if (v.part->part.groups == 1)
-            add_run(&v, rows, weight_scale, d);
-        else
-            add_runs(v, rows, weight_scale, d);
+        add_part(&v, rows, weight_scale, d);
     }
     for (int r = 0; r < rows && !at_once; r++)
         finish_row(t, row + r, y + RK_TILE * r);
@@ -198,6 +236,14 @@ static void (*const tile_rows[])(const tile_view *, int64_t) = {
 static void rows_of_tile(const tile_view *t, int64_t row, int64_t last_row) {
     for (; row < last_row; row += DOT_ROWS)
         tile_rows[rk_min(DOT_ROWS, last_row - row) - 1](t, row);
+}
+
+/* Runs whose sums of weights are there. */
+static int64_t summed_runs(const rk_mixed_linear_args *a) {
+    int64_t runs = 0;
+    for (int i = 0; i < a->parts; i++)
+        runs += sums_of(&a->part[i]);
+    return runs;
 }
 
 static int64_t runs_of_linear(const rk_mixed_linear_args *a) {

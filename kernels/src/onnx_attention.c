@@ -156,9 +156,10 @@ static void attend(call *c, const tensor *in, rk_codes *codes) {
     if (codes) {
         node as_parts = *n;
         as_parts.low_width = n->result_low_width, as_parts.high_width = n->result_high_width;
+        as_parts.low_groups = as_parts.high_groups = n->heads;
         const node *kept = c->n;
         c->n = &as_parts;
-        make_codes(c, dims, 2, n->heads, &a.codes);
+        make_codes(c, dims, 2, &a.codes);
         c->n = kept;
     } else
         a.out = make_output(c, 0, dims, 3);

@@ -25,7 +25,7 @@ typedef struct {
     OrtApi api;
     int fused; /* what the operator's linear reads is no output */
     int64_t threads;
-    int64_t norm, activation, groups, heads, kv_heads, window, stacked, gated;
+    int64_t norm, activation, low_groups, high_groups, heads, kv_heads, window, stacked, gated;
     int64_t low_width, high_width, low_bits, high_bits, value_low_width, value_high_width, value_low_bits, value_high_bits;
     int64_t key_low_bits, key_high_bits; /* of the cache, where low_bits and high_bits are those of a result */
     int64_t result_low_width, result_high_width; /* of what attention quantizes, where low_width and high_width are those of keys */
@@ -160,18 +160,28 @@ static inline void run_units(call *c, void (*kernel)(const void *, int64_t, int6
 
 /* Parts -------------------------------------------------------------------------------------------------------------------- */
 
-static inline int parts_of(const node *n, int64_t groups, rk_part parts[RK_MAX_PARTS]) {
+static inline int parts_of(const node *n, rk_part parts[RK_MAX_PARTS]) {
     int count = 0;
     if (n->low_width)
-        parts[count++] = (rk_part){n->low_width, (int32_t)groups, (int32_t)n->low_bits, n->low_clip};
+        parts[count++] = (rk_part){n->low_width, (int32_t)n->low_groups, (int32_t)n->low_bits, n->low_clip};
     if (n->high_width)
-        parts[count++] = (rk_part){n->high_width, (int32_t)groups, (int32_t)n->high_bits, n->high_clip};
+        parts[count++] = (rk_part){n->high_width, (int32_t)n->high_groups, (int32_t)n->high_bits, n->high_clip};
     return count;
 }
 
+static inline int64_t columns_in(const node *n) { return n->low_width * n->low_groups + n->high_width * n->high_groups; }
+
+/* Runs of all parts; summed: only those whose weights have sums, since their codes keep their zero points. */
+static inline int64_t runs_in(const rk_part *part, int parts, int summed) {
+    int64_t runs = 0;
+    for (int i = 0; i < parts; i++)
+        runs += summed && RK_CENTRED(part[i].bits) ? 0 : part[i].groups;
+    return runs;
+}
+
 /* Room for the codes of so many rows. */
-static inline void keep_codes(call *c, int64_t rows, int64_t groups, rk_codes *out) {
-    const int64_t runs = rows * out->parts * groups;
+static inline void keep_codes(call *c, int64_t rows, rk_codes *out) {
+    const int64_t runs = rows * runs_in(out->part, out->parts, 0);
     int64_t bytes = 8 * runs;
     for (int i = 0; i < out->parts; i++)
         bytes += rows * rk_row_bytes(&out->part[i]);
@@ -185,14 +195,14 @@ static inline void keep_codes(call *c, int64_t rows, int64_t groups, rk_codes *o
 }
 
 /* Room for the codes that an operator makes: its four outputs, with leading dimensions `lead`, or a fused operator's own. */
-static inline void make_codes(call *c, const int64_t *lead, size_t rank, int64_t groups, rk_codes *out) {
+static inline void make_codes(call *c, const int64_t *lead, size_t rank, rk_codes *out) {
     const node *n = c->n;
     int64_t dims[MAX_DIMENSIONS], rows = 1;
     for (size_t i = 0; i < rank; i++)
         rows *= dims[i] = lead[i];
-    out->parts = parts_of(n, groups, out->part);
+    out->parts = parts_of(n, out->part);
     if (n->fused) {
-        keep_codes(c, rows, groups, out);
+        keep_codes(c, rows, out);
         return;
     }
     for (size_t i = 0, part = 0; i < 2; i++) {
@@ -202,13 +212,13 @@ static inline void make_codes(call *c, const int64_t *lead, size_t rank, int64_t
         if (there)
             out->rows[part++] = data;
     }
-    dims[rank] = out->parts * groups;
+    dims[rank] = runs_in(out->part, out->parts, 0);
     out->scale = make_output(c, 2, dims, rank + 1);
     out->zero_point = make_output(c, 3, dims, rank + 1);
 }
 
 /* low, high, scale, zero_point, as an operator before made them. */
-void read_codes(call *c, const tensor *in, int64_t groups, rk_codes *codes);
+void read_codes(call *c, const tensor *in, rk_codes *codes);
 
 /* The transform of every part; the dense factors of all lie in one tensor. low_first: whether the first part is a low one. */
 void place_transforms(call *c, const tensor *factors, const rk_part *part, int parts, int low_first, rk_transform *transform);

@@ -4,7 +4,8 @@
 
 #define SLAB_BYTES (4 << 20) /* of what gate and up give at a time */
 
-/* The weights of all experts: codes, scale [experts, parts, channels], sum of codes, bits [experts, parts], bias?. */
+/* The weights of all experts: codes, scale [experts, parts, channels], sum of codes [experts, parts whose
+ * codes have zero points, channels], bits [experts, parts], bias?. */
 typedef struct {
     const tensor *codes, *scale, *sum, *bits, *bias;
     int64_t experts, channels;
@@ -25,7 +26,9 @@ static expert_weights read_weights(call *c, const tensor *in, const rk_part *par
     if (c->status)
         return w;
     w.experts = w.scale->dims[0], w.channels = w.scale->dims[2];
-    require(c, size_of(w.sum) == size && size_of(w.bits) == w.experts * parts, which, "as many sums as scales, and bits for every expert and part");
+    const int64_t sums = runs_in(part, parts, 1);
+    require(c, size_of(w.sum) == size / parts * sums && size_of(w.bits) == w.experts * parts, which,
+            "sums for every part with zero points, and bits for every expert and part");
     require_size(c, w.bias, w.experts * w.channels, which);
     w.at = make_room(c, (w.experts + 1) * 8);
     const int32_t *bits = w.bits->data;
@@ -127,7 +130,7 @@ static void compute_hidden(call *c, const rk_codes *x, const expert_weights *w, 
     const int64_t in_slab = SLAB_BYTES / 4 / w->channels + 1, most = r->rows < in_slab ? r->rows : in_slab;
     const rk_codes hidden = a.out;
     rk_codes mine = *x;
-    keep_codes(c, most, 1, &mine);
+    keep_codes(c, most, &mine);
     float *y = make_room(c, most * w->channels * 4);
     int32_t *groups = make_room(c, (2 * r->groups + 1) * 4);
     for (int64_t row = 0; row < r->rows && !c->status; row += most) {
@@ -148,7 +151,7 @@ void op_experts(call *c) {
     const node *n = c->n;
     const tensor *in = c->in;
     rk_codes x, hidden = {.parts = 0};
-    read_codes(c, in, 1, &x);
+    read_codes(c, in, &x);
     const int64_t tokens = rows_of(&in[2]), choices = last_of(&in[4]), columns = n->hidden_low_width + n->hidden_high_width;
     if (n->hidden_low_width)
         hidden.part[hidden.parts++] = (rk_part){n->hidden_low_width, 1, (int32_t)n->hidden_low_bits, n->hidden_low_clip};
@@ -166,7 +169,7 @@ void op_experts(call *c) {
     if (c->status)
         return;
     const routed_rows r = sort_rows(c, in[4].data, in[5].data, tokens, choices, up.experts);
-    keep_codes(c, r.rows, 1, &hidden);
+    keep_codes(c, r.rows, &hidden);
     a.out = hidden;
     compute_hidden(c, &x, &up, &r, a);
     int64_t dims[MAX_DIMENSIONS];

@@ -17,14 +17,18 @@ static void place_weights(call *c, const tensor *in, rk_latent_attention_args *a
     for (int high = 0; high < 2; high++) {
         if (!widths[high])
             continue;
-        const rk_part part = {widths[high], 1, 8, 1};
+        const int is_low = (high ? widths[0] : 0) < a->latent.low; /* in the cache */
+        const rk_part part = {widths[high], 1, is_low ? a->latent.low_bits : a->latent.high_bits, 1};
         const int bits = high ? 8 : 4;
         require(c, size_of(&in[high]) == tiles * rk_tile_bytes(&part, bits), high ? "weight_high" : "weight_low", "tiles of packed codes for its width");
         a->part[a->parts++] = (rk_linear_part){part, bits, NULL, in[high].data};
     }
     require(c, widths[0] + widths[1] == a->latent.low + a->latent.high, "widths of weights", "the columns of a cached vector");
     require_size(c, &in[2], channels * a->parts, "weight_scale");
-    require_size(c, &in[3], channels * a->parts, "weight_sum");
+    int64_t sums = 0;
+    for (int i = 0; i < a->parts; i++)
+        sums += !RK_CENTRED(a->part[i].part.bits);
+    require_size(c, &in[3], channels * sums, "weight_sum");
     a->weight_scale = in[2].data;
 }
 
@@ -36,7 +40,7 @@ static const float *expand(call *c, rk_cache_codes_args *cached, const rk_latent
     codes->parts = a->parts;
     for (int i = 0; i < a->parts; i++)
         codes->part[i] = a->part[i].part;
-    keep_codes(c, rows, 1, codes);
+    keep_codes(c, rows, codes);
     RUN(c, cache_codes, cached, 16);
     for (int i = 0; i < a->parts; i++) {
         m.part[i] = a->part[i];

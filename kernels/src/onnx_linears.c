@@ -7,14 +7,14 @@
 /* x, weight?, bias? -> codes */
 static void norm_quantize(call *c, rk_codes *codes) {
     const tensor *x = &c->in[0];
-    const int64_t columns = (c->n->low_width + c->n->high_width) * c->n->groups;
+    const int64_t columns = columns_in(c->n);
     rk_norm_quantize_args a = {rows_of(x), x->data, columns, (int32_t)c->n->norm, c->n->epsilon, c->in[1].data, c->in[2].data, {0}};
     require(c, x->rank > 0 && last_of(x) == columns && columns <= RK_MAX_COLUMNS, "x", "as many columns as its parts, at most 65536");
     require_size(c, &c->in[1], columns, "weight");
     require_size(c, &c->in[2], columns, "bias");
     if (c->status)
         return;
-    make_codes(c, x->dims, x->rank - 1, c->n->groups, &a.out);
+    make_codes(c, x->dims, x->rank - 1, &a.out);
     RUN(c, norm_quantize, &a, 8);
     *codes = a.out;
 }
@@ -39,7 +39,7 @@ void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, 
     int64_t rows = 1, dims[MAX_DIMENSIONS];
     for (size_t i = 0; i < rank; i++)
         rows *= dims[i] = lead[i];
-    const int64_t groups = codes->part[0].groups, channels = dims[rank] = last_of(&in[2]), tiles = (channels + RK_TILE - 1) / RK_TILE;
+    const int64_t channels = dims[rank] = last_of(&in[2]), tiles = (channels + RK_TILE - 1) / RK_TILE;
     rk_mixed_linear_args a = {.rows = rows, .channels = channels, .parts = codes->parts};
     for (int i = 0; i < a.parts; i++) {
         const rk_part *part = &codes->part[i];
@@ -49,7 +49,7 @@ void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, 
         a.part[i] = (rk_linear_part){*part, weight_bits, codes->rows[i], in[high].data};
     }
     require_size(c, &in[2], channels * a.parts, "weight_scale");
-    require_size(c, &in[3], channels * groups * a.parts, "weight_sum");
+    require_size(c, &in[3], channels * runs_in(codes->part, codes->parts, 1), "weight_sum");
     require_size(c, &in[4], channels, "bias");
     require_size(c, &in[5], rows * channels, "residual");
     a.scale = codes->scale, a.zero_point = codes->zero_point, a.weight_scale = in[2].data, a.weight_sum = in[3].data;
@@ -60,16 +60,16 @@ void multiply(call *c, const rk_codes *codes, const int64_t *lead, size_t rank, 
 }
 
 /* low, high, scale, zero_point, as an operator before made them */
-void read_codes(call *c, const tensor *in, int64_t groups, rk_codes *codes) {
+void read_codes(call *c, const tensor *in, rk_codes *codes) {
     const int64_t rows = rows_of(&in[2]);
     *codes = (rk_codes){.scale = in[2].data, .zero_point = in[3].data};
-    codes->parts = parts_of(c->n, groups, codes->part);
+    codes->parts = parts_of(c->n, codes->part);
     for (int i = 0; i < codes->parts; i++) {
         const int high = i == 1 || !c->n->low_width;
         require(c, size_of(&in[high]) == rows * rk_row_bytes(&codes->part[i]), high ? "high" : "low", "rows of packed codes");
         codes->rows[i] = in[high].data;
     }
-    const int64_t runs = groups * codes->parts;
+    const int64_t runs = runs_in(codes->part, codes->parts, 0);
     require(c, in[2].rank > 0 && last_of(&in[2]) == runs, "scale", "a column for every run of every part");
     require_size(c, &in[3], rows * runs, "zero_point");
 }
@@ -78,7 +78,7 @@ void read_codes(call *c, const tensor *in, int64_t groups, rk_codes *codes) {
 void op_mixed_linear(call *c) {
     const tensor *in = c->in;
     rk_codes codes;
-    read_codes(c, in, c->n->groups, &codes);
+    read_codes(c, in, &codes);
     multiply(c, &codes, in[2].dims, in[2].rank - 1, in + 4);
 }
 
@@ -117,17 +117,17 @@ void place_transforms(call *c, const tensor *factors, const rk_part *part, int p
 static void hadamard_quantize(call *c, rk_codes *codes) {
     const node *n = c->n;
     const tensor *gate = &c->in[0], *up = &c->in[1];
-    const int64_t columns = (n->low_width + n->high_width) * n->groups, stride = n->stacked ? 2 * columns : columns;
+    const int64_t columns = columns_in(n), stride = n->stacked ? 2 * columns : columns;
     rk_hadamard_quantize_args a = {.rows = rows_of(gate), .gate = gate->data, .gate_stride = stride, .up_stride = stride};
     a.up = n->stacked ? (const float *)gate->data + columns : up->data;
     a.activation = (int32_t)n->activation;
     require(c, gate->rank > 0 && last_of(gate) == stride && columns <= RK_MAX_COLUMNS, "gate", "as many columns as its parts, at most 65536");
     require_size(c, up, rows_of(gate) * columns, "up");
-    const int count = parts_of(n, n->groups, a.out.part);
+    const int count = parts_of(n, a.out.part);
     place_transforms(c, &c->in[2], a.out.part, count, n->low_width > 0, a.transform);
     if (c->status)
         return;
-    make_codes(c, gate->dims, gate->rank - 1, n->groups, &a.out);
+    make_codes(c, gate->dims, gate->rank - 1, &a.out);
     RUN(c, hadamard_quantize, &a, 1);
     *codes = a.out;
 }

@@ -34,17 +34,17 @@ RK_INLINE i32v codes_of(quantizer q, f32v y) {
     return __builtin_convertvector(rk_clamp(steps, (float)q.lowest, (float)q.highest), i32v);
 }
 
-/* Codes of `width` values, zeros up to a multiple of 8; returns their sum. */
-RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int8_t *codes) {
+/* Codes of `width` values less `taken_out`, zeros up to a multiple of 8; returns their sum. */
+RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int32_t taken_out, int8_t *codes) {
     i32v sums = {0};
     int64_t i = 0;
     for (; i + RK_WIDTH <= width; i += RK_WIDTH) {
-        i32v c = codes_of(q, rk_load(y + i));
+        i32v c = codes_of(q, rk_load(y + i)) - taken_out;
         rk_store_bytes(codes + i, c);
         sums += c;
     }
     if (i < width) {
-        i32v rest = codes_of(q, rk_load_some(y + i, width - i)) & (rk_lane < (int32_t)(width - i));
+        i32v rest = (codes_of(q, rk_load_some(y + i, width - i)) - taken_out) & (rk_lane < (int32_t)(width - i));
         int8_t bytes[RK_WIDTH];
         rk_store_bytes(bytes, rest);
         memset(codes + i, 0, (size_t)(rk_round_up(width, 8) - i));
@@ -60,10 +60,11 @@ RK_INLINE void quantize_run(const rk_codes *out, int part, int group, int64_t ro
     const rk_part *p = &out->part[part];
     const quantizer q = quantizer_of(y, p->width, p->bits, p->clip);
     int8_t *codes = out->rows[part] + row * rk_row_bytes(p);
-    const int32_t sum = store_codes(q, y, p->width, codes + group * rk_stride(p));
+    const int32_t taken_out = RK_CENTRED(p->bits) ? (int32_t)q.zero_point : 0;
+    const int32_t sum = store_codes(q, y, p->width, taken_out, codes + group * rk_stride(p));
     memcpy(codes + p->groups * rk_stride(p) + 4 * group, &sum, 4);
     out->scale[row * runs + run] = q.scale;
-    out->zero_point[row * runs + run] = (int32_t)q.zero_point;
+    out->zero_point[row * runs + run] = (int32_t)q.zero_point - taken_out;
 }
 
 RK_INLINE int64_t runs_of(const rk_codes *out) {

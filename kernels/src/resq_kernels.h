@@ -1,11 +1,12 @@
 /* Kernels for compiled models on CPUs: the public interface.
  *
  * A quantized value is codes q with x ~ (q - zero_point) * scale, one scale and zero point for each row and run. A run is `width`
- * neighbouring columns of `bits`-bit codes; a part is `groups` runs of the same width. How operands lie in memory:
+ * neighbouring columns of `bits`-bit codes; a part is `groups` runs of the same width. Rows of activations hold q - zero_point instead of
+ * codes of less than 8 bits, which fits into a byte: products with them need no sums of weights. How operands lie in memory:
  *
  *   activations, one part   row: groups x stride int8 codes, then groups int32 sums of the codes; stride is width rounded up to 8,
  *                           padding is zero. Rows are rk_row_bytes(part) bytes apart.
- *   scale, zero_point       [rows, runs of all parts], float and int32
+ *   scale, zero_point       [rows, runs of all parts], float and int32; 0 where it is taken out of the codes
  *   weights, one part       tiles of 64 output channels, each groups x stride/8 blocks. A block holds 8 columns of the tile:
  *                           codes of up to 4 bits: 4 x 64 bytes, byte 4 c + j of the i-th 64 is channel 16 i + c with column j
  *                           in the low nibble and column j + 4 in the high one, stored as code + 8;
@@ -23,9 +24,10 @@
 
 #include <stdint.h>
 
-#define RK_VERSION 8
+#define RK_VERSION 9
 #define RK_TILE 64
 #define RK_MAX_PARTS 4
+#define RK_CENTRED(bits) ((bits) < 8) /* whether zero points are taken out of codes of so many bits */
 #define RK_MAX_FACTORS 6
 #define RK_MAX_HEAD 256 /* columns of a head */
 #define RK_MAX_ENTRY 1024 /* columns of a cached row that is read as floats */
@@ -58,7 +60,7 @@ typedef struct {
     const float *scale;
     const int32_t *zero_point;
     const float *weight_scale;     /* [parts, channels] */
-    const int32_t *weight_sum;     /* [runs, channels], sums of weight codes */
+    const int32_t *weight_sum;     /* [runs whose codes have zero points, channels], sums of weight codes */
     const float *bias;
     const float *residual;
     int64_t residual_stride;       /* floats from row to row, as y_stride */
@@ -90,7 +92,8 @@ typedef struct {
 
 /* Codes of rows: y, computed in float, becomes for each run of every part
  *     low = min(y, 0) * clip, high = max(y, 0) * clip, scale = max((high - low) / (2^bits - 1), FLT_MIN),
- *     zero_point = rint(-low / scale) - 2^(bits - 1), code = clamp(rint(y / scale) + zero_point).
+ *     zero_point = rint(-low / scale) - 2^(bits - 1), code = clamp(rint(y / scale) + zero_point),
+ * and the zero point is taken out of codes of less than 8 bits.
  * Columns of y: all runs of the first part, then those of the next. */
 typedef struct {
     int32_t parts;
@@ -193,7 +196,7 @@ typedef struct {
     uint8_t *cache;                        /* [batch, heads, capacity, rk_head_bytes] */
     int64_t capacity;
     const int32_t *start;                  /* [batch]: tokens that are there already */
-    rk_codes out;                          /* [batch, heads, total] rows; clip and bits are not read */
+    rk_codes out;                          /* [batch, heads, total] rows; clip is not read */
 } rk_cache_codes_args;
 
 /* Attention over tokens that have a cached vector c, from which a linear makes the keys and then the values of all heads, and rotary
@@ -213,7 +216,7 @@ typedef struct {
     int64_t mask_stride;
     float scale;
     int32_t parts;
-    rk_linear_part part[RK_MAX_PARTS];     /* one run each; x is not read */
+    rk_linear_part part[RK_MAX_PARTS];     /* one run each; x and bits are not read */
     const float *weight_scale;             /* [parts, heads * (own + values)] */
     const float *expanded;                 /* [batch, total, heads * (own + values)] or NULL */
     int64_t total;

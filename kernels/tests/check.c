@@ -104,11 +104,30 @@ static uint8_t *pack_weights(const int8_t *weights, const rk_part *p, int bits, 
     return packed;
 }
 
+static int64_t runs_of(const rk_mixed_linear_args *a, int summed) {
+    int64_t runs = 0;
+    for (int i = 0; i < a->parts; i++)
+        runs += summed && RK_CENTRED(a->part[i].part.bits) ? 0 : a->part[i].part.groups;
+    return runs;
+}
+
 static int8_t *random_codes(int64_t count, int bits) {
     int8_t *codes = array(count, 1);
     for (int64_t i = 0; i < count; i++)
         codes[i] = (int8_t)between(-(1 << (bits - 1)), (1 << (bits - 1)) - 1);
     return codes;
+}
+
+/* Of rows: with their zero points taken out they have one bit more. */
+static int8_t *random_rows(int64_t count, int bits) { return random_codes(count, bits + RK_CENTRED(bits)); }
+
+static int32_t *random_zero_points(const rk_mixed_linear_args *a, int64_t rows) {
+    int32_t *zero_point = array(rows * runs_of(a, 0), 4), *next = zero_point;
+    for (int64_t m = 0; m < rows; m++)
+        for (int i = 0; i < a->parts; i++)
+            for (int64_t g = 0; g < a->part[i].part.groups; g++)
+                *next++ = RK_CENTRED(a->part[i].part.bits) ? 0 : (int32_t)between(-128, 127);
+    return zero_point;
 }
 
 static void expected_linear(const rk_mixed_linear_args *a, const plain_part *plain, int64_t runs, float *y) {
@@ -136,11 +155,11 @@ static void expected_linear(const rk_mixed_linear_args *a, const plain_part *pla
         }
 }
 
-static int32_t *weight_sums(const rk_mixed_linear_args *a, const plain_part *plain, int64_t runs) {
-    int32_t *sums = array(runs * a->channels, 4);
+static int32_t *weight_sums(const rk_mixed_linear_args *a, const plain_part *plain) {
+    int32_t *sums = array(runs_of(a, 1) * a->channels, 4);
     int64_t run = 0;
     for (int i = 0; i < a->parts; i++)
-        for (int64_t g = 0; g < a->part[i].part.groups; g++, run++)
+        for (int64_t g = 0; g < a->part[i].part.groups && !RK_CENTRED(a->part[i].part.bits); g++, run++)
             for (int64_t n = 0; n < a->channels; n++) {
                 int64_t width = a->part[i].part.width;
                 int32_t sum = 0;
@@ -154,23 +173,19 @@ static int32_t *weight_sums(const rk_mixed_linear_args *a, const plain_part *pla
 static int check_mixed_linear(void) {
     rk_mixed_linear_args a = {between(1, 15), between(1, 150), (int32_t)between(1, 3), {{{0}, 0, 0, 0}}};
     plain_part plain[RK_MAX_PARTS];
-    int64_t runs = 0;
     for (int i = 0; i < a.parts; i++) {
         rk_part p = {between(1, 40), (int32_t)between(1, 3), random_bits() & 1 ? 4 : 8, 1.0f};
         int weight_bits = random_bits() & 1 ? 4 : 8;
-        plain[i].codes = random_codes(a.rows * p.groups * p.width, p.bits);
+        plain[i].codes = random_rows(a.rows * p.groups * p.width, p.bits);
         plain[i].weights = random_codes(a.channels * p.groups * p.width, weight_bits);
         a.part[i] = (rk_linear_part){p, weight_bits, pack_rows(plain[i].codes, &p, a.rows),
                                      pack_weights(plain[i].weights, &p, weight_bits, a.channels)};
-        runs += p.groups;
     }
-    int32_t *zero_point = array(a.rows * runs, 4);
-    for (int64_t i = 0; i < a.rows * runs; i++)
-        zero_point[i] = (int32_t)between(-128, 127);
-    a.zero_point = zero_point;
+    const int64_t runs = runs_of(&a, 0);
+    a.zero_point = random_zero_points(&a, a.rows);
     a.scale = floats(a.rows * runs, 0.001f, 0.1f);
     a.weight_scale = floats(a.parts * a.channels, 0.001f, 0.1f);
-    a.weight_sum = weight_sums(&a, plain, runs);
+    a.weight_sum = weight_sums(&a, plain);
     a.bias = random_bits() & 1 ? floats(a.channels, -1, 1) : NULL;
     a.residual = random_bits() & 1 ? floats(a.rows * a.channels, -1, 1) : NULL;
     a.residual_stride = a.y_stride = a.channels;
@@ -182,7 +197,7 @@ static int check_mixed_linear(void) {
         free(plain[i].codes), free(plain[i].weights);
         free((void *)a.part[i].x), free((void *)a.part[i].weight);
     }
-    free(zero_point), free((void *)a.scale), free((void *)a.weight_scale), free((void *)a.weight_sum);
+    free((void *)a.zero_point), free((void *)a.scale), free((void *)a.weight_scale), free((void *)a.weight_sum);
     free((void *)a.bias), free((void *)a.residual), free(a.y), free(expected);
     return wrong;
 }
@@ -221,7 +236,8 @@ static void random_groups(mixture *m) {
 static void random_weights(mixture *m) {
     rk_mixed_linear_args *a = &m->g.linear;
     int64_t bytes = 0, tiles = (a->channels + 63) / 64;
-    int32_t *sums = array(m->experts * m->runs * a->channels, 4);
+    const int64_t summed = runs_of(a, 1) * a->channels;
+    int32_t *sums = array(m->experts * summed, 4);
     uint8_t *packed = NULL;
     for (int64_t e = 0; e < m->experts; e++) {
         m->at[e] = bytes;
@@ -237,8 +253,8 @@ static void random_weights(mixture *m) {
             free(tile);
             bytes += size;
         }
-        int32_t *mine = weight_sums(a, m->plain[e], m->runs);
-        memcpy(sums + e * m->runs * a->channels, mine, (size_t)(m->runs * a->channels) * 4);
+        int32_t *mine = weight_sums(a, m->plain[e]);
+        memcpy(sums + e * summed, mine, (size_t)summed * 4);
         free(mine);
     }
     a->part[0].weight = packed, a->weight_sum = sums;
@@ -288,15 +304,12 @@ static int check_grouped_linear(void) {
     random_groups(&m);
     for (int i = 0; i < a->parts; i++) {
         rk_part p = {between(1, 40), (int32_t)between(1, 2), (int32_t)between(2, 8), 1.0f};
-        m.plain[0][i].codes = random_codes(m.rows * p.groups * p.width, p.bits);
+        m.plain[0][i].codes = random_rows(m.rows * p.groups * p.width, p.bits);
         a->part[i] = (rk_linear_part){p, 0, pack_rows(m.plain[0][i].codes, &p, m.rows), NULL};
         m.runs += p.groups;
     }
     random_weights(&m);
-    int32_t *zero_point = array(m.rows * m.runs, 4);
-    for (int64_t i = 0; i < m.rows * m.runs; i++)
-        zero_point[i] = (int32_t)between(-128, 127);
-    a->zero_point = zero_point, a->scale = floats(m.rows * m.runs, 0.001f, 0.1f);
+    a->zero_point = random_zero_points(a, m.rows), a->scale = floats(m.rows * m.runs, 0.001f, 0.1f);
     a->weight_scale = floats(m.experts * a->parts * a->channels, 0.001f, 0.1f);
     a->bias = random_bits() & 1 ? floats(m.experts * a->channels, -1, 1) : NULL;
     a->y_stride = a->channels, a->y = array(m.rows * a->channels, 4);
@@ -308,7 +321,7 @@ static int check_grouped_linear(void) {
         for (int64_t e = 0; e < m.experts; e++)
             free(m.plain[e][i].weights);
     }
-    free((void *)a->part[0].weight), free((void *)a->weight_sum), free(zero_point), free((void *)a->scale);
+    free((void *)a->part[0].weight), free((void *)a->weight_sum), free((void *)a->zero_point), free((void *)a->scale);
     free((void *)a->weight_scale), free((void *)a->bias), free(a->y), free(m.expected);
     return wrong;
 }

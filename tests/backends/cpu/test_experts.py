@@ -40,7 +40,7 @@ def weights_of(bits, channels, widths=(40, 24), seed=0, bias=True):
         for of, each in zip(bits, codes, strict=True)
         for b, q in zip(of, each, strict=True)
     ]
-    sums = torch.stack([torch.stack([q.sum(-1, dtype=torch.int32) for q in each]) for each in codes])
+    sums = torch.stack([each[1].sum(-1, dtype=torch.int32)[None] for each in codes])  # low rows are centred
     scale = torch.rand(len(bits), len(widths), channels, generator=g) * 0.01 + 1e-4
     packed = ExpertWeight(torch.cat(tiles), scale, sums, torch.tensor(bits, dtype=torch.int32))
     return (replace(packed, bias=random(len(bits), channels, seed=seed)) if bias else packed), codes
@@ -195,7 +195,7 @@ def test_errors_name_the_node(library):
     few = replace(down, scale=down.scale[:, :1].contiguous())
     fails("weights of down does not fit: expected scales .experts, parts, channels", down=few)
     fails(
-        "weights of gate and up does not fit: expected as many sums",
+        "weights of gate and up does not fit: expected sums for every part with zero points",
         gate_up=replace(gate_up, row_sum=gate_up.row_sum[1:]),
     )
     fails("a transform does not fit", low_blocks=31)

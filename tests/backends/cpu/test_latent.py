@@ -47,7 +47,9 @@ def case(shape, step):
     mask = torch.ones(2, slots, dtype=torch.bool)
     mask[1, :2] = False
     q = random(2, heads, new, own + rotary.columns, seed=20)
-    expansion = Expansion(pack_linear(coded, [1] * len(parts)), tuple(width for _, width in parts), heads, own)
+    widths = tuple(width for _, width in parts)
+    row_bits = [part.bits for part in entries[0].cut(widths)]
+    expansion = Expansion(pack_linear(coded, [1] * len(parts), row_bits), widths, heads, own)
     return (q, *entries, torch.tensor(start, dtype=torch.int32), mask, expansion, 0.3), weight
 
 

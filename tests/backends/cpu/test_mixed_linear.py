@@ -6,19 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from resq_compiler.backends.cpu import formats
 from resq_compiler.backends.cpu.kernels import RowParts, mixed_linear, pack_linear
+from resq_compiler.backends.fused.formats import centred
 
 from resq_compiler.errors import BackendError, QuantError
 from resq_compiler.numerics.quantized import QuantizedActivation, integer_linear, quantize_activation
 
 
 def rows_of(parts: list[QuantizedActivation]) -> RowParts:
-    groups = tuple(p.groups for p in parts)
+    held = [centred(p) if p.bits < 8 else p for p in parts]
     return RowParts(
-        tuple(formats.pack_rows(p.qdata, p.groups) for p in parts),
+        tuple(formats.pack_rows(p.qdata, p.groups) for p in held),
         tuple(p.qdata.shape[-1] // p.groups for p in parts),
-        groups,
+        tuple(p.groups for p in parts),
+        tuple(p.bits for p in parts),
         torch.cat([p.scale for p in parts], -1),
-        torch.cat([p.zero_point for p in parts], -1),
+        torch.cat([p.zero_point for p in held], -1),
     )
 
 
@@ -60,7 +62,7 @@ def test_equals_the_integer_law_to_the_bit(library, isa, shape):
     groups = (1,) * len(widths)
     parts, weights = example(0, rows, channels, widths, bits, weight_bits, groups)
     bias, residual = torch.randn(channels), torch.randn(rows, channels)
-    packed = pack_linear(weights, groups)
+    packed = pack_linear(weights, groups, bits)
     assert torch.equal(mixed_linear(library, rows_of(parts), packed), reference(parts, weights))
     y = mixed_linear(library, rows_of(parts), packed, bias, residual)
     assert torch.equal(y, reference(parts, weights, bias, residual))
@@ -78,7 +80,7 @@ def test_a_scale_for_each_head(library, isa, widths):
         for g in range(9):
             y = y + acc[:, g] * xq.scale[:, g, None]
         expected = y * scale if expected is None else expected + y * scale
-    y = mixed_linear(library, rows_of(parts), pack_linear(weights, (9, 9)))
+    y = mixed_linear(library, rows_of(parts), pack_linear(weights, (9, 9), (4, 8)))
     assert torch.equal(y, expected)
     torch.testing.assert_close(y, reference(parts, weights), rtol=1e-4, atol=1e-4)  # sums in another order
 
@@ -93,7 +95,7 @@ def test_the_largest_sums_are_exact(library, isa):
         torch.tensor([[127], [-128]], dtype=torch.int32),
         8,
     )
-    y = mixed_linear(library, rows_of([xq]), pack_linear([(q, torch.ones(64), 8)], (1,)))
+    y = mixed_linear(library, rows_of([xq]), pack_linear([(q, torch.ones(64), 8)], (1,), (8,)))
     assert torch.equal(y, torch.tensor([[255.0 * 128 * k], [0.0]]).expand(2, 64))
 
 
@@ -104,7 +106,7 @@ def test_the_largest_sums_are_exact(library, isa):
 @settings(max_examples=25, deadline=None)
 def test_all_instruction_sets_and_threads_agree(library, rows, channels, low, high, groups, seed):
     parts, weights = example(seed, rows, channels, (low, high), (4, 8), (4, 8), (groups, groups))
-    x, packed = rows_of(parts), pack_linear(weights, (groups, groups))
+    x, packed = rows_of(parts), pack_linear(weights, (groups, groups), (4, 8))
     residual = torch.randn(rows, channels)
     results = []
     for name in (name for name, able in library.instruction_sets().items() if able):
@@ -129,12 +131,12 @@ def test_weights_and_rows_come_back(library, bits, channels, width, groups):
 
 def test_operands_that_do_not_fit(library):
     parts, weights = example(0, 2, 64, (16, 8), (4, 8), (4, 8), (1, 1))
-    x, packed = rows_of(parts), pack_linear(weights, (1, 1))
+    x, packed = rows_of(parts), pack_linear(weights, (1, 1), (4, 8))
     with pytest.raises(
         BackendError, match=r"residual is torch.float32 \(2, 63\).*expected contiguous torch.float32 \(2, 64\)"
     ):
         mixed_linear(library, x, packed, residual=torch.zeros(2, 63))
     with pytest.raises(BackendError, match="2 parts of rows, 1 of weights"):
-        mixed_linear(library, x, pack_linear(weights[:1], (1,)))
+        mixed_linear(library, x, pack_linear(weights[:1], (1,), (4,)))
     with pytest.raises(QuantError, match="a multiple of 3 columns"):
         formats.pack_weight(weights[0][0], 4, 3)

@@ -82,7 +82,7 @@ def test_norm_quantize_in_one_part(library):
 def test_mixed_linear(library, rows):
     x = norm_quantize(library, random(rows, 64), [LOW, HIGH])
     codes = [torch.randint(-8, 8, (130, 56), dtype=torch.int8), torch.randint(-128, 128, (130, 8), dtype=torch.int8)]
-    weight = pack_linear([(codes[0], torch.rand(130), 4), (codes[1], torch.rand(130), 8)], (1, 1))
+    weight = pack_linear([(codes[0], torch.rand(130), 4), (codes[1], torch.rand(130), 8)], (1, 1), (4, 8))
     bias, residual = random(130), random(1, rows, 130)
     operands = [
         x.rows[0][None],
@@ -121,7 +121,7 @@ def test_hadamard_quantize(library, n, stacked):
 def test_hadamard_quantize_in_groups(library):
     plans = [hadamard_plan(n) for n in (168, 24)]
     gate, up = random(2, 5, 192), random(2, 5, 192, seed=1)
-    dense, attributes = [], dict(activation=1, low_width=28, high_width=4, groups=6)
+    dense, attributes = [], dict(activation=1, low_width=28, high_width=4, low_groups=6, high_groups=6)
     for side, plan in zip(("low", "high"), plans, strict=True):
         attributes |= {f"{side}_order{i}": order for i, order in enumerate(plan.orders)} | {
             f"{side}_blocks": plan.blocks
@@ -141,7 +141,7 @@ def linear_operands(groups=1):
         torch.randint(-8, 8, (130, 56 * groups), dtype=torch.int8),
         torch.randint(-128, 128, (130, 8 * groups), dtype=torch.int8),
     ]
-    weight = pack_linear([(codes[0], torch.rand(130), 4), (codes[1], torch.rand(130), 8)], (groups, groups))
+    weight = pack_linear([(codes[0], torch.rand(130), 4), (codes[1], torch.rand(130), 8)], (groups, groups), (4, 8))
     return [*weight.tiles, weight.scale, weight.row_sum, random(130, seed=7)]
 
 
@@ -150,7 +150,14 @@ def assert_linear_of(library, kind, operands, linear, groups=1, **attributes):
     codes = Node(library, f"{kind}Quantize", operands, 4, **attributes).run()
     residual = random(*codes[2].shape[:-1], 130, seed=8)
     (expected,) = Node(
-        library, "MixedLinear", [*codes, *linear, residual], 1, low_width=56, high_width=8, groups=groups
+        library,
+        "MixedLinear",
+        [*codes, *linear, residual],
+        1,
+        low_width=56,
+        high_width=8,
+        low_groups=groups,
+        high_groups=groups,
     ).run()
     (got,) = Node(library, f"{kind}Linear", [*operands, *linear, residual], 1, **attributes).run()
     assert torch.equal(got, expected) and got.shape == (*codes[2].shape[:-1], 130)
@@ -179,7 +186,7 @@ def test_attention_with_what_stands_around_it(library, room):
     options = dict(scale=0.125, low_bits=3, **(heads | {"high_clip": 0.8}))
     codes = Node(library, "AttentionQuantize", [*made, mask, sinks], 4, **options).run()
     operands = [*codes, *linear, residual]
-    (y,) = Node(library, "MixedLinear", operands, 1, low_width=56, high_width=8, groups=4).run()
+    (y,) = Node(library, "MixedLinear", operands, 1, low_width=56, high_width=8, low_groups=4, high_groups=4).run()
     operands = [*rotated, sinks, None, None, None, *linear, residual]
     got = Node(library, "AttentionLinear", operands, 3, **options).run()
     assert all(torch.equal(a, b) for a, b in zip(got, (y, *made[1:]), strict=True))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from resq_compiler.backends.cpu import formats
 from resq_compiler.backends.cpu.kernels import CodePart, RowParts, hadamard_quantize, norm_quantize
+from resq_compiler.backends.fused.formats import centred
 
 from resq_compiler.errors import BackendError
 from resq_compiler.numerics.hadamard import hadamard_plan, hadamard_transform
@@ -22,9 +23,10 @@ def law(y, parts):
         stop = start + part.width * part.groups
         made.append(quantize_activation(y[:, start:stop], part.bits, part.groups, part.clip))
         start = stop
+    made = [centred(xq) if xq.bits < 8 else xq for xq in made]
     rows = tuple(formats.pack_rows(xq.qdata, xq.groups) for xq in made)
     return RowParts(
-        rows, tuple(p.width for p in parts), tuple(p.groups for p in parts),
+        rows, tuple(p.width for p in parts), tuple(p.groups for p in parts), tuple(p.bits for p in parts),
         torch.cat([xq.scale for xq in made], 1), torch.cat([xq.zero_point for xq in made], 1),
     )  # fmt: skip
 

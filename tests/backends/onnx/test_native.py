@@ -135,7 +135,7 @@ def test_inputs_in_groups_take_no_operator_more(made):
     nodes = [n for n in fused_nodes(path) if n.op_type not in ENDS]
     layers = len(compiled.cache_specs)
     assert Counter(n.op_type for n in nodes) == {k: layers * n for k, n in BLOCK.items()}
-    groups = {(n.op_type, a.i) for n in nodes for a in n.attribute if a.name == "groups"}
+    groups = {(n.op_type, a.i) for n in nodes for a in n.attribute if a.name in ("low_groups", "high_groups")}
     assert {("NormLinear", 2), ("HadamardLinear", 5)} <= groups
 
 
