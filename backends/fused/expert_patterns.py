@@ -78,7 +78,7 @@ def _why_not(inputs: Inputs) -> str | None:
     """At most two precisions, each with one scale a token."""
     if len(inputs) > 2:
         return f"its input has parts of {[one.bits for one in inputs]} bits; grouped kernels take two"
-    return "its input is quantized in groups" if inputs[0].groups != 1 else None
+    return "its input is quantized in groups" if any(one.groups != 1 for one in inputs) else None
 
 
 def _before(hidden: Inputs) -> tuple[Node, str] | str:

@@ -4,7 +4,7 @@ Codes are signed (numerics/quantized.py). A linear's input has at most two parts
 is multiplied with weight codes of up to 4 bits, high what is multiplied with wider ones; targets that pack activations and weights
 alike call the activations' bits those of the weights. Bytes differ from target to target, everything else is the same for all:
 
-    activations low, high [..., row bytes] int8      scale, zero_point [..., parts * groups] float32, int32;  [low groups | high groups]
+    activations low, high [..., row bytes] int8      scale, zero_point [..., groups of parts] float32, int32;  [low groups | high groups]
     weights     low, high: bytes of N output rows    scale [parts, N] float32    row_sum [groups of parts, N] int32, sums of codes
     cache       one int8 tensor for keys and one for values of a layer; what a token's row holds is described by `HeadParts`
 
@@ -54,10 +54,11 @@ class InputPart:
 
 
 def input_parts(
-    bits: Sequence[int], weight_bits: Sequence[int], widths: Sequence[int], groups: int
+    bits: Sequence[int], weight_bits: Sequence[int], widths: Sequence[int], groups: Sequence[int]
 ) -> tuple[InputPart, ...]:
-    """The parts that an operator's flat lists describe."""
-    return tuple(InputPart(b, w, groups, wb) for b, wb, w in zip(bits, weight_bits, widths, strict=True))
+    """The parts that an operator's flat lists describe; groups: of each, or a single number for all."""
+    each = groups if len(groups) == len(bits) else [*groups] * len(bits)
+    return tuple(InputPart(b, w, g, wb) for b, wb, w, g in zip(bits, weight_bits, widths, each, strict=True))
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ class Split:
         return [one.clip for one in self.inputs]
 
     @property
-    def attributes(self) -> tuple[list[int], list[int], list[int], int, list[float]]:
+    def attributes(self) -> tuple[list[int], list[int], list[int], list[int], list[float]]:
         """The lists, groups and clips, as operators take them that quantize."""
-        return *self.lists, self.inputs[0].groups, self.clips
+        return *self.lists, [p.groups for p in self.parts], self.clips
 
     def cut(self, first: int, count: int) -> Split:
         """Some of them."""
@@ -58,9 +58,9 @@ def codes_for(
 
 
 def _make(low: Lowering, split: Split) -> list[CodesNodes]:
-    groups = calls(split.parts)
-    if len(groups) > 1:
-        return _in_pieces(low, split, [len(parts) for parts in groups])
+    found = calls(split.parts, low.target.grouped)
+    if len(found) > 1:
+        return _in_pieces(low, split, [len(parts) for parts in found])
     fused = _of_attention(low, split) or _of_hadamard(low, split)
     return [fused or _of_norm(low, split)]
 
@@ -163,7 +163,7 @@ def _of_hadamard(low: Lowering, split: Split) -> CodesNodes | None:
 
 def why_not_transformed(low: Lowering, inputs: Inputs) -> str | None:
     """Why no kernel computes the transforms of these; None where one does."""
-    if inputs[0].groups != 1 and not low.target.grouped:
+    if not low.target.grouped and any(one.groups != 1 for one in inputs):
         return "it is quantized in groups"
     reasons = (low.target.why_not_transform(one.columns) for one in inputs)
     return next((reason for reason in reasons if reason is not None), None)

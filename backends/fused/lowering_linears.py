@@ -84,9 +84,8 @@ def _replace(low: Lowering, inputs: Inputs, linears: list[LinearSum]) -> None:
 
 
 def _emit(low: Lowering, made: CodesNodes, weight: list[Node], bias: Node | None, y: Node | None, like: Node) -> Node:
-    lists = ([getattr(part, name) for part in made.parts] for name in ("bits", "weight_bits", "width"))
-    parts = (*lists, made.parts[0].groups)
-    return low.emit(operators.mixed_linear, (*made.values, *weight, bias, y, *parts, low.dtype, low.target.name), like)
+    lists = ([getattr(part, name) for part in made.parts] for name in ("bits", "weight_bits", "width", "groups"))
+    return low.emit(operators.mixed_linear, (*made.values, *weight, bias, y, *lists, low.dtype, low.target.name), like)
 
 
 def _outputs(low: Lowering, linear: LinearSum) -> int:

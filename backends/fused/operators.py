@@ -46,7 +46,7 @@ def _fake_codes(x: Tensor, lead: tuple[int, ...], parts: tuple[InputPart, ...], 
 
 def _fake_norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
-    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: list[int], clips: list[float], target: str,
 ) -> Codes:  # fmt: skip
     return _fake_codes(x, x.shape[:-1], input_parts(bits, weight_bits, widths, groups), target)
 
@@ -54,7 +54,7 @@ def _fake_norm_quantize(
 @_operator(_fake_norm_quantize)
 def norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float,
-    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: list[int], clips: list[float], target: str,
 ) -> _FourTensors:  # fmt: skip
     """x [..., K] -> (low, high, scale, zero_point)."""
     parts = input_parts(bits, weight_bits, widths, groups)
@@ -64,7 +64,7 @@ def norm_quantize(
 def _fake_mixed_linear(
     low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor,
     weight_low: Tensor, weight_high: Tensor, weight_scale: Tensor, row_sum: Tensor, bias: Tensor | None, residual: Tensor | None,
-    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, dtype: torch.dtype, target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: list[int], dtype: torch.dtype, target: str,
 ) -> Tensor:  # fmt: skip
     return scale.new_empty(*scale.shape[:-1], weight_scale.shape[1], dtype=dtype)
 
@@ -73,7 +73,7 @@ def _fake_mixed_linear(
 def mixed_linear(
     low: Tensor, high: Tensor, scale: Tensor, zero_point: Tensor,
     weight_low: Tensor, weight_high: Tensor, weight_scale: Tensor, row_sum: Tensor, bias: Tensor | None, residual: Tensor | None,
-    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, dtype: torch.dtype, target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: list[int], dtype: torch.dtype, target: str,
 ) -> Tensor:  # fmt: skip
     """Packed activations times stacked packed weights -> [..., N] of dtype."""
     weight = PackedWeight(
@@ -85,7 +85,7 @@ def mixed_linear(
 
 def _fake_hadamard_quantize(
     gate: Tensor, up: Tensor | None, activation: str, transpose: bool,
-    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: list[int], clips: list[float], target: str,
 ) -> Codes:  # fmt: skip
     return _fake_codes(gate, gate.shape[:-1], input_parts(bits, weight_bits, widths, groups), target)
 
@@ -93,7 +93,7 @@ def _fake_hadamard_quantize(
 @_operator(_fake_hadamard_quantize)
 def hadamard_quantize(
     gate: Tensor, up: Tensor | None, activation: str, transpose: bool,
-    bits: list[int], weight_bits: list[int], widths: list[int], groups: int, clips: list[float], target: str,
+    bits: list[int], weight_bits: list[int], widths: list[int], groups: list[int], clips: list[float], target: str,
 ) -> _FourTensors:  # fmt: skip
     """gate, up [..., n] -> (low, high, scale, zero_point) of the transformed product."""
     parts = input_parts(bits, weight_bits, widths, groups)
@@ -162,7 +162,7 @@ def latent_attention(
     widths: list[int], vector_parts: list[int], rotary_parts: list[int], own: int, scale: float, clip: float, target: str,
 ) -> Tensor:  # fmt: skip
     """q [B, H, S, own + R] -> [B, S, H, value columns]; vectors and rotary columns of the new tokens enter the cache."""
-    weight = PackedWeight(weight_low, weight_high, weight_scale, row_sum, input_parts(bits, weight_bits, widths, 1))
+    weight = PackedWeight(weight_low, weight_high, weight_scale, row_sum, input_parts(bits, weight_bits, widths, [1]))
     cache = LayerCache(rotary_cache, vector_cache, table, start, HeadParts(*rotary_parts), HeadParts(*vector_parts))
     return find_target(target).kernels.latent_attention(q, vectors, rotary, cache, mask, weight, own, scale, clip)
 
@@ -202,7 +202,7 @@ def _fake_attention_quantize(
     sinks: Tensor | None, prefix_keys: Tensor | None, prefix_values: Tensor | None, slopes: Tensor | None,
     bits: list[int], weight_bits: list[int], widths: list[int], clip: float, target: str,
 ) -> Codes:  # fmt: skip
-    return _fake_codes(q, q.shape[:2], input_parts(bits, weight_bits, widths, q.shape[2]), target)
+    return _fake_codes(q, q.shape[:2], input_parts(bits, weight_bits, widths, [q.shape[2]]), target)
 
 
 @_operator(_fake_attention_quantize)
@@ -214,7 +214,7 @@ def attention_quantize(
 ) -> _FourTensors:  # fmt: skip
     """The same, quantized per token and head for the output projection: (low, high, scale, zero_point) of [B, S]."""
     cache = LayerCache(keys, values, table, start, HeadParts(*key_parts), HeadParts(*value_parts))
-    parts = input_parts(bits, weight_bits, widths, q.shape[2])
+    parts = input_parts(bits, weight_bits, widths, [q.shape[2]])
     kernels = find_target(target).kernels
     return kernels.attention_quantize(
         q, cache, _scores(mask, scale, window, softcap, sinks, prefix_keys, prefix_values, slopes), parts, clip
@@ -245,8 +245,8 @@ def experts(
 ) -> Tensor:  # fmt: skip
     """Packed rows of tokens [...] through their experts, indices and weights [..., k] -> [..., N] of dtype."""
     parts, hidden = (
-        input_parts(bits, weight_bits, widths, 1),
-        input_parts(hidden_bits, hidden_weight_bits, hidden_widths, 1),
+        input_parts(bits, weight_bits, widths, [1]),
+        input_parts(hidden_bits, hidden_weight_bits, hidden_widths, [1]),
     )
     inner = PackedExperts(gate_up, gate_up_scale, gate_up_sum, gate_up_bits, gate_up_bias, parts)
     outer = PackedExperts(down, down_scale, down_sum, down_bits, down_bias, hidden)

@@ -65,8 +65,7 @@ def inputs_of(linear: LinearSum, experts: str | None = EXPERTS) -> Inputs | str:
         if quantizer.scale is not None:
             return "its input has static scales, and kernels make them for every token; compile with activation_scales='dynamic'"
         quantizers.append(quantizer)
-    groups = [one.groups for one in quantizers]
-    return tuple(quantizers) if len(set(groups)) == 1 else f"its parts differ in groups: {groups}"
+    return tuple(quantizers)
 
 
 def part_of(quantizer: Quantize, weight_bits: int = 0) -> InputPart:
@@ -74,9 +73,10 @@ def part_of(quantizer: Quantize, weight_bits: int = 0) -> InputPart:
     return InputPart(quantizer.bits, quantizer.columns // quantizer.groups, quantizer.groups, weight_bits)
 
 
-def calls(parts: Sequence[InputPart]) -> list[tuple[InputPart, ...]]:
-    """Cut parts into operators of at most one low and one high part; the last takes two."""
+def calls(parts: Sequence[InputPart], any_groups: bool = True) -> list[tuple[InputPart, ...]]:
+    """Cut parts into operators of at most one low and one high part; the last takes two. any_groups: not only where these have as many."""
     two = len(parts) > 1 and [part.is_low for part in parts[-2:]] == [True, False]
+    two = two and (any_groups or parts[-2].groups == parts[-1].groups)
     cut = max(0, len(parts) - 2) if two else len(parts)
     return [*((part,) for part in parts[:cut]), *((tuple(parts[cut:]),) if two else ())]
 
@@ -101,7 +101,7 @@ class Source:
             return f"others than the quantizers of one linear's input read it: {', '.join(others)}"
         if norm.subtracts_mean and len(argument(self.x, "normalized_shape")) > 1:
             return "it is over more than the last dimension"
-        return "it is quantized in groups" if inputs[0].groups > 1 and not grouped else norm
+        return "it is quantized in groups" if not grouped and any(one.groups > 1 for one in inputs) else norm
 
 
 def common_source(inputs: Inputs) -> Source | None:

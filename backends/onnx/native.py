@@ -205,13 +205,17 @@ def _arguments(node: Node) -> tuple[Any, ...]:
 
 
 def _parts(
-    bits: Sequence[int], weight_bits: Sequence[int], widths: Sequence[int], clips: Sequence[float] = (), groups: int = 1
+    bits: Sequence[int],
+    weight_bits: Sequence[int],
+    widths: Sequence[int],
+    clips: Sequence[float] = (),
+    groups: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Attributes of the parts of a row."""
     found: dict[str, Any] = {}
     for i, (b, side) in enumerate(zip(bits, _sides(weight_bits), strict=True)):
         found |= {f"{side}_bits": b, f"{side}_width": widths[i]}
-        found |= {f"{side}_groups": groups} if groups > 1 else {}
+        found |= {f"{side}_groups": groups[i]} if groups else {}
         found |= {f"{side}_clip": clips[i]} if clips else {}
     return found
 
@@ -256,7 +260,9 @@ def hadamard_quantize(low: Lowering, node: Node) -> Pieces:
     gate, up, activation, transpose, bits, weight_bits, widths, groups, clips, _ = _arguments(node)
     native = _native(low)
     attributes, dense = _transforms(
-        weight_bits, [width * groups for width in widths], "transposed" if transpose else "hadamard"
+        weight_bits,
+        [width * count for width, count in zip(widths, groups, strict=True)],
+        "transposed" if transpose else "hadamard",
     )
     together = None if up is None else _tiled([gate, up])
     products = (native.exact(gate), native.optional(up)) if together is None else (native.exact(together), "")

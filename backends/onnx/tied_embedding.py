@@ -56,10 +56,10 @@ def rows_of_head(low: NativeLowering, node: Node, head: Node | None) -> str:
     assert isinstance(weight, Node) and isinstance(scale, Node)
     view = Embedding.require(node)
     vocabulary, count = graph_tools.held(low.gm, view.table).shape[0], values.width(head)
-    if len(weight_bits) != 1 or weight_bits[0] <= LOW_BITS or groups != 1 or count != vocabulary:
+    if len(weight_bits) != 1 or weight_bits[0] <= LOW_BITS or list(groups) != [1] or count != vocabulary:
         raise BackendError(
             f"{_named()}: expected an lm_head of one part in 5 to 8 bits with a scale a row, for {vocabulary} tokens; got parts of "
-            f"{tuple(weight_bits)} bits with {groups} scales a row, for {count} tokens; say embedding='int8'"
+            f"{tuple(weight_bits)} bits with {tuple(groups)} scales a row, for {count} tokens; say embedding='int8'"
         )
     tiles, scales = graph_tools.get_tensor(low.gm, weight), graph_tools.get_tensor(low.gm, scale)[0]
 

@@ -15,7 +15,8 @@ def _codes(bits, shape, generator):
 
 
 def test_parts_of_flat_lists():
-    parts = input_parts([4, 8], [4, 8], [504, 72], 1)
+    parts = input_parts([4, 8], [4, 8], [504, 72], [1])
+    assert input_parts([4, 8], [4, 8], [36, 72], [14, 1]) == (InputPart(4, 36, 14), InputPart(8, 72))
     assert parts == (InputPart(4, 504), InputPart(8, 72)) and [part.is_low for part in parts] == [True, False]
     assert InputPart(3, 13, 4).columns == 52
     assert (
