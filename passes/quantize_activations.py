@@ -63,8 +63,8 @@ class QuantizeActivations(Pass):
     clip: the share of the range that codes cover, or by what error it is searched. o_granularity: of the scales at output projections.
     scales "static": one scale and zero point for all tokens, with the least error on calibration tokens; `clip` means nothing then.
     group_size: columns that share a scale at the inputs of attention and of feed-forwards without experts, at least; none: all of a part.
-    There are as many groups as divide all parts of an input. Source of groups: Atom, arXiv 2310.19102, section 4.2; differs: groups
-    cut every part.
+    group_parts "all": as many groups as divide all parts of an input, each with its share of every part; "low": parts of less than 8
+    bits are cut, the others are not. Source of groups: Atom, arXiv 2310.19102, section 4.2; differs with "all": groups cut every part.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -75,6 +75,7 @@ class QuantizeActivations(Pass):
     o_granularity: Literal["head", "token"] = "head"
     scales: Literal["dynamic", "static"] = "dynamic"
     group_size: Literal[32, 64, 128] | None = None
+    group_parts: Literal["all", "low"] = "all"
 
     @property
     def needs_calibration(self) -> bool:
@@ -84,13 +85,14 @@ class QuantizeActivations(Pass):
         shared: dict[tuple, Node] = {}
         done = 0
         static = self.scales == "static"
-        cut = {} if self.group_size is None else groups_of_inputs(gm, self.group_size, ctx.note)
+        low = self.group_parts == "low"
+        cut = {} if self.group_size is None else groups_of_inputs(gm, self.group_size, low, ctx.note)
         search = isinstance(self.clip, str) and not static
         clips = search_clips(gm, ctx, self.clip == "output", cut) if search else {}
         for node, part in open_parts(gm):
             wide = 1.0 if isinstance(self.clip, str) else self.clip
             clip = clips.get(source(node), wide) if may_clip(part) else 1.0
-            groups = cut.get(part.site, part.heads if self.o_granularity == "head" else 1)
+            groups = cut.get(part, part.heads if self.o_granularity == "head" else 1)
             done += quantize_input(gm, node, part, 1.0 if static else clip, groups, shared)
         if static:
             give_static_scales(gm, ctx, list(shared.values()))
@@ -109,10 +111,11 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
     return found
 
 
-def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) -> dict[meta.LinearSite, int]:
-    """For every linear that reads the stream or hidden channels, and has no experts, into how many groups its input is cut: as many as
-    divide all its parts, of at least `size` columns. A note where that is half as many as there could be, and for experts."""
-    parts: dict[meta.LinearSite, list[int]] = {}
+def groups_of_inputs(gm: GraphModule, size: int, low: bool, note: Callable[[str], None]) -> dict[meta.LinearPart, int]:
+    """For every part of a linear that reads the stream or hidden channels, and has no experts, into how many groups it is cut: as many as
+    divide all parts of the input, of at least `size` columns; low: each part of less than 8 bits for itself, the others not.
+    A note where that is half as many as there could be, and for experts."""
+    parts: dict[meta.LinearSite, list[meta.LinearPart]] = {}
     experts = set()
     for node, part in open_parts(gm):
         if part.site.role not in GROUPED_ROLES:
@@ -120,9 +123,15 @@ def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) ->
         if is_call(node, *EXPERTS):
             experts.add(part.site)
         else:
-            parts.setdefault(part.site, []).append(part.stop - part.start)
-    found = {site: most_groups(widths, size) for site, widths in parts.items()}
-    wide = {(sum(widths), found[site]) for site, widths in parts.items() if sum(widths) >= 2 * size * found[site]}
+            parts.setdefault(part.site, []).append(part)
+    found: dict[meta.LinearPart, int] = {}
+    wide = set()
+    for together in (each for of_site in parts.values() for each in cut_together(of_site, low)):
+        widths = [part.stop - part.start for part in together]
+        groups = most_groups(widths, size)
+        found |= dict.fromkeys(together, groups)
+        if sum(widths) >= 2 * size * groups:
+            wide.add((sum(widths), groups))
     if wide:
         shown = ", ".join(f"{columns // groups} of {columns}" for columns, groups in sorted(wide))
         note(
@@ -133,6 +142,11 @@ def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) ->
             f"activation_group_size={size}: inputs of experts ({len(experts)} linears) keep one scale a token and part"
         )
     return found
+
+
+def cut_together(parts: Sequence[meta.LinearPart], low: bool) -> list[Sequence[meta.LinearPart]]:
+    """The parts of an input that are cut into the same groups; low: those of less than 8 bits, each for itself."""
+    return [[part] for part in parts if part.activation_bits < 8] if low else [parts]
 
 
 def most_groups(widths: Sequence[int], size: int) -> int:
@@ -193,11 +207,11 @@ def taps_of(
 
 
 def search_clips(
-    gm: GraphModule, ctx: PassContext, by_output: bool, groups: Mapping[meta.LinearSite, int] | None = None
+    gm: GraphModule, ctx: PassContext, by_output: bool, groups: Mapping[meta.LinearPart, int] | None = None
 ) -> dict[Node, float]:
     """For every value in question, the share of its range that loses least on calibration tokens; told in the stage.
 
-    groups: into how many the inputs of linears are cut; the others are whole.
+    groups: into how many parts of inputs are cut; the others are whole.
     """
     readers: dict[Node, list[Node]] = {}
     sites: dict[Node, meta.LinearPart] = {}
@@ -210,9 +224,7 @@ def search_clips(
     windows = ctx.windows[: max(1, SEARCH_TOKENS // ctx.windows.shape[1])]
     batches = len(executor.batches(windows))
     searches = {
-        x: SiteSearch(
-            gm, part.activation_bits, readers[x] if by_output else (), batches, (groups or {}).get(part.site, 1)
-        )
+        x: SiteSearch(gm, part.activation_bits, readers[x] if by_output else (), batches, (groups or {}).get(part, 1))
         for x, part in sites.items()
     }
     taps = {x: search.update for x, search in searches.items()}

@@ -59,6 +59,17 @@ def test_inputs_in_groups(clip, build):
     assert not built.ctx.notes or not any("activation_group_size" in note for note in built.ctx.notes)
 
 
+def test_groups_of_low_parts_alone(build):
+    """High parts keep one scale; a low part is cut by its own columns."""
+    options = dict(activation_group_size=32, activation_group_parts="low", down_proj="energy-split")
+    built = build("llama", "quantize-kv-cache", weight_method="rtn", **options)
+    found = {(meta.get(n, meta.QuantizerSite).name.split(".")[2], n.args[1]): n.args[2] for n in quantizers(built.gm)}
+    assert found == {
+        ("attention_input", 4): 1, ("attention_input", 8): 1, ("mlp_input", 4): 1, ("mlp_input", 8): 1,
+        ("o_input", 4): 4, ("o_input", 8): 4, ("down_input", 4): 4, ("down_input", 8): 1,
+    }  # fmt: skip
+
+
 def test_the_share_of_groups_that_loses_least():
     """A channel that outgrows the others decides about its own group alone; whole rows would rather cut it off."""
     x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0] * 63 + [3.0])

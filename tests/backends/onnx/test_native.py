@@ -146,6 +146,7 @@ def test_inputs_in_groups_take_no_operator_more(made):
         ("llama", dict(recipe="rtn")),
         ("llama", dict(recipe="resq+", allocation="equal")),
         ("llama", dict(recipe="resq+", allocation="equal", activation_group_size=32)),
+        ("llama", dict(recipe="resq+", allocation="equal", activation_group_size=32, activation_group_parts="low")),
         ("llama", dict(key_basis="head", site_fractions="mlp=1/4,o=0,value=0")),
         ("llama", dict(kv_bits=8, activation_bits=8)),
         ("llama", dict(activation_bits=8)),
