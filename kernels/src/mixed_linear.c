@@ -57,7 +57,7 @@ RK_INLINE void begin_sums(const run_view *v, const int rows, const int nibbles, 
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
         for (int i = 0; i < DOT_VECTORS; i++)
-            acc[r][i] = (i32v){0} - offset * rk_load32(code_sums + r * stride);
+            acc[r][i] = (i32v){0} - (rk_load32(code_sums + r * stride) - (i32v){0}) * offset;
     if (centred)
         return;
     uint32_t space[RK_TILE];
@@ -122,6 +122,8 @@ RK_INLINE void sum_runs(run_view v, const int rows, const int nibbles, const int
 #pragma GCC unroll 16
             for (int i = 0; i < DOT_VECTORS; i++)
                 sum[r][i] += __builtin_convertvector(acc[r][i], f32v) * run_scales(&v)[r * v.tile->runs];
+        if (rows > 3) /* they do not fit into registers: compilers would keep some there and move them around every run */
+            __asm__("" : "+m"(*(f32v (*)[DOT_ROWS][DOT_VECTORS])sum));
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)

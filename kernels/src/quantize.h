@@ -45,13 +45,14 @@ RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int32_
     }
     if (i < width) {
         i32v rest = (codes_of(q, rk_load_some(y + i, width - i)) - taken_out) & (rk_lane < (int32_t)(width - i));
-        int8_t bytes[RK_WIDTH];
+        int8_t bytes[16] = {0};
         rk_store_bytes(bytes, rest);
-        memset(codes + i, 0, (size_t)(rk_round_up(width, 8) - i));
-        memcpy(codes + i, bytes, (size_t)rk_min(RK_WIDTH, rk_round_up(width, 8) - i));
+        for (int at = 0; i < rk_round_up(width, 8); i += 4, at += 4) /* runs are short: no calls */
+            memcpy(codes + i, bytes + at, 4);
         sums += rest;
-    } else
-        memset(codes + i, 0, (size_t)(rk_round_up(width, 8) - i));
+    }
+    for (; i < rk_round_up(width, 8); i += 4)
+        memset(codes + i, 0, 4);
     return rk_sum_across(sums);
 }
 
