@@ -39,8 +39,8 @@ typedef struct {
     const tile_view *tile;
     const rk_linear_part *part;
     int64_t row, run; /* run: among those of all parts */
-    int64_t summed; /* among those whose sums of weights are there */
-    int group;      /* among those of this part */
+    int64_t summed;   /* among those whose sums of weights are there */
+    int group;        /* among those of this part */
 } run_view;
 
 static int is_centred(const rk_linear_part *p) { return RK_CENTRED(p->part.bits); }
@@ -50,14 +50,14 @@ static int sums_of(const rk_linear_part *p) { return is_centred(p) ? 0 : p->part
 RK_INLINE void begin_sums(const run_view *v, const int rows, const int nibbles, const int centred, dot_sums acc) {
     const rk_mixed_linear_args *a = v->tile->args;
     const rk_part *p = &v->part->part;
-    const int32_t offset = nibbles ? NIBBLE_OFFSET : BYTE_OFFSET;
+    const uint32_t offset = nibbles ? NIBBLE_OFFSET : BYTE_OFFSET;
     const int64_t stride = rk_row_size(p);
     const int8_t *code_sums = v->part->x + v->row * stride + p->groups * rk_stride(p) + 4 * v->group;
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
         for (int i = 0; i < DOT_VECTORS; i++)
-            acc[r][i] = (i32v){0} - (rk_load32(code_sums + r * stride) - (i32v){0}) * offset;
+            acc[r][i] = (i32v)(((uint32_t)rk_load32(code_sums + r * stride) - (u32v){0}) * -offset);
     if (centred)
         return;
     uint32_t space[RK_TILE];
