@@ -37,6 +37,7 @@ RK_INLINE i32v codes_of(quantizer q, f32v y) {
 /* Codes of `width` values less `taken_out`, zeros up to a multiple of 8; returns their sum. */
 RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int32_t taken_out, int8_t *codes) {
     i32v sums = {0};
+    int8_t bytes[16] = {0};
     int64_t i = 0;
     for (; i + RK_WIDTH <= width; i += RK_WIDTH) {
         i32v c = codes_of(q, rk_load(y + i)) - taken_out;
@@ -45,14 +46,17 @@ RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int32_
     }
     if (i < width) {
         i32v rest = (codes_of(q, rk_load_some(y + i, width - i)) - taken_out) & (rk_lane < (int32_t)(width - i));
-        int8_t bytes[16] = {0};
-        rk_store_bytes(bytes, rest);
-        for (int at = 0; i < rk_round_up(width, 8); i += 4, at += 4) /* runs are short: no calls */
-            memcpy(codes + i, bytes + at, 4);
         sums += rest;
+        rk_store_bytes(bytes, rest);
     }
-    for (; i < rk_round_up(width, 8); i += 4)
-        memset(codes + i, 0, 4);
+    /* runs are short: constant numbers of bytes, so that nothing is called */
+    const int64_t room = rk_round_up(width, 8) - i;
+    if (room > 0)
+        memcpy(codes + i, bytes, 4);
+    if (room > 4)
+        memcpy(codes + i + 4, bytes + 4, 4);
+    if (room > 8)
+        memcpy(codes + i + 8, bytes + 8, 8);
     return rk_sum_across(sums);
 }
 
@@ -60,7 +64,7 @@ RK_INLINE int32_t store_codes(quantizer q, const float *y, int64_t width, int32_
 RK_INLINE void quantize_run(const rk_codes *out, int part, int group, int64_t row, int64_t run, int64_t runs, const float *y) {
     const rk_part *p = &out->part[part];
     const quantizer q = quantizer_of(y, p->width, p->bits, p->clip);
-    int8_t *codes = out->rows[part] + row * rk_row_bytes(p);
+    int8_t *codes = out->rows[part] + row * rk_row_size(p);
     const int32_t taken_out = RK_CENTRED(p->bits) ? (int32_t)q.zero_point : 0;
     const int32_t sum = store_codes(q, y, p->width, taken_out, codes + group * rk_stride(p));
     memcpy(codes + p->groups * rk_stride(p) + 4 * group, &sum, 4);
