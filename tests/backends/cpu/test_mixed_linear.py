@@ -101,19 +101,19 @@ def test_the_largest_sums_are_exact(library, isa):
 
 @given(
     rows=st.integers(1, 14), channels=st.integers(1, 140), low=st.integers(1, 90), high=st.integers(1, 40),
-    groups=st.sampled_from([1, 1, 3]), seed=st.integers(0, 2**20),
+    groups=st.sampled_from([(1, 1), (1, 1), (3, 3), (5, 1), (1, 2)]), seed=st.integers(0, 2**20),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_all_instruction_sets_and_threads_agree(library, rows, channels, low, high, groups, seed):
-    parts, weights = example(seed, rows, channels, (low, high), (4, 8), (4, 8), (groups, groups))
-    x, packed = rows_of(parts), pack_linear(weights, (groups, groups), (4, 8))
+    parts, weights = example(seed, rows, channels, (low, high), (4, 8), (4, 8), groups)
+    x, packed = rows_of(parts), pack_linear(weights, groups, (4, 8))
     residual = torch.randn(rows, channels)
     results = []
     for name in (name for name, able in library.instruction_sets().items() if able):
         with library.using(name):
             results += [mixed_linear(library, x, packed, None, residual, threads=threads) for threads in (1, 2, 3, 4)]
     assert all(torch.equal(results[0], y) for y in results)
-    if groups == 1:
+    if groups == (1, 1):
         assert torch.equal(results[0], reference(parts, weights, None, residual))
 
 

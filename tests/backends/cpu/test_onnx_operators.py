@@ -118,17 +118,19 @@ def test_hadamard_quantize(library, n, stacked):
     )
 
 
-def test_hadamard_quantize_in_groups(library):
+@pytest.mark.parametrize("groups", [(6, 6), (6, 1)])
+def test_hadamard_quantize_in_groups(library, groups):
     plans = [hadamard_plan(n) for n in (168, 24)]
     gate, up = random(2, 5, 192), random(2, 5, 192, seed=1)
-    dense, attributes = [], dict(activation=1, low_width=28, high_width=4, low_groups=6, high_groups=6)
+    dense, attributes = [], dict(activation=1, low_groups=groups[0], high_groups=groups[1])
+    attributes |= dict(low_width=168 // groups[0], high_width=24 // groups[1])
     for side, plan in zip(("low", "high"), plans, strict=True):
         attributes |= {f"{side}_order{i}": order for i, order in enumerate(plan.orders)} | {
             f"{side}_blocks": plan.blocks
         }
         dense += [f.float().flatten() for f, n in zip(plan.factors, plan.orders, strict=True) if not is_power_of_two(n)]
     node = Node(library, "HadamardQuantize", [gate, up, torch.cat(dense)], 4, **attributes)
-    parts = [CodePart(4, 28, 6), CodePart(8, 4, 6)]
+    parts = [CodePart(4, 168 // groups[0], groups[0]), CodePart(8, 24 // groups[1], groups[1])]
     expected = hadamard_quantize(library, gate.flatten(0, 1), up.flatten(0, 1), parts, "silu")
     found = [t.flatten(0, 1) for t in node.run()]
     wanted = (*expected.rows, expected.scale, expected.zero_point)

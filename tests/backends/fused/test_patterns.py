@@ -62,6 +62,12 @@ def test_parts_of_one_operator(bits, expected):
     assert [tuple(part.bits for part in parts) for parts in patterns.calls([InputPart(b, 8) for b in bits])] == expected
 
 
+def test_parts_in_different_groups_are_apart_where_a_target_wants_it():
+    parts = [InputPart(4, 8, 2), InputPart(8, 8, 1)]
+    assert [len(each) for each in patterns.calls(parts)] == [2]
+    assert [len(each) for each in patterns.calls(parts, any_groups=False)] == [1, 1]
+
+
 def two_columns(build, x, edges=((0, 56), (56, 64))):
     return build.quantizers(
         *((build.call(ops.columns, x, *edge), bits) for edge, bits in zip(edges, (4, 8), strict=True))
