@@ -61,7 +61,7 @@ def put_aside(value: Any, directory: Path | None) -> Any:
         directory is None
         or not isinstance(value, Tensor)
         or value.device.type != "cpu"
-        or value.nbytes < memory.LARGE_BLOCK // 8
+        or value.nbytes < memory.WORTH_A_FILE
     ):
         return value
     file = directory / f".hidden-{uuid.uuid4().hex}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-PIECE = 32 * 2**20
+PIECE = 4 * 2**20
 """Bytes in float32 of the rows of a weight that are worked on together, at most."""
 
 

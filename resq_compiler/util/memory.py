@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LARGE_BLOCK = 8 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
+LARGE_BLOCK = 32 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
+WORTH_A_FILE = 2**20  # bytes of a tensor; smaller ones are not put into files, nor are their pages let go
 KEPT = (
     64 * 2**20
 )  # free bytes at the end of the heap that stay until `trim`; glibc gives back what exceeds 128 KB at every free
@@ -109,7 +110,7 @@ def _all_of_files(start: int, stop: int) -> bool:
 
 def page_out_tensor(tensor: Tensor) -> None:
     """The same for a tensor of the CPU; one that lies in memory of its own stays as it is."""
-    if tensor.device.type == "cpu" and tensor.nbytes >= LARGE_BLOCK // 8 and lies_in_a_file(tensor):
+    if tensor.device.type == "cpu" and tensor.nbytes >= WORTH_A_FILE and lies_in_a_file(tensor):
         page_out(tensor.data_ptr(), tensor.nbytes)
 
 

@@ -17,7 +17,7 @@ from resq_compiler.util import machine, memory
 def short(monkeypatch):
     """A machine with no memory to speak of, on which no tensor is too small for a file."""
     monkeypatch.setattr(machine, "free_memory", lambda: 1)
-    monkeypatch.setattr(memory, "LARGE_BLOCK", 8)
+    monkeypatch.setattr(memory, "WORTH_A_FILE", 1)
 
 
 @pytest.mark.parametrize("value", [torch.arange(60.0).reshape(3, 4, 5).mT, torch.arange(9, dtype=torch.int8)])
@@ -36,7 +36,7 @@ def test_what_stays_in_memory(short, tmp_path, monkeypatch):
     assert aside.directory_for(100, work) == tmp_path and aside.directory_for(100, None) is None
     monkeypatch.setattr(machine, "free_memory", lambda: 400)
     assert aside.directory_for(100, work) is None and aside.directory_for(101, work) == tmp_path
-    monkeypatch.setattr(memory, "LARGE_BLOCK", 8192)
+    monkeypatch.setattr(memory, "WORTH_A_FILE", 1024)
     assert aside.put_aside(value, tmp_path) is value  # small
 
 

@@ -224,7 +224,7 @@ def test_values_that_are_computed_again_change_nothing(options, dtype, build, mo
     """
     found, runs, totals = [], [], []
     monkeypatch.setattr(executor, "TOKENS_PER_BATCH", 1)  # one window in each
-    monkeypatch.setattr(memory, "LARGE_BLOCK", 8)  # no value is too small for a file
+    monkeypatch.setattr(memory, "WORTH_A_FILE", 1)  # no value is too small for a file
     plain = executor.Stretch.run
     monkeypatch.setattr(executor.Stretch, "run", lambda self, env: (runs.append(len(self.order)), plain(self, env))[1])
     for room, work in ((0.0, None), (ROOM_FOR_SOME, None), (1e9, None), (0.0, workdir.WorkDirectory(tmp_path, {}))):

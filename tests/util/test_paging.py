@@ -13,7 +13,7 @@ from resq_compiler.util import memory
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_mapped_tensors_are_told_from_others(tmp_path):
-    file, size = tmp_path / "w.bin", 2 * memory.LARGE_BLOCK
+    file, size = tmp_path / "w.bin", 16 * memory.WORTH_A_FILE
     file.write_bytes(b"\x07" * size)
     mapped, own = torch.from_file(str(file), size=size, dtype=torch.uint8), torch.full((size,), 7, dtype=torch.uint8)
     assert memory.lies_in_a_file(mapped) and not memory.lies_in_a_file(own)
@@ -26,7 +26,7 @@ def test_mapped_tensors_are_told_from_others(tmp_path):
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_was_written_to_a_mapped_tensor_stays(tmp_path, shared):
     """A model in memory may lie in its file and be changed all the same: those pages are its own."""
-    file, size = tmp_path / "w.bin", 2 * memory.LARGE_BLOCK
+    file, size = tmp_path / "w.bin", 16 * memory.WORTH_A_FILE
     file.write_bytes(b"\x07" * size)
     mapped = torch.from_file(str(file), shared=shared, size=size, dtype=torch.uint8)
     mapped[size // 2] = 9
@@ -37,7 +37,7 @@ def test_what_was_written_to_a_mapped_tensor_stays(tmp_path, shared):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="madvise of Linux")
 def test_pages_that_nobody_wrote_leave_the_process(tmp_path):
-    file, size = tmp_path / "w.bin", 4 * memory.LARGE_BLOCK
+    file, size = tmp_path / "w.bin", 16 * memory.WORTH_A_FILE
     file.write_bytes(b"\x07" * size)
     mapped = torch.from_file(str(file), size=size, dtype=torch.uint8)
 
@@ -80,7 +80,7 @@ class Table:
 @pytest.mark.parametrize("entry", [None, b"", bytes(8)], ids=["absent", "cut short", "zeros"])
 def test_what_was_written_stays_where_the_system_does_not_tell(tmp_path, monkeypatch, entry):
     """A sandbox may have no pagemap, or one that says nothing of the pages."""
-    file, size = tmp_path / "w.bin", 2 * memory.LARGE_BLOCK
+    file, size = tmp_path / "w.bin", 16 * memory.WORTH_A_FILE
     file.write_bytes(b"\x07" * size)
     mapped = torch.from_file(str(file), size=size, dtype=torch.uint8)
     mapped[:] = 9
