@@ -118,7 +118,8 @@ def safetensors_weights(directory: Path, skeleton: PreTrainedModel) -> dict[str,
             raise ModelError(
                 f"model {directory}: {INDEX} says that {files[key]} holds {key}, and it does not; the files do not belong together"
             )
-        return Stored(shape, torch.float32, _reader(directory / files[key], key))
+        file = directory / files[key]
+        return Stored(shape, torch.float32, _reader(file, key), pick=_picker(file, key))
 
     return _promised(sorted(files), stored, skeleton)
 
@@ -176,6 +177,15 @@ def _reader(file: Path, name: str) -> Callable[[int, int], Tensor]:
             return value.float()
 
     return read
+
+
+def _picker(file: Path, name: str) -> Callable[[Tensor], Tensor]:
+    def pick(rows: Tensor) -> Tensor:
+        with safe_open(file, framework="pt") as opened:
+            lying: Tensor = opened.get_tensor(name)  # mapped: only pages of these rows are read
+            return lying[rows].float()
+
+    return pick
 
 
 def _promised(
