@@ -170,12 +170,20 @@ def source_of(site: Site) -> tuple[Node, ...]:
 
 def stacked_weight(gm: GraphModule, group: list[Site]) -> Tensor:
     """All weights of a group: rows of all sites, columns of all parts; on the device that computes."""
-    rows = rows_of(group)
-    whole = torch.empty(sum(rows), sum(group[0].columns), device=devices.current())
-    for site, here in zip(group, whole.split(rows), strict=True):
-        for node, part in zip(site.nodes, here.split(site.columns, 1), strict=True):
-            part.copy_(Linear.require(node).weight_tensor(gm))
+    whole = torch.empty(sum(rows_of(group)), sum(group[0].columns), device=devices.current())
+    with promises.keeping():
+        for node, part in weights_of_parts(group, whole).items():
+            part.copy_(graph_tools.get_tensor(gm, node))
     return whole
+
+
+def weights_of_parts(group: list[Site], whole: Tensor) -> dict[Node, Tensor]:
+    """Where the weight of every part of a group lies in `stacked_weight`, by the node that reads it from the model."""
+    return {
+        Linear.require(node).weight: part
+        for site, here in zip(group, whole.split(rows_of(group)), strict=True)
+        for node, part in zip(site.nodes, here.split(site.columns, 1), strict=True)
+    }
 
 
 def rows_of(group: list[Site]) -> list[int]:
@@ -333,10 +341,15 @@ def quantize_block(
     for group in groups:
         stream = written_stream(group, ctx.facts.get(Topology)) if options.token_weighting == "residual" else None
         if group[0].indices is None:
-            hessian = input_moment(group[0], list(source_of(group[0])), stream, runner, block.end)
+            weight = (
+                None if stream is None else stacked_weight(gm, group)
+            )  # which the way to the stream multiplies with, too
+            with graph_tools.substituted(gm, {} if weight is None else weights_of_parts(group, weight)):
+                hessian = input_moment(group[0], list(source_of(group[0])), stream, runner, block.end)
             memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile
-            codes, noise = quantize_group(gm, group, hessian, ctx, options)
-            del hessian
+            weight = stacked_weight(gm, group) if weight is None else weight
+            codes, noise = quantize_group(group, weight, hessian, ctx, options)
+            del weight, hessian
             names.append(store(gm, group, codes, noise))
         else:
             with promises.keeping(until_end=True):
@@ -395,12 +408,10 @@ def written_share(stream: Node, experts: Experts, everywhere: bool, env: dict[No
 
 
 def quantize_group(
-    gm: GraphModule, group: list[Site], hessian: Tensor, ctx: PassContext, options: QuantizeWeights
+    group: list[Site], weight: Tensor, hessian: Tensor, ctx: PassContext, options: QuantizeWeights
 ) -> tuple[list[weight_core.QuantizedWeight], list[list[float]]]:
     """Codes of the stacked weights of a group, and their noise; the moment is of no use any more."""
     where = f"{group[0].fact.name} and linears of the same input"
-    with promises.keeping():
-        weight = stacked_weight(gm, group)
     codes = quantize_rows(weight, hessian, group[0].parts(), where, ctx, options, overwrite=True)
     return codes, noise_of_parts(group, codes, weight)
 

@@ -12,6 +12,7 @@ import resq_compiler
 from resq_compiler.calibration import executor, lockstep, precision, workdir
 from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.ir import graph_tools, meta, ops, promises
+from resq_compiler.ir.views import Linear
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.quantized import Part
@@ -239,6 +240,26 @@ def test_values_that_are_computed_again_change_nothing(options, dtype, build, mo
     for other in found[1:]:
         assert found[0].keys() == other.keys() and len(other) == 26
         assert all(torch.equal(a, b) for name in other for a, b in zip(found[0][name], other[name], strict=True))
+
+
+def test_the_stream_is_weighed_with_the_weights_that_gptq_takes(build):
+    """Linears that write into the stream run before they have codes, too: their weights are made once for both."""
+    gm, ctx = (built := build("llama", "quantize-weights", double=False)).gm, built.ctx
+    reads: dict[str, int] = {}
+
+    def promised(name: str, value: torch.Tensor) -> promises.Promised:
+        def read(start: int, stop: int) -> torch.Tensor:
+            reads[name] = reads.get(name, 0) + (start == 0)
+            return value[start:stop]
+
+        return promises.Promised(promises.Stored(value.shape, value.dtype, read))
+
+    for site in find_sites(gm):
+        for weight in (Linear.require(node).weight for node in site.nodes):
+            graph_tools.set_tensor(gm, str(weight.target), promised(str(weight.target), graph_tools.held(gm, weight)))
+    QuantizeWeights(token_weighting="residual").run(gm, ctx)
+    assert sum(".o_proj." in name or ".down_proj." in name for name in reads) == 6  # o in two parts
+    assert {name: count for name, count in reads.items() if count > 1} == {}
 
 
 def test_cheap_values_are_not_kept(build):
