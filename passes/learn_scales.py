@@ -1,6 +1,6 @@
 """learn-scales: learn the numbers around codes, and codes if wanted, so that the quantized model predicts what the float model does.
 
-Scales of weight codes, gains of the norms before quantized linears, and shares of the range of the cache and of whole parts below 8 bits.
+Scales of weight codes, gains of the norms before quantized linears, and shares of the range of the cache and of inputs below 8 bits.
 All of them are there anyway, so this costs nothing at inference; a norm whose gain was folded gets one again. With `codes` the codes of
 weights move too, from those that quantize-weights found: 20 bytes of memory for each weight of the whole model. Behind all quantizers.
 

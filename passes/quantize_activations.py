@@ -13,7 +13,6 @@ Linears that read a quantized cache read its codes (quantize-kv-cache), and get 
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,8 +62,7 @@ class QuantizeActivations(Pass):
     clip: the share of the range that codes cover, or by what error it is searched. o_granularity: of the scales at output projections.
     scales "static": one scale and zero point for all tokens, with the least error on calibration tokens; `clip` means nothing then.
     group_size: columns that share a scale at the inputs of attention and of feed-forwards without experts, at least; none: all of a part.
-    group_parts "all": as many groups as divide all parts of an input, each with its share of every part; "low": parts of less than 8
-    bits are cut, the others are not. Source of groups: Atom, arXiv 2310.19102, section 4.2; differs with "all": groups cut every part.
+    Parts of less than 8 bits are cut into as many equal groups as there can be. Source of groups: Atom, arXiv 2310.19102, section 4.2.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -75,7 +73,6 @@ class QuantizeActivations(Pass):
     o_granularity: Literal["head", "token"] = "head"
     scales: Literal["dynamic", "static"] = "dynamic"
     group_size: Literal[32, 64, 128] | None = None
-    group_parts: Literal["all", "low"] = "all"
 
     @property
     def needs_calibration(self) -> bool:
@@ -85,8 +82,7 @@ class QuantizeActivations(Pass):
         shared: dict[tuple, Node] = {}
         done = 0
         static = self.scales == "static"
-        low = self.group_parts == "low"
-        cut = {} if self.group_size is None else groups_of_inputs(gm, self.group_size, low, ctx.note)
+        cut = {} if self.group_size is None else groups_of_inputs(gm, self.group_size, ctx.note)
         search = isinstance(self.clip, str) and not static
         clips = search_clips(gm, ctx, self.clip == "output", cut) if search else {}
         for node, part in open_parts(gm):
@@ -111,11 +107,10 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
     return found
 
 
-def groups_of_inputs(gm: GraphModule, size: int, low: bool, note: Callable[[str], None]) -> dict[meta.LinearPart, int]:
-    """For every part of a linear that reads the stream or hidden channels, and has no experts, into how many groups it is cut: as many as
-    divide all parts of the input, of at least `size` columns; low: each part of less than 8 bits for itself, the others not.
-    A note where that is half as many as there could be, and for experts."""
-    parts: dict[meta.LinearSite, list[meta.LinearPart]] = {}
+def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) -> dict[meta.LinearPart, int]:
+    """Into how many groups the parts are cut of linears that read the stream or hidden channels and have no experts: those of less than
+    8 bits into the most that have `size` columns, the others into one. Notes where groups are twice as wide as that, or there are none."""
+    found: dict[meta.LinearPart, int] = {}
     experts = set()
     for node, part in open_parts(gm):
         if part.site.role not in GROUPED_ROLES:
@@ -123,20 +118,15 @@ def groups_of_inputs(gm: GraphModule, size: int, low: bool, note: Callable[[str]
         if is_call(node, *EXPERTS):
             experts.add(part.site)
         else:
-            parts.setdefault(part.site, []).append(part)
-    found: dict[meta.LinearPart, int] = {}
-    wide = set()
-    for together in (each for of_site in parts.values() for each in cut_together(of_site, low)):
-        widths = [part.stop - part.start for part in together]
-        groups = most_groups(widths, size)
-        found |= dict.fromkeys(together, groups)
-        if sum(widths) >= 2 * size * groups:
-            wide.add((sum(widths), groups))
+            found[part] = most_groups(part.stop - part.start, size) if part.activation_bits < 8 else 1
+    cut = {(part.stop - part.start, groups) for part, groups in found.items() if part.activation_bits < 8}
+    wide = [f"{width // groups} of {width}" for width, groups in sorted(cut) if width >= 2 * size * groups]
     if wide:
-        shown = ", ".join(f"{columns // groups} of {columns}" for columns, groups in sorted(wide))
         note(
-            f"activation_group_size={size}: parts of some inputs have no such divisor in common; their groups have more columns: {shown}"
+            f"activation_group_size={size}: some parts of inputs have no such divisor; their groups have more columns: {', '.join(wide)}"
         )
+    if found and not cut:
+        note(f"activation_group_size={size}: nothing is cut, because inputs have no part of less than 8 bits")
     if experts:
         note(
             f"activation_group_size={size}: inputs of experts ({len(experts)} linears) keep one scale a token and part"
@@ -144,15 +134,9 @@ def groups_of_inputs(gm: GraphModule, size: int, low: bool, note: Callable[[str]
     return found
 
 
-def cut_together(parts: Sequence[meta.LinearPart], low: bool) -> list[Sequence[meta.LinearPart]]:
-    """The parts of an input that are cut into the same groups; low: those of less than 8 bits, each for itself."""
-    return [[part] for part in parts if part.activation_bits < 8] if low else [parts]
-
-
-def most_groups(widths: Sequence[int], size: int) -> int:
-    """The most groups that divide all widths, and have `size` columns of these together, at least."""
-    common = math.gcd(*widths)
-    return max(g for g in range(1, common + 1) if common % g == 0 and (g == 1 or g * size <= sum(widths)))
+def most_groups(width: int, size: int) -> int:
+    """The most equal groups of a width that have `size` columns, at least; one where there are none."""
+    return max(g for g in range(1, width + 1) if width % g == 0 and (g == 1 or g * size <= width))
 
 
 def quantize_input(

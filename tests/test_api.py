@@ -59,7 +59,7 @@ SETTINGS = {
     "rank 16": ({"rank_multiple": 16}, 0.42),
     "per token": ({"o_proj_granularity": "token"}, 0.53),
     "groups": ({"activation_group_size": 32}, 0.53),
-    "low groups": ({"activation_group_size": 32, "activation_group_parts": "low", "down_proj": "energy-split"}, 0.54),
+    "groups of down": ({"activation_group_size": 32, "down_proj": "energy-split"}, 0.54),
     "lm_head": ({"lm_head_bits": 8}, 0.55),
     "orthogonal": ({"rotation": "orthogonal"}, 0.53),
     "no rotation": ({"rotation": "none"}, 0.53),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration import precision
-from resq_compiler.ir import graph_tools
+from resq_compiler.ir import graph_tools, meta
 from resq_compiler.ir.args import set_argument
-from resq_compiler.ir.views import Embedding, Norm, Quantize, QuantizeDequantize
+from resq_compiler.ir.views import Dequantize, Embedding, Norm, Quantize, QuantizeDequantize
 from resq_compiler.learning.clipped_weights import ClippedWeights
 from resq_compiler.learning.learned_codes import LearnedCodes
 from resq_compiler.learning.running import Resident, Run
@@ -224,9 +224,16 @@ def write_gain(gm: GraphModule, node: Node, scaling: Transform, made_by: str) ->
 
 
 def may_learn_clip(node: Node) -> float | None:
-    """The clip of a quantizer below 8 bits of activations with dynamic ranges of whole parts; None for any other node."""
+    """The clip of a quantizer below 8 bits with dynamic ranges, but of heads before output projections; None for any other node."""
     quantizer = Quantize.of(node)
-    if quantizer is not None and quantizer.bits < 8 and quantizer.scale is None and quantizer.groups == 1:
+    if quantizer is not None and quantizer.bits < 8 and quantizer.scale is None and not _cuts_heads(quantizer):
         return quantizer.clip
     cache = QuantizeDequantize.of(node)
     return cache.clip if cache is not None and min(bits for bits, _, _ in cache.parts) < 8 else None
+
+
+def _cuts_heads(quantizer: Quantize) -> bool:
+    """Their groups are narrow, and operators of attention quantize all parts with one clip."""
+    images = [user for user in quantizer.node.users if Dequantize.of(user) is not None]
+    facts = (meta.get(r, meta.LinearPart) for user in (quantizer.node, *images) for r in user.users)
+    return quantizer.groups > 1 and any(fact is not None and fact.site.role == "o" for fact in facts)

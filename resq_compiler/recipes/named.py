@@ -121,6 +121,7 @@ RECIPES: dict[str, Recipe] = {
             "gptq_on_quantized_activations": True,
             "learn_scales": True,
             "learn_codes": True,
+            "learning_steps": 200,
         }
     ),
     "resq-cpu": Recipe(

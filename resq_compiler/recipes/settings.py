@@ -86,7 +86,6 @@ class CompileConfig:
     kv_clip: float = 1.0
     o_proj_granularity: Literal["head", "token"] = "head"
     activation_group_size: Literal[32, 64, 128] | None = None
-    activation_group_parts: Literal["all", "low"] = "all"
     prefix_tokens: Literal["none", "auto"] = "none"
     learn_rotations: Literal["none", "divergence", "cross-entropy"] = "none"
     learn_pairs: bool = False
@@ -178,7 +177,6 @@ class CompileConfig:
             ("outlier_threshold", None, {"basis": ("outliers",), "allocation": ("equal",), "average_bits": (None,),
                                          "model_megabytes": (None,), "high_fraction": (0.0,)}),
             ("activation_group_size", None, {"activation_scales": ("dynamic",)}),
-            ("activation_group_parts", "all", {"activation_group_size": (32, 64, 128)}),
             ("learn_rotations", "none", {**learned, "basis": ("pca", "weights", "hadamard")}),
             ("learn_pairs", False, {"learn_rotations": ("divergence", "cross-entropy")}),
             ("learn_blocks", False, {**learned, "weight_method": ("rtn",), "learn_scales": (False,)}),

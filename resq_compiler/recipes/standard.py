@@ -124,9 +124,7 @@ def quantizers(s: CompileConfig) -> tuple[Pass, ...]:
     narrow = s.activation_bits < 8 or s.low_fraction or s.site_fractions  # parts whose range may be clipped
     clip = s.activation_clip if narrow else 1.0
     activations = (
-        QuantizeActivations(
-            clip, s.o_proj_granularity, s.activation_scales, s.activation_group_size, s.activation_group_parts
-        ),
+        QuantizeActivations(clip, s.o_proj_granularity, s.activation_scales, s.activation_group_size),
         QuantizeKvCache(s.kv_clip),
     )
     if s.weight_bits == 16 and s.lm_head_bits is None:

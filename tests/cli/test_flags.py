@@ -30,7 +30,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "gptq_token_weighting": ("residual", "residual"), "activation_clip": ("input", "input"), "kv_clip": ("0.9", 0.9),
     "o_proj_granularity": ("token", "token"), "prefix_tokens": ("auto", "auto"), "lm_head_bits": ("8", 8),
     "calibration_samples": ("8", 8), "calibration_length": ("64", 64), "basis_samples": ("4", 4),
-    "weight_group_size": ("64", 64), "activation_group_size": ("64", 64), "activation_group_parts": ("low", "low"),
+    "weight_group_size": ("64", 64), "activation_group_size": ("64", 64),
     "smooth_alpha": ("0.75", 0.75), "scale_search": ("", True), "outlier_threshold": ("5", 5.0),
     "learn_rotations": ("divergence", "divergence"), "learn_pairs": ("", True), "learn_blocks": ("", True), "learn_scales": ("", True),
     "learn_codes": ("", True),
@@ -55,7 +55,6 @@ BESIDE = {
     "smooth_alpha": ["rtn"], "scale_search": ["rtn"], "spread_outliers": ["rtn"], "outlier_threshold": ["llm-int8"],
     "learn_rotations": ["spinquant"], "learn_pairs": ["spinquant"], "learn_scales": ["resq-trained"],
     "learn_codes": ["resq-trained", "--learn-scales"],
-    "activation_group_parts": ["resq", "--activation-group-size", "32"],
     "learn_blocks": ["rtn", "--gptq-on-quantized-activations"],
 }  # fmt: skip
 """Recipes, and flags, that options go with which do not go with the recipe resq."""

@@ -18,7 +18,7 @@ from resq_compiler.ir.transforms import TARGETS
 from resq_compiler.ir.views import CodedLinear, Quantize, QuantizeDequantize
 from resq_compiler.learning.end_to_end import Model, teach
 from resq_compiler.learning.holding import hold
-from resq_compiler.learning.learned import Learned
+from resq_compiler.learning.learned import Learned, may_learn_clip
 from resq_compiler.learning.loop import held_back
 from resq_compiler.learning.losses import Teacher, TopPredictions, divergence, top_divergence
 from resq_compiler.learning.places import Places
@@ -201,6 +201,15 @@ def test_rotations_are_found(build):
     )  # the stream, and values of two blocks
     start, best = re.search(r"trained on (\S+) at the start, (\S+) at step", ctx.lines[-1]).groups()
     assert float(best) < 0.99 * float(start)
+
+
+def test_ranges_of_groups_of_columns_are_learned_and_those_of_heads_are_not(build):
+    """Groups of 32 columns; output projections have a group for each of four heads."""
+    built = build("llama", "quantize-kv-cache", weight_method="rtn", activation_group_size=32, high_fraction=0.0)
+    found = {
+        (Quantize.require(n).groups, may_learn_clip(n) is not None) for n in built.gm.graph.nodes if Quantize.of(n)
+    }
+    assert found == {(2, True), (5, True), (4, False)}
 
 
 def test_learned_scales_leave_the_codes_alone(build):

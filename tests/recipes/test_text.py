@@ -36,7 +36,6 @@ def test_settings_are_read_back(values, share, damping, sites):
     learns = values["basis"] in ("pca", "weights", "hadamard") and values["activation_scales"] == "dynamic"
     values |= {"gptq_on_quantized_activations": True} if learns else {"learn_rotations": "none"}
     values |= {} if values["activation_scales"] == "dynamic" else {"activation_group_size": None}
-    values |= {"activation_group_parts": "all"} if values["activation_group_size"] is None else {}
     values |= {"allocation": "equal", "high_fraction": share, "gptq_damping": damping, "site_fractions": sites}
     passes = passes_for(CompileConfig(**values))
     assert parse(to_text(passes)) == passes

@@ -88,7 +88,7 @@ def test_every_operator_computes_its_integers_and_generates_the_same_tokens(fami
         ("llama", dict(recipe="rtn")),
         ("llama", dict(recipe="resq+", allocation="equal")),
         ("llama", dict(recipe="resq+", allocation="equal", activation_group_size=32)),
-        ("llama", dict(recipe="resq+", allocation="equal", activation_group_size=32, activation_group_parts="low")),
+        ("llama", dict(recipe="quarot", activation_group_size=32)),
         ("llama", dict(key_basis="head", site_fractions="mlp=1/4,o=0,value=0")),
         ("llama", dict(kv_bits=8)),
         ("llama", dict(lm_head_bits=8)),

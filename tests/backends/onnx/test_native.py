@@ -131,7 +131,7 @@ def test_quantizers_in_nodes_of_their_own(made, monkeypatch):
 
 
 def test_inputs_in_groups_take_no_operator_more(made):
-    compiled, path = made(recipe="resq+", allocation="equal", activation_group_size=32)
+    compiled, path = made(recipe="quarot", activation_group_size=32)
     nodes = [n for n in fused_nodes(path) if n.op_type not in ENDS]
     layers = len(compiled.cache_specs)
     assert Counter(n.op_type for n in nodes) == {k: layers * n for k, n in BLOCK.items()}
@@ -146,7 +146,7 @@ def test_inputs_in_groups_take_no_operator_more(made):
         ("llama", dict(recipe="rtn")),
         ("llama", dict(recipe="resq+", allocation="equal")),
         ("llama", dict(recipe="resq+", allocation="equal", activation_group_size=32)),
-        ("llama", dict(recipe="resq+", allocation="equal", activation_group_size=32, activation_group_parts="low")),
+        ("llama", dict(recipe="quarot", activation_group_size=32)),
         ("llama", dict(key_basis="head", site_fractions="mlp=1/4,o=0,value=0")),
         ("llama", dict(kv_bits=8, activation_bits=8)),
         ("llama", dict(activation_bits=8)),

@@ -104,7 +104,6 @@ OPTIONS = [
     {"o_proj_granularity": "token", "lm_head_bits": 8},
     {"activation_clip": 0.9, "kv_clip": 0.95},
     {"recipe": "resq+", "allocation": "equal", "activation_group_size": 32},
-    {"recipe": "resq+", "allocation": "equal", "activation_group_size": 32, "activation_group_parts": "low"},
     {"recipe": "resq+", "key_basis": "head", "allocation": "equal", "site_fractions": "mlp=1/4,o=0"},
     {"recipe": "resq+", "average_bits": 4.75},
     {"recipe": "resq+", "allocation": "widths", "average_bits": 4.0},
