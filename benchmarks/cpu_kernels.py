@@ -146,16 +146,8 @@ def native_graph(blocks: int) -> Graph:
         for name in present:
             g.output(name, TensorProto.UINT8, [1, KV_HEADS, "T", HEAD.row_bytes])
         codes = g.op("AttentionQuantize", q, *present, mask, outputs=4, scale=0.125, **heads)
-        x = mixed(
-            g,
-            codes,
-            random_weight(56, 8, HIDDEN, HEADS),
-            x,
-            low_width=56,
-            high_width=8,
-            low_groups=HEADS,
-            high_groups=HEADS,
-        )
+        heads_out = dict(low_width=56, high_width=8, low_groups=HEADS, high_groups=HEADS)
+        x = mixed(g, codes, random_weight(56, 8, HIDDEN, HEADS), x, **heads_out)
         codes = g.op("NormQuantize", x, gain, outputs=4, **norm)
         gate_up = mixed(g, codes, random_weight(504, 72, 2 * FFN), low_width=504, high_width=72)
         dense = g.constant(hadamard_factor())

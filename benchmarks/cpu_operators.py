@@ -64,10 +64,8 @@ def linear(kernels: Library, x: Tensor, parts: list[CodePart], channels: int, th
         span = 2 ** (p.bits - 1)
         q = torch.randint(-span, span, (channels, p.width * p.groups), dtype=torch.int8)
         weights.append((q, torch.rand(channels), p.bits))
-    codes, packed = (
-        norm_quantize(kernels, x, parts),
-        pack_linear(weights, [p.groups for p in parts], [p.bits for p in parts]),
-    )
+    codes = norm_quantize(kernels, x, parts)
+    packed = pack_linear(weights, [p.groups for p in parts], [p.bits for p in parts])
     return lambda: mixed_linear(kernels, codes, packed, threads=threads)
 
 

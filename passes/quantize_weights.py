@@ -341,9 +341,8 @@ def quantize_block(
     for group in groups:
         stream = written_stream(group, ctx.facts.get(Topology)) if options.token_weighting == "residual" else None
         if group[0].indices is None:
-            weight = (
-                None if stream is None else stacked_weight(gm, group)
-            )  # which the way to the stream multiplies with, too
+            # the way to the stream multiplies with it, too
+            weight = None if stream is None else stacked_weight(gm, group)
             with graph_tools.substituted(gm, {} if weight is None else weights_of_parts(group, weight)):
                 hessian = input_moment(group[0], list(source_of(group[0])), stream, runner, block.end)
             memory.trim()  # of the activations, before the matrices of GPTQ: together they are the peak of a compile

@@ -66,8 +66,8 @@ static void read_transform(const origin *from, const char *prefix, rk_transform 
 
 static void read_attributes(const origin *from, node *n) {
     struct { const char *name; int64_t *value; } ints[] = {
-        {"norm", &n->norm}, {"activation", &n->activation}, {"low_groups", &n->low_groups}, {"high_groups", &n->high_groups}, {"heads", &n->heads}, {"kv_heads", &n->kv_heads},
-        {"window", &n->window}, {"stacked", &n->stacked}, {"low_width", &n->low_width}, {"high_width", &n->high_width},
+        {"norm", &n->norm}, {"activation", &n->activation}, {"low_groups", &n->low_groups}, {"high_groups", &n->high_groups},
+        {"heads", &n->heads}, {"kv_heads", &n->kv_heads}, {"window", &n->window}, {"stacked", &n->stacked}, {"low_width", &n->low_width}, {"high_width", &n->high_width},
         {"low_bits", &n->low_bits}, {"high_bits", &n->high_bits}, {"value_low_width", &n->value_low_width},
         {"value_high_width", &n->value_high_width}, {"value_low_bits", &n->value_low_bits}, {"value_high_bits", &n->value_high_bits},
         {"latent_heads", &n->latent_heads}, {"own", &n->own}, {"values", &n->values}, {"key_low_bits", &n->key_low_bits}, {"key_high_bits", &n->key_high_bits},
@@ -134,7 +134,8 @@ static OrtStatus *refuse_attributes(const kernel *k) {
 OrtStatus *begin_kernel(kernel *k, const description *d, const origin *from) {
     const int needs_heads = strstr(d->inputs, "uum") != NULL;
     k->d = d;
-    k->n = (node){.api = from->api, .fused = d->fused == FUSED, .threads = sysconf(_SC_NPROCESSORS_ONLN), .low_groups = 1, .high_groups = 1, .low_bits = 4, .high_bits = 8,
+    k->n = (node){.api = from->api, .fused = d->fused == FUSED, .threads = sysconf(_SC_NPROCESSORS_ONLN),
+                  .low_groups = 1, .high_groups = 1, .low_bits = 4, .high_bits = 8,
                   .value_low_bits = 4, .value_high_bits = 8, .key_low_bits = 4, .key_high_bits = 8,
                   .hidden_low_bits = 4, .hidden_high_bits = 8, .hidden_low_clip = 1, .hidden_high_clip = 1,
                   .low_clip = 1, .high_clip = 1, .cache_clip = 1, .scale = 1};
