@@ -13,6 +13,7 @@ Linears that read a quantized cache read its codes (quantize-kv-cache), and get 
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ class QuantizeActivations(Pass):
 
     clip: the share of the range that codes cover, or by what error it is searched. o_granularity: of the scales at output projections.
     scales "static": one scale and zero point for all tokens, with the least error on calibration tokens; `clip` means nothing then.
-    group_size: columns that share a scale at the inputs of attention and of feed-forwards without experts, at least; none: all of a part.
-    Parts of less than 8 bits are cut into as many equal groups as there can be. Source of groups: Atom, arXiv 2310.19102, section 4.2.
+    group_size: columns that share a scale at the inputs of attention and of feed-forwards without experts, about; none: all of a part.
+    Parts of less than 8 bits are cut into equal groups of the width nearest to it. Source of groups: Atom, arXiv 2310.19102, section 4.2.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -109,7 +110,8 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
 
 def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) -> dict[meta.LinearPart, int]:
     """Into how many groups the parts are cut of linears that read the stream or hidden channels and have no experts: those of less than
-    8 bits into the most that have `size` columns, the others into one. Notes where groups are twice as wide as that, or there are none."""
+    8 bits into groups of about `size` columns, the others into one. Notes where they are half or twice as
+    wide, and where there are none."""
     found: dict[meta.LinearPart, int] = {}
     experts = set()
     for node, part in open_parts(gm):
@@ -118,12 +120,12 @@ def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) ->
         if is_call(node, *EXPERTS):
             experts.add(part.site)
         else:
-            found[part] = most_groups(part.stop - part.start, size) if part.activation_bits < 8 else 1
+            found[part] = groups_of(part.stop - part.start, size) if part.activation_bits < 8 else 1
     cut = {(part.stop - part.start, groups) for part, groups in found.items() if part.activation_bits < 8}
-    wide = [f"{width // groups} of {width}" for width, groups in sorted(cut) if width >= 2 * size * groups]
-    if wide:
+    far = [f"{width // groups} of {width}" for width, groups in sorted(cut) if not size < 2 * width / groups < 4 * size]
+    if far:
         note(
-            f"activation_group_size={size}: some parts of inputs have no such divisor; their groups have more columns: {', '.join(wide)}"
+            f"activation_group_size={size}: some parts of inputs have no divisor near it; their groups have other widths: {', '.join(far)}"
         )
     if found and not cut:
         note(f"activation_group_size={size}: nothing is cut, because inputs have no part of less than 8 bits")
@@ -134,9 +136,10 @@ def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) ->
     return found
 
 
-def most_groups(width: int, size: int) -> int:
-    """The most equal groups of a width that have `size` columns, at least; one where there are none."""
-    return max(g for g in range(1, width + 1) if width % g == 0 and (g == 1 or g * size <= width))
+def groups_of(width: int, size: int) -> int:
+    """Into how many equal groups a part is cut: those whose width is nearest to `size`, by ratio; of two as near, the narrower."""
+    divisors = [groups for groups in range(width, 0, -1) if width % groups == 0]
+    return min(divisors, key=lambda groups: abs(math.log(width / groups / size)))
 
 
 def quantize_input(

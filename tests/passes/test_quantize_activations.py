@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from resq_compiler.passes import QuantizeActivations, quantize_activations
-from resq_compiler.passes.quantize_activations import may_clip, most_groups, open_parts, search_clips
+from resq_compiler.passes.quantize_activations import groups_of, may_clip, open_parts, search_clips
 
 from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools, meta, ops
@@ -40,10 +40,19 @@ def test_granularity_of_o_proj(granularity, groups, build):
 
 @pytest.mark.parametrize(
     "width, size, groups",
-    [(504, 32, 14), (504, 64, 7), (486, 64, 6), (500, 64, 5), (1344, 128, 8), (64, 128, 1), (61, 32, 1)],
+    [
+        (504, 32, 14),
+        (486, 32, 18),
+        (504, 64, 8),
+        (500, 64, 10),
+        (1344, 128, 12),
+        (64, 128, 1),
+        (61, 32, 1),
+        (9, 128, 1),
+    ],
 )
-def test_groups_divide_a_part(width, size, groups):
-    assert most_groups(width, size) == groups
+def test_equal_groups_of_the_nearest_width(width, size, groups):
+    assert groups_of(width, size) == groups
 
 
 @pytest.mark.parametrize("clip", [0.9, "output"])
@@ -61,7 +70,7 @@ def test_parts_of_8_bits_are_not_cut(build):
     built = build("llama", "quantize-kv-cache", **options)
     found = {(meta.get(n, meta.QuantizerSite).name.split(".")[2], n.args[1]): n.args[2] for n in quantizers(built.gm)}
     assert found == {
-        ("attention_input", 4): 1, ("attention_input", 8): 1, ("mlp_input", 4): 1, ("mlp_input", 8): 1,
+        ("attention_input", 4): 2, ("attention_input", 8): 1, ("mlp_input", 4): 2, ("mlp_input", 8): 1,
         ("o_input", 4): 4, ("o_input", 8): 4, ("down_input", 4): 4, ("down_input", 8): 1,
     }  # fmt: skip
     built = build("llama", "quantize-kv-cache", activation_bits=8, **options)
@@ -90,7 +99,7 @@ def test_groups_that_do_not_fit_are_told(build):
     options = dict(down_proj="energy-split", site_fractions="down=7/80")
     built = build("llama", "quantize-kv-cache", activation_group_size=32, weight_method="rtn", **options)
     (note,) = [note for note in built.ctx.notes if "activation_group_size" in note]
-    assert "no such divisor" in note and "73 of 146" in note
+    assert "no divisor near it" in note and "73 of 146" in note
 
 
 def test_clip_holds_for_narrow_codes_but_not_for_the_output_projection(build):

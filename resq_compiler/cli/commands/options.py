@@ -61,8 +61,8 @@ HELP: dict[str, str] = {
     "value (input) or of the linears that read it (output)",
     "kv_clip": "share of the range of keys and values that is kept",
     "o_proj_granularity": "a scale for each token and head, or for each token, at output projections",
-    "activation_group_size": "columns of less than 8 bits that share a scale of a token at the inputs of attention and feed-forwards, at "
-    "least; none: a scale for each part of them",
+    "activation_group_size": "columns of less than 8 bits that share a scale of a token at the inputs of attention and feed-forwards, "
+    "about; none: a scale for each part of them",
     "prefix_tokens": "auto: tokens with massive activations are found in calibration, and their keys and values go before every sequence",
     "learn_rotations": "bases are turned further inside their parts, in steps that lower the divergence from the float model's "
     "predictions, or the cross entropy of the text",
