@@ -255,6 +255,5 @@ CPU = Target(
     why_not_head,
     ALL_SCORES,
     any_parts=True,
-    grouped=True,
     why_not_entry=why_not_entry,
 )

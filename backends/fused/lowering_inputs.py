@@ -58,7 +58,7 @@ def codes_for(
 
 
 def _make(low: Lowering, split: Split) -> list[CodesNodes]:
-    found = calls(split.parts, low.target.grouped)
+    found = calls(split.parts)
     if len(found) > 1:
         return _in_pieces(low, split, [len(parts) for parts in found])
     fused = _of_attention(low, split) or _of_hadamard(low, split)
@@ -99,7 +99,7 @@ def _of_norm(low: Lowering, split: Split) -> CodesNodes:
     source = common_source(split.inputs)
     if source is None:
         return _quantize(low, split, _joined(low, split.inputs))
-    norm = source.norm(split.inputs, low.target.grouped)
+    norm = source.norm()
     if isinstance(norm, Norm):
         return _quantize(low, split, norm.x, norm)
     if norm is not None:
@@ -163,7 +163,5 @@ def _of_hadamard(low: Lowering, split: Split) -> CodesNodes | None:
 
 def why_not_transformed(low: Lowering, inputs: Inputs) -> str | None:
     """Why no kernel computes the transforms of these; None where one does."""
-    if not low.target.grouped and any(one.groups != 1 for one in inputs):
-        return "it is quantized in groups"
     reasons = (low.target.why_not_transform(one.columns) for one in inputs)
     return next((reason for reason in reasons if reason is not None), None)

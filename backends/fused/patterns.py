@@ -73,10 +73,9 @@ def part_of(quantizer: Quantize, weight_bits: int = 0) -> InputPart:
     return InputPart(quantizer.bits, quantizer.columns // quantizer.groups, quantizer.groups, weight_bits)
 
 
-def calls(parts: Sequence[InputPart], any_groups: bool = True) -> list[tuple[InputPart, ...]]:
-    """Cut parts into operators of at most one low and one high part; the last takes two. any_groups: not only where these have as many."""
+def calls(parts: Sequence[InputPart]) -> list[tuple[InputPart, ...]]:
+    """Cut parts into operators of at most one low and one high part; the last takes two."""
     two = len(parts) > 1 and [part.is_low for part in parts[-2:]] == [True, False]
-    two = two and (any_groups or parts[-2].groups == parts[-1].groups)
     cut = max(0, len(parts) - 2) if two else len(parts)
     return [*((part,) for part in parts[:cut]), *((tuple(parts[cut:]),) if two else ())]
 
@@ -91,8 +90,8 @@ class Source:
     x: Node
     readers: frozenset[Node]
 
-    def norm(self, inputs: Inputs, grouped: bool = False) -> Norm | str | None:
-        """How x is computed, if that is a norm; a reason where it is one that has to be computed apart. grouped: as of targets."""
+    def norm(self) -> Norm | str | None:
+        """How x is computed, if that is a norm; a reason where it is one that has to be computed apart."""
         norm = Norm.of(self.x)
         if norm is None:
             return None
@@ -101,7 +100,7 @@ class Source:
             return f"others than the quantizers of one linear's input read it: {', '.join(others)}"
         if norm.subtracts_mean and len(argument(self.x, "normalized_shape")) > 1:
             return "it is over more than the last dimension"
-        return "it is quantized in groups" if not grouped and any(one.groups > 1 for one in inputs) else norm
+        return norm
 
 
 def common_source(inputs: Inputs) -> Source | None:

@@ -94,6 +94,5 @@ TORCH = Target(
     TorchKernels(PlainCodes(), RowCache()),
     takes=ALL_SCORES,
     any_parts=True,
-    grouped=True,
     why_not_entry=takes_any,
 )

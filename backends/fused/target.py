@@ -28,7 +28,6 @@ class Target:
     takes: which of `sinks`, `prefix` and `slopes` its attention takes (Scores).
     any_parts: how activations are split and packed is not bound to their readers and makers: weights of 4 bits are low beside activations
     of 8, and attention gives parts of any widths, not only those of its values.
-    grouped: what norms and Hadamard transforms give may be quantized in groups of columns by the kernel that computes them.
     stacked: linears of one input become one operator (q, k and v; gate and up).
     """
 
@@ -41,6 +40,5 @@ class Target:
     why_not_head: Callable[[int], str | None] = takes_any
     takes: frozenset[str] = frozenset()
     any_parts: bool = False
-    grouped: bool = False
     why_not_entry: Callable[[int], str | None] | None = None
     stacked: bool = True

@@ -38,6 +38,28 @@ def pack_pairs(even, odd):
 
 
 @triton.jit
+def store_runs(
+    y, p_codes, p_scale, p_zp, RUNS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, BITS: tl.constexpr,
+    CLIP: tl.constexpr, PACKED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Quantize runs of a row, y [BLOCK_R, BLOCK] with zeros beyond RUNS and WIDTH; write codes, padding included, and parameters."""
+    o_r = tl.arange(0, BLOCK_R)
+    m_r = o_r < RUNS
+    lo = tl.minimum(tl.min(y, 1), 0.0)
+    hi = tl.maximum(tl.max(y, 1), 0.0)
+    scale, zero_point = quantization_parameters(lo, hi, CLIP, BITS)  # [BLOCK_R]
+    codes = quantize_block(y, scale[:, None], zero_point[:, None], BITS)
+    codes = tl.where(tl.arange(0, BLOCK)[None, :] < WIDTH, codes, 0).to(tl.int8)
+    if PACKED:
+        even, odd = tl.split(tl.reshape(codes, (BLOCK_R, BLOCK // 2, 2)))
+        codes = pack_pairs(even, odd)
+    o_b = tl.arange(0, BLOCK // 2 if PACKED else BLOCK)[None, :]
+    tl.store(p_codes + o_r[:, None] * STRIDE + o_b, codes, mask=m_r[:, None] & (o_b < STRIDE))
+    tl.store(p_scale + o_r, scale, mask=m_r)
+    tl.store(p_zp + o_r, zero_point.to(tl.int32), mask=m_r)
+
+
+@triton.jit
 def even_columns(packed, ISA: tl.constexpr):
     """16 times the low nibble of each byte, as int8: the even columns of a packed block.
 

@@ -2,11 +2,12 @@
 
     h    = act(gate) * up                     act: "silu", "gelu", "gelu_tanh", "relu" or "none"; up may be absent
     y    = h H / sqrt(n),  H = f0 (x) f1 (x) f2   Kronecker factors of +-1 from numerics/hadamard.py, any orders
-    code = clamp(rint(y / scale) + zero_point)   one scale a row
+    code = clamp(rint(y / scale) + zero_point)   one scale a row, or one for every group of its columns
 
 The row is a block [A, B, C] padded to powers of two, which stays on the chip; each factor multiplies along its own axis. Tensor
 cores take float16, so h is scaled by a power of two, cut into an upper and a lower float16 half, and both halves are multiplied
-(+-1 is exact): relative error 2^-22 of the row's largest value, accumulated in float32.
+(+-1 is exact): relative error 2^-22 of the row's largest value, accumulated in float32. The block is not in the order of the
+row: to find the columns of a group it is written as a row of floats and read again, by the same program.
 Source: ResQ section 5.3 (U_D by a separate fast-hadamard-transform call there).
 """
 
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from resq_compiler.backends.fused.kernels import ACTIVATIONS
-from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block
+from resq_compiler.backends.triton.device import pack_pairs, quantization_parameters, quantize_block, store_runs
 from resq_compiler.backends.triton.formats import PartLayout, next_power_of_two
 from resq_compiler.backends.triton.launch import check_launch, run, tiles
 from resq_compiler.backends.triton.shapes import LLAMA3_8B, SMOLLM2_135M, meta
@@ -90,6 +91,16 @@ def _row_offsets(o_a, o_b, o_c, RA: tl.constexpr, RB: tl.constexpr, RC: tl.const
 
 
 @triton.jit
+def _place(o_r, o_x, WIDTH: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, RC: tl.constexpr, B: tl.constexpr):
+    """(place in the row, is it one) of what stands at (o_r, o_x) of [B, A * WIDTH] or [A, WIDTH], where a row has RC of each WIDTH."""
+    if B > 1:
+        o_row, m_row = _row_offsets(o_x // WIDTH, o_r, o_x % WIDTH, RA, RB, RC)
+    else:
+        o_row, m_row = _row_offsets(o_r, 0, o_x, RA, RB, RC)
+    return o_row, m_row
+
+
+@triton.jit
 def _store_row(codes, p_codes, PACKED: tl.constexpr,
                RA: tl.constexpr, RB: tl.constexpr, RC: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Codes [B, A * C] (or [A, C]) at their places in the row."""
@@ -104,20 +115,35 @@ def _store_row(codes, p_codes, PACKED: tl.constexpr,
     REAL: tl.constexpr = (RC + 1) // 2 if PACKED else RC
     o_r = tl.arange(0, ROWS)[:, None]
     o_x = tl.arange(0, A * B * WIDTH // ROWS)[None, :]
-    if B > 1:
-        o_row, m_row = _row_offsets(o_x // WIDTH, o_r, o_x % WIDTH, RA, RB, REAL)
-    else:
-        o_row, m_row = _row_offsets(o_r, 0, o_x, RA, RB, REAL)
+    o_row, m_row = _place(o_r, o_x, WIDTH, RA, RB, REAL, B)
     tl.store(p_codes + o_row, stored, mask=m_row)
 
 
 @triton.jit
+def _in_order(y, p_row, RA: tl.constexpr, RB: tl.constexpr, RC: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+              GROUPS: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """y [B, A * C] (or [A, C]) as the groups of the row, [RUNS, BLOCK]; p_row: memory for it."""
+    ROWS: tl.constexpr = B if B > 1 else A
+    o_r = tl.arange(0, ROWS)[:, None]
+    o_x = tl.arange(0, A * B * C // ROWS)[None, :]
+    o_row, m_row = _place(o_r, o_x, C, RA, RB, RC, B)
+    tl.store(p_row + o_row, y, mask=m_row)
+    tl.debug_barrier()
+    WIDTH: tl.constexpr = RA * RB * RC // GROUPS
+    o_g = tl.arange(0, RUNS)[:, None]
+    o_c = tl.arange(0, BLOCK)[None, :]
+    return tl.load(p_row + o_g * WIDTH + o_c, mask=(o_g < GROUPS) & (o_c < WIDTH), other=0.0)
+
+
+@triton.jit
 def _hadamard_quantize_kernel(
-    p_gate, p_up, p_f0, p_f1, p_f2, p_codes, p_scale, p_zp, stride_gate, stride_up, stride_codes, root,
+    p_gate, p_up, p_f0, p_f1, p_f2, p_row, p_codes, p_scale, p_zp, stride_gate, stride_up, stride_codes, root,
     ACT: tl.constexpr, HAS_UP: tl.constexpr, BITS: tl.constexpr, PACKED: tl.constexpr, CLIP: tl.constexpr,
     RA: tl.constexpr, RB: tl.constexpr, RC: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    GROUPS: tl.constexpr, STRIDE: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. RA, RB, RC: orders of the factors; A, B, C: the same padded to powers of two."""
+    """One row a program. RA, RB, RC: orders of the factors; A, B, C: the same padded to powers of two. RUNS, BLOCK: groups of columns and
+    their codes, padded so too. p_row: a row of floats for each program, where there are several groups."""
     i_m = tl.program_id(0).to(tl.int64)
     o_c = tl.arange(0, C)[:, None]
     o_ab = tl.arange(0, A * B)[None, :]
@@ -129,13 +155,20 @@ def _hadamard_quantize_kernel(
     largest = tl.max(tl.max(tl.abs(h), 1), 0)
     power = tl.maximum((largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), 1.2e-38)
     y = _hadamard_rows(h * tl.div_rn(1.0, power), p_f0, p_f1, p_f2, A, B, C) * (power * root)
-    lo = tl.minimum(tl.min(tl.min(y, 1), 0), 0.0)
-    hi = tl.maximum(tl.max(tl.max(y, 1), 0), 0.0)
-    scale, zero_point = quantization_parameters(lo, hi, CLIP, BITS)
-    codes = quantize_block(y, scale, zero_point, BITS)
-    _store_row(codes, p_codes + i_m * stride_codes, PACKED, RA, RB, RC, A, B, C)
-    tl.store(p_scale + i_m, scale)
-    tl.store(p_zp + i_m, zero_point.to(tl.int32))
+    p_codes += i_m * stride_codes
+    p_scale += i_m * GROUPS
+    p_zp += i_m * GROUPS
+    if GROUPS > 1:
+        y = _in_order(y, p_row + i_m * (RA * RB * RC), RA, RB, RC, A, B, C, GROUPS, RUNS, BLOCK)
+        store_runs(y, p_codes, p_scale, p_zp, GROUPS, RA * RB * RC // GROUPS, STRIDE, BITS, CLIP, PACKED, RUNS, BLOCK)
+    else:
+        lo = tl.minimum(tl.min(tl.min(y, 1), 0), 0.0)
+        hi = tl.maximum(tl.max(tl.max(y, 1), 0), 0.0)
+        scale, zero_point = quantization_parameters(lo, hi, CLIP, BITS)
+        codes = quantize_block(y, scale, zero_point, BITS)
+        _store_row(codes, p_codes, PACKED, RA, RB, RC, A, B, C)
+        tl.store(p_scale, scale)
+        tl.store(p_zp, zero_point.to(tl.int32))
 
 
 def hadamard_quantize(
@@ -149,32 +182,33 @@ def hadamard_quantize(
     """The formula above, in one launch.
 
     Args:    gate, up: [M, n] floating point, rows may be strided (two slices of one stacked product).
-             layout: one group of n columns.    transpose: multiply by the transposed factors.
-    Returns: codes [M, row_bytes] int8 (padding bytes are not written: they meet zero weights), scale [M, 1] float32,
-             zero_point [M, 1] int32.
+             layout: of n columns.    transpose: multiply by the transposed factors.
+    Returns: codes [M, row_bytes] int8 (padding bytes are not written: they meet zero weights), scale [M, groups]
+             float32, zero_point [M, groups] int32.
     Raises:  BackendError: a width `why_not_fused` rejects, or shapes that disagree.
     """
     device = check_launch("hadamard_quantize", gate=gate, up=up)
     rows, n = gate.shape
     reason = why_not_fused(n)
-    if reason or layout.columns != n or layout.groups != 1 or (up is not None and up.shape != gate.shape):
+    if reason or layout.columns != n or (up is not None and up.shape != gate.shape):
         raise BackendError(
             f"hadamard_quantize: gate {tuple(gate.shape)}, layout {layout}: {reason or 'shapes disagree'}"
         )
     codes = torch.empty(rows, layout.row_bytes, dtype=torch.int8, device=device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=device)
-    zero_point = torch.empty(rows, 1, dtype=torch.int32, device=device)
+    scale = torch.empty(rows, layout.groups, dtype=torch.float32, device=device)
+    zero_point = torch.empty(rows, layout.groups, dtype=torch.int32, device=device)
     if rows == 0:
         return codes, scale, zero_point
     shape = transform_shape(n)
     factors = padded_factors(n, transpose, device)
+    row = torch.empty(rows, n, dtype=torch.float32, device=device) if layout.groups > 1 else scale
     options = tiles("hadamard_quantize", device, (n,), transform_launch(shape))
     other = gate if up is None else up
     run(
         _hadamard_quantize_kernel, (rows,),
-        gate, other, *factors, codes, scale, zero_point, gate.stride(0), other.stride(0), codes.stride(0), n**-0.5,
+        gate, other, *factors, row, codes, scale, zero_point, gate.stride(0), other.stride(0), codes.stride(0), n**-0.5,
         ACT=ACTIVATIONS.index(activation), HAS_UP=up is not None, BITS=layout.bits, PACKED=layout.is_low, CLIP=clip,
-        **shape, **options,
+        **shape, **runs_of(layout), **options,
     )  # fmt: skip
     return codes, scale, zero_point
 
@@ -209,6 +243,13 @@ def transform_shape(n: int) -> dict[str, int]:
     return dict(RA=ra, RB=rb, RC=rc, A=a if ra > 1 else 1, B=b if rb > 1 else 1, C=c)
 
 
+def runs_of(layout: PartLayout) -> dict[str, int]:
+    """Groups of a row, bytes of each, and both padded to powers of two."""
+    codes = layout.stride * (2 if layout.is_low else 1)
+    padded = dict(RUNS=next_power_of_two(layout.groups), BLOCK=max(16, next_power_of_two(codes)))
+    return dict(GROUPS=layout.groups, STRIDE=layout.stride, **padded)
+
+
 @lru_cache(maxsize=64)
 def padded_factors(n: int, transpose: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The three factors as float16, zero padded to the sizes of `transform_shape`; [[1]] where there is none."""
@@ -230,13 +271,14 @@ def transform_launch(shape: dict[str, int]) -> dict:
     return dict(num_warps=warps, num_stages=1, enable_fp_fusion=False)
 
 
-def _aot(n: int, rows: int) -> object:
+def _aot(n: int, rows: int, groups: int = 1) -> object:
     stacked = meta(rows, 2 * n)
-    return hadamard_quantize(stacked[:, :n], stacked[:, n:], PartLayout(4, n))
+    return hadamard_quantize(stacked[:, :n], stacked[:, n:], PartLayout(4, n // groups, groups))
 
 
 AOT_SIGNATURES = {
     "llama3_8b": lambda: _aot(LLAMA3_8B.ffn, 2048),
+    "llama3_8b_groups": lambda: _aot(LLAMA3_8B.ffn * 7 // 8, 2048, 98),
     "smollm2": lambda: _aot(SMOLLM2_135M.ffn, 2048),
     "qwen2_5_1_5b": lambda: _aot(8960, 2048),
 }

@@ -62,12 +62,6 @@ def test_parts_of_one_operator(bits, expected):
     assert [tuple(part.bits for part in parts) for parts in patterns.calls([InputPart(b, 8) for b in bits])] == expected
 
 
-def test_parts_in_different_groups_are_apart_where_a_target_wants_it():
-    parts = [InputPart(4, 8, 2), InputPart(8, 8, 1)]
-    assert [len(each) for each in patterns.calls(parts)] == [2]
-    assert [len(each) for each in patterns.calls(parts, any_groups=False)] == [1, 1]
-
-
 def two_columns(build, x, edges=((0, 56), (56, 64))):
     return build.quantizers(
         *((build.call(ops.columns, x, *edge), bits) for edge, bits in zip(edges, (4, 8), strict=True))
@@ -79,29 +73,26 @@ def test_a_norm_read_by_all_quantizers_is_theirs(build):
     norm = build.call(ops.rms_norm, x, None, 1e-6)
     inputs = two_columns(build, norm)
     source = patterns.common_source(inputs)
-    assert source.x is norm and source.norm(inputs) == Norm(norm, x, None, None, 1e-6)
+    assert source.x is norm and source.norm() == Norm(norm, x, None, None, 1e-6)
 
 
 def test_a_layer_norm_too(build):
     x, weight = build.input(2, 5, 64), build.tensor(64)
     norm = build.call(aten.layer_norm.default, x, [64], weight)
     inputs = build.quantizers((norm, 8))
-    assert patterns.common_source(inputs).norm(inputs) == Norm(norm, x, weight, None, 1e-5)
+    assert patterns.common_source(inputs).norm() == Norm(norm, x, weight, None, 1e-5)
     over_two = build.quantizers((build.call(aten.layer_norm.default, x, [5, 64]), 8))
-    assert patterns.common_source(over_two).norm(over_two) == "it is over more than the last dimension"
+    assert patterns.common_source(over_two).norm() == "it is over more than the last dimension"
 
 
 def test_near_misses_of_norms(build):
     norm = build.call(ops.rms_norm, build.input(2, 5, 64), None, 1e-6)
     inputs = two_columns(build, norm)
     other = build.call(aten.neg.default, norm)
-    reason = patterns.common_source(inputs).norm(inputs)
+    reason = patterns.common_source(inputs).norm()
     assert reason == f"others than the quantizers of one linear's input read it: {other.name}"
-    grouped = build.quantizers((build.call(ops.rms_norm, build.input(2, 5, 64), None, 1e-6), 4, 4))
-    assert patterns.common_source(grouped).norm(grouped) == "it is quantized in groups"
-    assert isinstance(patterns.common_source(grouped).norm(grouped, grouped=True), Norm)
     plain = build.quantizers((build.input(2, 5, 64), 4))
-    assert patterns.common_source(plain).norm(plain) is None
+    assert patterns.common_source(plain).norm() is None
 
 
 @pytest.mark.parametrize("edges", [((0, 56), (48, 64)), ((8, 56), (56, 64)), ((0, 48), (48, 56))], ids=str)

@@ -99,16 +99,15 @@ def test_the_default_recipe(sharing):
         assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
 
-def test_inputs_in_groups_are_quantized_apart(sharing):
-    """No kernel quantizes a norm or a transform in groups: codes of both are made by an operator of their own, and linears take them; two
-    operators where a low part has groups and the high one, at the down projection, has none."""
+def test_inputs_in_groups(sharing):
+    """The kernels of norms and transforms quantize in groups, and no launch is added."""
     reference = api.compile(
         tiny_model("llama", intermediate_size=128, num_hidden_layers=1), tiny_tokens(2, 16), recipe="resq+", weight_method="rtn",
         calibration_samples=2, calibration_length=16, allocation="equal", activation_group_size=32,
     )  # fmt: skip
     ours, ids = sharing(reference).use_backend("triton"), tiny_tokens(2, 9)
     calls = _called(ours)
-    assert "hadamard_quantize" not in calls and (calls["norm_quantize"], calls["mixed_linear"]) == (6, 7)
+    assert calls == dict(norm_quantize=2, mixed_linear=4, rope_cache=1, attention_quantize=1, hadamard_quantize=1)
     assert torch.equal(ours.generate(ids, **GREEDY), reference.generate(ids, **GREEDY))
 
 

@@ -25,6 +25,33 @@ def test_bit_exact_where_arithmetic_is_exact(n, generator, kernels, reference):
     assert torch.equal(ours.scale, law.scale) and torch.equal(ours.zero_point, law.zero_point)
 
 
+@pytest.mark.parametrize(("n", "groups"), [(64, 2), (256, 2), (1024, 8), (4096, 32), (4096, 1)])
+@pytest.mark.parametrize("bits", [4, 6])
+def test_groups_of_columns(n, groups, bits, generator, kernels, reference):
+    """Exact arithmetic again: a scale for every group of the transformed row, in the order of its columns."""
+    gate, up = (torch.randint(-6, 7, (3, n), generator=generator).float() for _ in range(2))
+    layout = PartLayout(bits, n // groups, groups)
+    arguments = (gate, up, (layout,), "none", False, (0.9,))
+    ours, expected = kernels.hadamard_quantize(*arguments), reference.hadamard_quantize(*arguments)
+    law = quantize_activation(
+        ((gate * up).double() @ hadamard_matrix(n) / n**0.5).float().unflatten(-1, (groups, -1)), bits, clip=0.9
+    )
+    assert torch.equal(unpack_rows(ours.of(layout), layout), law.qdata.flatten(-2))
+    assert torch.equal(ours.scale, law.scale[..., 0]) and torch.equal(ours.zero_point, law.zero_point[..., 0])
+    assert all(torch.equal(got, wanted) for got, wanted in zip(ours, expected, strict=True))  # padding bytes included
+
+
+@pytest.mark.parametrize(("n", "groups"), [(96, 3), (1344, 12), (8960, 70)])
+def test_groups_of_rows_with_padded_factors(n, groups, generator, kernels, reference):
+    gate, up = torch.randn(2, 3, n, generator=generator)
+    layout = PartLayout(4, n // groups, groups)
+    arguments = (gate, up, (layout,), "silu", False, (1.0,))
+    ours, expected = kernels.hadamard_quantize(*arguments), reference.hadamard_quantize(*arguments)
+    torch.testing.assert_close(ours.scale, expected.scale, rtol=3e-6, atol=0)  # sums in another order
+    difference = (unpack_rows(ours.low, layout).int() - unpack_rows(expected.low, layout).int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("n", [12, 96, 160, 1536, 4864, 8960, 14336])
 @pytest.mark.parametrize(
     ("activation", "gated", "bits"), [("silu", True, 4), ("gelu_tanh", False, 8), ("gelu", True, 3)]

@@ -19,6 +19,9 @@ CASES = [
     ("none", (PartLayout(4, 57),), False, False),
     ("none", (PartLayout(4, 14, 3), PartLayout(8, 2, 3)), False, False),
     ("none", (PartLayout(3, 13, 3), PartLayout(6, 3, 3)), False, False),
+    ("rms", (PartLayout(4, 126, 4), PartLayout(8, 72)), True, False),
+    ("layer", (PartLayout(4, 27, 3), PartLayout(8, 9)), True, True),
+    ("rms", (PartLayout(4, 33, 2),), False, False),
 ]
 
 
@@ -83,7 +86,7 @@ def test_refusals():
     x = torch.zeros(2, 40)
     with pytest.raises(BackendError, match="cannot cover 40 columns"):
         norm_quantize(x, (PartLayout(4, 30),))
-    with pytest.raises(BackendError, match="groups under norm"):
-        norm_quantize(x, (PartLayout(4, 20, 2),), Norm("rms"))
+    with pytest.raises(BackendError, match="cannot cover 40 columns"):
+        norm_quantize(x, (PartLayout(8, 20), PartLayout(4, 20)))
     with pytest.raises(BackendError, match="strides"):
         norm_quantize(torch.zeros(40, 2).T, (PartLayout(4, 40),))
