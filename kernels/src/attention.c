@@ -164,6 +164,11 @@ RK_INLINE void attend_block(const query_tile *t, attention_space *w, int64_t row
         if (!seen)
             mask_row(t, w, w->scores[r], slot, first, keys);
     }
+    if (TAKES_CACHED && w->value_rows) {
+        weigh_few(w, keys, rows);
+        cached_value_rows(w, keys, rows);
+        return;
+    }
     raise_highest(w, row, whole, rows);
     for (int r = 0; r < rows; r++)
         weigh(w, row, r, whole);
@@ -171,11 +176,6 @@ RK_INLINE void attend_block(const query_tile *t, attention_space *w, int64_t row
         for (int part = 0; part < 2; part++)
             if (w->value.width[part])
                 code_weights(w, r, part, whole);
-    if (TAKES_CACHED && w->value_rows) {
-        cached_value_rows(w, 0, keys, rows);
-        cached_value_rows(w, 1, keys, rows);
-        return;
-    }
     for (int part = 0; part < 2; part++)
         if (w->value.width[part] && part == 0)
             value_rows(w, 0, row, keys, rows);
@@ -183,7 +183,7 @@ RK_INLINE void attend_block(const query_tile *t, attention_space *w, int64_t row
             value_rows(w, 1, row, keys, rows);
 }
 
-/* Reads a tile of keys and values: where these are taken from the cache nothing of keys, and of values only their scales. */
+/* Reads a tile of keys and values, unless they are taken from the cache. */
 static void read_tile(const query_tile *t, attention_space *w, int64_t first, int64_t keys) {
     const rk_attention_args *a = t->args;
     const cache_reader k = open_cache(t, &a->key, a->key_cache, first), v = open_cache(t, &a->value, a->value_cache, first);
@@ -194,7 +194,6 @@ static void read_tile(const query_tile *t, attention_space *w, int64_t first, in
     }
     if (takes_cached_values(t, &w->value, &v, keys)) {
         w->value_rows = v.row, w->value_bytes = v.bytes, w->next_values = v.row + TILE_KEYS * v.bytes;
-        read_value_scales(w->value, v, keys, &w->value_scales);
     } else {
         w->value_rows = NULL;
         read_values(w->value, v, keys, w->values, &w->value_scales);

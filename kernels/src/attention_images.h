@@ -193,15 +193,6 @@ static void read_values(const head_layout l, cache_reader r, int64_t keys, int32
     }
 }
 
-/* What read_values leaves of a tile besides its codes. */
-static void read_value_scales(const head_layout l, cache_reader r, int64_t keys, tile_scales *s) {
-    uint8_t space[RK_WIDTH * ROW_BYTES + SLACK];
-    for (int64_t j = 0; j < TILE_KEYS; j += RK_WIDTH) {
-        const int64_t bytes = r.bytes;
-        read_scales(l, next_rows(&r, RK_WIDTH, keys > j ? keys - j : 0, 0, space), bytes, j, s);
-    }
-}
-
 /* What the codes of a part of a query are multiplied with, and their sum: an integer. */
 typedef struct {
     float scale, sum;

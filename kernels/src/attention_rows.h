@@ -42,7 +42,7 @@ typedef struct {
     query_codes codes[LANES][2];
     float slope[LANES], shrink[BLOCK_ROWS], weight_scale[BLOCK_ROWS][2];
     float scores[BLOCK_ROWS][TILE_KEYS];
-    uint8_t weights[2][BLOCK_ROWS * TILE_KEYS];      /* [part][row][key] */
+    uint8_t weights[2][BLOCK_ROWS * TILE_KEYS + 64]; /* [part][row][key] */
     int8_t queries[LANES * QUERY_SPACE];             /* [row][quads of the low part, those of the high one] */
     float sums[LANES * COLUMN_SPACE];                /* [row][column] */
     int32_t keys[QUAD_SPACE * TILE_KEYS];            /* [quad][key] */

@@ -253,6 +253,27 @@ def test_all_instruction_sets_agree(library, key_head, value_head):
         assert all(torch.equal(results[0], other) for other in results)
 
 
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["both", "low", "high", "128"])
+def test_few_queries_see_nothing_behind_their_keys(library, name, queries):
+    """Whatever lies there (here not a number), and wherever a tile of keys ends, also at the end of the cache: the same bytes."""
+    head = HEADS.get(name, CachedHead(112, 16))
+    q = random(1, 1, 2 * queries, head.columns, seed=3)
+    for keys in (1, 5, 8, 9, 16, 17, 31, 33, 48, 64, 65, 100, 112, 128, 129, 144, 300):
+        results = []
+        for behind in (0, 1, 40):
+            cache = filled(1, 2, keys + behind, head)
+            for stored in (cache.keys, cache.values):
+                stored.copy_(formats.pack_cache(random(1, 2, 400, head.columns, seed=7), head)[:, :, : keys + behind])
+                stored[:, :, keys:] = 255
+            cache.start.fill_(keys - 1)
+            for isa in (isa for isa, able in library.instruction_sets().items() if able):
+                with library.using(isa):
+                    results.append(attention(library, q, cache, 0.125))
+        assert results[0].isfinite().all()
+        assert all(torch.equal(results[0], other) for other in results)
+
+
 def test_a_token_that_outweighs_all_others(library, isa):
     """Its weight must not take the bits of the others': each row and tile of keys has a scale of its own."""
     head, slots = HEADS["both"], 400
