@@ -1,7 +1,7 @@
 """name-attention: the cache, the attention operator, its mask, and grouped heads, each as one node.
 
     cat(past, new)                                              -> append_cache(past, new)
-    scaled_dot_product_attention(q, repeat(k), repeat(v), mask) -> attention(q, k, v, mask, scale)
+    scaled_dot_product_attention(q, k, v, mask)                 -> attention(q, k, v, mask, scale), k and v repeated or not
     matmul(softmax(cap·tanh(q kᵀ scale / cap) + mask), v)       -> attention(q, k, v, mask, scale, softcap), in any such form
     the same with a learned score beside those of the keys      -> attention(q, k, v, mask, scale, softcap, sinks)
     the operators that build a mask                             -> causal_mask(attention_mask, input_ids, window)
@@ -80,7 +80,7 @@ def replace_core(gm: GraphModule, node: Node, env: dict[Node, Tensor]) -> int:
     heads = values.shape(q)[1]
     k, v = (node_arg(node, name) for name in ("key", "value"))
     if not latent.expands(k, v, heads, NameAttention.name):
-        k, v = (unrepeated(gm, x, heads, env) for x in (k, v))
+        k, v = (unrepeated(gm, x, values.shape(x)[1], env) for x in (k, v))  # which may repeat the cached heads, or not
     args = (q, k, v, argument(node, "attn_mask"), 1 / math.sqrt(values.width(q)) if scale is None else scale, None)
     rewrite(node, ops.attention, args, NameAttention.name)
     return 1

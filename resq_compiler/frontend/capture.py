@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from resq_compiler.ir.promises import Promise, Promised
 from resq_compiler.util import torch_state
 
 EXAMPLE_BATCH, EXAMPLE_NEW, EXAMPLE_PAST = 2, 5, 7  # none is 0 or 1: those sizes specialize a dynamic dimension
+GROUPED_SDPA = "TRANSFORMERS_SDPA_FORCE_GQA"  # what transformers asks before it repeats keys and values for SDPA
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def capture(model: PreTrainedModel) -> Captured:
     model.eval()
     try:
         with (
-            exportable_attention(model), rope_of_positions(model), long_factors_kept(model), torch_state.quiet_export(), torch.no_grad(),
+            exportable_attention(model), grouped_heads_kept(), rope_of_positions(model), long_factors_kept(model),
+            torch_state.quiet_export(), torch.no_grad(),
         ):  # fmt: skip
             cache = _probe_cache(model)
             example = _example_arguments(model, cache)
@@ -198,6 +201,20 @@ def exportable_attention(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, kind in before:
             config._attn_implementation = kind  # model.set_attn_implementation refuses what is not installed here
+
+
+@contextlib.contextmanager
+def grouped_heads_kept() -> Iterator[None]:
+    """Inside, SDPA reads keys and values of grouped heads as they are: their repeats, of sizes that are symbols, took half of an export."""
+    before = os.environ.get(GROUPED_SDPA)
+    os.environ[GROUPED_SDPA] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[GROUPED_SDPA]
+        else:
+            os.environ[GROUPED_SDPA] = before
 
 
 @contextlib.contextmanager

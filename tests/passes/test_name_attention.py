@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from resq_compiler.passes import NameAttention
 
 from resq_compiler.api import trace
 from resq_compiler.errors import TopologyError
-from resq_compiler.ir import graph_tools, ops
+from resq_compiler.frontend import capture
+from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.graph_tools import aten
-from resq_compiler.pipeline.run import prefill_and_decode
+from resq_compiler.pipeline.passes import PassContext
+from resq_compiler.pipeline.run import Pipeline, prefill_and_decode
 from resq_compiler.tiny import SLIDING_WINDOW, TINY_FAMILIES
 from tests import families
 
@@ -67,6 +71,25 @@ def test_leaves_alone_a_mask_that_is_not_causal(build):
     built.pipeline.run(built.gm, [NameAttention()])
     assert all(c.args[3].target is not ops.causal_mask for c in cores(built.gm))
     assert any("neither causal nor a sliding window" in note for note in built.ctx.notes)
+
+
+def test_repeats_of_cached_heads_by_the_model_itself(tiny, monkeypatch):
+    """A model whose own code repeats keys and values is named as one whose SDPA reads them as they are."""
+    monkeypatch.setattr(capture, "grouped_heads_kept", contextlib.nullcontext)
+    captured = capture.capture(tiny("llama"))
+    gm, ctx = captured.graph_module, PassContext(captured.example_inputs)
+    sdpa = gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    assert [values.shape(core.args[i])[1] for core in sdpa for i in (0, 1, 2)] == 6 * [4]
+    pipeline = Pipeline(ctx)
+    pipeline.start(gm)
+    pipeline.run(gm, [NameAttention()])
+    assert all(core.args[i].target is ops.append_cache for core in cores(gm) for i in (1, 2))
+
+
+def test_grouped_heads_are_captured_as_they_are(captured):
+    made = captured("llama").graph_module.graph
+    sdpa = made.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    assert [values.shape(core.args[i])[1] for core in sdpa for i in (0, 1, 2)] == 2 * [4, 2, 2]
 
 
 def test_leaves_alone_attention_without_a_cache(build):
