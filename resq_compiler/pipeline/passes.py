@@ -72,14 +72,11 @@ class PassContext:
 
     @property
     def statistics_windows(self) -> Tensor:
-        """Those of the calibration windows that statistics are taken of: one for each process, at least, where nobody says how many, and
-        all of them where the topology is not found."""
+        """Those of the calibration windows that statistics are taken of. All, where nobody says how many and the topology is not found."""
         windows, topology = self.windows, self.facts.find(Topology)
         if self.basis_samples is not None:
             return spread(windows, self.basis_samples)
-        if topology is None:
-            return windows
-        return spread(windows, max(processes.current().size, windows_for(topology.hidden_size, windows.shape[1])))
+        return windows if topology is None else spread(windows, windows_for(topology.hidden_size, windows.shape[1]))
 
     @property
     def batch_tokens(self) -> int | None:

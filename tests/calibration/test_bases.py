@@ -17,7 +17,6 @@ from resq_compiler.numerics.basis import SecondMoment, principal_basis
 from resq_compiler.numerics.channels import Energy, Peak
 from resq_compiler.pipeline.facts import Facts
 from resq_compiler.tiny import tiny_tokens
-from resq_compiler.util import processes
 
 
 @torch.no_grad()
@@ -99,7 +98,7 @@ def test_wide_streams_want_more_windows(width, length, count):
     assert count == 8 or count * length >= 4 * width > (count - 1) * length
 
 
-def test_windows_follow_the_width_where_nobody_says_how_many(build, monkeypatch):
+def test_windows_follow_the_width_where_nobody_says_how_many(build):
     built = build("llama", "rotate-bases")
     built.ctx.calibration = tiny_tokens(30, 8)
     assert built.topology.hidden_size == 64
@@ -108,8 +107,6 @@ def test_windows_follow_the_width_where_nobody_says_how_many(build, monkeypatch)
     assert len(built.ctx.statistics_windows) == 16
     assert len(dataclasses.replace(built.ctx, basis_samples=20).statistics_windows) == 20
     assert len(dataclasses.replace(built.ctx, facts=Facts()).statistics_windows) == 30
-    monkeypatch.setattr(processes, "current", lambda: processes.Processes(0, 24))
-    assert len(built.ctx.statistics_windows) == 24  # every process has one
 
 
 def test_block_pca_puts_more_energy_last_than_channels_do(build, tiny):
