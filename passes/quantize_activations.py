@@ -53,7 +53,7 @@ EXPERTS = (ops.expert_linear, ops.weight_only_expert_linear)
 GROUPED_ROLES = (*STREAM_ROLES, "gate", "up", "down")
 """Linears whose input `group_size` cuts."""
 
-SEARCH_TOKENS = 1024  # shares that are nearly as good are all that more tokens would tell apart
+SEARCH_TOKENS = 2048  # shares that are nearly as good are all that more tokens would tell apart
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from resq_compiler.ir.args import source
 from resq_compiler.numerics.seeds import generator
 from resq_compiler.util import memory
 
-TOKENS = 512
+TOKENS = 1024  # two sets of so many agree on SmolLM2's sites within a third
 LENGTH = 256  # of a window: bounds what is kept for the backward pass
 
 
