@@ -22,8 +22,6 @@ from resq_compiler.numerics.expert_channels import ExpertSizes
 from resq_compiler.util import devices, memory, processes
 
 FILE = "statistics"
-FEWEST_WINDOWS = 8  # of text, however long they are
-TOKENS_A_COLUMN = 4  # of a second moment of the residual stream
 
 
 class Statistic(Protocol):
@@ -207,11 +205,6 @@ def observe_blocks(
     if left:
         see_all(left, left[-1], last=True)
     progress(len(blocks), len(blocks))
-
-
-def windows_for(width: int, length: int) -> int:
-    """How many windows of `length` tokens second moments of so many columns are taken of."""
-    return max(FEWEST_WINDOWS, -(-TOKENS_A_COLUMN * width // length))
 
 
 def spread(windows: Tensor, count: int) -> Tensor:

@@ -17,7 +17,6 @@ from resq_compiler.analysis.topology import Block, Topology
 from resq_compiler.calibration import executor
 from resq_compiler.calibration.aside import SHARE
 from resq_compiler.calibration.executor import TOKENS_PER_BATCH
-from resq_compiler.calibration.statistics import windows_for
 from resq_compiler.inspection.rates import Rates
 from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.ir.views import Embedding, Linear
@@ -258,9 +257,8 @@ class _Plan:
 
     def calibrating(self) -> Step:
         """All windows of bases through one block after the other."""
-        config, s = self.config, self.shapes
-        wanted = config.basis_samples or windows_for(s.hidden, config.calibration_length)
-        tokens = self._tokens(min(wanted, config.calibration_samples))
+        samples = min(self.config.basis_samples, self.config.calibration_samples)
+        tokens, s = self._tokens(samples), self.shapes
         work = tokens * (self._forward() + 2 * len(s.blocks) * s.hidden**2)
         return Step(
             "calibrate",

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from resq_compiler.analysis.overrides import TopologyOverrides
-from resq_compiler.analysis.topology import Topology
 from resq_compiler.calibration import executor
 from resq_compiler.calibration.shards import SavedStatistics
-from resq_compiler.calibration.statistics import Request, spread, windows_for
+from resq_compiler.calibration.statistics import Request, spread
 from resq_compiler.calibration.workdir import WorkDirectory
 from resq_compiler.errors import DataError
 from resq_compiler.pipeline.facts import Facts
@@ -38,8 +37,7 @@ class PassContext:
     what the user states about the model. work: where finished work of an interrupted compile is kept. saved: statistics that were taken
     before, for the first pass that asks. bos_token: what the model's texts begin with. seed: of all draws. calibration_dtype: of linears
     in calibration runs, hidden_dtype: of what is kept between two blocks there. basis_samples: how many of the windows statistics are
-    taken of; None: as many as their width asks for. notes: what a user should know. lines: what the running pass adds to its stage, such as
-    a table.
+    taken of. notes: what a user should know. lines: what the running pass adds to its stage, such as a table.
     """
 
     example_inputs: tuple[Tensor, ...]
@@ -50,7 +48,7 @@ class PassContext:
     bos_token: int | None = None
     seed: int = 0
     calibration_dtype: str = "float32"
-    basis_samples: int | None = None
+    basis_samples: int = 16
     hidden_dtype: str = "float32"
     facts: Facts = field(default_factory=Facts)
     notes: list[str] = field(default_factory=list)
@@ -72,11 +70,8 @@ class PassContext:
 
     @property
     def statistics_windows(self) -> Tensor:
-        """Those of the calibration windows that statistics are taken of. All, where nobody says how many and the topology is not found."""
-        windows, topology = self.windows, self.facts.find(Topology)
-        if self.basis_samples is not None:
-            return spread(windows, self.basis_samples)
-        return windows if topology is None else spread(windows, windows_for(topology.hidden_size, windows.shape[1]))
+        """Those of the calibration windows that statistics are taken of."""
+        return spread(self.windows, self.basis_samples)
 
     @property
     def batch_tokens(self) -> int | None:

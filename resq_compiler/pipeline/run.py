@@ -125,9 +125,10 @@ class Pipeline:
         ctx, requests = self.ctx, self._asked(gm, item, rest)
         if not requests:
             return
-        count = len(ctx.statistics_windows)
-        if count < len(ctx.windows):
-            ctx.note(f"calibration: bases and channel order from {count} of {len(ctx.windows)} windows (basis_samples)")
+        if ctx.basis_samples < len(ctx.windows):
+            ctx.note(
+                f"calibration: bases and channel order from {ctx.basis_samples} of {len(ctx.windows)} windows (basis_samples)"
+            )
         if ctx.saved is not None:
             ctx.saved.fill(requests)
             ctx.note(f"calibration: statistics from {len(ctx.saved.files)} files that were taken before")

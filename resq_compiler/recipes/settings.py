@@ -98,7 +98,7 @@ class CompileConfig:
     lm_head_bits: Literal[8] | None = None
     calibration_samples: int = 64
     calibration_length: int = 512
-    basis_samples: int | None = None
+    basis_samples: int = 16
     calibration_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     hidden_dtype: Literal["float32", "bfloat16"] = "float32"
     bos: Literal["auto", "never"] = "auto"
@@ -115,8 +115,7 @@ class CompileConfig:
         self._check_range("kv_clip", 0.1, 1)
         self._check_range("gptq_damping", 0, 1)
         for name, least in WHOLE_NUMBERS.items():
-            if (name, getattr(self, name)) != ("basis_samples", None):
-                self._check_whole(name, least)
+            self._check_whole(name, least)
         for name in (
             "gptq_act_order",
             "gptq_on_quantized_activations",

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from resq_compiler.passes import ComputeBases, ReorderChannels, RotateBases
@@ -10,12 +8,11 @@ from resq_compiler.analysis.amplification import residual_readers, value_readers
 from resq_compiler.analysis.sites import Site
 from resq_compiler.calibration import requests
 from resq_compiler.calibration.bases import Bases, permutation
-from resq_compiler.calibration.statistics import Request, Statistics, spread, take, windows_for
+from resq_compiler.calibration.statistics import Request, Statistics, spread, take
 from resq_compiler.errors import DataError
 from resq_compiler.ir import meta, ops
 from resq_compiler.numerics.basis import SecondMoment, principal_basis
 from resq_compiler.numerics.channels import Energy, Peak
-from resq_compiler.pipeline.facts import Facts
 from resq_compiler.tiny import tiny_tokens
 
 
@@ -87,26 +84,6 @@ def test_bases_see_some_of_the_windows_evenly(build):
     values, pooled = (built.seen.get(SecondMoment, site) for site in (Site("value", 0), requests.RESIDUAL))
     assert values.tokens == 2 * 32 and pooled.tokens == 2 * 32 * 2 * len(built.topology.blocks)
     assert "calibration: bases and channel order from 2 of 4 windows (basis_samples)" in built.ctx.notes
-
-
-@pytest.mark.parametrize(
-    ("width", "length", "count"), [(64, 512, 8), (1024, 512, 8), (1536, 512, 12), (4096, 512, 32), (4096, 2048, 8)]
-)
-def test_wide_streams_want_more_windows(width, length, count):
-    """Four tokens for each column, and 8 windows at least."""
-    assert windows_for(width, length) == count
-    assert count == 8 or count * length >= 4 * width > (count - 1) * length
-
-
-def test_windows_follow_the_width_where_nobody_says_how_many(build):
-    built = build("llama", "rotate-bases")
-    built.ctx.calibration = tiny_tokens(30, 8)
-    assert built.topology.hidden_size == 64
-    assert len(built.ctx.statistics_windows) == 30  # 32 would hold 4 tokens for each column
-    built.ctx.calibration = tiny_tokens(30, 16)
-    assert len(built.ctx.statistics_windows) == 16
-    assert len(dataclasses.replace(built.ctx, basis_samples=20).statistics_windows) == 20
-    assert len(dataclasses.replace(built.ctx, facts=Facts()).statistics_windows) == 30
 
 
 def test_block_pca_puts_more_energy_last_than_channels_do(build, tiny):

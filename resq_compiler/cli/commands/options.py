@@ -82,8 +82,7 @@ HELP: dict[str, str] = {
     "lm_head_bits": "bits of lm_head; none: it stays in float, as embeddings do",
     "calibration_samples": "windows of calibration text",
     "calibration_length": "tokens in a window",
-    "basis_samples": "how many of these windows bases and the order of channels are taken from, spread evenly; none: 8, or as many more as "
-    "hold 4 tokens for each channel of the residual stream",
+    "basis_samples": "how many of these windows bases and the order of channels are taken from, spread evenly",
     "calibration_dtype": "of linears and second moments in calibration runs; auto: bfloat16 where the processor has it, else float32",
     "hidden_dtype": "of hidden states that are kept between two blocks in calibration runs; bfloat16 takes half the memory",
     "bos": "auto: windows of text begin with what the tokenizer puts before a text, such as a beginning-of-sequence token; never: "
