@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.calibration import precision
+from resq_compiler.calibration import aside, precision
 from resq_compiler.ir import graph_tools, promises, values
-from resq_compiler.util import devices, memory
+from resq_compiler.util import devices
 
 TOKENS_PER_BATCH = 1024  # large enough for matrix products to run at full speed, small against the weights
 _fewer: int | None = None
@@ -140,9 +140,8 @@ def run_nodes(
 
 def let_go(gm: GraphModule, nodes: Iterable[Node]) -> None:
     """Let go of the pages of the model's tensors that lie in files and came into memory."""
-    for tensor in (graph_tools.held(gm, node) for node in nodes if node.op == "get_attr"):
-        if not isinstance(tensor, promises.Promised):
-            memory.page_out_tensor(tensor)
+    tensors = (graph_tools.held(gm, node) for node in nodes if node.op == "get_attr")
+    aside.let_go(tensor for tensor in tensors if not isinstance(tensor, promises.Promised))
 
 
 def run_node(
