@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from resq_compiler.calibration import aside, precision
+from resq_compiler.calibration import precision
 from resq_compiler.ir import graph_tools, promises, values
 from resq_compiler.util import devices
 
@@ -26,15 +26,12 @@ _fewer: int | None = None
 class Schedule:
     """The nodes needed to compute `targets` from `given` values, in order, and when each value can be released.
 
-    keep: values that are left at the end (default: the targets). once: pages of the model's tensors that lie in files leave memory behind
-    their last use.
+    keep: values that are left at the end (default: the targets).
     """
 
     def __init__(
-        self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], keep: Iterable[Node] | None = None,
-        once: bool = False,
-    ):  # fmt: skip
-        self.once = once
+        self, gm: GraphModule, targets: Iterable[Node], given: Iterable[Node], keep: Iterable[Node] | None = None
+    ):
         self.gm = gm
         self.targets = list(targets)
         self.given = set(given)
@@ -57,7 +54,7 @@ class Schedule:
         instead: Mapping[object, Callable] | None = None,
     ) -> None:  # fmt: skip
         """Compute the targets into env; taps see values as they are computed. instead: operators to call in the place of others."""
-        run_nodes(self.gm, self.order, self.release, env, taps or {}, instead, self.once)
+        run_nodes(self.gm, self.order, self.release, env, taps or {}, instead)
 
 
 def with_tensors(nodes: Iterable[Node]) -> list[Node]:
@@ -122,26 +119,17 @@ def last_uses(order: Sequence[Node], keep: set[Node]) -> dict[Node, list[Node]]:
 @torch.no_grad()
 def run_nodes(
     gm: GraphModule, order: Sequence[Node], release: dict[Node, list[Node]], env: dict[Node, Any],
-    taps: Mapping[Node, Callable[[Any], None]], instead: Mapping[object, Callable] | None = None, once: bool = False,
+    taps: Mapping[Node, Callable[[Any], None]], instead: Mapping[object, Callable] | None = None,
 ) -> None:  # fmt: skip
-    """Run nodes in order on env, dropping released values. instead: operators to call in the place of others. once: as of schedules."""
+    """Run nodes in order on env, dropping released values. instead: operators to call in the place of others."""
     substitutes = {**precision.substitutes(), **(instead or {})}
     for node in order:
         if node not in env:
             env[node] = run_node(gm, node, env, substitutes)
         if node in taps:
             taps[node](env[node])
-        dead = release.get(node, ())
-        for one in dead:
-            env.pop(one, None)
-        if once:
-            let_go(gm, dead)
-
-
-def let_go(gm: GraphModule, nodes: Iterable[Node]) -> None:
-    """Let go of the pages of the model's tensors that lie in files and came into memory."""
-    tensors = (graph_tools.held(gm, node) for node in nodes if node.op == "get_attr")
-    aside.let_go(tensor for tensor in tensors if not isinstance(tensor, promises.Promised))
+        for dead in release.get(node, ()):
+            env.pop(dead, None)
 
 
 def run_node(

@@ -53,7 +53,7 @@ def predictions(gm: GraphModule, ids: Tensor) -> Tensor:
     """Log probabilities [n, length, vocabulary] of a graph for token ids [n, length]."""
     logits = graph_tools.output_args(gm.graph)[0]
     env: dict[Node, Any] = executor.first_tokens(gm, ids)
-    executor.Schedule(gm, [logits], env, once=True).run(env)
+    executor.Schedule(gm, [logits], env).run(env)
     return env[logits].float().log_softmax(-1)
 
 
@@ -101,8 +101,7 @@ def weak_quantizers(gm: GraphModule, ids: Tensor) -> list[Weak]:
 
     for quantizer, site in quantizers(gm):
         add_tap(taps, quantizer.x, functools.partial(see, quantizer, site.name))
-    schedule = executor.Schedule(gm, list(taps), graph_tools.placeholders(gm.graph), once=True)
-    schedule.run(executor.first_tokens(gm, ids), taps)
+    executor.Schedule(gm, list(taps), graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
     return found
 
 
@@ -118,7 +117,6 @@ def read_energies(gm: GraphModule) -> dict[Node, Tensor]:
         each = torch.stack([devices.here(weight).float().square().sum(0) for weight in pieces(gm, linear)])
         energy = each.mean(0) if linear.of_experts else each.sum(0)
         found[quantizer.node] = found[quantizer.node] + energy if quantizer.node in found else energy
-        executor.let_go(gm, node.all_input_nodes)
     return found
 
 

@@ -26,7 +26,7 @@ def record(gm: GraphModule, ids: Tensor) -> Choices:
     if not wanted:
         return {}
     env: dict[Node, Any] = executor.first_tokens(gm, ids)
-    executor.Schedule(gm, wanted, env, once=True).run(env)
+    executor.Schedule(gm, wanted, env).run(env)
     return {node: env[node].flatten(0, -2) for node in wanted}
 
 

@@ -10,7 +10,6 @@ from resq_compiler.ir import graph_tools
 from resq_compiler.ir.graph_tools import aten
 from resq_compiler.pipeline.run import relative_error
 from resq_compiler.tiny import tiny_tokens
-from resq_compiler.util import memory
 
 
 @pytest.fixture
@@ -31,30 +30,6 @@ def test_values_are_released_after_their_last_use(chain):
     env = {x: torch.tensor(3.0)}
     executor.Schedule(gm, [d], [x]).run(env)
     assert set(env) == {x, d} and env[d] == 43.0
-
-
-def test_files_are_let_go_where_they_are_read_once(tmp_path, monkeypatch):
-    """A tensor of the model that lies in a file leaves memory behind its last use, not before, and one that lies in memory stays."""
-    file, size = tmp_path / "w.bin", 2 * memory.WORTH_A_FILE
-    file.write_bytes(b"\x01" * size)
-    graph = Graph()
-    x, mapped, own = graph.placeholder("x"), graph.get_attr("mapped"), graph.get_attr("own")
-    first = graph.call_function(aten.mul.Tensor, (x, mapped))
-    out = graph.call_function(aten.add.Tensor, (graph.call_function(aten.mul.Tensor, (first, mapped)), own))
-    graph.output(out)
-    tensors = {
-        "mapped": torch.from_file(str(file), size=size, dtype=torch.int8),
-        "own": torch.ones(size, dtype=torch.int8),
-    }
-    gm = GraphModule(tensors, graph)
-    events = []
-    monkeypatch.setattr(memory, "page_out", lambda address, _: events.append(address))
-    for once in (False, True):
-        env = {x: torch.ones(size, dtype=torch.int8)}
-        taps = {out: lambda _: events.append("sum")}
-        executor.Schedule(gm, [out], env, once=once).run(env, taps)
-        assert bool((env[out] == 2).all())
-    assert events == ["sum", gm.mapped.data_ptr(), "sum"]
 
 
 def test_only_what_is_needed_runs(chain):
