@@ -23,7 +23,7 @@ from resq_compiler.ir.expert_views import pieces
 from resq_compiler.ir.views import CodedLinear, Linear, Quantize
 from resq_compiler.numerics.quantized import QuantizedActivation
 from resq_compiler.numerics.seeds import generator
-from resq_compiler.util import devices
+from resq_compiler.util import devices, memory
 
 TOKENS = 64
 MOST_KL = 1.0  # nats a token; 4-bit models that are of use stay far below
@@ -54,6 +54,7 @@ def predictions(gm: GraphModule, ids: Tensor) -> Tensor:
     logits = graph_tools.output_args(gm.graph)[0]
     env: dict[Node, Any] = executor.first_tokens(gm, ids)
     executor.Schedule(gm, [logits], env).run(env)
+    memory.trim()  # of codes that were made for every linear
     return env[logits].float().log_softmax(-1)
 
 
@@ -102,6 +103,7 @@ def weak_quantizers(gm: GraphModule, ids: Tensor) -> list[Weak]:
     for quantizer, site in quantizers(gm):
         add_tap(taps, quantizer.x, functools.partial(see, quantizer, site.name))
     executor.Schedule(gm, list(taps), graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
+    memory.trim()
     return found
 
 
