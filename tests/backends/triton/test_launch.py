@@ -116,5 +116,5 @@ def test_recording_decides_as_on_the_target():
         assert launch.isa() == "ptx" and launch.processors(x.device) == 82 and launch.capability(x.device) == 86
         norm_quantize.norm_quantize(x, (PartLayout(4, 56), PartLayout(8, 8)), Norm("rms"))
     (made,) = recorder.launches
-    assert made.grid == (8, 1) and made.options["NORM"] == 1
+    assert made.grid == (8,) and made.options["NORM"] == 1
     assert launch.isa() == "generic"
