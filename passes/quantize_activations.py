@@ -110,8 +110,8 @@ def open_parts(gm: GraphModule) -> list[tuple[Node, meta.LinearPart]]:
 
 def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) -> dict[meta.LinearPart, int]:
     """Into how many groups the parts are cut of linears that read the stream or hidden channels and have no experts: those of less than
-    8 bits into groups of about `size` columns, the others into one. Notes where they are half or twice as
-    wide, and where there are none."""
+    8 bits into groups of about `size` columns, the others into one. Notes where those of a wider
+    part are half or twice as wide, and where no part is cut."""
     found: dict[meta.LinearPart, int] = {}
     experts = set()
     for node, part in open_parts(gm):
@@ -122,7 +122,11 @@ def groups_of_inputs(gm: GraphModule, size: int, note: Callable[[str], None]) ->
         else:
             found[part] = groups_of(part.stop - part.start, size) if part.activation_bits < 8 else 1
     cut = {(part.stop - part.start, groups) for part, groups in found.items() if part.activation_bits < 8}
-    far = [f"{width // groups} of {width}" for width, groups in sorted(cut) if not size < 2 * width / groups < 4 * size]
+    far = [
+        f"{width // groups} of {width}"
+        for width, groups in sorted(cut)
+        if width > size and not size < 2 * width / groups < 4 * size
+    ]
     if far:
         note(
             f"activation_group_size={size}: some parts of inputs have no divisor near it; their groups have other widths: {', '.join(far)}"

@@ -100,6 +100,10 @@ def test_groups_that_do_not_fit_are_told(build):
     built = build("llama", "quantize-kv-cache", activation_group_size=32, weight_method="rtn", **options)
     (note,) = [note for note in built.ctx.notes if "activation_group_size" in note]
     assert "no divisor near it" in note and "73 of 146" in note
+    built = build("llama", "quantize-kv-cache", activation_group_size=128, weight_method="rtn")
+    assert not [
+        note for note in built.ctx.notes if "activation_group_size" in note
+    ]  # parts that are narrower stay whole
 
 
 def test_clip_holds_for_narrow_codes_but_not_for_the_output_projection(build):
