@@ -21,6 +21,7 @@ from onnx import TensorProto
 from resq_compiler.backends.onnx.expert_products import ExpertWeights, Step, choices_of, flat_rows
 from resq_compiler.backends.onnx.form_fused import FusedForm
 from resq_compiler.backends.onnx.forms import Form, least_top, low_and_scale, scale_of
+from resq_compiler.backends.onnx.group_products import cut_inputs, group_product, runtime_one
 from resq_compiler.backends.onnx.images import parts_image, parts_of_heads
 from resq_compiler.backends.onnx.integer_weights import (
     StackedCodes,
@@ -61,11 +62,12 @@ class IntegerForm(FusedForm):
     def start(self, low: Lowering) -> None:
         super().start(low)
         self.padded = integer_only(low.plan)
+        self.cut = cut_inputs(low.plan)
         tell_groups(low.plan)
 
     def quantize(self, low: Lowering, node: Node, x: str, bits: int, groups: int, width: int, clip: float) -> Codes:
         """uint8 codes and zero point, float32 scale; only the float tensor where nothing but its image is needed."""
-        if groups > 1 and clip == 1.0:
+        if groups > 1 and clip == 1.0 and node not in self.cut:
             return Codes(bits, groups, width, source=x)
         piece, zeros = self._zeros(low, node)
         if piece is not None and zeros:
@@ -132,13 +134,17 @@ class IntegerForm(FusedForm):
         return low.once(("image", codes.codes or codes.source), make)
 
     def linears(self, low: Lowering, members: list[Product]) -> list[Value]:
-        """One product for each part over all members; float products where inputs have a scale for each head, or weights for each group."""
+        """One product for each part, or group of its columns, over all members; float ones where inputs have a scale for each head, or
+        weights for each group."""
         sources = [low.value(s) for s in members[0].sources]
         stacked: list[list[Term]] = [list(terms) for terms in zip(*(m.terms for m in members), strict=True)]
-        whole_rows = [s for s in sources if isinstance(s, Codes) and s.groups == 1]
-        if len(whole_rows) == len(sources) and not has_groups(members[0]):
-            products = [self._product(low, *part) for part in zip(whole_rows, stacked, strict=True)]
-            total = sum_of(low, products)
+        coded = [
+            s
+            for s, node in zip(sources, members[0].sources, strict=True)
+            if isinstance(s, Codes) and (s.groups == 1 or node in self.cut)
+        ]
+        if len(coded) == len(sources) and not has_groups(members[0]):
+            total = sum_of(low, [self._product(low, *part) for part in zip(coded, stacked, strict=True)])
         else:
             total = self._float_product(low, list(zip(sources, stacked, strict=True)), members[0].sources)
         bias = stacked_bias(members)
@@ -176,6 +182,8 @@ class IntegerForm(FusedForm):
         return product
 
     def _product(self, low: Lowering, source: Codes, terms: list[Term]) -> str:
+        if source.groups > 1:
+            return group_product(low, source, terms)
         b = low.b
         rows = correction_count(low.plan.terms_of[terms[0].source])
         weight = self._weight(low, terms, rows, first=source.zeros > 0)
@@ -268,17 +276,6 @@ def with_zeros(low: Lowering, piece: Columns, zeros: int, least: float) -> str:
     before, behind = max(zeros, 0) - piece.start, max(-zeros, 0) - (values.width(piece.x) - piece.stop)
     pads = low.b.ints(0, 0, before, 0, 0, behind)
     return low.b.op("Pad", low.exact(piece.x), pads, low.b.number(least))
-
-
-def runtime_one(low: Lowering) -> str:
-    """1.0, [1], known only at run time, in the place of the scale of the rows: ONNX Runtime fuses products whose scale is a product of
-    two. Scales of rows inside the fused operator are multiplied by one thread, after the product; a Mul runs in all threads."""
-
-    def make() -> str:
-        size = low.size("input_ids", 1)
-        return low.b.op("Cast", low.b.op("Equal", size, size), to=TensorProto.FLOAT)
-
-    return low.once("one", make)
 
 
 def sum_of(low: Lowering, names: list[str]) -> str:

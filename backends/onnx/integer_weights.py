@@ -17,9 +17,10 @@ def stored_zero(bits: int) -> int:
     return 256 - 2**bits
 
 
-def correction_count(terms: Sequence[Term]) -> int:
-    """How many rows of at most PIECE hold the column sums of every weight that reads one input."""
-    return max(-(-int(np.abs(t.codes.astype(np.int64).sum(0)).max(initial=0)) // PIECE) for t in terms)
+def correction_count(terms: Sequence[Term], groups: int = 1) -> int:
+    """How many rows of at most PIECE hold the column sums of every weight that reads one input, or of each of its groups of columns."""
+    cut = (t.codes.reshape(groups, -1, t.qdata.shape[0]) for t in terms)
+    return max(-(-int(np.abs(codes.sum(1, dtype=np.int64)).max(initial=0)) // PIECE) for codes in cut)
 
 
 def correction_rows(codes: np.ndarray, rows: int) -> np.ndarray:

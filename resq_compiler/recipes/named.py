@@ -150,6 +150,9 @@ RECIPES: dict[str, Recipe] = {
 SHARES_STATED = {"site_fractions": "", "expert_bits": "", "low_fraction": 0.0, "basis": "pca"}
 """Options that leave nothing to share out, and their usual values."""
 
+WITHOUT_GROUPS = {"activation_scales": ("static",), "activation_bits": (8, 16)}
+"""Options beside which activations have no groups of columns, unless the user asks for these, and gets the error or the note."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -189,6 +192,8 @@ def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> Com
     values = {**named(recipe).settings, **options}
     if any(options.get(name, usual) != usual for name, usual in SHARES_STATED.items()) and "allocation" not in options:
         values["allocation"] = "equal"  # shares that a user states are not shared out again
+    if any(options.get(name) in given for name, given in WITHOUT_GROUPS.items()) and "activation_group_size" not in options:
+        values["activation_group_size"] = None
     return CompileConfig.from_dict({**values, "recipe": recipe})
 
 

@@ -104,6 +104,7 @@ OPTIONS = [
     {"o_proj_granularity": "token", "lm_head_bits": 8},
     {"activation_clip": 0.9, "kv_clip": 0.95},
     {"recipe": "resq+", "allocation": "equal", "activation_group_size": 32},
+    {"recipe": "quarot", "activation_group_size": 32},
     {"recipe": "resq+", "key_basis": "head", "allocation": "equal", "site_fractions": "mlp=1/4,o=0"},
     {"recipe": "resq+", "average_bits": 4.75},
     {"recipe": "resq+", "allocation": "widths", "average_bits": 4.0},
@@ -116,6 +117,7 @@ OPTIONS = [
     pytest.param({"recipe": "quik"}, marks=pytest.mark.slow),
     pytest.param({"recipe": "quarot"}, marks=pytest.mark.slow),
 ]
+GROUPS = {"recipe": "quarot", "activation_group_size": 32, "o_proj_granularity": "token"}
 
 
 @pytest.mark.parametrize("profile", ["ort", "qdq"])
@@ -192,14 +194,17 @@ def test_both_branches_are_visible_in_qdq(compile_tiny):
     assert not any(n.domain for n in model.graph.node)
 
 
-def test_ort_fuses_every_integer_product(compile_tiny, tmp_path):
-    compiled, _ = compile_tiny("qwen2", weight_method="rtn", lm_head_bits=8)
+@pytest.mark.parametrize(("recipe", "products"), [({}, 0), (GROUPS, 2 * (2 + 1 + 2 * 2 + 5) + 1)], ids=["rows", "groups"])
+def test_ort_fuses_every_integer_product(compile_tiny, tmp_path, recipe, products):
+    """With groups of 32: two products of q, k and v together, one of o, two of gate, two of up and five of down a block, and lm_head."""
+    compiled, _ = compile_tiny("qwen2", weight_method="rtn", lm_head_bits=8, **recipe)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(build_model(compiled, "ort").SerializeToString(), options)
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
     kinds = Counter(n.op_type for n in nodes)
     assert kinds["MatMulInteger"] == 0 and kinds["MatMulIntegerToFloat"] > 0
+    assert not products or kinds["MatMulIntegerToFloat"] == products
     assert (
         len({n.input[2] for n in nodes if n.op_type == "MatMulIntegerToFloat"}) == 1
     )  # no scales of rows inside: one thread
