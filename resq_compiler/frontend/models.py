@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,18 +260,21 @@ def _read_config(location: _Location) -> Any:
 
 @contextlib.contextmanager
 def _read_once(location: _Location) -> Iterator[None]:
-    """Inside, transformers parses the head of a GGUF file (a vocabulary, mostly) once, not for each of config, weights and tokenizer."""
+    """Inside, transformers parses the head of a GGUF file (a vocabulary, mostly) once, not for each of config, weights and tokenizer, and
+    makes the names of tensors once, not for each module of the model."""
     if not location.gguf_file or importlib.util.find_spec("gguf") is None:
         yield
         return
     import gguf
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)  # type: ignore[misc, assignment]
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    once = functools.cache(reader)
+    gguf.GGUFReader = lambda file: once(os.fspath(file))  # type: ignore[misc, assignment]
+    gguf.get_tensor_name_map = functools.cache(names)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader  # type: ignore[misc]
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
 
 
 def _not_loaded(location: _Location, what: str, error: Exception) -> str:

@@ -125,11 +125,15 @@ def test_a_gguf_file_is_parsed_once(monkeypatch):
     opened = []
     reader = lambda path: opened.append(path) or object()  # noqa: E731
     monkeypatch.setattr(gguf, "GGUFReader", reader)
+    names = gguf.get_tensor_name_map
+    llama = gguf.MODEL_ARCH.LLAMA
     with pytest.raises(KeyError), models._read_once(models._Location("somewhere", "a.gguf")):
-        assert gguf.GGUFReader("a.gguf") is gguf.GGUFReader("a.gguf")
+        assert gguf.GGUFReader("a.gguf") is gguf.GGUFReader(Path("a.gguf")), "a path is its name"
         assert gguf.GGUFReader("b.gguf") is not gguf.GGUFReader("a.gguf")
+        assert gguf.get_tensor_name_map(llama, 2) is gguf.get_tensor_name_map(llama, 2)
         raise KeyError
     assert opened == ["a.gguf", "b.gguf"] and gguf.GGUFReader is reader, "as it was, also after an error"
+    assert gguf.get_tensor_name_map is names
 
 
 @pytest.mark.slow
