@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
+ROW_BYTES = 2048  # of rows that gguf turns into floats: longer ones leave the caches
 
 
 @dataclass(frozen=True)
@@ -261,13 +262,11 @@ def gguf_weights(file: Path, skeleton: PreTrainedModel) -> dict[str, Promise] | 
 
 
 def _gguf_tensor(tensor: Any, processor: Any, shape: tuple[int, ...]) -> Stored:
-    from gguf import dequantize
-
     turned = ".attn_q." in tensor.name or ".attn_k." in tensor.name
 
     def read(start: int, stop: int) -> Tensor:
         stored = tensor.data if turned else tensor.data[start:stop]
-        value = dequantize(stored, tensor.tensor_type)
+        value = _dequantized(stored, tensor.tensor_type)
         memory.page_out(stored.ctypes.data, stored.nbytes)
         if not turned:
             return torch.from_numpy(value.copy() if np.shares_memory(value, tensor.data) else value)
@@ -275,3 +274,16 @@ def _gguf_tensor(tensor: Any, processor: Any, shape: tuple[int, ...]) -> Stored:
         return torch.from_numpy(value[start:stop].copy())
 
     return Stored(shape, torch.float32, read)
+
+
+def _dequantized(stored: Any, kind: Any) -> Any:
+    """Rows of a GGUF tensor as floats. gguf works on 16 rows at a time, in calls that cost more than the arithmetic of short rows: it gets
+    fewer and longer ones, which are the same blocks of numbers."""
+    from gguf import dequantize
+
+    rows, together = np.asarray(stored), 1  # a memmap, whose every view is one more call into Python
+    if rows.ndim != 2:
+        return dequantize(rows, kind)
+    while rows.shape[0] % (2 * together) == 0 and rows.shape[1] * 2 * together <= ROW_BYTES:
+        together *= 2
+    return dequantize(rows.reshape(rows.shape[0] // together, -1), kind).reshape(rows.shape[0], -1)

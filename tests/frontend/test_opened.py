@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from resq_compiler.errors import ModelError
-from resq_compiler.frontend import models
+from resq_compiler.frontend import models, opened
 from resq_compiler.frontend.models import load_model, open_model
 from resq_compiler.ir.promises import Stacked
 from resq_compiler.tiny import tiny_model
@@ -25,20 +26,20 @@ def assert_opened_as_read_whole(source):
     expected = load_model(source).model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "_read", lambda *_: pytest.fail("the model was read whole"))
-        opened = open_model(source)
-        assert_as_read(opened, expected)
-    return opened
+        found = open_model(source)
+        assert_as_read(found, expected)
+    return found
 
 
-def assert_as_read(opened, model):
+def assert_as_read(found, model):
     expected = dict(model.named_parameters(remove_duplicate=False))
-    assert opened.weights.keys() == expected.keys()
+    assert found.weights.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(opened.weights[name].whole(), value.float()), name
+        assert torch.equal(found.weights[name].whole(), value.float()), name
         if value.dim() == 2:
             some = torch.tensor([len(value) - 1, 0])
-            assert torch.equal(opened.weights[name].rows(some), value.float()[some]), name
-    buffers = dict(opened.skeleton.named_buffers(remove_duplicate=False))
+            assert torch.equal(found.weights[name].rows(some), value.float()[some]), name
+    buffers = dict(found.skeleton.named_buffers(remove_duplicate=False))
     assert all(torch.equal(buffers[name], b.float()) for name, b in model.named_buffers(remove_duplicate=False))
 
 
@@ -128,3 +129,15 @@ def test_a_missing_and_a_cut_shard(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"map": {}}))
     with pytest.raises(ModelError, match=r"index.json is not readable"):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 32), (48, 96), (1024, 32), (16, 4096), (96,)])
+def test_numbers_of_a_gguf_tensor_are_those_that_gguf_makes(kind, shape):
+    """Some rows are handed to it as one, which changes no block of numbers."""
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType[kind]
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    stored = gguf.quantize(values, kind).view(np.uint8)  # bytes, as they lie in a file
+    found = opened._dequantized(stored, kind)
+    assert found.shape == shape and np.array_equal(found, gguf.dequantize(stored, kind))
