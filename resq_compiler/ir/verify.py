@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.errors import VerifyError
 from resq_compiler.ir import graph_tools, values
+from resq_compiler.numerics.quantized import QuantizedActivation
 
 
 def check_graph(gm: GraphModule) -> None:
@@ -28,18 +29,62 @@ def check_graph(gm: GraphModule) -> None:
 
 
 class _ShapeRecorder(torch.fx.Interpreter):
-    """Runs the graph on meta tensors and keeps each node's value in meta["val"]."""
+    """Runs the graph on meta tensors and keeps each node's value in meta["val"].
+
+    Calls that are alike, as those of all blocks are, share one value: a fake tensor is metadata that nobody changes.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.known: dict[object, object] = {}
+        self.described: dict[Node, object] = {}
 
     def run_node(self, n: Node) -> object:
+        call = self._call(n)
+        if call is None:
+            value = self._run(n)
+        elif call in self.known:
+            value = self.known[call]
+        else:
+            value = self.known[call] = self._run(n)
+        n.meta["val"] = value
+        return value
+
+    def _run(self, n: Node) -> object:
         try:
-            value = super().run_node(n)
+            return super().run_node(n)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise VerifyError(
                 f"node {n.name}: its shape cannot be found: {reason}; {n.format_node()}", node=n.name
             ) from error
-        n.meta["val"] = value
-        return value
+
+    def _call(self, n: Node) -> object | None:
+        """What the value of a node follows from, to be looked up by; None where an argument cannot be."""
+        found = n.target, tuple(map(self._argument, n.args)), tuple((k, self._argument(v)) for k, v in n.kwargs.items())
+        try:
+            hash(found)
+        except TypeError:
+            return None
+        return found
+
+    def _argument(self, argument: object) -> object:
+        if not isinstance(argument, Node):
+            return _description(argument)
+        if argument not in self.described:
+            self.described[argument] = _description(self.env[argument])
+        return self.described[argument]
+
+
+def _description(value: object) -> object:
+    """All there is to a fake tensor, or to several of them; a number with its type, since 1 is 1.0 and True."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_description, value)
+    if isinstance(value, QuantizedActivation):
+        return (*map(_description, (value.qdata, value.scale, value.zero_point)), value.bits)
+    return type(value), value
 
 
 def propagate_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> None:

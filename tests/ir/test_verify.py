@@ -70,3 +70,22 @@ def test_propagated_shapes_and_dtypes_are_those_of_a_run(family, build):
     with torch.no_grad():
         Recorder(built.gm).run(*built.ctx.example_inputs)
     assert len(found) > 50 and all(real == fake for _, real, fake in found)
+
+
+def test_calls_that_differ_in_a_number_are_not_taken_for_one():
+    """2 and 2.0 are equal, and make other types; a tensor that is transposed has other strides."""
+
+    def build(graph):
+        x = graph.placeholder("x")
+        turned = graph.call_function(aten.transpose.int, (x, 0, 1))
+        for number in (2, 2.0, True):
+            graph.call_function(aten.mul.Scalar, (x, number))
+        for value in (x, turned, x):
+            graph.call_function(aten.clone.default, (value,))
+        graph.output((x,))
+
+    gm = graph_module(build)
+    verify.propagate_shapes(gm, (torch.ones(3, 3, dtype=torch.int64),))
+    found = [node.meta["val"] for node in gm.graph.nodes if node.op == "call_function"]
+    assert [v.dtype for v in found[1:4]] == [torch.int64, torch.float32, torch.int64]
+    assert [v.stride() for v in found[4:]] == [(3, 1), (1, 3), (3, 1)] and found[4] is found[6]
