@@ -140,6 +140,8 @@ class SecondMoment:
             raise DataError(f"second moment of {self.site}: no tokens were seen; give calibration data that reaches it")
 
     def _require_finite(self, chunk: Tensor, rows: Tensor) -> None:
+        if _squares_fit(_wide(chunk)):
+            return
         # a NaN or infinity anywhere in a column reaches the size of that column, as squares do that overflow
         size = torch.linalg.vector_norm(_wide(chunk), dim=0)
         if torch.isfinite(size).all():
@@ -220,6 +222,15 @@ def _narrowed(matrix: Tensor, step: int = 256) -> Tensor:
     for start in range(0, len(matrix), step):
         narrow[start : start + step] = matrix[start : start + step].float()
     return narrow
+
+
+def _squares_fit(rows: Tensor) -> bool:
+    """Whether squares of rows, added up, are far from overflow, by their largest number alone, which is found in a tenth of the time of
+    their sums. False for a NaN."""
+    if not rows.numel():
+        return True
+    low, high = torch.aminmax(rows)
+    return float(torch.maximum(-low, high)) ** 2 * len(rows) < torch.finfo(rows.dtype).max / 2
 
 
 def _wide(rows: Tensor) -> Tensor:

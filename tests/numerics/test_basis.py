@@ -112,6 +112,11 @@ def test_non_finite_activations_name_the_site(bad):
 def test_overflow_is_told_from_nan():
     with pytest.raises(DataError, match="overflow"):
         SecondMoment("site", 2).update(torch.full((3, 2), 1e30))
+    with pytest.raises(DataError, match="overflow"):
+        SecondMoment("site", 2).update(torch.full((3, 2), 1.5e19))  # each square fits, their sum does not
+    moment = SecondMoment("site", 3)
+    moment.update(1.5e19 * torch.eye(3))  # three of these squares would not fit, and no column has three
+    assert bool(moment.total.isfinite().all()) and moment.tokens == 3
 
 
 def test_moment_misuse():
