@@ -41,6 +41,17 @@ def test_rope(randn):
         torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1), **ROUNDING)  # a rotation keeps lengths
 
 
+def test_rope_is_to_the_bit_what_joined_halves_make(randn):
+    """Its gradient too: sensitivities come from it."""
+    x = randn(2, 5, 3, 8).transpose(1, 2).requires_grad_()
+    angle = randn(2, 1, 5, 8)
+    joined = x * angle.cos() + torch.cat((-x[..., 4:], x[..., :4]), -1) * angle.sin()
+    found = ops.rope(x, angle.cos(), angle.sin())
+    assert torch.equal(found, joined) and found.stride() == joined.stride()
+    (expected,), (gradient,) = (torch.autograd.grad(y.square().sum(), x) for y in (joined, found))
+    assert torch.equal(gradient, expected)
+
+
 def test_partial_rope_passes_the_rest_through(randn):
     x, angle = randn(2, 4, 5, 16), randn(2, 1, 5, 8)
     got = ops.rope(x, angle.cos(), angle.sin())
