@@ -82,7 +82,7 @@ def gptq(
     weighting = diagonal if weighted_clip else None
     scales = [_part_scale(w, p, clip, weighting, group_size) for p in parts]
     each = [column for p, s in zip(parts, scales, strict=True) for column in _columns(p, s, group_size)]
-    loop = _Loop(w.t()[order].contiguous(), upper, [each[j] for j in order.tolist()], block_size)
+    loop = _Loop(w.t().contiguous().index_select(0, order), upper, [each[j] for j in order.tolist()], block_size)
     loop.run(0, w.shape[1])
     codes = torch.empty_like(loop.codes)
     codes[order] = loop.codes
