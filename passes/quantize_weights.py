@@ -34,7 +34,7 @@ from resq_compiler.ir import graph_tools, meta, ops, promises, values
 from resq_compiler.ir.args import source
 from resq_compiler.ir.expert_views import matrices, matrix_of
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
-from resq_compiler.ir.views import Dequantize, Linear
+from resq_compiler.ir.views import Columns, Dequantize, Linear
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
@@ -446,15 +446,16 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
     by it before anybody reads the stream. Else a few massive tokens are all that GPTQ sees (and damping is relative to).
     """
     moment = SecondMoment(site.fact.name, sum(site.columns), dtype=precision.dtype())
+    seen = value_of(inputs)
 
     def see(batch: int, env: dict[Node, Any]) -> None:
-        x = side_by_side(env, inputs)
+        x = side_by_side(env, seen)
         if stream is not None:
             size = env[stream].flatten(0, -2).square().mean(-1, keepdim=True)
             x = x * size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
         moment.update(x)
 
-    runner.run(inputs, goal, see, also=() if stream is None else (stream,))
+    runner.run([*inputs, *seen], goal, see, also=() if stream is None else (stream,))
     pool(moment)
     return moment.take_mean()
 
@@ -472,9 +473,22 @@ def written_stream(group: list[Site], topology: Topology) -> Node | None:
     return None
 
 
+def value_of(parts: list[Node]) -> list[Node]:
+    """The value that all these are the columns of, one after the other; the parts themselves where there is none."""
+    found, stop = set[Node](), 0
+    for cut in map(Columns.of, parts):
+        if cut is None or cut.start != stop:
+            return parts
+        found.add(cut.x)
+        stop = cut.stop
+    value = next(iter(found))
+    return [value] if len(found) == 1 and values.width(value) == stop else parts
+
+
 def side_by_side(env: dict[Node, Any], nodes: list[Node]) -> Tensor:
     """Values of nodes as rows of one matrix [tokens, columns], codes as their float images."""
-    return torch.cat([_float(env[n]) for n in nodes], -1).flatten(0, -2)
+    found = [_float(env[n]) for n in nodes]
+    return (found[0] if len(found) == 1 else torch.cat(found, -1)).flatten(0, -2)
 
 
 def _float(value: Any) -> Tensor:

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from resq_compiler.passes import QuantizeWeights
-from resq_compiler.passes.quantize_weights import find_sites, input_moment, source_of, written_stream
+from resq_compiler.passes.quantize_weights import find_sites, input_moment, source_of, value_of, written_stream
 
 import resq_compiler
 from resq_compiler.calibration import executor, lockstep, precision, workdir
@@ -194,6 +194,21 @@ def test_tokens_can_count_relative_to_the_residual_stream(build):
         x, r = torch.cat([env[n] for n in inputs], -1).flatten(0, 1).double(), env[stream].flatten(0, 1).double()
         x = x / r.square().mean(-1, keepdim=True).sqrt()
         assert relative_error(found, x.T @ x / len(x)) < 1e-6  # products in float32
+
+
+def test_columns_of_a_value_are_the_value(build):
+    """Where a moment looks at all of them, in order; some of them, or values side by side for another reason, stay as they are."""
+    built = build("llama", "quantize-weights", down_proj="energy-split")
+    roles = {s.fact.role: list(source_of(s)) for s in find_sites(built.gm) if s.fact.block == 0}
+    env = executor.first_tokens(built.gm, tiny_tokens(2, 16))
+    for role in ("q", "gate", "down"):
+        parts, (value,) = roles[role], value_of(roles[role])
+        assert len(parts) == 2 and value is parts[0].args[0]
+        executor.Schedule(built.gm, [value, *parts], env).run(env)
+        assert torch.equal(torch.cat([env[part] for part in parts], -1), env[value])
+        for others in (parts[:1], parts[1:], parts[::-1], [parts[0], value]):
+            assert value_of(others) is others
+    assert value_of(roles["o"]) is roles["o"], "heads are merged behind their columns"
 
 
 def test_token_weighting_changes_layers_that_write_into_the_stream(build):
