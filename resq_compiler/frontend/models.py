@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import logging
@@ -260,21 +261,29 @@ def _read_config(location: _Location) -> Any:
 
 @contextlib.contextmanager
 def _read_once(location: _Location) -> Iterator[None]:
-    """Inside, transformers parses the head of a GGUF file (a vocabulary, mostly) once, not for each of config, weights and tokenizer, and
-    makes the names of tensors once, not for each module of the model."""
+    """Inside, the head of a GGUF file (a vocabulary, mostly) is parsed once, not for each of config, weights and tokenizer, and names of
+    its tensors are made once, not for each module of the model."""
     if not location.gguf_file or importlib.util.find_spec("gguf") is None:
         yield
         return
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    once = functools.cache(reader)
-    gguf.GGUFReader = lambda file: once(os.fspath(file))  # type: ignore[misc, assignment]
+    reader, names, load = gguf.GGUFReader, gguf.get_tensor_name_map, reading.load_gguf_checkpoint
+    opened_once, parsed_once = functools.cache(reader), functools.cache(load)
+
+    def parsed(file: str | Path, return_tensors: bool = False, **options: Any) -> Any:
+        whole = return_tensors or options
+        return load(file, return_tensors, **options) if whole else copy.deepcopy(parsed_once(os.fspath(file)))
+
+    gguf.GGUFReader = lambda file: opened_once(os.fspath(file))  # type: ignore[misc, assignment]
     gguf.get_tensor_name_map = functools.cache(names)
+    reading.load_gguf_checkpoint = parsed  # type: ignore[assignment]
     try:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
+        reading.load_gguf_checkpoint = load
 
 
 def _not_loaded(location: _Location, what: str, error: Exception) -> str:

@@ -136,6 +136,19 @@ def test_a_gguf_file_is_parsed_once(monkeypatch):
     assert gguf.get_tensor_name_map is names
 
 
+def test_what_is_parsed_once_is_nobodys_own(monkeypatch, tmp_path):
+    """transformers changes what it has parsed; tensors are read again for everybody."""
+    reading = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
+    asked = []
+    monkeypatch.setattr(reading, "load_gguf_checkpoint", load := lambda *a, **o: asked.append((a, o)) or {"config": {}})
+    with models._read_once(models._Location("somewhere", "a.gguf")):
+        for file in ("a.gguf", Path("a.gguf")):
+            reading.load_gguf_checkpoint(file)["config"]["changed"] = True
+        assert reading.load_gguf_checkpoint("a.gguf", return_tensors=False) == {"config": {}} and len(asked) == 1
+        assert reading.load_gguf_checkpoint("a.gguf", True) is not reading.load_gguf_checkpoint("a.gguf", True)
+    assert len(asked) == 3 and reading.load_gguf_checkpoint is load
+
+
 @pytest.mark.slow
 def test_the_embedded_model_is_parsed_once(monkeypatch):
     import gguf
