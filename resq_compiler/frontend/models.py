@@ -272,9 +272,10 @@ def _read_once(location: _Location) -> Iterator[None]:
     reader, names, load = gguf.GGUFReader, gguf.get_tensor_name_map, reading.load_gguf_checkpoint
     opened_once, parsed_once = functools.cache(reader), functools.cache(load)
 
-    def parsed(file: str | Path, return_tensors: bool = False, **options: Any) -> Any:
-        whole = return_tensors or options
-        return load(file, return_tensors, **options) if whole else copy.deepcopy(parsed_once(os.fspath(file)))
+    def parsed(file: str | Path, *args: Any, **options: Any) -> Any:
+        if any(args) or any(options.values()):  # weights are wanted too
+            return load(file, *args, **options)
+        return copy.deepcopy(parsed_once(os.fspath(file)))
 
     gguf.GGUFReader = lambda file: opened_once(os.fspath(file))  # type: ignore[misc, assignment]
     gguf.get_tensor_name_map = functools.cache(names)

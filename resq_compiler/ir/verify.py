@@ -61,7 +61,12 @@ class _ShapeRecorder(torch.fx.Interpreter):
 
     def _call(self, n: Node) -> object | None:
         """What the value of a node follows from, to be looked up by; None where an argument cannot be."""
-        found = n.target, tuple(map(self._argument, n.args)), tuple((k, self._argument(v)) for k, v in n.kwargs.items())
+        found = (
+            n.op,
+            n.target,
+            tuple(map(self._argument, n.args)),
+            tuple((k, self._argument(v)) for k, v in n.kwargs.items()),
+        )
         try:
             hash(found)
         except TypeError:
