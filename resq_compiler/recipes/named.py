@@ -44,7 +44,7 @@ PLUS: dict[str, Any] = {
 
 RECIPES: dict[str, Recipe] = {
     "resq": Recipe(),
-    "resq+": Recipe(PLUS),
+    "resq+": Recipe({**PLUS, "activation_group_size": 128}),
     "quarot": Recipe({"basis": "hadamard", "high_fraction": 0.0}),
     "quik": Recipe({"basis": "outliers", "rotation": "none", "down_proj": "outliers"}),
     "gptq": Recipe(PLAIN),
@@ -192,7 +192,10 @@ def resolve(recipe: str | CompileConfig = DEFAULT_RECIPE, **options: Any) -> Com
     values = {**named(recipe).settings, **options}
     if any(options.get(name, usual) != usual for name, usual in SHARES_STATED.items()) and "allocation" not in options:
         values["allocation"] = "equal"  # shares that a user states are not shared out again
-    if any(options.get(name) in given for name, given in WITHOUT_GROUPS.items()) and "activation_group_size" not in options:
+    if (
+        any(options.get(name) in given for name, given in WITHOUT_GROUPS.items())
+        and "activation_group_size" not in options
+    ):
         values["activation_group_size"] = None
     return CompileConfig.from_dict({**values, "recipe": recipe})
 

@@ -194,7 +194,9 @@ def test_both_branches_are_visible_in_qdq(compile_tiny):
     assert not any(n.domain for n in model.graph.node)
 
 
-@pytest.mark.parametrize(("recipe", "products"), [({}, 0), (GROUPS, 2 * (2 + 1 + 2 * 2 + 5) + 1)], ids=["rows", "groups"])
+@pytest.mark.parametrize(
+    ("recipe", "products"), [({}, 0), (GROUPS, 2 * (2 + 1 + 2 * 2 + 5) + 1)], ids=["rows", "groups"]
+)
 def test_ort_fuses_every_integer_product(compile_tiny, tmp_path, recipe, products):
     """With groups of 32: two products of q, k and v together, one of o, two of gate, two of up and five of down a block, and lm_head."""
     compiled, _ = compile_tiny("qwen2", weight_method="rtn", lm_head_bits=8, **recipe)
