@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ NAMES = {
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Of types, in the order of a file."""
+PIECE = 32 * 2**20  # bytes that are written at a time
 
 
 def save_file(
@@ -39,8 +41,15 @@ def save_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            value = make(name)
-            assert (value.shape, value.dtype) == (like[name].shape, like[name].dtype), name
-            if value.numel():
-                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
-            memory.page_out_tensor(value)
+            _append(file, make(name), like[name])
+
+
+def _append(file: BinaryIO, value: Tensor, like: Tensor) -> None:
+    """Write a value piece by piece; of one that lies in a file itself no more is in memory."""
+    assert (value.shape, value.dtype) == (like.shape, like.dtype), f"{value.shape}, {value.dtype} for {like}"
+    if not value.numel():
+        return
+    for piece in value.reshape(-1).view(torch.uint8).split(PIECE):
+        file.write(piece.numpy().data)
+        memory.page_out_tensor(piece)
+    memory.page_out_tensor(value)  # pages that two pieces share
