@@ -11,8 +11,8 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import node_arg, tensor_arg
-from resq_compiler.ir.promises import ROWS
 from resq_compiler.ir.views import CodedLinear, Linear, View
+from resq_compiler.numerics.float64 import PIECE
 from resq_compiler.numerics.quantized import column_scales
 
 
@@ -30,14 +30,16 @@ def matrices(gm: GraphModule, linear: Linear | CodedLinear) -> Iterator[Tensor]:
 
 
 def pieces(gm: GraphModule, linear: Linear | CodedLinear) -> Iterator[Tensor]:
-    """`matrices` a few thousand rows at a time where there is only one: that of lm_head is large."""
+    """`matrices` some rows at a time where there is only one: that of lm_head is large, and float images are four times their codes."""
     if linear.of_experts:
         yield from matrices(gm, linear)
     elif isinstance(linear, Linear):
         yield from graph_tools.pieces(gm, linear.weight)
     else:
-        rows = zip(linear.codes(gm).split(ROWS), linear.scales(gm).split(ROWS), strict=True)
-        yield from (codes * column_scales(scale, codes.shape[1], linear.group_size) for codes, scale in rows)
+        codes, scales = linear.codes(gm), linear.scales(gm)
+        rows = max(1, PIECE // (4 * codes.shape[1]))
+        for some, scale in zip(codes.split(rows), scales.split(rows), strict=True):
+            yield some * column_scales(scale, some.shape[1], linear.group_size)
 
 
 def matrix_of(gm: GraphModule, linear: Linear, expert: int) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 
 import resq_compiler
 from resq_compiler.inspection import guard
-from resq_compiler.ir import meta, ops
+from resq_compiler.ir import expert_views, meta, ops
+from resq_compiler.ir.views import CodedLinear
 from resq_compiler.tiny import tiny_model, tiny_tokens
 
 SHORT = {"calibration_samples": 4, "calibration_length": 32, "calibration_dtype": "float32"}
@@ -71,3 +72,18 @@ def test_every_quantizer_that_linears_read_knows_their_weights(compile_tiny):
     gm = compile_tiny("llama")[0].graph_module
     activations = {n for n in gm.graph.nodes if (s := meta.get(n, meta.QuantizerSite)) and s.kind == "activation"}
     assert set(guard.read_energies(gm)) == activations
+
+
+def test_energies_are_those_of_whole_weights(compile_tiny, monkeypatch):
+    gm = compile_tiny("llama")[0].graph_module
+    expected: dict = {}
+    for node in gm.graph.nodes:
+        coded = CodedLinear.of(node)
+        if coded is not None:
+            energy = coded.image(gm).double().square().sum(0)
+            expected[coded.quantizer.node] = expected.get(coded.quantizer.node, 0) + energy
+    monkeypatch.setattr(expert_views, "PIECE", 4 * 64 * 5)  # five rows of 64 columns at a time
+    found = guard.read_energies(gm)
+    assert set(found) == set(expected)
+    for node, energy in found.items():
+        torch.testing.assert_close(energy.double(), expected[node], rtol=1e-6, atol=0)  # sums of some hundred terms
