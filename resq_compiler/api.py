@@ -407,6 +407,7 @@ def _run_guarded(
     _settle(gm, ctx)
 
 
+@memory.sparing()
 def _settle(gm: GraphModule, ctx: PassContext) -> None:
     """Every tensor has its value: in memory, or, of a large model, in files of the work directory."""
     large = ctx.work is not None and graph_tools.promised_bytes(gm) >= memory.LARGE_MODEL / 4  # a byte for each code

@@ -48,13 +48,13 @@ class Weak:
     why: str
 
 
+@memory.sparing()
 @torch.no_grad()
 def predictions(gm: GraphModule, ids: Tensor) -> Tensor:
     """Log probabilities [n, length, vocabulary] of a graph for token ids [n, length]."""
     logits = graph_tools.output_args(gm.graph)[0]
     env: dict[Node, Any] = executor.first_tokens(gm, ids)
     executor.Schedule(gm, [logits], env).run(env)
-    memory.trim()  # of codes that were made for every linear
     return env[logits].float().log_softmax(-1)
 
 
@@ -85,6 +85,7 @@ def describe(weak: list[Weak]) -> list[str]:
     return notes
 
 
+@memory.sparing()
 @torch.no_grad()
 def weak_quantizers(gm: GraphModule, ids: Tensor) -> list[Weak]:
     """Quantizers that keep less than their bits could by more than FAR dB."""
@@ -103,7 +104,6 @@ def weak_quantizers(gm: GraphModule, ids: Tensor) -> list[Weak]:
     for quantizer, site in quantizers(gm):
         add_tap(taps, quantizer.x, functools.partial(see, quantizer, site.name))
     executor.Schedule(gm, list(taps), graph_tools.placeholders(gm.graph)).run(executor.first_tokens(gm, ids), taps)
-    memory.trim()
     return found
 
 

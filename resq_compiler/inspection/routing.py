@@ -14,11 +14,13 @@ from resq_compiler.calibration import executor
 from resq_compiler.ir import graph_tools
 from resq_compiler.ir.args import argument
 from resq_compiler.ir.graph_tools import aten, is_call
+from resq_compiler.util import memory
 
 Choices = dict[Node, Tensor]
 """What experts a graph chose for some tokens, by the node that chooses: int64 [tokens, choices]."""
 
 
+@memory.sparing()
 @torch.no_grad()
 def record(gm: GraphModule, ids: Tensor) -> Choices:
     """The largest scores' numbers wherever a graph looks for them, for token ids [n, length]; passes keep these nodes."""

@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 from resq_compiler.ir import graph_tools, ops, values
 from resq_compiler.ir.args import node_arg, tensor_arg
 from resq_compiler.ir.views import CodedLinear, Linear, View
-from resq_compiler.numerics.float64 import PIECE
 from resq_compiler.numerics.quantized import column_scales
+
+IMAGE = 2**17  # numbers of a float image at a time: half a megabyte, which the heap and the caches of a CPU hold
 
 
 def matrices(gm: GraphModule, linear: Linear | CodedLinear) -> Iterator[Tensor]:
@@ -37,7 +38,7 @@ def pieces(gm: GraphModule, linear: Linear | CodedLinear) -> Iterator[Tensor]:
         yield from graph_tools.pieces(gm, linear.weight)
     else:
         codes, scales = linear.codes(gm), linear.scales(gm)
-        rows = max(1, PIECE // (4 * codes.shape[1]))
+        rows = max(1, IMAGE // codes.shape[1])
         for some, scale in zip(codes.split(rows), scales.split(rows), strict=True):
             yield some * column_scales(scale, some.shape[1], linear.group_size)
 

@@ -53,6 +53,7 @@ class Ledger:
 
     def _leave(self, size: int) -> None:
         self.held -= size
+        memory.gone(size)
 
     def reset(self) -> None:
         """Count from here on."""

@@ -68,6 +68,7 @@ def _code_bits(gm: GraphModule) -> dict[str, int | list[int]]:
     return bits
 
 
+@memory.sparing()
 def write(gm: GraphModule, info: Mapping[str, Mapping[str, Any]], directory: Path, max_shard_size: str | int) -> None:
     """Write model.safetensors, or shards and their index where it would be larger than `max_shard_size`; a tensor in memory at a time."""
     from huggingface_hub import split_torch_state_dict_into_shards

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 LARGE_BLOCK = 32 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
+SPARED = 64 * 2**20  # bytes that are let go of between two trims, which take milliseconds
 WORTH_A_FILE = 2**20  # bytes of a tensor; smaller ones are not put into files, nor are their pages let go
 KEPT = (
     64 * 2**20
@@ -32,6 +33,8 @@ LARGE_MODEL = 256 * 2**20  # from this many bytes of float weights on, what is f
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # PyTorch looks at it when it first allocates memory of the CPU
 SMALL_MODEL = 64 * 2**20  # below this many bytes a collection, up to 0.6 s in a large process, gives back nothing
+
+_gone: int | None = None  # bytes since the last trim; None: nobody asks
 
 
 @functools.cache
@@ -53,6 +56,34 @@ def tune_allocator() -> None:
     if _glibc() is not None:
         _glibc().mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
         _glibc().mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+@contextlib.contextmanager
+def sparing() -> Iterator[None]:
+    """Inside, free pages of the heap go back whenever SPARED bytes were let go of: for what makes each tensor of a model once.
+
+    The heap has holes of all sizes by then, hundreds of megabytes together, which the C library fills before it maps a block of any size:
+    each tensor would leave its pages in another of them.
+    """
+    global _gone
+    before, _gone = _gone, 0
+    trim()
+    try:
+        yield
+    finally:
+        _gone = before
+        trim()
+
+
+def gone(size: int) -> None:
+    """Count bytes that were let go of, inside `sparing`."""
+    global _gone
+    if _gone is None:
+        return
+    _gone += size
+    if _gone >= SPARED:
+        _gone = 0
+        trim()
 
 
 @contextlib.contextmanager

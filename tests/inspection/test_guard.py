@@ -82,7 +82,7 @@ def test_energies_are_those_of_whole_weights(compile_tiny, monkeypatch):
         if coded is not None:
             energy = coded.image(gm).double().square().sum(0)
             expected[coded.quantizer.node] = expected.get(coded.quantizer.node, 0) + energy
-    monkeypatch.setattr(expert_views, "PIECE", 4 * 64 * 5)  # five rows of 64 columns at a time
+    monkeypatch.setattr(expert_views, "IMAGE", 64 * 5)  # five rows of 64 columns at a time
     found = guard.read_energies(gm)
     assert set(found) == set(expected)
     for node, energy in found.items():

@@ -4,7 +4,9 @@ import gc
 import weakref
 
 import pytest
+import torch
 
+from resq_compiler.ir.promises import in_memory
 from resq_compiler.util import memory
 
 
@@ -47,3 +49,38 @@ def test_what_the_caller_froze_stays_frozen(frozen):
     with memory.settled():
         assert frozen == ["the caller's"]
     assert frozen == ["the caller's"]
+
+
+@pytest.fixture
+def trims(monkeypatch):
+    """An entry for each trim; none is done."""
+    done: list[str] = []
+    monkeypatch.setattr(memory, "trim", lambda: done.append("trim"))
+    return done
+
+
+def test_free_pages_go_back_as_bytes_are_let_go_of(trims):
+    memory.gone(memory.SPARED)
+    assert trims == []
+    with pytest.raises(KeyError), memory.sparing():
+        assert len(trims) == 1
+        memory.gone(memory.SPARED - 1)
+        assert len(trims) == 1
+        memory.gone(1)
+        memory.gone(memory.SPARED - 1)
+        assert len(trims) == 2
+        raise KeyError
+    assert len(trims) == 3
+    memory.gone(memory.SPARED)
+    assert len(trims) == 3
+
+
+def test_made_tensors_count_when_they_are_let_go_of(trims, monkeypatch):
+    monkeypatch.setattr(memory, "SPARED", 400)
+    promise = in_memory(torch.ones(10, 10))
+    with memory.sparing():
+        trims.clear()
+        value = promise.made()
+        assert trims == []
+        del value
+        assert trims == ["trim"]
