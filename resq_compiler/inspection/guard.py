@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from resq_compiler.calibration import executor
 from resq_compiler.inspection.noise import Quantizer, add_tap, quantizer_of, quantizers
-from resq_compiler.ir import graph_tools, meta, ops
+from resq_compiler.ir import graph_tools, meta, ops, values
 from resq_compiler.ir.expert_views import pieces
 from resq_compiler.ir.views import CodedLinear, Linear, Quantize
 from resq_compiler.numerics.quantized import QuantizedActivation
@@ -60,8 +60,7 @@ def predictions(gm: GraphModule, ids: Tensor) -> Tensor:
 
 def findings(gm: GraphModule, ids: Tensor, reference: Tensor) -> list[str]:
     """What a user should know about a compiled graph: notes. reference: predictions of the float graph for the same ids."""
-    found = predictions(gm, ids)
-    kl = float((reference.exp() * (reference - found)).sum(-1).mean())
+    kl = divergence(reference, predictions(gm, ids))
     notes = []
     if not kl <= MOST_KL:
         notes.append(
@@ -69,6 +68,12 @@ def findings(gm: GraphModule, ids: Tensor, reference: Tensor) -> list[str]:
             f"text, expected below {MOST_KL:g}; use more bits, or the recipe resq+; resq inspect --attribute says where it comes from"
         )
     return [*notes, *describe(weak_quantizers(gm, ids))]
+
+
+def divergence(reference: Tensor, found: Tensor) -> float:
+    """KL(reference || found) of log probabilities [n, length, vocabulary], mean over tokens, one of them at a time."""
+    tokens = zip(reference.flatten(0, -2), found.flatten(0, -2), strict=True)
+    return float(torch.stack([(p.exp() * (p - q)).sum() for p, q in tokens]).mean())
 
 
 def describe(weak: list[Weak]) -> list[str]:
@@ -116,8 +121,12 @@ def read_energies(gm: GraphModule) -> dict[Node, Tensor]:
             continue
         coded = CodedLinear.of(node)
         linear = Linear.require(node) if coded is None else coded
-        each = torch.stack([devices.here(weight).float().square().sum(0) for weight in pieces(gm, linear)])
-        energy = each.mean(0) if linear.of_experts else each.sum(0)
+        # in place: a small result that stays between large ones would break up the heap
+        energy, matrices = devices.here(torch.zeros(values.width(quantizer.x))), 0
+        for weight in pieces(gm, linear):
+            energy += devices.here(weight).float().square().sum(0)
+            matrices += 1
+        energy /= matrices if linear.of_experts else 1
         found[quantizer.node] = found[quantizer.node] + energy if quantizer.node in found else energy
     return found
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 LARGE_BLOCK = 32 * 2**20  # blocks from here on are mapped, and unmapped when freed; lower costs page faults
-SPARED = 64 * 2**20  # bytes that are let go of between two trims, which take milliseconds
+SPARED = 16 * 2**20  # bytes that are let go of between two trims, a millisecond each
 WORTH_A_FILE = 2**20  # bytes of a tensor; smaller ones are not put into files, nor are their pages let go
 KEPT = (
     64 * 2**20

@@ -37,6 +37,13 @@ def test_a_model_that_is_of_no_use_ends_with_a_warning(caplog):
     assert not [note for note in graph_of("llama", recipe="resq").notes if note.startswith("WARNING")]
 
 
+def test_divergence_is_that_of_torch():
+    g = torch.Generator().manual_seed(0)
+    reference, found = (torch.randn(2, 5, 40, generator=g).log_softmax(-1) for _ in range(2))
+    expected = torch.nn.functional.kl_div(found, reference, reduction="none", log_target=True).sum(-1).mean()
+    assert guard.divergence(reference, found) == pytest.approx(float(expected), rel=1e-5)  # float32 sums of 40 terms
+
+
 def test_gaussian_values_keep_what_rounding_theory_says():
     """Step = range / 255; noise step² / 12, and the range of 64 Gaussian values is 4.75 in the mean (tables of order statistics)."""
     theory = -20 * math.log10(4.75 / 255 / math.sqrt(12))
