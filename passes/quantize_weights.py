@@ -233,15 +233,20 @@ def rounded_by_rows(
     largest matrix of all."""
     (node,), parts = site.nodes, site.parts()
     rows = functools.partial(weight_core.quantize_weight_rtn, parts=parts, clip=clip)
-    made: list[list[weight_core.QuantizedWeight]] = []
+    weight = Linear.require(node).weight
+    whole: list[weight_core.QuantizedWeight] = []
 
     def beside() -> Iterator[tuple[Tensor, Tensor, Tensor, int | None]]:
-        for piece in map(devices.here, graph_tools.pieces(gm, Linear.require(node).weight)):
-            made.append(quantize_shared(piece, parts, None, rows))
-            yield made[-1][0].qdata, made[-1][0].scale, piece, None
+        start = 0
+        for piece in map(devices.here, graph_tools.pieces(gm, weight)):
+            some = quantize_shared(piece, parts, None, rows)
+            whole[:] = whole or weight_core.room_for(int(values.shape(weight)[0]), some)
+            weight_core.put_rows(whole, start, some)
+            yield some[0].qdata, some[0].scale, piece, None
+            start += len(piece)
 
     noise = weight_core.noise_of(beside())
-    return weight_core.join_rows(made), noise
+    return whole, noise
 
 
 def experts_of(gm: GraphModule, group: list[Site]) -> Iterator[Tensor]:

@@ -42,12 +42,19 @@ def dequantize_weight(parts: Sequence[QuantizedWeight]) -> Tensor:
     return torch.cat([p.dequantize() for p in parts], dim=1)
 
 
-def join_rows(pieces: Iterable[Sequence[QuantizedWeight]]) -> list[QuantizedWeight]:
-    """The parts of a weight from those of its rows, some after the other."""
+def room_for(rows: int, some: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
+    """Memory for the parts of a weight of so many rows, of which `some` are like the first; `put_rows` fills it."""
     return [
-        QuantizedWeight(torch.cat([p.qdata for p in parts]), torch.cat([p.scale for p in parts]), parts[0].bits, parts[0].group_size)
-        for parts in zip(*pieces, strict=True)
+        QuantizedWeight(p.qdata.new_empty(rows, *p.qdata.shape[1:]), p.scale.new_empty(rows, *p.scale.shape[1:]), p.bits, p.group_size)
+        for p in some
     ]  # fmt: skip
+
+
+def put_rows(whole: Sequence[QuantizedWeight], start: int, some: Sequence[QuantizedWeight]) -> None:
+    """Write the parts of some rows into those of a weight, from row `start` on."""
+    for part, rows in zip(whole, some, strict=True):
+        part.qdata[start : start + len(rows.qdata)] = rows.qdata
+        part.scale[start : start + len(rows.scale)] = rows.scale
 
 
 def rows_noise(part: QuantizedWeight, weight: Iterable[Tensor]) -> float:
