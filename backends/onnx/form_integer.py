@@ -21,7 +21,7 @@ from onnx import TensorProto
 from resq_compiler.backends.onnx.expert_products import ExpertWeights, Step, choices_of, flat_rows
 from resq_compiler.backends.onnx.form_fused import FusedForm
 from resq_compiler.backends.onnx.forms import Form, least_top, low_and_scale, scale_of
-from resq_compiler.backends.onnx.group_products import cut_inputs, group_product, runtime_one
+from resq_compiler.backends.onnx.group_products import cut_inputs, group_product, runtime_one, tell_cut
 from resq_compiler.backends.onnx.images import parts_image, parts_of_heads
 from resq_compiler.backends.onnx.integer_weights import (
     StackedCodes,
@@ -64,6 +64,7 @@ class IntegerForm(FusedForm):
         self.padded = integer_only(low.plan)
         self.cut = cut_inputs(low.plan)
         tell_groups(low.plan)
+        tell_cut(low.plan, self.cut)
 
     def quantize(self, low: Lowering, node: Node, x: str, bits: int, groups: int, width: int, clip: float) -> Codes:
         """uint8 codes and zero point, float32 scale; only the float tensor where nothing but its image is needed."""

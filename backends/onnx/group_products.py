@@ -7,6 +7,7 @@ Weights lie whole on disk and are cut when the model is loaded. ONNX Runtime fus
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,8 @@ from resq_compiler.ir.views import MergeHeads, Quantize
 if TYPE_CHECKING:
     from resq_compiler.backends.onnx.lowering import Lowering
 
+log = logging.getLogger("resq_compiler")
+
 
 def cut_inputs(plan: Plan) -> set[Node]:
     """quantize nodes whose groups are columns and not heads, where no weights that read them have groups of their own."""
@@ -37,6 +40,18 @@ def cut_inputs(plan: Plan) -> set[Node]:
         if quantizer is not None and quantizer.groups > 1 and MergeHeads.of(quantizer.x) is None:
             found |= {source} if all(term.group_size is None for term in terms) else set()
     return found
+
+
+def tell_cut(plan: Plan, cut: set[Node]) -> None:
+    """Warn where products become several: with four groups each SmolLM2's prompts take nearly twice as long."""
+    groups = {source: quantizer.groups for source in cut if (quantizer := Quantize.of(source)) is not None}
+    several = [root.name for root, members in plan.groups.items() if cut & set(members[0].sources)]
+    if several:
+        log.warning(
+            "onnx: %d of %d linears (%s, ...) take a product for each of up to %d groups of columns, which is slower; for one product each "
+            "compile with activation_group_size=none",
+            len(several), len(plan.groups), several[0], max(groups.values()),
+        )  # fmt: skip
 
 
 def group_product(low: Lowering, source: Codes, terms: list[Term]) -> str:

@@ -138,6 +138,14 @@ def test_weights_with_groups_are_float_products_and_told(compile_tiny, caplog):
     assert line.startswith("onnx: 14 of 14 linears (") and "weight_group_size=none" in line
 
 
+def test_products_for_groups_are_told(compile_tiny, caplog):
+    compiled, _ = compile_tiny("llama", weight_method="rtn", **GROUPS)
+    with caplog.at_level(logging.WARNING, "resq_compiler"):
+        build_model(compiled, "ort")
+    (line,) = [r.getMessage() for r in caplog.records if "groups of columns" in r.getMessage()]
+    assert line.startswith("onnx: ") and "up to 5 groups" in line and "activation_group_size=none" in line
+
+
 @pytest.mark.parametrize("profile", ["ort", "qdq", "weight-only"])
 def test_onnx_reference_evaluator_agrees(compile_tiny, profile):
     """An oracle that is neither ONNX Runtime nor ours."""
