@@ -44,7 +44,7 @@ PLUS: dict[str, Any] = {
 
 RECIPES: dict[str, Recipe] = {
     "resq": Recipe(),
-    "resq+": Recipe({**PLUS, "activation_group_size": 128}),
+    "resq+": Recipe({**PLUS, "activation_group_size": 64}),
     "quarot": Recipe({"basis": "hadamard", "high_fraction": 0.0}),
     "quik": Recipe({"basis": "outliers", "rotation": "none", "down_proj": "outliers"}),
     "gptq": Recipe(PLAIN),

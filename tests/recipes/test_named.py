@@ -52,10 +52,10 @@ def test_pipelines():
 
 def test_groups_give_way_to_what_has_none():
     """Beside 8 bits nothing is cut, and static scales are for all of a part: the recipe's groups are left out there, the user's are not."""
-    assert resolve("resq+").activation_group_size == resolve("resq+", activation_bits=5).activation_group_size == 128
+    assert resolve("resq+").activation_group_size == resolve("resq+", activation_bits=5).activation_group_size == 64
     for options in ({"activation_bits": 8}, {"activation_bits": 16}, {"activation_scales": "static"}):
         assert resolve("resq+", **options).activation_group_size is None
-    assert resolve("resq+", activation_bits=8, activation_group_size=64).activation_group_size == 64
+    assert resolve("resq+", activation_bits=8, activation_group_size=32).activation_group_size == 32
     with pytest.raises(ConfigError, match="option activation_group_size: expected activation_scales=dynamic"):
         resolve("resq+", activation_scales="static", activation_group_size=64)
 
