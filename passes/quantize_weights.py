@@ -34,7 +34,8 @@ from resq_compiler.ir import graph_tools, meta, ops, promises, values
 from resq_compiler.ir.args import source
 from resq_compiler.ir.expert_views import matrices, matrix_of
 from resq_compiler.ir.graph_tools import aten, is_call, rewrite
-from resq_compiler.ir.views import Columns, Dequantize, Linear
+from resq_compiler.ir.linears import whole_value
+from resq_compiler.ir.views import Dequantize, Linear
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
 from resq_compiler.numerics.basis import SecondMoment
@@ -451,7 +452,7 @@ def input_moment(site: Site, inputs: list[Node], stream: Node | None, runner: Lo
     by it before anybody reads the stream. Else a few massive tokens are all that GPTQ sees (and damping is relative to).
     """
     moment = SecondMoment(site.fact.name, sum(site.columns), dtype=precision.dtype())
-    seen = value_of(inputs)
+    seen = whole_value(inputs)
 
     def see(batch: int, env: dict[Node, Any]) -> None:
         x = side_by_side(env, seen)
@@ -476,18 +477,6 @@ def written_stream(group: list[Site], topology: Topology) -> Node | None:
         if not is_call(node, aten.add.Tensor, ops.add_expert_bias, ops.combine_experts):
             return None
     return None
-
-
-def value_of(parts: list[Node]) -> list[Node]:
-    """The value that all these are the columns of, one after the other; the parts themselves where there is none."""
-    found, stop = set[Node](), 0
-    for cut in map(Columns.of, parts):
-        if cut is None or cut.start != stop:
-            return parts
-        found.add(cut.x)
-        stop = cut.stop
-    value = next(iter(found))
-    return [value] if len(found) == 1 and values.width(value) == stop else parts
 
 
 def side_by_side(env: dict[Node, Any], nodes: list[Node]) -> Tensor:

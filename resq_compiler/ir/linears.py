@@ -17,7 +17,7 @@ from resq_compiler.ir import meta, values
 from resq_compiler.ir.args import argument, other_operand
 from resq_compiler.ir.expert_views import ExpertBias
 from resq_compiler.ir.graph_tools import aten, is_call, only_user
-from resq_compiler.ir.views import CodedLinear, Linear
+from resq_compiler.ir.views import CodedLinear, Columns, Linear
 
 PARTS = (*Linear.targets, *CodedLinear.targets)
 
@@ -148,3 +148,15 @@ def _with_residual(linear: LinearSum, taken: set[Node]) -> LinearSum:
 
 def _is_addition(node: Node) -> bool:
     return is_call(node, aten.add.Tensor) and argument(node, "alpha") == 1
+
+
+def whole_value(parts: list[Node]) -> list[Node]:
+    """The value that all these are the columns of, one after the other, alone in a list; the parts themselves where there is none."""
+    found, stop = set[Node](), 0
+    for cut in map(Columns.of, parts):
+        if cut is None or cut.start != stop:
+            return parts
+        found.add(cut.x)
+        stop = cut.stop
+    value = next(iter(found))
+    return [value] if len(found) == 1 and values.width(value) == stop else parts

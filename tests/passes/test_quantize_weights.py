@@ -6,12 +6,13 @@ from unittest import mock
 import pytest
 import torch
 from resq_compiler.passes import QuantizeWeights
-from resq_compiler.passes.quantize_weights import find_sites, input_moment, source_of, value_of, written_stream
+from resq_compiler.passes.quantize_weights import find_sites, input_moment, source_of, written_stream
 
 import resq_compiler
 from resq_compiler.calibration import executor, lockstep, precision, workdir
 from resq_compiler.calibration.lockstep import Lockstep
 from resq_compiler.ir import graph_tools, meta, ops, promises
+from resq_compiler.ir.linears import whole_value
 from resq_compiler.ir.views import Linear
 from resq_compiler.numerics import gptq as gptq_core
 from resq_compiler.numerics import weights as weight_core
@@ -202,13 +203,13 @@ def test_columns_of_a_value_are_the_value(build):
     roles = {s.fact.role: list(source_of(s)) for s in find_sites(built.gm) if s.fact.block == 0}
     env = executor.first_tokens(built.gm, tiny_tokens(2, 16))
     for role in ("q", "gate", "down"):
-        parts, (value,) = roles[role], value_of(roles[role])
+        parts, (value,) = roles[role], whole_value(roles[role])
         assert len(parts) == 2 and value is parts[0].args[0]
         executor.Schedule(built.gm, [value, *parts], env).run(env)
         assert torch.equal(torch.cat([env[part] for part in parts], -1), env[value])
         for others in (parts[:1], parts[1:], parts[::-1], [parts[0], value]):
-            assert value_of(others) is others
-    assert value_of(roles["o"]) is roles["o"], "heads are merged behind their columns"
+            assert whole_value(others) is others
+    assert whole_value(roles["o"]) is roles["o"], "heads are merged behind their columns"
 
 
 def test_token_weighting_changes_layers_that_write_into_the_stream(build):
