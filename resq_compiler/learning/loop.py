@@ -132,7 +132,7 @@ class _State:
         loss = self.task.step(picked)
         self.step, self.place = self.step + 1, self.place + 1
         gradients = [p.grad for p in self.task.module.parameters() if p.grad is not None]
-        if math.isfinite(loss) and all(bool(g.isfinite().all()) for g in gradients):
+        if math.isfinite(loss) and all(math.isfinite(g.sum()) for g in gradients):
             self.optimizer.step()
         else:
             self._retreat(f"step {self.step} of {self.task.name}: loss {loss} or a gradient of it is not finite")

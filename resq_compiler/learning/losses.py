@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resq_compiler.numerics.quantized import FLT_MIN
 from resq_compiler.util import devices
 
 
@@ -47,12 +49,36 @@ def divergence(logits: Tensor, teacher: TopPredictions) -> Tensor:
 
     logits: [length, vocabulary]. What a student gives to the other tokens is seen; over the top alone (`top_divergence`) it would be free.
     """
-    ids, rest = devices.here(teacher.ids).long(), devices.here(teacher.rest)[:, None]
-    student, aim = logits.float().gather(-1, ids), devices.here(teacher.logits)
-    if ids.shape[-1] < logits.shape[-1]:
-        student = torch.cat((student, of_others(logits.float(), ids)[:, None]), -1)
-        aim = torch.cat((aim, rest), -1)
-    return _divergence(student, aim)
+    found: Tensor = _GroupedDivergence.apply(
+        logits, devices.here(teacher.ids).long(), devices.here(teacher.logits), devices.here(teacher.rest)[:, None]
+    )
+    return found
+
+
+class _GroupedDivergence(torch.autograd.Function):
+    """One function, because a step has no larger values than logits. With the student's softmax s, and p, q of the top k and of the rest
+
+    d/dlogit = q_j - p_j for the top k, and s_j (1 - p_rest / q_rest) for all others
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, aim: Tensor, aim_rest: Tensor) -> Tensor:
+        largest = logits.amax(-1, keepdim=True).float()
+        gradient = logits.float().sub(largest).exp_()
+        top, log_top = gradient.gather(-1, ids), logits.gather(-1, ids).float() - largest
+        rest = gradient.scatter_(-1, ids, 0).sum(-1, keepdim=True).clamp_(min=FLT_MIN)
+        total = rest + top.sum(-1, keepdim=True)
+        log_aim = torch.cat((aim, aim_rest), -1).log_softmax(-1)
+        p, log_q = log_aim.exp(), torch.cat((log_top, rest.log()), -1) - total.log()
+        loss = torch.where(p > 0, p * (log_aim - log_q), 0.0).sum() / len(p)
+        gradient.mul_(1 / total - p[:, -1:] / rest).scatter_(-1, ids, top / total - p[:, :-1])
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (gradients[0] / len(gradient)), None, None, None
 
 
 def top_divergence(logits: Tensor, teacher: TopPredictions) -> Tensor:
