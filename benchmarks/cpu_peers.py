@@ -33,7 +33,7 @@ import numpy as np
 
 BASE = "ONNX Runtime float32"
 PEER = Path(__file__).with_name("cpu_peer.py")
-LABEL_WIDTH, LABEL_HEIGHT = 140, 11  # of the picture, in points
+LABEL_WIDTH, LABEL_HEIGHT = 175, 11  # of the picture, in points
 REST = 0.1  # seconds between two models: threads of ONNX Runtime wait for work for some 20 ms before they sleep
 
 
@@ -232,7 +232,9 @@ def picture(result: dict[str, Any], output: Path) -> None:
     )
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
-    axes.margins(x=0.25, y=0.18)
+    axes.margins(y=0.18)
+    axes.set_xlim(0, 1.4 * max(point[0] for point in points))  # room for the last labels
+    figure.tight_layout()  # before labels are placed: it moves points
     placed: list[tuple[float, float]] = []  # labels, in points of 1/72 inch: one that would lie on another goes up
     for x, y, size, name in sorted(points, key=lambda point: point[1]):
         left, low = axes.transData.transform((x, y)) * 72 / figure.dpi
@@ -244,7 +246,6 @@ def picture(result: dict[str, Any], output: Path) -> None:
             f"{name}, {size:.0f} MiB", (x, y), (12, at - low), textcoords="offset points", fontsize=8, va="center",
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "gray"},
         )  # fmt: skip
-    figure.tight_layout()
     figure.savefig(output, dpi=120)
 
 
