@@ -32,9 +32,11 @@ FLAGS = [
 SANITIZE = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer"]
 GCC_ONLY = ["-fno-tree-pre", "-fno-gcse", "-Wno-psabi"]  # without the first two GCC keeps accumulators in memory
 AVX2 = ["-mavx2", "-mfma"]
+AVX512VNNI = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 INSTRUCTION_SETS = {
     "x86_64": {
-        "avx512vnni": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
+        "amx": [*AVX512VNNI, "-mamx-tile", "-mamx-int8"],
+        "avx512vnni": AVX512VNNI,
         "avxvnni": [*AVX2, "-mavxvnni"],
         "avx2": AVX2,
         "portable": [],

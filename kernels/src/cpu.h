@@ -5,6 +5,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <stdint.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* Register states that the operating system saves: 6 = XMM and YMM, 0xe6 = ZMM as well. */
 static inline uint64_t cpu_saved_states(void) {
@@ -33,6 +37,21 @@ static inline int cpu_avx512vnni(void) {
     if (!cpu_avx2() || (cpu_saved_states() & 0xe6) != 0xe6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
         return 0;
     return (b & f_dq_bw_vl) == f_dq_bw_vl && (c >> 11 & 1);
+}
+
+#define TILE_STATES 0x60000 /* of registers: 17 and 18 */
+
+/* Linux saves matrix tiles of processes that asked for it. */
+static inline int cpu_amx(void) {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    uint32_t a, b, c, d;
+    const uint32_t tile_int8 = 1u << 24 | 1u << 25;
+    if (!cpu_avx512vnni() || (cpu_saved_states() & TILE_STATES) != TILE_STATES || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return 0;
+    return (d & tile_int8) == tile_int8 && !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18);
+#else
+    return 0;
+#endif
 }
 
 #elif defined(__aarch64__) && defined(__linux__)

@@ -2,7 +2,14 @@
  * experts that have rows are read. */
 #include "common.h"
 
-#define GROUP_ROWS 12 /* of a unit: few, so that experts with many rows are shared among threads */
+/* Rows of a unit: few, so that experts with many rows are shared among threads. COMBINED_ROWS: rows that are computed before they are added. */
+#if defined(RK_AMX)
+#define GROUP_ROWS 32
+#define COMBINED_ROWS TILE_ROWS
+#else
+#define GROUP_ROWS 12
+#define COMBINED_ROWS DOT_ROWS
+#endif
 
 static int64_t tiles_of(const rk_grouped_linear_args *g) { return (g->linear.channels + RK_TILE - 1) / RK_TILE; }
 static int64_t rows_of_group(const rk_grouped_linear_args *g, int64_t group) { return g->first_row[group + 1] - g->first_row[group]; }
@@ -99,15 +106,15 @@ static void combined_linear(const rk_combined_linear_args *c, int64_t begin, int
     const uint64_t mode = rk_enter();
     const rk_grouped_linear_args *g = &c->grouped;
     const int64_t runs = runs_of_linear(&g->linear);
-    float sum[DOT_ROWS * RK_TILE];
+    float sum[COMBINED_ROWS * RK_TILE];
     for (int64_t tile = begin; tile < end; tile++) {
         begin_tile(c, tile * RK_TILE, rk_min(RK_TILE, g->linear.channels - tile * RK_TILE));
         for (int64_t i = 0; i < g->groups; i++) {
             const rk_mixed_linear_args group = linear_of(g, i, runs);
-            for (int64_t row = 0; row < group.rows; row += DOT_ROWS) {
+            for (int64_t row = 0; row < group.rows; row += COMBINED_ROWS) {
                 const rk_mixed_linear_args a = from_row(&group, row, runs);
                 const tile_view view = linear_tile(&a, tile, runs, sum, RK_TILE);
-                combine_rows(c, &view, g->first_row[i] + row, rk_min(DOT_ROWS, group.rows - row));
+                combine_rows(c, &view, g->first_row[i] + row, rk_min(COMBINED_ROWS, group.rows - row));
             }
         }
     }

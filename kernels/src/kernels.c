@@ -1,4 +1,7 @@
 /* All kernels of one instruction set: the build compiles this file once for each, with RK_ISA=avx512vnni and RK_AVX512VNNI. */
+#if defined(RK_AMX) /* matrix tiles for linears of many rows; all else as without them */
+#define RK_AVX512VNNI
+#endif
 #include "attention.c"
 #include "cache_codes.c"
 #include "cache_image.c"

@@ -6,7 +6,11 @@
  * than 8 bits, so that their sums of w are needed nowhere. */
 #include "dot.h"
 
+#if defined(RK_AMX) /* whole tiles of 16 rows, and weights that are unpacked for each unit */
+#define UNIT_ROWS 128
+#else
 #define UNIT_ROWS 96
+#endif
 
 typedef struct {
     const rk_mixed_linear_args *args;
@@ -235,7 +239,17 @@ static void (*const tile_rows[])(const tile_view *, int64_t) = {
 #endif
 };
 
+#if defined(RK_AMX)
+#include "mixed_amx.h"
+#endif
+
 static void rows_of_tile(const tile_view *t, int64_t row, int64_t last_row) {
+#if defined(RK_AMX)
+    const int64_t tiled = (last_row - row) / TILE_ROWS * TILE_ROWS;
+    if (tiled)
+        rows_by_tiles(t, row, tiled);
+    row += tiled;
+#endif
     for (; row < last_row; row += DOT_ROWS)
         tile_rows[rk_min(DOT_ROWS, last_row - row) - 1](t, row);
 }

@@ -18,7 +18,7 @@ typedef struct {
 
 /* Instruction sets of the architecture this is compiled for, best first. */
 #if defined(__x86_64__)
-#define RK_FOR_EACH_ISA(X) X(avx512vnni) X(avxvnni) X(avx2) X(portable)
+#define RK_FOR_EACH_ISA(X) X(amx) X(avx512vnni) X(avxvnni) X(avx2) X(portable)
 #elif defined(__aarch64__)
 #define RK_FOR_EACH_ISA(X) X(neon_i8mm) X(neon_dotprod) X(portable)
 #else

@@ -171,7 +171,7 @@ static int32_t *weight_sums(const rk_mixed_linear_args *a, const plain_part *pla
 }
 
 static int check_mixed_linear(void) {
-    rk_mixed_linear_args a = {between(1, 15), between(1, 150), (int32_t)between(1, 3), {{{0}, 0, 0, 0}}};
+    rk_mixed_linear_args a = {random_bits() & 1 ? between(1, 15) : between(16, 150), between(1, 150), (int32_t)between(1, 3), {{{0}, 0, 0, 0}}};
     plain_part plain[RK_MAX_PARTS];
     for (int i = 0; i < a.parts; i++) {
         rk_part p = {between(1, 40), (int32_t)between(1, 3), random_bits() & 1 ? 4 : 8, 1.0f};

@@ -53,6 +53,8 @@ SHAPES = {
     "weights_of_4_bits": (9, 70, (120,), (8,), (4,)),
     "three_parts": (6, 64, (64, 120, 24), (2, 4, 8), (2, 4, 8)),
     "between": (4, 64, (40, 24), (3, 6), (3, 5)),
+    "a_tile_of_rows": (16, 64, (64, 64), (4, 8), (4, 8)),
+    "more_columns_than_a_stretch": (150, 70, (1109, 520), (4, 8), (4, 8)),
 }
 
 
@@ -68,15 +70,16 @@ def test_equals_the_integer_law_to_the_bit(library, isa, shape):
     assert torch.equal(y, reference(parts, weights, bias, residual))
 
 
+@pytest.mark.parametrize("rows", [11, 57])
 @pytest.mark.parametrize("widths", [(56, 8), (61, 3)])
-def test_a_scale_for_each_head(library, isa, widths):
+def test_a_scale_for_each_head(library, isa, widths, rows):
     """float32 of every head's exact sum, times its scale, heads in order: the law's sum up to the order of float32 additions."""
-    parts, weights = example(1, 11, 100, widths, (4, 8), (4, 8), (9, 9))
+    parts, weights = example(1, rows, 100, widths, (4, 8), (4, 8), (9, 9))
     expected = None
     for xq, (q, scale, _) in zip(parts, weights, strict=True):
         x, w = xq.qdata.unflatten(-1, (9, -1)).long(), q.unflatten(-1, (9, -1)).long()
         acc = torch.einsum("mgk,ngk->mgn", x - xq.zero_point[..., None], w).float()
-        y = torch.zeros(11, 100)
+        y = torch.zeros(rows, 100)
         for g in range(9):
             y = y + acc[:, g] * xq.scale[:, g, None]
         expected = y * scale if expected is None else expected + y * scale
@@ -100,7 +103,7 @@ def test_the_largest_sums_are_exact(library, isa):
 
 
 @given(
-    rows=st.integers(1, 14), channels=st.integers(1, 140), low=st.integers(1, 90), high=st.integers(1, 40),
+    rows=st.integers(1, 14) | st.integers(15, 150), channels=st.integers(1, 140), low=st.integers(1, 90), high=st.integers(1, 40),
     groups=st.sampled_from([(1, 1), (1, 1), (3, 3), (5, 1), (1, 2)]), seed=st.integers(0, 2**20),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
