@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,42 @@ _TOKENS_PENDING = 8192
 """Tokens whose float32 products are summed in float32 before the sum joins the float64 one, whose addition costs as much as a product."""
 _LOUD = 8
 """A token of so many times the median size is multiplied in float32: rounding its products would drown the others'."""
+_CENTRED = 0.5
+"""A mean that holds more than this share of the energy of the first tokens is taken out of all before products are rounded."""
+
+
+@dataclass
+class _Centre:
+    """A vector c that is subtracted from tokens, and what it leaves out: with their sum s, xᵀx = (x - c)ᵀ(x - c) + c sᵀ + s cᵀ - n c cᵀ.
+
+    Rounded to bfloat16, products of tokens that are nearly their mean drown what differs: such a moment has eigenvalues far below zero.
+    """
+
+    c: Tensor
+    sum: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, rows: Tensor) -> _Centre | None:
+        """The mean of rows [T, d] where it holds most of their energy."""
+        mean = rows.mean(0)
+        if float(mean.square().sum()) * len(rows) <= _CENTRED * float(rows.square().sum()):
+            return None
+        return cls(mean, torch.zeros_like(mean, dtype=torch.float64))
+
+    def subtract(self, rows: Tensor) -> Tensor:
+        """x - c for rows [T, d]."""
+        self.sum += rows.sum(0)
+        self.tokens += len(rows)
+        return rows - self.c
+
+    def complete(self, stripes: list[Tensor]) -> None:
+        """Add what is left out to stripes of the upper half, and begin anew."""
+        c, s = self.c.double(), self.sum
+        for i, part in enumerate(stripes):
+            here, right = slice(i * _STRIPE, i * _STRIPE + len(part)), slice(i * _STRIPE, None)
+            part += torch.outer(c[here], s[right]).addr_(s[here] - self.tokens * c[here], c[right])
+        self.sum, self.tokens = torch.zeros_like(s), 0
 
 
 class SecondMoment:
@@ -46,6 +83,7 @@ class SecondMoment:
         self._total: Tensor | None = None
         self._pending: list[Tensor] = []
         self._tokens_pending = 0
+        self._centre: _Centre | None = None
 
     @property
     def total(self) -> Tensor:
@@ -58,7 +96,7 @@ class SecondMoment:
 
     @total.setter
     def total(self, value: Tensor | None) -> None:
-        self._total, self._pending, self._tokens_pending = value, [], 0
+        self._total, self._pending, self._tokens_pending, self._centre = value, [], 0, None
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -84,6 +122,10 @@ class SecondMoment:
         exact = rows.dtype == torch.float64
         if exact or self._tokens_pending + len(rows) > self._room:
             self._flush()
+        if self._rounded and rows.dtype == torch.float32:
+            if not self._pending:
+                self._centre = _Centre.of(rows)
+            rows = rows if self._centre is None else self._centre.subtract(rows)
         for i, part in enumerate(_rounded_parts(rows) if self._rounded else _parts(rows)):
             if i == len(self._pending):
                 self._pending.append(part if exact else part.float())
@@ -94,12 +136,18 @@ class SecondMoment:
             self._flush()
 
     def _flush(self) -> None:
-        parts = self._pending
+        parts = self._completed()
         self._pending, self._tokens_pending = [], 0
         if self.groups is not None and parts:
             self._total = parts[0].double() if self._total is None else self._total.add_(parts[0])
         elif parts:
             self._total = _add_stripes(self._total, parts)
+
+    def _completed(self) -> list[Tensor]:
+        """The pending sums, with all that belongs to them."""
+        if self._centre is not None and self._pending:
+            self._centre.complete(self._pending)
+        return self._pending
 
     def mean(self) -> Tensor:
         """total / tokens, float64. Raises: DataError: no token was added."""
@@ -110,7 +158,7 @@ class SecondMoment:
         """`mean` of a moment without groups in float32; the sum is gone. Raises: DataError: no token was added."""
         self._require_tokens()
         if self._rounded and self._total is None:
-            total = _add_stripes(None, self._pending, torch.float32)
+            total = _add_stripes(None, self._completed(), torch.float32)
         else:
             total = _narrowed(self.total)
         tokens, self.total, self.tokens = self.tokens, None, 0
