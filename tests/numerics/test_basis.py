@@ -105,6 +105,18 @@ def test_parts_of_a_moment_may_have_means_of_their_own():
     torch.testing.assert_close(whole.total, exact, rtol=1e-4, atol=0)
 
 
+def test_no_tokens_leave_a_bfloat16_moment_as_it_is():
+    """As where no token reaches an expert in a batch."""
+    moments = [SecondMoment("site", 40, dtype=torch.bfloat16) for _ in range(2)]
+    x = 3 + 0.1 * activations(1500, 40)
+    moments[0].update(x[:0])
+    for moment in moments:
+        moment.update(x)
+        moment.update(x[:0])
+    assert moments[0].tokens == 1500 and bool(moments[0].total.isfinite().all())
+    torch.testing.assert_close(moments[0].total, moments[1].total, rtol=1e-2, atol=0)
+
+
 def test_float64_inputs_stay_float64():
     x = activations(100, 6).double()
     moment = SecondMoment("site", 6)
