@@ -123,7 +123,7 @@ class SecondMoment:
         if exact or self._tokens_pending + len(rows) > self._room:
             self._flush()
         if self._rounded and rows.dtype == torch.float32:
-            if not self._pending and len(rows):
+            if not self._tokens_pending and len(rows):
                 self._centre = _Centre.of(rows)
             rows = rows if self._centre is None else self._centre.subtract(rows)
         for i, part in enumerate(_rounded_parts(rows) if self._rounded else _parts(rows)):
